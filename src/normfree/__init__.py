@@ -1,0 +1,14 @@
+"""Normfree: what normalization, activations and sparsity do to a transformer language model."""
+
+from normfree.entropy import EntropyProbe, attention_entropy, entropy_bands
+from normfree.modeling import NormfreeConfig, NormfreeForCausalLM, from_hf
+
+__all__ = [
+    "EntropyProbe",
+    "NormfreeConfig",
+    "NormfreeForCausalLM",
+    "attention_entropy",
+    "entropy_bands",
+    "from_hf",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,201 @@
+"""The command line: ``normfree COMMAND``. Exit codes: 0 done, 1 the run failed, 2 bad input, 130 interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+import yaml
+from rich.console import Console
+
+from normfree.errors import InputError, unknown_name
+
+# A study never needs the hub unless it names a corpus or a tokenizer there; nor does it ever report usage to it.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# Deterministic matrix products on CUDA need this set before the first one.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+app = typer.Typer(
+    name="normfree",
+    help="What normalization, activation functions and sparsity do to a transformer language model.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+CacheDir = Annotated[Path, typer.Option(help="Where tokenized corpora are kept and found again.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, to standard output.")]
+LOG_WIDTH = 110
+DEFAULT_CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "normfree"
+
+
+@app.command()
+def study(
+    name: Annotated[str, typer.Argument(help="The study: relu-revival.")],
+    preset: Annotated[str, typer.Option(help="The size: a preset's name, or a YAML file of the same form.")] = "cpu",
+    out: Annotated[Path | None, typer.Option(help="Study folder; default studies/NAME-PRESET.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Comma-separated seeds, e.g. 0,1,2; default: the preset's.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Training budget of each run, in tokens.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training budget of each run, in optimizer steps.")] = None,
+    corpus: Annotated[
+        str | None,
+        typer.Option(help="installed-python, directory:PATH[:GLOB], file:PATH, codeparrot or hf:NAME."),
+    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="'train', or a Hugging Face tokenizer's name or path.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change any value of the preset, e.g. --set model.n_layer=4. Can be repeated."),
+    ] = None,
+    tune_lr: Annotated[
+        bool, typer.Option(help="Also give each configuration its own learning rate, from a short sweep.")
+    ] = False,
+    cache_dir: CacheDir = DEFAULT_CACHE_DIR,
+    json_: Json = False,
+) -> None:
+    """Train the configurations of a paper, compare them, and write tables, figures and a report.
+
+    A study that was stopped goes on where it was when the same command is given again.
+
+    Example: normfree study relu-revival --preset cpu --seeds 0,1,2
+    """
+    from normfree.report import to_console
+    from normfree.studies import StudyFolder, load_preset, run_study
+    from normfree.studies.relu_revival import STUDY, relu_revival_table, write_relu_revival_report
+
+    if name != STUDY.name:
+        raise unknown_name("study", name, [STUDY.name])
+    if tokens is not None and steps is not None:
+        raise InputError("give --tokens or --steps, not both")
+    chosen = load_preset(preset)
+    options = {"recipe.tokens": tokens, "recipe.steps": steps, "data.corpus": corpus, "data.tokenizer": tokenizer}
+    changes: dict[str, Any] = dict(_assignment(text) for text in set_ or [])
+    changes |= {option: value for option, value in options.items() if value is not None}
+    chosen = chosen.with_changes(**changes)
+    chosen_seeds = _seeds(seeds) if seeds is not None else chosen.seeds
+
+    console = _console(json_)
+    preset_name = Path(preset).stem
+    folder = StudyFolder.claim(out or Path("studies") / f"{name}-{preset_name}", STUDY, preset_name, chosen)
+    console.print(f"Study {name}, preset {preset_name}: {chosen.description}", highlight=False)
+    run_study(STUDY, folder, chosen_seeds, tune_lr=tune_lr, cache_dir=cache_dir, console=console)
+    report_path = write_relu_revival_report(folder)
+    table = relu_revival_table(folder)
+    if json_:
+        print(json.dumps({"folder": str(folder.path), "table": json.loads(table.to_json(orient="records"))}))
+        return
+    console.print(to_console(table))
+    if tune_lr:
+        console.print(to_console(relu_revival_table(folder, "tuned")))
+    console.print(f"Report:  {report_path}\nFigures: {folder.path / 'figures'}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A run's YAML file, such as the config.yaml of an earlier run.")],
+    out: Annotated[Path, typer.Option(help="Run folder.")],
+    cache_dir: CacheDir = DEFAULT_CACHE_DIR,
+    json_: Json = False,
+) -> None:
+    """Train one configuration. A run that was stopped goes on from its last checkpoint.
+
+    Example: normfree train studies/relu-revival-cpu/runs/sm-r/seed-0/config.yaml --out runs/again
+    """
+    from normfree.data import prepare_data
+    from normfree.training import StudyProgress, load_run_config
+    from normfree.training import train as train_run
+
+    run = load_run_config(config)
+    console = _console(json_)
+    data = prepare_data(run.data, cache_dir, progress=console.is_terminal)
+    n_tokens = run.recipe.n_tokens(run.data.sequence_length)
+    label = f"{run.configuration} seed {run.seed}"
+    with StudyProgress(n_tokens, console=console, description=run.model_name) as progress:
+        result = train_run(run, data, out, callbacks=(progress.run(label, n_tokens),))
+    if json_:
+        print(json.dumps({"folder": str(out), **result.row}))
+        return
+    row = result.row
+    console.print(
+        f"{label}: evaluation loss {row['eval_loss']:.4f} nats per token, perplexity {row['eval_ppl']:.2f} "
+        f"({row['status']}); {out}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="The folder of a study.")],
+    json_: Json = False,
+) -> None:
+    """Write the table, the figures and the report of a study again, from the runs that are finished.
+
+    Example: normfree report studies/relu-revival-cpu
+    """
+    from normfree.report import to_console
+    from normfree.studies import StudyFolder
+    from normfree.studies.relu_revival import relu_revival_table, write_relu_revival_report
+
+    opened = StudyFolder.open(folder)
+    path = write_relu_revival_report(opened)
+    table = relu_revival_table(opened)
+    if json_:
+        print(json.dumps({"folder": str(folder), "table": json.loads(table.to_json(orient="records"))}))
+        return
+    console = _console(json_)
+    console.print(to_console(table))
+    console.print(f"Report: {path}", highlight=False, soft_wrap=True)
+
+
+def _console(json_: bool) -> Console:
+    """Progress and tables; beside JSON they go to standard error. A log file is as wide as the tables."""
+    console = Console(stderr=json_)
+    if not console.is_terminal:
+        console.width = LOG_WIDTH
+    return console
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise InputError(f"--set {text!r} is not of the form NAME=VALUE, e.g. --set model.n_layer=4")
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {name}: {value!r} is not a YAML value") from error
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        seeds = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"--seeds {text!r} is not a comma-separated list of numbers, e.g. 0,1,2") from error
+    if len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise InputError(f"--seeds {text!r}: seeds must be different numbers from 0")
+    return seeds
+
+
+def main() -> None:
+    """Runs the command line, turning bad input into one line and exit code 2."""
+    try:
+        code = app(standalone_mode=False)
+    except InputError as error:
+        _fail(str(error), 2)
+    except click.UsageError as error:
+        _fail(f"{error.format_message()} See: {error.ctx.command_path if error.ctx else 'normfree'} --help", 2)
+    except click.ClickException as error:
+        _fail(error.format_message(), 2)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted; the same command goes on from the last checkpoint", 130)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"normfree: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,82 @@
+"""What a prepared corpus is made of: every choice between the documents and the blocks of tokens."""
+
+from typing import Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
+
+Cut = Literal["chunks", "packed"]
+
+SMALLEST_TRAINED_VOCABULARY = 257
+"""The 256 bytes and the end-of-text token: a byte-level vocabulary cannot be smaller."""
+
+
+class DataConfig(BaseModel):
+    """A corpus, a tokenizer, and how the tokens are cut into blocks.
+
+    corpus:
+        ``installed-python``, ``directory:PATH[:GLOB]``, ``file:PATH``, ``codeparrot`` or
+        ``hf:NAME[@REVISION][:CONFIGURATION]`` (see :mod:`normfree.data.corpus`).
+    tokenizer:
+        ``train`` for a byte-level BPE trained on the train split, otherwise the name or the folder of a
+        Hugging Face tokenizer.
+    vocab_size:
+        Vocabulary of the tokenizer to train, end-of-text token included. Only for ``tokenizer="train"``.
+    sequence_length:
+        T, tokens in a block.
+    cut:
+        ``chunks``: each document is cut into blocks of its own and its shorter remainder is dropped (ReLU's
+        Revival and the Hugging Face course). ``packed``: documents are joined with the end-of-text token
+        between them, and only the last remainder is dropped.
+    train_tokens, eval_tokens:
+        Upper bounds on the tokens of a split, rounded down to whole blocks. None takes the whole split.
+    eval_fraction:
+        Probability with which a document belongs to the eval split. Not used by hub data sets that come with
+        a validation split.
+    max_document_bytes:
+        Documents larger than this are skipped: most are generated tables.
+    seed:
+        Decides the split and the order of the documents.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    corpus: str = Field("installed-python", min_length=1)
+    tokenizer: str = Field("train", min_length=1)
+    vocab_size: int = Field(4096, ge=SMALLEST_TRAINED_VOCABULARY)
+    sequence_length: int = Field(128, ge=2)
+    cut: Cut = "chunks"
+    train_tokens: int | None = Field(None, ge=1)
+    eval_tokens: int | None = Field(None, ge=1)
+    eval_fraction: float = Field(0.05, gt=0, lt=1)
+    max_document_bytes: int = Field(262_144, ge=1)
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        if self.tokenizer != "train" and "vocab_size" in self.model_fields_set:
+            raise ValueError(
+                f"vocab_size is {self.vocab_size} but tokenizer {self.tokenizer!r} brings its own "
+                "vocabulary; leave vocab_size out or set tokenizer to 'train'"
+            )
+        for name, cap in (("train_tokens", self.train_tokens), ("eval_tokens", self.eval_tokens)):
+            if cap is not None and cap < self.sequence_length:
+                raise ValueError(
+                    f"{name} is {cap}, less than one block of sequence_length {self.sequence_length}; "
+                    f"set {name} to at least {self.sequence_length}"
+                )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_inapplicable_vocab_size(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A dumped config is read back with every field given explicitly, and would then be refused.
+        fields: dict[str, Any] = serialize(self)
+        if self.tokenizer != "train":
+            fields.pop("vocab_size", None)
+        return fields

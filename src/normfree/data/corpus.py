@@ -1,0 +1,30 @@
+"""Corpora by name: a string ``KIND`` or ``KIND:ARGUMENT``."""
+
+from collections.abc import Callable
+
+from normfree.data.configuration import DataConfig
+from normfree.data.documents import Corpus
+from normfree.data.hub import codeparrot, hub
+from normfree.data.local import directory, installed_python, text_file
+from normfree.errors import unknown_name
+
+CORPORA: dict[str, Callable[[str, DataConfig], Corpus]] = {
+    "installed-python": installed_python,
+    "directory": directory,
+    "file": text_file,
+    "codeparrot": codeparrot,
+    "hf": hub,
+}
+"""Kinds: what stands before the first colon -> a function of what stands after it, and the config."""
+
+
+def open_corpus(config: DataConfig) -> Corpus:
+    """The corpus named by ``config.corpus``.
+
+    Raises:
+        InputError: an unknown kind, a missing path, an unreachable data set, or no usable document.
+    """
+    kind, _, argument = config.corpus.partition(":")
+    if kind not in CORPORA:
+        raise unknown_name("corpus", kind, CORPORA)
+    return CORPORA[kind](argument, config)

@@ -1,0 +1,129 @@
+"""Documents: which are kept, in which order they stand, and which of them are held out for evaluation.
+
+Whatever the corpus, a document is kept once (by the SHA-256 of its bytes), skipped documents are counted by
+reason, and a document belongs wholly to one split.
+
+A local corpus is ordered by ``SHA-256(seed, SHA-256(document))`` and split by the same number. So the order
+is a shuffle that does not depend on paths, and a document keeps its split when others are added or removed.
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+from normfree.errors import InputError
+
+Split = Literal["train", "eval"]
+
+TEXT_COLUMNS = ("text", "content")
+"""Where the text of a JSON line or of a row of a hub data set is looked for, in this order."""
+
+
+@dataclass
+class CorpusStatistics:
+    """Documents kept and documents skipped, by reason.
+
+    documents, bytes:
+        Documents kept, and their UTF-8 bytes.
+    duplicates:
+        The same bytes as a document already kept.
+    undecodable, binary, empty:
+        Not UTF-8; with a NUL byte; nothing but white space.
+    too_large:
+        More than ``max_document_bytes``.
+    unreadable:
+        Files and folders that could not be read.
+    """
+
+    documents: int = 0
+    bytes: int = 0
+    duplicates: int = 0
+    undecodable: int = 0
+    binary: int = 0
+    too_large: int = 0
+    empty: int = 0
+    unreadable: int = 0
+
+    def __add__(self, other: "CorpusStatistics") -> "CorpusStatistics":
+        names = [each.name for each in fields(self)]
+        return CorpusStatistics(**{name: getattr(self, name) + getattr(other, name) for name in names})
+
+    def __str__(self) -> str:
+        return ", ".join(f"{getattr(self, each.name)} {each.name}" for each in fields(self))
+
+
+class Corpus(ABC):
+    """Documents in a fixed order, in two disjoint splits.
+
+    ``fingerprint`` changes with the documents or their order; it does not depend on where they are stored.
+    """
+
+    fingerprint: str
+
+    @property
+    @abstractmethod
+    def statistics(self) -> CorpusStatistics:
+        """What was kept and skipped; for a stream, among the documents read so far."""
+
+    @abstractmethod
+    def documents(self, split: Split) -> Iterator[str]:
+        """The documents of a split, from the first, in the same order on every call."""
+
+
+@dataclass
+class Admission:
+    """Decides which documents are kept, and counts the others."""
+
+    max_document_bytes: int
+    statistics: CorpusStatistics = field(default_factory=CorpusStatistics)
+    digests: set[bytes] = field(default_factory=set)
+
+    def admit(self, content: bytes, digest: bytes) -> bool:
+        """Whether the document with that SHA-256 is kept."""
+        reason = self._reason_to_skip(content, digest)
+        if reason is not None:
+            setattr(self.statistics, reason, getattr(self.statistics, reason) + 1)
+            return False
+        self.digests.add(digest)
+        self.statistics.documents += 1
+        self.statistics.bytes += len(content)
+        return True
+
+    def _reason_to_skip(self, content: bytes, digest: bytes) -> str | None:
+        if len(content) > self.max_document_bytes:
+            return "too_large"
+        if not content.strip():
+            return "empty"
+        if b"\0" in content:
+            return "binary"
+        if digest in self.digests:
+            return "duplicates"
+        try:
+            content.decode("utf-8")
+        except UnicodeDecodeError:
+            return "undecodable"
+        return None
+
+
+def shuffle_key(seed: int, digest: bytes) -> bytes:
+    """What documents are ordered and split by, from the SHA-256 of one."""
+    return hashlib.sha256(f"{seed}:".encode() + digest).digest()
+
+
+def is_held_out(key: bytes, eval_fraction: float) -> bool:
+    """Whether the document with that key belongs to the eval split."""
+    return int.from_bytes(key[:8], "big") < eval_fraction * 2.0**64
+
+
+def row_text(row: object, where: str) -> str:
+    """The text of a row, "" where it is null; raises InputError, naming ``where``, if it has none."""
+    if isinstance(row, dict):
+        for column in TEXT_COLUMNS:
+            if column in row and isinstance(row[column], str | None):
+                return row[column] or ""
+    found = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
+    raise InputError(
+        f"{where}: no text under {' or '.join(map(repr, TEXT_COLUMNS))} (found {found}); rename the text column"
+    )

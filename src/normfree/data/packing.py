@@ -1,0 +1,266 @@
+"""From a corpus to a folder of packed token blocks, built once and used again.
+
+``cache_dir/<fingerprint>/`` holds ``train.npy``, ``eval.npy``, ``tokenizer/`` and ``data.json`` (the config,
+what was kept and dropped, and the size and SHA-256 of every other file). It is built beside its final place
+and renamed into it, so it is there whole or not at all; of two processes that build it at once, the slower
+uses the other's.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import tokenizers
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from transformers import PreTrainedTokenizerBase
+
+from normfree.data.blocks import SplitStatistics, TokenBlocks, write_blocks
+from normfree.data.configuration import DataConfig
+from normfree.data.corpus import open_corpus
+from normfree.data.documents import Corpus, Split
+from normfree.data.tokenizer import load_tokenizer, train_tokenizer, vocabulary_size
+from normfree.errors import InputError
+
+log = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+"""Part of the fingerprint: raise it when the same config and corpus would give other tokens or files."""
+
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+Report = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class PackedData:
+    """A prepared corpus.
+
+    statistics:
+        ``corpus`` (:class:`~normfree.data.documents.CorpusStatistics`), ``train`` and ``eval``
+        (:class:`~normfree.data.blocks.SplitStatistics` and ``bytes_per_token``) as dictionaries, and
+        ``vocab_size``; as counted when the folder was built.
+    """
+
+    folder: Path
+    fingerprint: str
+    train: TokenBlocks
+    eval: TokenBlocks
+    tokenizer: PreTrainedTokenizerBase
+    statistics: dict[str, Any]
+
+
+def prepare_data(config: DataConfig, cache_dir: Path, *, progress: bool = False) -> PackedData:
+    """Packed token blocks for ``config``: those in ``cache_dir`` if they are there and whole, else new ones.
+
+    A local corpus is always read through, to know whether it changed. A damaged folder is reported in the log
+    and built again.
+
+    Args:
+        config: The corpus, the tokenizer and the cut.
+        cache_dir: Made if it is missing.
+        progress: Show progress on stderr.
+
+    Raises:
+        InputError: a corpus that cannot be opened, has no usable document or too few tokens for one block of
+            each split; a tokenizer that cannot be loaded or trained, or has no end-of-text token for
+            cut ``packed``.
+    """
+    with _progress_bars(progress) as start:
+        start("reading the corpus", None)
+        corpus = open_corpus(config)
+        tokenizer = None if config.tokenizer == "train" else load_tokenizer(config.tokenizer)
+        fingerprint = _fingerprint(config, corpus, tokenizer)
+        folder = cache_dir / fingerprint
+        if folder.exists():
+            damage = _damage(folder)
+            if damage is None:
+                return _open(folder)
+            log.warning("prepared data in %s is damaged (%s); building it again", folder, damage)
+        building = cache_dir / f".{fingerprint}.{uuid.uuid4().hex}"
+        building.mkdir(parents=True)
+        try:
+            _build(building, config, corpus, tokenizer, fingerprint, start)
+            _move_into_place(building, folder)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+    return _open(folder)
+
+
+def load_packed_data(folder: Path) -> PackedData:
+    """The packed data in a folder made by :func:`prepare_data`, without a look at its corpus.
+
+    Raises:
+        InputError: the folder is missing, or one of its files is missing or not as it was written.
+    """
+    damage = _damage(folder)
+    if damage is not None:
+        raise InputError(f"prepared data in {folder} cannot be used ({damage}); prepare it again")
+    return _open(folder)
+
+
+def _open(folder: Path) -> PackedData:
+    record = json.loads((folder / "data.json").read_text(encoding="utf-8"))
+    return PackedData(
+        folder=folder,
+        fingerprint=record["fingerprint"],
+        train=TokenBlocks(folder / "train.npy"),
+        eval=TokenBlocks(folder / "eval.npy"),
+        tokenizer=load_tokenizer(str(folder / "tokenizer")),
+        statistics=record["statistics"],
+    )
+
+
+def _fingerprint(config: DataConfig, corpus: Corpus, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """16 hexadecimal digits that stand for the tokens: the same documents at another path have the same."""
+    parts = config.model_dump(mode="json", exclude={"corpus", "tokenizer"})
+    parts["format_version"] = FORMAT_VERSION
+    parts["documents"] = corpus.fingerprint
+    parts["tokenizer"] = "train" if tokenizer is None else _tokenizer_identity(tokenizer)
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.dumps(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
+    named = f"{type(tokenizer).__name__}:{tokenizer.eos_token_id}:{rules}"
+    return hashlib.sha256(named.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _build(
+    folder: Path,
+    config: DataConfig,
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase | None,
+    fingerprint: str,
+    start: Callable[[str, int | None], Report],
+) -> None:
+    if tokenizer is None:
+        start("training the tokenizer", None)
+        tokenizer = train_tokenizer(corpus.documents("train"), config.vocab_size)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    caps = {"train": config.train_tokens, "eval": config.eval_tokens}
+    splits = {}
+    for split in SPLITS:
+        splits[split] = write_blocks(
+            folder / f"{split}.npy",
+            corpus.documents(split),
+            tokenizer,
+            sequence_length=config.sequence_length,
+            separator=_separator(tokenizer, config),
+            max_tokens=caps[split],
+            report=start(f"packing {split} tokens", caps[split]),
+        )
+        _check_not_empty(split, splits[split], config)
+    statistics: dict[str, Any] = {
+        split: {**dataclasses.asdict(each), "bytes_per_token": each.bytes_per_token} for split, each in splits.items()
+    }
+    record = {
+        "fingerprint": fingerprint,
+        "format_version": FORMAT_VERSION,
+        "config": config.model_dump(mode="json"),
+        "versions": {"tokenizers": tokenizers.__version__, "transformers": transformers.__version__},
+        "statistics": {
+            "corpus": dataclasses.asdict(corpus.statistics),
+            **statistics,
+            "vocab_size": vocabulary_size(tokenizer),
+        },
+        "files": {
+            path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        },
+    }
+    (folder / "data.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _separator(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> int | None:
+    if config.cut == "chunks":
+        return None
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"tokenizer {config.tokenizer!r} has no end-of-text token to join documents with; "
+            "use cut 'chunks' or another tokenizer"
+        )
+    return int(tokenizer.eos_token_id)
+
+
+def _check_not_empty(split: Split, statistics: SplitStatistics, config: DataConfig) -> None:
+    if statistics.blocks:
+        return
+    T = config.sequence_length
+    needed = f"at least {T} in one document" if config.cut == "chunks" else f"at least {T}"
+    raise InputError(
+        f"corpus {config.corpus!r}: the {split} split has {statistics.document_tokens} tokens in "
+        f"{statistics.documents} documents, one block needs {needed}; use a larger corpus, "
+        "a smaller sequence_length, or another eval_fraction or seed"
+    )
+
+
+def _move_into_place(building: Path, folder: Path) -> None:
+    if folder.exists() and _damage(folder) is not None:
+        shutil.rmtree(folder)
+    try:
+        building.rename(folder)
+    except OSError:
+        # Another process may have finished first: what it built is as good as ours.
+        if _damage(folder) is not None:
+            raise
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a prepared folder, None if nothing is."""
+    try:
+        files = json.loads((folder / "data.json").read_text(encoding="utf-8"))["files"]
+        expected = {name: (int(each["bytes"]), str(each["sha256"])) for name, each in files.items()}
+    except OSError as error:
+        return f"data.json cannot be read: {error.strerror}"
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return "data.json is not as it was written"
+    for name, (n_bytes, sha256) in expected.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != n_bytes:
+            return f"{name} has {path.stat().st_size} bytes, {n_bytes} were written"
+        if _sha256(path) != sha256:
+            return f"{name} is not as it was written: its SHA-256 differs"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _progress_bars(show: bool) -> Iterator[Callable[[str, int | None], Report]]:
+    """A function that starts a stage, with its total if that is known, and gives one that reports on it."""
+    columns: Sequence[Any] = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(show_speed=True),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=not show) as bars:
+
+        def finish() -> None:
+            for task in bars.tasks:
+                bars.update(task.id, total=max(1, task.completed), completed=max(1, task.completed))
+
+        def start(stage: str, total: int | None) -> Report:
+            finish()
+            task_id = bars.add_task(stage, total=total)
+            return lambda completed: bars.update(task_id, completed=completed)
+
+        yield start
+        finish()

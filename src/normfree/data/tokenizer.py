@@ -1,0 +1,89 @@
+"""Tokenizers: a byte-level BPE trained on the corpus itself, or one from the Hugging Face hub."""
+
+from collections.abc import Iterable, Iterator
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from normfree.errors import InputError
+
+END_OF_TEXT = "<|endoftext|>"
+
+TRAINING_BYTES = 32 * 2**20
+"""A tokenizer is trained on the first documents that make up this many UTF-8 bytes: the cost of BPE training
+grows with them, while the frequent pairs it looks for are settled well before."""
+
+SMALLEST_PAIR_COUNT = 2
+"""A merge must have been seen this often."""
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer (GPT-2's kind: no prefix space, all 256 bytes, so any text round-trips).
+
+    The one special token, ``<|endoftext|>``, is both bos and eos and has id 0. The same texts give the same
+    tokenizer.
+
+    Args:
+        texts: Documents; those after the first :data:`TRAINING_BYTES` are not read.
+        vocab_size: Size of the vocabulary, special token included.
+
+    Raises:
+        InputError: the texts have too few repeated pairs for that vocabulary.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=SMALLEST_PAIR_COUNT,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_prefix(texts), trainer)
+    learned = tokenizer.get_vocab_size()
+    if learned != vocab_size:
+        raise InputError(
+            f"the train split supports a vocabulary of {learned}, vocab_size asks for {vocab_size}; "
+            f"use a larger corpus or a vocab_size between 257 and {learned}"
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _prefix(texts: Iterable[str]) -> Iterator[str]:
+    n_bytes = 0
+    for text in texts:
+        yield text
+        n_bytes += len(text.encode("utf-8"))
+        if n_bytes >= TRAINING_BYTES:
+            return
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of that name on the Hugging Face hub, or saved in that folder. Remote code is never run.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(
+            f"cannot load tokenizer {name_or_path!r} ({reason}); give 'train', a tokenizer's name on the "
+            "Hugging Face hub, or a folder with a saved tokenizer"
+        ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise InputError(f"{name_or_path!r} is a {type(tokenizer).__name__}, not a tokenizer; give another name")
+    return tokenizer
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Rows that an embedding needs: one more than the largest token id (ids may have gaps)."""
+    return int(max(tokenizer.get_vocab().values())) + 1

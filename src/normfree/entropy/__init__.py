@@ -1,0 +1,21 @@
+"""Exact entropy of attention, in memory linear in the number of keys, and a probe that reads it from any
+model.
+"""
+
+from normfree.entropy.distribution import entropy_bands, uniform_entropy_bound
+from normfree.entropy.fused import BACKENDS, attention_entropy, select_backend
+from normfree.entropy.nonfinite import NonFiniteCount, count_nonfinite_scores
+from normfree.entropy.probe import EntropyProbe
+from normfree.entropy.reference import attention_entropy_reference
+
+__all__ = [
+    "BACKENDS",
+    "EntropyProbe",
+    "NonFiniteCount",
+    "attention_entropy",
+    "attention_entropy_reference",
+    "count_nonfinite_scores",
+    "entropy_bands",
+    "select_backend",
+    "uniform_entropy_bound",
+]

@@ -1,0 +1,250 @@
+"""Exact entropy of attention in memory linear in the number of keys.
+
+With scores s, p = softmax(s) and lse = logsumexp(s), the entropy of a row (ReLU's Revival, Eq. 8, without
+its ε) is
+
+    H_i = -Σ_j p_ij ln p_ij = lse_i - Σ_j p_ij s_ij,    Σ_j p_ij s_ij = scale · q_i · (Σ_j p_ij k_j):
+
+attention with the keys as its values, plus the logsumexp that flash kernels keep anyway. Adding one fixed
+vector to all keys of a head changes nothing in p, so the keys are centred first: the two terms are then
+small and their difference loses little.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normfree.entropy.reference import block_scores, distribution, reference_kernel
+from normfree.entropy.visibility import Visibility, visibility_of
+from normfree.errors import InputError, unknown_name
+
+Kernel = Callable[[Tensor, Tensor, float, Visibility], tuple[Tensor, Tensor]]
+"""``(q, k, scale, visibility) -> (entropy, lse)``, q and k both float32 or float64, keys centred.
+
+Both results are [batch, n_head, n_query]; ``lse`` has no gradient. Rows without a visible key, and rows that
+meet a non-finite score, have NaN entropy.
+"""
+
+
+def attention_entropy(
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float | None = None,
+    is_causal: bool = True,
+    attention_mask: Tensor | None = None,
+    backend: str = "auto",
+    sliding_window: int | None = None,
+) -> Tensor:
+    """Exact entropy of softmax attention for every query, in nats (ReLU's Revival, Eq. 8, without its ε).
+
+    Differentiable in q and k (twice and more with the reference backend only). Half-precision inputs are
+    raised to float32 first, float64 stays float64. The error in float32 is that of a difference of two
+    numbers of the size of the scores: about 4 · 1.2e-7 · (1 + scale · max|q_i| · max|k_j - mean k|) nats, so
+    1e-6 for ordinary scores and a few 1e-3 for scores of 1e4.
+
+    Args:
+        q: queries [batch, n_head, n_query, head_dim], any floating-point dtype.
+        k: keys [batch, n_kv_head, n_key, head_dim]; n_head must be a multiple of n_kv_head (grouped keys).
+        scale: factor on q·k; None means 1/sqrt(head_dim).
+        is_causal: a query sees no key behind its own position; the queries are the LAST n_query of the n_key
+            positions, as with a KV cache.
+        attention_mask: bool (True = attend) or float (added to the scores), broadcastable to
+            [batch, n_head, n_query, n_key]; or a 2-D padding mask [batch, n_key], bool or integer. In a
+            float mask everything at or below half the most negative finite number of its dtype hides the
+            key. Applies on top of ``is_causal`` and ``sliding_window``.
+        backend: a name of ``BACKENDS``, or "auto"; :func:`select_backend` says what "auto" takes.
+        sliding_window: number of keys a query sees, itself included; without causality as many on both sides.
+
+    Returns:
+        float32 [batch, n_head, n_query], never negative. NaN for a query that sees no key at all, and for a
+        query that meets a NaN or infinite score.
+
+    Raises:
+        InputError: shapes, dtypes or devices that do not fit together, or an unknown or unfit backend.
+    """
+    visibility = visibility_of(q, k, is_causal=is_causal, attention_mask=attention_mask, sliding_window=sliding_window)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    with torch.autocast(q.device.type, enabled=False):
+        entropy, _, _, _ = evaluate(q, k, scale, visibility, backend)
+    return entropy
+
+
+def attention_entropy_and_sink(
+    q: Tensor, k: Tensor, scale: float, visibility: Visibility, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Entropy in nats and the attention paid to the first visible key of the sequence, from one pass.
+
+    Both float32 [batch, n_head, n_query]; the share has no gradient, and is 0 for a query that cannot see
+    that key.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        entropy, lse, q, k = evaluate(q, k, scale, visibility, backend)
+        with torch.no_grad():
+            sink = visibility.first_key()
+            index = sink.expand(k.shape[0], q.shape[1])[..., None, None].expand(-1, -1, -1, k.shape[-1])
+            key = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1) if k.shape[1] != q.shape[1] else k
+            score = scale * (q * key.gather(2, index)).sum(-1)
+            if visibility.bias is not None:
+                bias = visibility.bias.expand(*q.shape[:2], *visibility.bias.shape[2:])
+                columns = index[..., :1].expand(-1, -1, bias.shape[2], 1)
+                score = score + bias.gather(-1, columns)[..., 0]
+            share = (score - lse).exp().clamp_max(1.0)
+            share = share.where(visibility.sees(sink), 0.0)
+    return entropy, share.float()
+
+
+def evaluate(
+    q: Tensor, k: Tensor, scale: float, visibility: Visibility, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(entropy, lse, q, k)``: float32 entropy, and the logsumexp with the raised q and centred k it
+    belongs to.
+    """
+    name = _select(q, visibility) if backend == "auto" else backend
+    if name not in BACKENDS:
+        raise unknown_name("entropy backend", name, ["auto", *BACKENDS])
+    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), torch.float32)
+    q, k = q.to(dtype), k.to(dtype)
+    k = k - _centre(k.detach())
+    entropy, lse = BACKENDS[name](q, k, scale, visibility)
+    return entropy.clamp_min(0.0).float(), lse, q, k
+
+
+def select_backend(
+    q: Tensor,
+    k: Tensor,
+    *,
+    is_causal: bool = True,
+    attention_mask: Tensor | None = None,
+    sliding_window: int | None = None,
+) -> str:
+    """The backend that :func:`attention_entropy` takes for these inputs under ``backend="auto"``."""
+    visibility = visibility_of(q, k, is_causal=is_causal, attention_mask=attention_mask, sliding_window=sliding_window)
+    return _select(q, visibility)
+
+
+def _select(q: Tensor, visibility: Visibility) -> str:
+    return "cpu" if q.device.type == "cpu" and visibility.bias is None else "chunked"
+
+
+def _centre(k: Tensor) -> Tensor:
+    """The mean key [batch, n_kv_head, 1, head_dim] of the finite entries, so that one bad key spoils
+    itself alone.
+    """
+    return k.where(k.isfinite(), 0.0).mean(2, keepdim=True)
+
+
+def _chunked(q: Tensor, k: Tensor, scale: float, visibility: Visibility) -> tuple[Tensor, Tensor]:
+    """Scores in blocks of query rows: any device, any mask, O(rows · n_key) memory."""
+    entropies, lses = [], []
+    for block in visibility.blocks(q.shape[0] * q.shape[1] * visibility.n_key):
+        attention = distribution(block_scores(q, k, scale, block), block.allowed)
+        entropies.append(attention.entropy())
+        lses.append(attention.lse)
+    return torch.cat(entropies, dim=-1), torch.cat(lses, dim=-1)
+
+
+def _cpu(q: Tensor, k: Tensor, scale: float, visibility: Visibility) -> tuple[Tensor, Tensor]:
+    """torch's flash attention for CPU with the keys as the values."""
+    if q.device.type != "cpu":
+        raise InputError(f"backend 'cpu' needs q and k on the CPU, got {q.device}; use 'auto' or 'chunked'")
+    if visibility.bias is not None:
+        raise InputError(
+            "backend 'cpu' takes masks that hide keys, not float masks that add other numbers to the scores; "
+            "use 'auto' or 'chunked'"
+        )
+    if not _scores_stay_finite(q, k, scale):
+        # the kernel turns a NaN row into zeros, and a NaN key into NaN for rows that cannot see it
+        return _chunked(q, k, scale, visibility)
+
+    allowed = visibility.allowed
+    aligned = visibility.has_full_rows or (visibility.sliding_window is None and visibility.n_query == visibility.n_key)
+    if aligned and (allowed is None or allowed.shape[2] == 1):
+        causal = not visibility.has_full_rows
+        entropy, lse = _flash(q, k, scale, is_causal=causal, allowed=allowed)
+    else:
+        n_mask = 1 if allowed is None else allowed.shape[0] * allowed.shape[1]
+        parts = [
+            _flash(q[:, :, block.rows], k[:, :, block.columns], scale, is_causal=False, allowed=block.allowed)
+            for block in visibility.blocks(n_mask * visibility.n_key)
+        ]
+        entropy, lse = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
+    if allowed is not None:
+        # the kernel gives such a row the plausible numbers 0 and 0
+        sees_nothing = visibility.counts() == 0
+        entropy, lse = entropy.masked_fill(sees_nothing, torch.nan), lse.masked_fill(sees_nothing, -torch.inf)
+    return entropy, lse
+
+
+def _flash(q: Tensor, k: Tensor, scale: float, *, is_causal: bool, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
+    # the kernel reads head_dim as contiguous without looking
+    q, k = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k))
+    mask = None
+    if allowed is not None:
+        mask = torch.zeros(allowed.shape, dtype=q.dtype).masked_fill_(~allowed, -torch.inf)
+    mean_key, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, k, 0.0, is_causal, attn_mask=mask, scale=scale
+    )
+    return lse - scale * (q * mean_key).sum(-1), lse
+
+
+def _scores_stay_finite(q: Tensor, k: Tensor, scale: float) -> bool:
+    """Whether |q_i||k_j| (Cauchy–Schwarz) leaves every score finite; False where q or k have NaN or Inf."""
+    bound = q.norm(dim=-1).amax() * k.norm(dim=-1).amax() * max(1.0, abs(scale))
+    return bool(bound < torch.finfo(q.dtype).max / 16)
+
+
+class _RecomputedEntropy(torch.autograd.Function):
+    """A kernel without a gradient of its own, and the gradient recomputed in blocks of query rows.
+
+    ∂H_i/∂s_ij = -p_ij (ln p_ij + H_i). The logsumexp that a flash kernel returns must not be differentiated:
+    torch has no derivative for it and does not say so.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, kernel: Kernel, q: Tensor, k: Tensor, scale: float, visibility: Visibility
+    ) -> tuple[Tensor, Tensor]:
+        entropy, lse = kernel(q, k, scale, visibility)
+        ctx.save_for_backward(q, k)
+        ctx.scale, ctx.visibility = scale, visibility
+        ctx.mark_non_differentiable(lse)
+        return entropy, lse
+
+    @staticmethod
+    def backward(ctx: Any, entropy_grad: Tensor, _: Tensor) -> tuple[None, Tensor, Tensor, None, None]:
+        if torch.is_grad_enabled():
+            raise InputError(
+                "the entropy of a fast backend has a first derivative only, and create_graph=True asks for the "
+                "second; use backend='reference'"
+            )
+        q, k = ctx.saved_tensors
+        scale, visibility = ctx.scale, ctx.visibility
+        batch, n_head, _, head_dim = q.shape
+        n_kv_head = k.shape[1]
+        q_grad, k_grad = torch.empty_like(q), torch.zeros_like(k)
+        with torch.autocast(q.device.type, enabled=False):
+            for block in visibility.blocks(batch * n_head * visibility.n_key):
+                attention = distribution(block_scores(q, k, scale, block), block.allowed)
+                row_entropy = -(attention.p * attention.log_p).sum(-1, keepdim=True)
+                row_grad = scale * entropy_grad[:, :, block.rows, None]
+                score_grad = -attention.p * (attention.log_p + row_entropy) * row_grad
+                score_grad = score_grad.view(batch, n_kv_head, -1, score_grad.shape[-1])
+                q_rows = q[:, :, block.rows].reshape(batch, n_kv_head, -1, head_dim)
+                keys = k[:, :, block.columns]
+                q_grad[:, :, block.rows] = (score_grad @ keys).view(batch, n_head, -1, head_dim)
+                k_grad[:, :, block.columns] += score_grad.transpose(-1, -2) @ q_rows
+        return None, q_grad, k_grad, None, None
+
+
+BACKENDS: dict[str, Kernel] = {
+    "reference": reference_kernel,
+    "cpu": partial(_RecomputedEntropy.apply, _cpu),
+    "chunked": partial(_RecomputedEntropy.apply, _chunked),
+}
+"""The kernels by name. All are differentiable in q and k; a new one is one line."""

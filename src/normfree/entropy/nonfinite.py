@@ -1,0 +1,85 @@
+"""How many attention scores overflow: the NaN study of ReLU's Revival (Figure 5), without the T×T matrix."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from normfree.entropy.visibility import Visibility, visibility_of
+
+
+class NonFiniteCount(NamedTuple):
+    """Numbers of NaN and of infinite (+Inf and -Inf) attention scores, each int64 [n_head], over the whole
+    batch.
+    """
+
+    nan: Tensor
+    inf: Tensor
+
+
+def count_nonfinite_scores(
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float | None = None,
+    is_causal: bool = True,
+    attention_mask: Tensor | None = None,
+) -> NonFiniteCount:
+    """Count the NaN and the Inf among the attention scores that a query may see, per head, apart.
+
+    The scores are those of q's own dtype, computed as eager attention does: the product q·k rounded to that
+    dtype, then times ``scale``. In float16 the product overflows above 65,504 although the scaled score
+    would fit, and that is what breaks training. Hidden keys (causality, mask) are not counted; a float mask
+    is not added.
+
+    A head whose largest |q_i| times largest |k_j| is far below the dtype's maximum has none
+    (Cauchy–Schwarz), which takes O(T); only the other heads are counted, in blocks of query rows.
+
+    Args:
+        q: queries [batch, n_head, n_query, head_dim].
+        k: keys [batch, n_kv_head, n_key, head_dim], grouped as in :func:`normfree.entropy.attention_entropy`.
+        scale: factor on q·k; None means 1/sqrt(head_dim).
+        is_causal: as in :func:`normfree.entropy.attention_entropy`.
+        attention_mask: as there.
+
+    Raises:
+        InputError: shapes, dtypes or devices that do not fit together.
+    """
+    visibility = visibility_of(q, k, is_causal=is_causal, attention_mask=attention_mask, sliding_window=None)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return count_nonfinite(q, k, scale, visibility)
+
+
+@torch.no_grad()
+def count_nonfinite(q: Tensor, k: Tensor, scale: float, visibility: Visibility) -> NonFiniteCount:
+    """:func:`count_nonfinite_scores` for a visibility that is already known."""
+    n_head = q.shape[1]
+    nan = torch.zeros(n_head, dtype=torch.int64, device=q.device)
+    inf = torch.zeros_like(nan)
+    group = n_head // k.shape[1]
+    with torch.autocast(q.device.type, enabled=False):
+        k = k.to(q.dtype)
+        for head in (~_certified_finite(q, k, scale)).nonzero()[:, 0].tolist():
+            q_head, k_head = q[:, head], k[:, head // group]
+            for block in visibility.blocks(q.shape[0] * visibility.n_key):
+                scores = q_head[:, block.rows] @ k_head[:, block.columns].transpose(-1, -2) * scale
+                is_nan, is_inf = scores.isnan(), scores.isinf()
+                if block.allowed is not None:
+                    allowed = block.allowed[:, head if block.allowed.shape[1] > 1 else 0]
+                    is_nan, is_inf = is_nan & allowed, is_inf & allowed
+                nan[head] += is_nan.sum()
+                inf[head] += is_inf.sum()
+    return NonFiniteCount(nan, inf)
+
+
+def _certified_finite(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """Bool [n_head]: no score of the head, and no partial sum on the way to one, can leave the range of
+    the dtype.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q_norm = q.to(wide).norm(dim=-1).amax((0, 2))
+    k_norm = k.to(wide).norm(dim=-1).amax((0, 2)).repeat_interleave(q.shape[1] // k.shape[1])
+    bound: Tensor = q_norm * k_norm * max(1.0, abs(scale))
+    return bound < torch.finfo(q.dtype).max / 4

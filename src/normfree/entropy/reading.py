@@ -1,0 +1,158 @@
+"""What an attention call means: transformers' implementations differ in their conventions for masks.
+
+A call that attends by anything other than softmax(scale · q·k + mask) is refused with the reason; nothing is
+guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_mask
+from transformers.integrations.flash_attention import flash_attention_forward
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from normfree.entropy.interception import InterfaceCall
+
+REFUSED_ARGUMENTS = {
+    "softcap": "its scores are soft-capped",
+    "position_bias": "a position bias is added to its scores",
+    "s_aux": "its softmax has a learned attention sink",
+    "sinks": "its softmax has a learned attention sink",
+    "cache": "its keys are in a paged cache",
+    "block_indices": "it attends to selected blocks of keys",
+    "indices": "it attends to selected keys",
+    "score_mod": "its scores are modified by a function",
+    "cu_seq_lens_q": "several sequences are packed into one row",
+}
+"""Arguments of an attention call that change the attention weights, and the reason to name."""
+
+
+class UnreadableCallError(Exception):
+    """The attention weights of a call are not known from its queries, keys and mask; the message says why."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention in our own conventions: the arguments of :func:`normfree.entropy.attention_entropy`."""
+
+    q: Tensor
+    k: Tensor
+    scale: float
+    is_causal: bool
+    attention_mask: Tensor | None
+    sliding_window: int | None
+
+
+@dataclass(frozen=True)
+class _Masking:
+    n_key: int
+    is_causal: bool
+    attention_mask: Tensor | None
+    sliding_window: int | None = None
+
+
+def read_call(call: InterfaceCall) -> Attention:
+    """The attention that a call computes, on detached tensors.
+
+    Under autocast float32 queries and keys are rounded as the attention function itself will round them.
+
+    Raises:
+        UnreadableCallError: with the reason.
+    """
+    for name, reason in REFUSED_ARGUMENTS.items():
+        if call.others.get(name) is not None:
+            raise UnreadableCallError(reason)
+    if getattr(call.module, "sinks", None) is not None:
+        raise UnreadableCallError(REFUSED_ARGUMENTS["sinks"])
+    if call.n_positional:
+        raise UnreadableCallError("it passes arguments behind the mask by place, so their meaning is not known")
+    q, k = call.query.detach(), call.key.detach()
+    if q.dim() != 4 or k.dim() != 4 or q.shape[0] != k.shape[0]:
+        raise UnreadableCallError(f"its queries and keys have shapes {list(q.shape)} and {list(k.shape)}")
+
+    read_masking = _read_eager if call.is_eager else _READERS.get(call.function)
+    if read_masking is None:
+        name = getattr(call.function, "__qualname__", repr(call.function))
+        raise UnreadableCallError(f"the mask conventions of its attention function {name} are not known")
+    masking = read_masking(call)
+    scaling = call.others.get("scaling")
+    device = q.device.type
+    if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
+        q, k = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (q, k))
+    return Attention(
+        q=q,
+        k=k[:, :, : masking.n_key],
+        scale=float(scaling) if scaling is not None else q.shape[-1] ** -0.5,
+        is_causal=masking.is_causal,
+        attention_mask=masking.attention_mask,
+        sliding_window=masking.sliding_window,
+    )
+
+
+def _read_eager(call: InterfaceCall) -> _Masking:
+    """The mask is all there is: without one every query sees every key."""
+    return _Masking(call.key.shape[2], False, _dense_mask(call))
+
+
+def _read_sdpa(call: InterfaceCall) -> _Masking:
+    """Causal only without a mask, and aligned at the first key: later keys are the empty end of a static
+    cache.
+    """
+    n_query, n_key = call.query.shape[2], call.key.shape[2]
+    is_causal = call.attention_mask is None and n_query > 1 and _asks_for_causal(call)
+    return _Masking(min(n_key, n_query) if is_causal else n_key, is_causal, _dense_mask(call))
+
+
+def _read_flash(call: InterfaceCall) -> _Masking:
+    """Causality and window are the kernel's own, aligned at the last key; the mask is a padding mask, or
+    None.
+    """
+    mask, position_ids = call.attention_mask, call.others.get("position_ids")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+        raise UnreadableCallError("it gives flash attention a mask that is not a padding mask")
+    if mask is None and position_ids is not None and bool((position_ids.diff(dim=-1) != 1).any()):
+        raise UnreadableCallError(REFUSED_ARGUMENTS["cu_seq_lens_q"])
+    n_key = call.key.shape[2]
+    if mask is not None and mask.shape[1] < n_key:
+        n_key = mask.shape[1]
+    mask = None if mask is None else mask[:, -n_key:].bool()
+    return _Masking(n_key, _asks_for_causal(call), mask, call.others.get("sliding_window"))
+
+
+def _read_flex(call: InterfaceCall) -> _Masking:
+    """A block mask holds causality and padding; a tensor is added to the scores; without either all is
+    visible.
+    """
+    n_query, n_key = call.query.shape[2], call.key.shape[2]
+    mask = call.attention_mask
+    if isinstance(mask, BlockMask):
+        dense = create_mask(mask.mask_mod, mask.shape[0], mask.shape[1], n_query, n_key, device=call.query.device.type)
+        return _Masking(n_key, False, dense)
+    if mask is not None:
+        return _Masking(n_key, False, mask[:, :1, :, :n_key])
+    return _Masking(n_key, False, None)
+
+
+def _dense_mask(call: InterfaceCall) -> Tensor | None:
+    mask = call.attention_mask
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 4):
+        raise UnreadableCallError("its mask is not a tensor [batch, n_head or 1, n_query, n_key]")
+    return None if mask is None else mask.detach()
+
+
+def _asks_for_causal(call: InterfaceCall) -> bool:
+    is_causal = call.others.get("is_causal")
+    return bool(getattr(call.module, "is_causal", True) if is_causal is None else is_causal)
+
+
+_READERS: Mapping[Callable[..., Any], Callable[[InterfaceCall], _Masking]] = {
+    sdpa_attention_forward: _read_sdpa,
+    flash_attention_forward: _read_flash,
+    flex_attention_forward: _read_flex,
+}

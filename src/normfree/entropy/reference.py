@@ -1,0 +1,86 @@
+"""The entropy of attention as it is defined, from the materialised scores: what the rest is held to.
+
+ReLU's Revival, Eq. 8, without its ε: H_i = -Σ_j p_ij ln p_ij with p_i = softmax(s_i).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from normfree.entropy.visibility import Block, Visibility, visibility_of
+
+
+class Distribution(NamedTuple):
+    """Softmax of scores over the last dim: ``p`` and ``log_p`` are 0 at hidden keys; ``lse`` is the
+    logsumexp.
+    """
+
+    p: Tensor
+    log_p: Tensor
+    lse: Tensor
+
+    def entropy(self) -> Tensor:
+        """In nats; NaN where no key is visible."""
+        return (-(self.p * self.log_p).sum(-1)).masked_fill(self.lse == -torch.inf, torch.nan)
+
+
+def block_scores(q: Tensor, k: Tensor, scale: float, block: Block) -> Tensor:
+    """Scores [batch, n_head, rows, columns] of one block, biased, -inf at hidden keys; in the dtype of q
+    and k.
+    """
+    batch, n_head, _, head_dim = q.shape
+    n_kv_head = k.shape[1]
+    q_rows = (q[:, :, block.rows] * scale).reshape(batch, n_kv_head, -1, head_dim)
+    scores = q_rows @ k[:, :, block.columns].transpose(-1, -2)
+    scores = scores.view(batch, n_head, -1, scores.shape[-1])
+    if block.bias is not None:
+        scores = scores + block.bias.to(scores.dtype)
+    if block.allowed is not None:
+        scores = scores.masked_fill(~block.allowed, -torch.inf)
+    return scores
+
+
+def distribution(scores: Tensor, allowed: Tensor | None) -> Distribution:
+    """Softmax of scores that are -inf where not ``allowed``, with gradients free of 0·inf at the hidden
+    keys.
+    """
+    lse = scores.logsumexp(-1)
+    log_p = scores - lse[..., None]
+    if allowed is None:
+        return Distribution(log_p.exp(), log_p, lse)
+    log_p = log_p.masked_fill(~allowed, 0.0)
+    return Distribution(log_p.exp().masked_fill(~allowed, 0.0), log_p, lse)
+
+
+def reference_kernel(q: Tensor, k: Tensor, scale: float, visibility: Visibility) -> tuple[Tensor, Tensor]:
+    """``(entropy, lse)`` [batch, n_head, n_query] with the whole score matrix in memory; see
+    ``fused.Kernel``.
+    """
+    block = visibility.block(0, visibility.n_query)
+    attention = distribution(block_scores(q, k, scale, block), block.allowed)
+    return attention.entropy(), attention.lse.detach()
+
+
+def attention_entropy_reference(
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float | None = None,
+    is_causal: bool = True,
+    attention_mask: Tensor | None = None,
+    sliding_window: int | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Entropy [batch, n_head, n_query] in nats, computed and returned in ``dtype``; differentiable.
+
+    Arguments and errors are those of :func:`normfree.entropy.attention_entropy`. Takes O(n_query · n_key)
+    memory.
+    """
+    visibility = visibility_of(q, k, is_causal=is_causal, attention_mask=attention_mask, sliding_window=sliding_window)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    with torch.autocast(q.device.type, enabled=False):
+        entropy, _ = reference_kernel(q.to(dtype), k.to(dtype), scale, visibility)
+        return entropy.clamp_min(0.0)

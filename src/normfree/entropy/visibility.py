@@ -1,0 +1,218 @@
+"""Which keys each query may attend to: causality, sliding window and attention mask, in one object.
+
+The T×T mask is never built: a sliding window or a causal triangle is written down only for a block of query
+rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from normfree.errors import InputError
+
+BLOCK_ELEMENTS = 2**22
+"""Elements that a block of scores may have (16 MiB in float32), unless the least number of rows needs
+more.
+"""
+
+MIN_BLOCK_ROWS = 16
+
+
+class Block(NamedTuple):
+    """Some query rows, the keys that any of them may see, and the mask between the two.
+
+    ``allowed`` (bool) and ``bias`` (float, added to the scores) are broadcastable to [batch, n_head, rows,
+    columns]; None means that every pair is allowed, or that nothing is added.
+    """
+
+    rows: slice
+    columns: slice
+    allowed: Tensor | None
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """The visible keys of every query of one attention call; build it with :func:`visibility_of`.
+
+    ``allowed`` is a bool mask broadcastable to [batch, n_head, n_query, n_key] on top of causality and
+    window, or None; ``bias`` a float tensor of the same kind that is added to the scores of the visible
+    keys, or None.
+    """
+
+    n_query: int
+    n_key: int
+    is_causal: bool
+    sliding_window: int | None
+    first: Tensor  # as :func:`visible_range` gives them
+    last: Tensor
+    allowed: Tensor | None
+    bias: Tensor | None
+    device: torch.device
+
+    @property
+    def has_full_rows(self) -> bool:
+        """Whether causality and window alone let every query see every key."""
+        return self.sliding_window is None and (not self.is_causal or self.n_query == 1)
+
+    def blocks(self, elements_per_row: int) -> Iterator[Block]:
+        """All query rows in order, in blocks whose scores, ``elements_per_row`` a row, fit
+        ``BLOCK_ELEMENTS``.
+        """
+        n_row = BLOCK_ELEMENTS // elements_per_row
+        if self.sliding_window is not None:
+            # longer blocks would mostly hold keys outside the window
+            n_row = min(n_row, self.sliding_window)
+        n_row = max(MIN_BLOCK_ROWS, n_row)
+        for start in range(0, self.n_query, n_row):
+            yield self.block(start, min(start + n_row, self.n_query))
+
+    def block(self, start: int, stop: int) -> Block:
+        """Query rows ``start`` to ``stop`` (exclusive)."""
+        rows, columns = slice(start, stop), slice(int(self.first[start]), int(self.last[stop - 1]))
+        allowed = None
+        if not self.has_full_rows:
+            key = torch.arange(columns.start, columns.stop, device=self.device)
+            first, last = self.first[rows, None].to(self.device), self.last[rows, None].to(self.device)
+            allowed = ((key >= first) & (key < last))[None, None]
+        if self.allowed is not None:
+            given = _rows_of(self.allowed, rows)[..., columns]
+            allowed = given if allowed is None else allowed & given
+        bias = None if self.bias is None else _rows_of(self.bias, rows)[..., columns]
+        return Block(rows, columns, allowed, bias)
+
+    def counts(self) -> Tensor:
+        """The number of visible keys of every query: int64, broadcastable to [batch, n_head, n_query]."""
+        first, last = self.first.to(self.device), self.last.to(self.device)
+        if self.allowed is None:
+            return (last - first)[None, None]
+        if self.allowed.shape[2] == 1:
+            before = torch.nn.functional.pad(self.allowed[:, :, 0].cumsum(-1), (1, 0))
+            return before[..., last] - before[..., first]
+        n_mask = self.allowed.shape[0] * self.allowed.shape[1]
+        counted = []
+        for block in self.blocks(n_mask * self.n_key):
+            assert block.allowed is not None
+            counted.append(block.allowed.sum(-1))
+        return torch.cat(counted, dim=-1)
+
+    def sees(self, key: Tensor) -> Tensor:
+        """Whether each query sees the key of number ``key`` (int64 [batch or 1, n_head or 1]).
+
+        Bool, broadcastable to [batch, n_head, n_query].
+        """
+        first, last = self.first.to(self.device), self.last.to(self.device)
+        seen = (key[..., None] >= first) & (key[..., None] < last)
+        if self.allowed is None:
+            return seen
+        index = key[..., None, None].expand(*self.allowed.shape[:3], 1)
+        return seen & self.allowed.gather(-1, index)[..., 0]
+
+    def first_key(self) -> Tensor:
+        """The number of the first key that any query sees, int64 [batch or 1, n_head or 1]; 0 where none
+        is seen.
+        """
+        if self.allowed is None:
+            return torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        return self.allowed.any(2).to(torch.uint8).argmax(-1)
+
+
+def visible_range(n_query: int, n_key: int, *, is_causal: bool, sliding_window: int | None) -> tuple[Tensor, Tensor]:
+    """First and last (exclusive) key of each query by causality and window alone: int64 [n_query], on CPU.
+
+    The queries are the last ``n_query`` positions of the keys'. A window of W lets a query see itself and
+    the W - 1 positions before it, and, where attention is not causal, the W - 1 positions after it.
+    """
+    if (is_causal or sliding_window is not None) and n_query > n_key:
+        raise InputError(
+            f"causal or windowed attention of {n_query} queries to {n_key} keys: the queries are the last "
+            "positions of the keys', so there must be at least as many keys; for cross attention pass "
+            "is_causal=False and no sliding_window"
+        )
+    if sliding_window is not None and sliding_window < 1:
+        raise InputError(f"sliding_window must be at least 1 key, got {sliding_window}; pass None for no window")
+    position = torch.arange(n_query) + (n_key - n_query)
+    first, last = torch.zeros_like(position), torch.full_like(position, n_key)
+    if sliding_window is not None:
+        first = (position - sliding_window + 1).clamp(0, n_key)
+        last = (position + sliding_window).clamp(0, n_key)
+    if is_causal:
+        last = position + 1
+    return first, last
+
+
+def visibility_of(
+    q: Tensor, k: Tensor, *, is_causal: bool, attention_mask: Tensor | None, sliding_window: int | None
+) -> Visibility:
+    """The visible keys of every query, after checking the shapes and dtypes of all inputs.
+
+    q [batch, n_head, n_query, head_dim]; k [batch, n_kv_head, n_key, head_dim]; ``attention_mask`` as in
+    :func:`normfree.entropy.attention_entropy`.
+
+    Raises:
+        InputError: shapes, dtypes or devices that do not fit together.
+    """
+    _check_query_and_key(q, k)
+    n_query, n_key = q.shape[2], k.shape[2]
+    first, last = visible_range(n_query, n_key, is_causal=is_causal, sliding_window=sliding_window)
+    allowed = bias = None
+    if attention_mask is not None:
+        allowed, bias = _split_mask(attention_mask, q, n_key)
+    # a window that holds all keys is none, and a kernel that knows no windows can do it
+    window = sliding_window if sliding_window is not None and sliding_window < n_key else None
+    return Visibility(n_query, n_key, is_causal, window, first, last, allowed, bias, q.device)
+
+
+def _check_query_and_key(q: Tensor, k: Tensor) -> None:
+    for name, tensor in (("q", q), ("k", k)):
+        if tensor.dim() != 4 or 0 in tensor.shape:
+            raise InputError(f"{name} must be non-empty, [batch, n_head, T, head_dim], got shape {list(tensor.shape)}")
+        if not tensor.is_floating_point():
+            raise InputError(f"{name} must have a floating-point dtype, got {tensor.dtype}")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1] != 0:
+        raise InputError(
+            f"q {list(q.shape)} and k {list(k.shape)} must agree in batch (dim 0) and head_dim (dim 3), and "
+            "n_head (dim 1 of q) must be a multiple of n_kv_head (dim 1 of k)"
+        )
+    if q.device != k.device:
+        raise InputError(f"q is on {q.device} and k on {k.device}; put them on one device")
+
+
+def _split_mask(mask: Tensor, q: Tensor, n_key: int) -> tuple[Tensor | None, Tensor | None]:
+    """``(allowed, bias)`` of a mask; the bias is None where the mask only hides keys."""
+    batch, n_head, n_query = q.shape[:3]
+    if mask.requires_grad:
+        raise InputError("attention_mask requires a gradient, which entropy does not give; detach() it")
+    if mask.dim() == 2:
+        if mask.shape != (batch, n_key) or mask.is_floating_point():
+            raise InputError(
+                "a 2-D attention_mask is a padding mask, bool or integer [batch, n_key] = "
+                f"[{batch}, {n_key}], got {mask.dtype} {list(mask.shape)}"
+            )
+        return mask.to(q.device, torch.bool)[:, None, None, :], None
+    wanted = (batch, n_head, n_query)
+    fits = mask.dim() == 4 and all(size in (1, full) for size, full in zip(mask.shape, wanted, strict=False))
+    if not fits or mask.shape[3] != n_key:
+        raise InputError(
+            f"attention_mask must be broadcastable to [batch, n_head, n_query, n_key] = "
+            f"{[*wanted, n_key]} with all keys written out, got shape {list(mask.shape)}"
+        )
+    mask = mask.to(q.device)
+    if mask.dtype == torch.bool:
+        return mask, None
+    if not mask.is_floating_point():
+        raise InputError(f"a 4-D attention_mask must be bool (True = attend) or float (added), got {mask.dtype}")
+    # transformers hides a key with the most negative finite number of the dtype, others with -inf
+    allowed = ~(mask <= torch.finfo(mask.dtype).min / 2)
+    has_bias = bool(((mask != 0) & allowed).any())
+    return allowed, mask if has_bias else None
+
+
+def _rows_of(mask: Tensor, rows: slice) -> Tensor:
+    """The given query rows of a mask whose query dimension may be 1 for all rows."""
+    return mask if mask.shape[2] == 1 else mask[:, :, rows]

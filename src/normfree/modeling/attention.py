@@ -1,0 +1,111 @@
+"""Attention, by name: [batch, T, n_embd] to [batch, T, n_embd], mixing positions.
+
+A new one is one ``nn.Module`` built from ``(config, layer)`` and one line in ``ATTENTIONS``. The kernel is not chosen
+here: ``SoftmaxAttention`` calls transformers' attention interface (``sdpa``, ``eager``, ``flex_attention``, ...), where
+``normfree.entropy.EntropyProbe`` reads the queries and keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
+
+from normfree.modeling.residual import ResidualProjection
+
+if TYPE_CHECKING:
+    from normfree.modeling.configuration import NormfreeConfig
+
+BIASED_PROJECTIONS = {"none": "", "qk": "qk", "qkv": "qkv", "all": "qkvo"}
+"""Values of ``attention_bias`` and the projections that have a bias under each."""
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention that materialises its weights (ReLU's Revival, Eq. 2): the ``eager`` implementation.
+
+    query [batch, n_head, n_query, head_dim]; key and value [batch, n_kv_head, n_key, head_dim]; ``attention_mask``
+    additive, broadcastable to [batch, n_head, n_query, n_key]. Returns the output [batch, n_query, n_head, head_dim]
+    and the weights [batch, n_head, n_query, n_key]. The softmax runs in float32.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.transpose(-1, -2) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class SoftmaxAttention(nn.Module):
+    """Multi-head softmax attention with optional grouped keys and rotary positions (ReLU's Revival, Eq. 2 and 3)."""
+
+    is_causal = True
+
+    def __init__(self, config: NormfreeConfig, layer: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer  # the names that transformers' attention implementations read
+        self.num_key_value_groups = config.n_head // config.n_kv_head
+        self.head_dim = config.head_dim
+        self.scaling = config.head_dim**-0.5
+        biased = BIASED_PROJECTIONS[config.attention_bias]
+        self.q_proj = nn.Linear(config.n_embd, config.n_head * config.head_dim, bias="q" in biased)
+        self.k_proj = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, bias="k" in biased)
+        self.v_proj = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, bias="v" in biased)
+        self.o_proj = ResidualProjection(config.n_head * config.head_dim, config.n_embd, bias="o" in biased)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Output [batch, T, n_embd] and, where the implementation materialises them, the attention weights."""
+        head_shape = (*x.shape[:-1], -1, self.head_dim)
+        query = self.q_proj(x).view(head_shape).transpose(1, 2)
+        key = self.k_proj(x).view(head_shape).transpose(1, 2)
+        value = self.v_proj(x).view(head_shape).transpose(1, 2)
+        if position_embeddings is not None:
+            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attend: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*x.shape[:-1], -1)), weights
+
+
+ATTENTIONS: dict[str, Callable[[NormfreeConfig, int], nn.Module]] = {"softmax": SoftmaxAttention}
+
+
+def build_attention(config: NormfreeConfig, layer: int) -> nn.Module:
+    """The attention of block ``layer`` (from 0)."""
+    return ATTENTIONS[config.attention](config, layer)

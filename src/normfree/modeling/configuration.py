@@ -1,0 +1,252 @@
+"""The configuration of the one decoder: sizes, and the choice of norm, placement, activation and attention."""
+
+from collections.abc import Mapping
+from math import inf, isfinite
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassFieldValidationError
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
+
+from normfree.errors import InputError, unknown_name
+from normfree.modeling.activations import ACTIVATIONS, LEAKY_ACTIVATIONS
+from normfree.modeling.attention import ATTENTIONS, BIASED_PROJECTIONS
+from normfree.modeling.blocks import PLACEMENTS
+from normfree.modeling.feedforward import FEED_FORWARDS
+from normfree.modeling.norms import NORMS
+
+ROPE_TYPES = ("default", *ROPE_INIT_FUNCTIONS)
+ROPE_PARAMETERS = (*RopeParameters.__annotations__, "type")
+SLOPE_SHARINGS = ("layer", "global")
+POSITIONS = ("learned", "rotary")
+
+
+@strict
+class NormfreeConfig(PreTrainedConfig):
+    """Configuration of :class:`~normfree.NormfreeForCausalLM`; the defaults are GPT-2 Small's architecture.
+
+    Sizes
+        ``vocab_size``, ``n_positions`` (longest sequence), ``n_layer``, ``n_head``, ``n_kv_head`` (key and value
+        heads; default ``n_head``), ``n_embd``, ``head_dim`` (default ``n_embd / n_head``), ``n_inner`` (width of the
+        feed-forward network; default ``4 n_embd``).
+    Norms
+        ``norm`` (in the blocks) and ``final_norm`` (before the unembedding): ``none | layernorm | rmsnorm``;
+        ``norm_placement``: ``pre | post``; ``norm_eps``; ``parallel_residual``: attention and feed-forward network
+        read the same input (pre placement only).
+    Feed-forward network
+        ``ffn``: ``dense | gated``; ``activation``: a name, or a list of ``n_layer`` names; ``negative_slope``: fixed
+        (``leaky_relu``) or initial (``learnable_leaky_relu``) slope, default 0.01, and ``slope_sharing``: one learnable
+        slope per ``layer`` or one ``global`` parameter; ``mlp_bias``.
+    Attention and positions
+        ``attention``: ``softmax``; ``attention_bias``: which projections have a bias, ``none | qk | qkv | all`` (also
+        ``False``, ``True`` for ``none``, ``all``); ``position``: ``learned | rotary``; ``rope_parameters``:
+        transformers' dictionary (``rope_type``, ``rope_theta``, ``partial_rotary_factor``, ...), rotary only.
+    Initialisation and dropout
+        N(0, ``initializer_range``) for every weight; ``scale_residual_init`` divides that of the projections into the
+        residual stream by sqrt(2 ``n_layer``) (GPT-2). ``embedding_dropout``, ``attention_dropout``,
+        ``residual_dropout``: 0 by default.
+
+    Raises:
+        InputError: a value that is not allowed, or an option that means nothing beside the others.
+    """
+
+    model_type = "normfree"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_key_value_heads": "n_kv_head",
+        "num_hidden_layers": "n_layer",
+        "intermediate_size": "n_inner",
+    }
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    if TYPE_CHECKING:
+        # As __post_init__ leaves them.
+        n_kv_head: int
+        head_dim: int
+        n_inner: int
+        attention_bias: str
+    else:
+        n_kv_head: int | None = None
+        head_dim: int | None = None
+        n_inner: int | None = None
+        attention_bias: str | bool = "all"
+
+    norm: str = "layernorm"
+    norm_placement: str = "pre"
+    final_norm: str = "layernorm"
+    norm_eps: float | int = 1e-5
+    parallel_residual: bool = False
+
+    ffn: str = "dense"
+    activation: str | list[str] = "gelu"
+    negative_slope: float | int | None = None
+    slope_sharing: str | None = None
+    mlp_bias: bool = True
+
+    attention: str = "softmax"
+    position: str = "learned"
+    rope_parameters: dict[str, Any] | None = None
+
+    initializer_range: float | int = 0.02
+    scale_residual_init: bool = False
+    embedding_dropout: float | int = 0.0
+    attention_dropout: float | int = 0.0
+    residual_dropout: float | int = 0.0
+
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if isinstance(self.attention_bias, bool):
+            self.attention_bias = "all" if self.attention_bias else "none"
+        self._check_names()
+        self._check_sizes()
+        self._check_options()
+        if self.n_kv_head is None:
+            self.n_kv_head = self.n_head
+        if self.head_dim is None:
+            self.head_dim = self.n_embd // self.n_head
+        if self.n_inner is None:
+            self.n_inner = 4 * self.n_embd
+        if set(self.activations) & set(LEAKY_ACTIVATIONS) and self.negative_slope is None:
+            self.negative_slope = 0.01
+        if "learnable_leaky_relu" in self.activations and self.slope_sharing is None:
+            self.slope_sharing = "layer"
+        super().__post_init__(**kwargs)
+
+    def convert_rope_params_to_dict(self, **kwargs: Any) -> dict[str, Any]:
+        """transformers' standard form of ``rope_parameters``; learned positions have none."""
+        if self.position != "rotary":
+            return kwargs
+        self.rope_parameters = dict(self.rope_parameters or {})  # transformers fills it in; the caller's stays
+        kwargs = super().convert_rope_params_to_dict(**kwargs)
+        self._check_rope_parameters(self.rope_parameters)
+        return kwargs
+
+    @property
+    def activations(self) -> list[str]:
+        """The activation of each layer: ``n_layer`` names."""
+        return [self.activation] * self.n_layer if isinstance(self.activation, str) else list(self.activation)
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> "NormfreeConfig":
+        """A configuration from a mapping that may hold mistakes, such as a file a user wrote.
+
+        Raises:
+            InputError: an unknown option, a value of the wrong type, and whatever the constructor refuses.
+        """
+        for name in options:
+            if name not in cls.option_names():
+                raise unknown_name("model option", name, cls.option_names())
+        try:
+            return cls(**options)
+        except StrictDataclassFieldValidationError as error:
+            raise InputError(f"model option: {error.__cause__}") from error
+
+    @classmethod
+    def option_names(cls) -> list[str]:
+        """The names of the model's own options, in the order of this class."""
+        return list(cls.__annotations__)
+
+    def _check_names(self) -> None:
+        for option, allowed in (
+            ("norm", NORMS),
+            ("final_norm", NORMS),
+            ("norm_placement", PLACEMENTS),
+            ("ffn", FEED_FORWARDS),
+            ("attention", ATTENTIONS),
+            ("attention_bias", BIASED_PROJECTIONS),
+            ("position", POSITIONS),
+        ):
+            if getattr(self, option) not in allowed:
+                raise unknown_name(option, getattr(self, option), allowed)
+        if self.slope_sharing is not None and self.slope_sharing not in SLOPE_SHARINGS:
+            raise unknown_name("slope_sharing", self.slope_sharing, SLOPE_SHARINGS)
+        for name in self.activations:
+            if name not in ACTIVATIONS:
+                raise unknown_name("activation", name, ACTIVATIONS)
+
+    def _check_sizes(self) -> None:
+        for option in (
+            "vocab_size",
+            "n_positions",
+            "n_layer",
+            "n_head",
+            "n_kv_head",
+            "n_embd",
+            "head_dim",
+            "n_inner",
+        ):
+            value = getattr(self, option)
+            if value is not None and value < 1:
+                raise InputError(f"{option} is {value}; it must be at least 1")
+        if self.head_dim is None and self.n_embd % self.n_head:
+            raise InputError(
+                f"n_embd ({self.n_embd}) is not divisible by n_head ({self.n_head}); "
+                "change one of them, or give head_dim"
+            )
+        if self.n_kv_head is not None and self.n_head % self.n_kv_head:
+            raise InputError(f"n_head ({self.n_head}) is not divisible by n_kv_head ({self.n_kv_head})")
+        if len(self.activations) != self.n_layer:
+            raise InputError(
+                f"activation lists {len(self.activations)} names for n_layer = {self.n_layer}; "
+                "give one name, or one name per layer"
+            )
+        for option in ("embedding_dropout", "attention_dropout", "residual_dropout"):
+            if not 0 <= getattr(self, option) < 1:
+                raise InputError(f"{option} is {getattr(self, option)}; it must be in [0, 1)")
+        for option in ("norm_eps", "initializer_range"):
+            if not 0 < getattr(self, option) < inf:
+                raise InputError(f"{option} is {getattr(self, option)}; it must be positive and finite")
+        if self.negative_slope is not None and not isfinite(self.negative_slope):
+            raise InputError(f"negative_slope is {self.negative_slope}; it must be finite")
+
+    def _check_options(self) -> None:
+        names = set(self.activations)
+        if self.negative_slope is not None and not names & set(LEAKY_ACTIVATIONS):
+            raise InputError(
+                f"negative_slope means nothing for activation {self.activation!r}; "
+                f"leave it out, or use one of: {', '.join(LEAKY_ACTIVATIONS)}"
+            )
+        if self.slope_sharing is not None and "learnable_leaky_relu" not in names:
+            raise InputError(
+                f"slope_sharing means nothing for activation {self.activation!r}; leave it out, "
+                "or use learnable_leaky_relu"
+            )
+        if self.rope_parameters and self.position != "rotary":
+            raise InputError(f"rope_parameters mean nothing with position {self.position!r}; use position: rotary")
+        if self.parallel_residual and self.norm_placement != "pre":
+            raise InputError(f"parallel_residual is defined for norm_placement pre only, not {self.norm_placement!r}")
+
+    def _check_rope_parameters(self, parameters: dict[str, Any]) -> None:
+        for name in parameters:
+            if name not in ROPE_PARAMETERS:
+                raise unknown_name("name in rope_parameters", name, ROPE_PARAMETERS)
+        if parameters["rope_type"] not in ROPE_TYPES:
+            raise unknown_name("rope_type", parameters["rope_type"], ROPE_TYPES)
+        fraction = parameters.get("partial_rotary_factor", 1.0)
+        for name, value in (("rope_theta", parameters["rope_theta"]), ("partial_rotary_factor", fraction)):
+            if not isinstance(value, (int, float)) or not 0 < value < inf:
+                raise InputError(f"{name} is {value!r}; it must be a positive, finite number")
+        assert self.head_dim is not None, "it is set before"
+        rotated = int(self.head_dim * fraction)
+        if not 1 <= rotated <= self.head_dim - self.head_dim % 2:
+            raise InputError(
+                f"rotary positions turn pairs of dimensions, but partial_rotary_factor {fraction} names {rotated} of "
+                f"the head_dim = {self.head_dim}; use an even head_dim and a factor in (0, 1]"
+            )
+        try:
+            self.validate_rope()
+        except (KeyError, ValueError) as error:
+            raise InputError(f"rope_parameters: {error.args[0]}") from error

@@ -1,0 +1,196 @@
+"""The one decoder-only language model. It knows no paper: every study is a configuration of it."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from normfree.modeling.activations import LearnableLeakyReLU
+from normfree.modeling.attention import SoftmaxAttention
+from normfree.modeling.blocks import Block, build_block
+from normfree.modeling.configuration import NormfreeConfig
+from normfree.modeling.norms import build_final_norm
+from normfree.modeling.residual import ResidualProjection
+
+
+class NormfreePreTrainedModel(PreTrainedModel):
+    """What transformers has to know of our models, and how their weights start."""
+
+    config: NormfreeConfig
+    config_class = NormfreeConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": Block, "attentions": SoftmaxAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """N(0, initializer_range) for weights, zero for biases, one for gains, the configured slope for slopes.
+
+        Norms and activations draw no random numbers: with one seed, configurations that differ only in them start
+        from the same weights.
+        """
+        super()._init_weights(module)
+        if isinstance(module, LearnableLeakyReLU):
+            init.constant_(module.negative_slope, module.initial_slope)
+        if isinstance(module, ResidualProjection) and self.config.scale_residual_init:
+            std = self.config.initializer_range / (2 * self.config.n_layer) ** 0.5
+            init.normal_(module.weight, std=std)
+
+
+class NormfreeModel(NormfreePreTrainedModel):
+    """Token ids [batch, T] to the final residual stream [batch, T, n_embd], normalized by ``final_norm``."""
+
+    def __init__(self, config: NormfreeConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.embed_positions = nn.Embedding(config.n_positions, config.n_embd) if config.position == "learned" else None
+        # It reads only what every rotary configuration of transformers has.
+        self.rotary_embedding = GPTNeoXRotaryEmbedding(cast(Any, config)) if config.position == "rotary" else None
+        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        self.blocks = nn.ModuleList([build_block(config, layer) for layer in range(config.n_layer)])
+        self.final_norm = build_final_norm(config)
+        self.gradient_checkpointing = False
+        self._tied_weights_keys = self._tied_slopes()
+        self.post_init()
+
+    def _tied_slopes(self) -> dict[str, str]:
+        """With a global slope: the slope of each later layer, tied to that of the first that has one."""
+        if self.config.slope_sharing != "global":
+            return {}
+        first, *rest = (
+            f"blocks.{layer}.ffn.activation.negative_slope"
+            for layer, name in enumerate(self.config.activations)
+            if name == "learnable_leaky_relu"
+        )
+        return dict.fromkeys(rest, first)
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """A global slope is tied even where the embeddings are not: transformers would then tie nothing."""
+        return self._tied_slopes()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """One pass; ``attention_mask`` [batch, T] is 1 for tokens and 0 for padding.
+
+        Raises:
+            ValueError: both or neither of ``input_ids`` and ``inputs_embeds`` are given.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
+
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        x = inputs_embeds
+        position_embeddings = None
+        if self.embed_positions is not None:
+            x = x + self.embed_positions(position_ids)
+        if self.rotary_embedding is not None:
+            position_embeddings = self.rotary_embedding(x, position_ids)
+        x = self.embedding_dropout(x)
+        for block in self.blocks:
+            x = block(
+                x,
+                attention_mask=mask,
+                position_embeddings=position_embeddings,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.final_norm(x), past_key_values=past_key_values)
+
+
+class NormfreeForCausalLM(NormfreePreTrainedModel, GenerationMixin):
+    """The decoder with its unembedding: next-token logits, loss and generation."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: NormfreeConfig) -> None:
+        super().__init__(config)
+        self.model = NormfreeModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits [batch, T, vocab_size] and, given ``labels`` [batch, T], the mean next-token loss in nats.
+
+        Labels are shifted inside, as everywhere in transformers; -100 marks a position that does not count.
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        assert outputs.last_hidden_state is not None
+        logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+AutoConfig.register("normfree", NormfreeConfig)
+AutoModel.register(NormfreeConfig, NormfreeModel)
+AutoModelForCausalLM.register(NormfreeConfig, NormfreeForCausalLM)

@@ -1,0 +1,82 @@
+"""The pandas frames a report is made from: their columns, and the checks that fail early and in one line.
+
+``model``, ``context_length``, ``configuration`` and ``seed`` name a run. A run that diverged has NaN in its
+rows; a missing row is never read as NaN.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from normfree.errors import InputError
+
+FloatArray = npt.NDArray[np.float64]
+
+SETTING = ("model", "context_length")
+RESULTS = (*SETTING, "configuration", "seed", "eval_loss", "eval_ppl", "status")
+HEAD_ENTROPY = (*SETTING, "configuration", "seed", "layer", "head", "entropy_nats")
+EVAL_CURVE = (*SETTING, "configuration", "seed", "step", "tokens", "eval_loss")
+LAYER_ENTROPY = (*SETTING, "configuration", "seed", "step", "layer", "entropy_nats")
+SEQUENCE_LOSSES = ("configuration", "seed", "sequence", "loss_nats")
+
+
+def check_frame(frame: pd.DataFrame, name: str, columns: Sequence[str], values: Sequence[str]) -> None:
+    """Checks that ``frame`` has ``columns``, at least one row, and no two rows about the same thing.
+
+    ``values`` are the measured columns; all others together are the key that has to be unique.
+
+    Raises:
+        InputError: a column is missing, there is no row, or a key occurs twice.
+    """
+    missing = [column for column in columns if column not in frame.columns]
+    if missing:
+        raise InputError(f"the {name} frame lacks {', '.join(missing)}; it needs the columns {', '.join(columns)}")
+    if frame.empty:
+        raise InputError(f"the {name} frame has no rows; give at least one run")
+    key = [column for column in columns if column not in values]
+    twice = frame.duplicated(key)
+    if twice.any():
+        first = frame.loc[twice, key].iloc[0].to_dict()
+        shown = ", ".join(f"{column} {value}" for column, value in first.items())
+        raise InputError(f"the {name} frame has more than one row for {shown}; give one row each")
+
+
+def check_one_setting(frame: pd.DataFrame, name: str) -> None:
+    """Checks that all rows are about one model and context length, so that configurations are comparable.
+
+    Raises:
+        InputError: there are several.
+    """
+    settings = frame[list(SETTING)].drop_duplicates()
+    if len(settings) > 1:
+        shown = "; ".join(f"{row[0]}, T = {row[1]}" for row in settings.to_numpy().tolist())
+        raise InputError(f"the {name} frame mixes several models or context lengths ({shown}); select one of them")
+
+
+def in_order(values: pd.Series) -> list[Any]:
+    """The distinct values in the order of first appearance, which figures and tables keep."""
+    return list(dict.fromkeys(values.tolist()))
+
+
+def head_grid(frame: pd.DataFrame) -> tuple[FloatArray, list[int], list[int], list[int]]:
+    """The entropies of one configuration as ``[n_seed, n_layer, n_head]``, with the seeds, layers and heads.
+
+    Raises:
+        InputError: a cell is missing; a head without a value is a row with NaN.
+    """
+    axes = [sorted(in_order(frame[column])) for column in ("seed", "layer", "head")]
+    entropy = frame.set_index(["seed", "layer", "head"])["entropy_nats"]
+    full = pd.MultiIndex.from_product(axes)
+    missing = [cell for cell in full if cell not in entropy.index]
+    if missing:
+        seed, layer, head = missing[0]
+        configuration = frame["configuration"].iloc[0]
+        raise InputError(
+            f"the head_entropy frame has no row for layer {layer}, head {head} of {configuration!r} "
+            f"(seed {seed}); every layer needs all heads, with NaN where there is no value"
+        )
+    values = entropy.reindex(full).to_numpy(dtype=np.float64)
+    return values.reshape([len(axis) for axis in axes]), axes[0], axes[1], axes[2]

@@ -1,0 +1,197 @@
+"""The report as one HTML file: no script, no network, nothing beside it; it opens from disk."""
+
+import base64
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isnan
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from pandas.api.types import is_string_dtype
+
+from normfree.errors import InputError, unknown_name
+from normfree.files import written_whole
+
+_DASH = "\N{EN DASH}"
+
+
+@dataclass(frozen=True, slots=True)
+class Paragraph:
+    """Running text."""
+
+    block: ClassVar[str] = "paragraph"
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A data frame; its first column names the rows. Missing text is a dash, a missing number NaN.
+
+    ``formats`` gives a format specification per column, such as ``{"eval_ppl": ".2f"}``; numbers without one
+    have four significant digits. ``notes`` stand beneath the table.
+
+    Raises:
+        InputError: ``formats`` names a column the frame lacks.
+    """
+
+    block: ClassVar[str] = "table"
+    frame: pd.DataFrame
+    caption: str
+    formats: Mapping[str, str] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        names = [str(name) for name in self.frame.columns]
+        for name in self.formats:
+            if name not in names:
+                raise unknown_name("column to format", name, names)
+
+    @property
+    def columns(self) -> list[tuple[str, bool]]:
+        """Name of each column and whether it holds quantities, which are set flush right."""
+        return [
+            (str(name), i > 0 and all(_is_quantity(value) for value in self.frame.iloc[:, i]))
+            for i, name in enumerate(self.frame.columns)
+        ]
+
+    @property
+    def rows(self) -> list[list[str]]:
+        """The cells as text."""
+        columns = []
+        for i, name in enumerate(self.frame.columns):
+            column = self.frame.iloc[:, i]
+            missing = _DASH if is_string_dtype(column) else "NaN"
+            columns.append([_cell(value, self.formats.get(str(name)), missing) for value in column.tolist()])
+        return [list(row) for row in zip(*columns, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class FigureBlock:
+    """A figure: the bytes of a PNG file, what it shows for those who can't see it, and a caption."""
+
+    block: ClassVar[str] = "figure"
+    png_bytes: bytes
+    alt: str
+    caption: str
+
+    @property
+    def data_uri(self) -> str:
+        """The image as a ``data:`` address.
+
+        Raises:
+            InputError: the bytes are not a PNG file.
+        """
+        if not self.png_bytes.startswith(b"\x89PNG\r\n\x1a\n"):
+            raise InputError(f"the figure {self.caption!r} is not a PNG image; save it with save_figure")
+        return "data:image/png;base64," + base64.b64encode(self.png_bytes).decode("ascii")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels, from the PNG header; the page keeps its layout while it loads."""
+        return int.from_bytes(self.png_bytes[16:20], "big"), int.from_bytes(self.png_bytes[20:24], "big")
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """Text in which every character counts, such as a command or a configuration."""
+
+    block: ClassVar[str] = "code"
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class KeyValues:
+    """Short facts by name."""
+
+    block: ClassVar[str] = "key_values"
+    items: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Callout:
+    """A remark set apart: a ``note``, a ``result``, or a ``warning`` about how far to trust the numbers."""
+
+    block: ClassVar[str] = "callout"
+    text: str
+    kind: Literal["note", "result", "warning"] = "note"
+
+
+Block = Paragraph | Table | FigureBlock | Code | KeyValues | Callout
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A titled part of the report, listed in its contents."""
+
+    title: str
+    blocks: Sequence[Block]
+
+
+def render_report(*, title: str, lead: str, sections: Sequence[Section], meta: Mapping[str, str]) -> str:
+    """The whole report as HTML.
+
+    All text is escaped, so a name that looks like HTML is shown as it is written.
+
+    Args:
+        title: the heading of the page.
+        lead: what was found, in two or three sentences.
+        sections: the parts of the report, in order.
+        meta: facts about the report as a whole (date, version, command), shown at its end.
+
+    Raises:
+        InputError: a figure is not a PNG image.
+    """
+    environment = Environment(
+        loader=PackageLoader("normfree.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    anchors = _anchors([section.title for section in sections])
+    return environment.get_template("template.html.j2").render(
+        title=title, lead=lead, sections=list(zip(anchors, sections, strict=True)), meta=meta
+    )
+
+
+def write_report(path: Path, html: str) -> Path:
+    """Writes ``html`` to ``path`` (UTF-8), whole or not at all; makes the folder if need be."""
+    with written_whole(path) as temporary:
+        temporary.write_text(html, encoding="utf-8", newline="\n")
+    return path
+
+
+def _anchors(titles: Sequence[str]) -> list[str]:
+    """A distinct ``id`` for each title, of ASCII letters, digits and hyphens."""
+    anchors: list[str] = []
+    for title in titles:
+        ascii_title = unicodedata.normalize("NFKD", title).encode("ascii", "ignore").decode().lower()
+        stem = re.sub(r"[^a-z0-9]+", "-", ascii_title).strip("-") or "section"
+        anchor, n = stem, 1
+        while anchor in anchors:
+            n += 1
+            anchor = f"{stem}-{n}"
+        anchors.append(anchor)
+    return anchors
+
+
+def _is_quantity(value: Any) -> bool:
+    """Numbers, and texts made of them: ``+18.9 ± 1.2 †``, ``NaN``, ``3 (1 diverged)``, a dash."""
+    if isinstance(value, str):
+        return bool(re.match(r"[+\N{MINUS SIGN}-]?\d|NaN\b|\N{EN DASH}$", value))
+    return value is None or isinstance(value, (int, float, np.number))
+
+
+def _cell(value: Any, form: str | None, missing: str) -> str:
+    if value is None or value is pd.NA:
+        return _DASH
+    if isinstance(value, float) and isnan(value):
+        return missing
+    if form is not None:
+        return format(value, form)
+    return format(value, ".4g") if isinstance(value, float) else str(value)

@@ -1,0 +1,68 @@
+"""The data frames of a report, read from the run folders of a study."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pandas as pd
+
+from normfree.studies.study import Study
+from normfree.training import RunResult
+from normfree.training.records import LAYERS_FILE, METRICS_FILE
+
+KEY = ("model", "context_length", "configuration", "seed")
+
+
+def results_frame(study: Study, results: Iterable[RunResult]) -> pd.DataFrame:
+    """One row a run, in the study's order, with Δ % of perplexity against the baseline of the same seed.
+
+    Columns: those of a run's ``results.csv``, then ``delta_percent`` (NaN where the baseline is missing).
+    """
+    frame = pd.DataFrame([result.row for result in results])
+    order = {configuration.label: place for place, configuration in enumerate(study.configurations)}
+    frame = frame.sort_values(
+        ["seed", "configuration"],
+        key=lambda column: column.map(order) if column.name == "configuration" else column,
+    ).reset_index(drop=True)
+    baseline = frame[frame["configuration"] == study.baseline].set_index("seed")["eval_ppl"]
+    frame["delta_percent"] = 100 * (frame["eval_ppl"] / frame["seed"].map(baseline) - 1)
+    return frame
+
+
+def head_entropy_frame(results: Iterable[RunResult]) -> pd.DataFrame:
+    """model, context_length, configuration, seed, layer, head, entropy_nats: final weights, evaluation tokens."""
+    return pd.concat([result.head_entropy.assign(**_key(result)) for result in results], ignore_index=True)
+
+
+def sequence_losses_frame(results: Iterable[RunResult]) -> pd.DataFrame:
+    """model, context_length, configuration, seed, sequence, loss_nats: the same sequences for every run."""
+    return pd.concat([result.sequence_losses.assign(**_key(result)) for result in results], ignore_index=True)
+
+
+def eval_curve_frame(results: Iterable[RunResult]) -> pd.DataFrame:
+    """model, context_length, configuration, seed, step, tokens, eval_loss: each evaluation during training."""
+    curves = []
+    for result in results:
+        metrics = pd.read_parquet(result.folder / METRICS_FILE)
+        curve = metrics[metrics["name"] == "eval_loss"]
+        curves.append(curve[["step", "tokens"]].assign(eval_loss=curve["value"], **_key(result)))
+    return pd.concat(curves, ignore_index=True)
+
+
+def layer_entropy_frame(results: Iterable[RunResult]) -> pd.DataFrame:
+    """model, context_length, configuration, seed, step, layer, entropy_nats: mean over heads, training batches.
+
+    A layer with a NaN head is NaN.
+    """
+    frames = []
+    for result in results:
+        layers = pd.read_parquet(result.folder / LAYERS_FILE)
+        heads = layers[layers["name"] == "entropy_nats"]
+        means = heads.groupby(["step", "layer"])["value"].agg(lambda values: values.mean(skipna=False))
+        frames.append(means.rename("entropy_nats").reset_index().assign(**_key(result)))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _key(result: RunResult) -> dict[str, Any]:
+    return {name: result.row[name] for name in KEY}

@@ -1,0 +1,99 @@
+"""Presets: the size of a study (model, data, recipe), as YAML shipped with the package or written by the user."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from normfree.data import DataConfig
+from normfree.errors import InputError, invalid_fields, unknown_name
+from normfree.modeling import NormfreeConfig
+from normfree.training import Recipe
+from normfree.training.configuration import read_yaml
+
+_FOLDER = files("normfree") / "presets"
+
+
+class PublishedColumn(BaseModel):
+    """Which column of the published tables stands beside our results."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str
+    context_length: int
+
+
+class Preset(BaseModel):
+    """What all configurations of a study share: the model's sizes, the data, the recipe and the seeds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    description: str
+    model_name: str
+    published: PublishedColumn | None = None
+    seeds: list[int] = Field(default=[0], min_length=1)
+    model: dict[str, Any]
+    data: DataConfig
+    recipe: Recipe
+
+    @field_validator("seeds")
+    @classmethod
+    def _check_seeds(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds) or min(seeds) < 0:
+            raise ValueError("seeds must be different numbers from 0")
+        return seeds
+
+    def with_changes(self, **changes: Any) -> Preset:
+        """The preset with some values changed; names are dotted, ``recipe.tokens=...``.
+
+        Raises:
+            InputError: a name is unknown or a value is not allowed.
+        """
+        content = self.model_dump(exclude_unset=True)
+        for name, value in changes.items():
+            *sections, option = name.split(".")
+            section = content
+            for each in sections:
+                if not isinstance(section.get(each), dict):
+                    raise unknown_name("section", each, [key for key in content if isinstance(content[key], dict)])
+                section = section[each]
+            section[option] = value
+            if name == "recipe.tokens":
+                section.pop("steps", None)
+            elif name == "recipe.steps":
+                section.pop("tokens", None)
+        return _validated(content, "the changed preset")
+
+
+def preset_names() -> list[str]:
+    """The names of the presets that come with the package."""
+    return sorted(path.name.removesuffix(".yaml") for path in _FOLDER.iterdir() if path.name.endswith(".yaml"))
+
+
+def load_preset(name: str) -> Preset:
+    """A preset by name, or from a YAML file by path.
+
+    Raises:
+        InputError: there is no such preset or file, or its content is wrong.
+    """
+    if name in preset_names():
+        path = Path(str(_FOLDER / f"{name}.yaml"))
+    elif name.endswith((".yaml", ".yml")):
+        path = Path(name)
+    else:
+        raise unknown_name("preset", name, [*preset_names(), "PATH.yaml"])
+    preset = _validated(read_yaml(path), str(path))
+    for option in preset.model:
+        if option not in NormfreeConfig.option_names():
+            raise InputError(f"{path}: {unknown_name('model option', option, NormfreeConfig.option_names())}")
+    return preset
+
+
+def _validated(content: dict[str, Any], where: str) -> Preset:
+    try:
+        return Preset.model_validate(content)
+    except ValidationError as error:
+        raise invalid_fields(where, error, Preset) from error

@@ -1,0 +1,201 @@
+"""A study: a named grid of configurations, trained on the same data with the same recipe and seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from normfree.data import PackedData, prepare_data
+from normfree.errors import InputError
+from normfree.files import write_text
+from normfree.studies.preset import Preset
+from normfree.training import RunConfig, RunResult, StudyProgress, load_result, load_run_config, train
+from normfree.training.configuration import CONFIG_FILE, read_yaml
+from normfree.training.trainer import RESULTS_FILE
+
+STUDY_FILE = "study.yaml"
+LEARNING_RATE_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
+"""The sweep of ``--tune-lr``, as multiples of the recipe's learning rate."""
+SWEEP_BUDGET = 0.2
+"""Share of the budget that each run of the sweep gets, with the whole schedule inside it."""
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One line of a study's table: a label such as ``SM+G`` and the model options that make it."""
+
+    label: str
+    model: Mapping[str, Any]
+
+    @property
+    def slug(self) -> str:
+        """The label as a folder name."""
+        return self.label.lower().replace("+", "-")
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared. ``baseline`` is the label that the others are measured against."""
+
+    name: str
+    title: str
+    configurations: tuple[Configuration, ...]
+    baseline: str
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    """The folder of one study: ``runs/CONFIGURATION/seed-N``, and with tuned learning rates ``sweep`` and ``tuned``.
+
+    Made by :meth:`claim`, or opened with :meth:`open` to read what is there.
+    """
+
+    path: Path
+    study_name: str
+    preset_name: str
+    preset: Preset
+
+    @classmethod
+    def claim(cls, path: Path, study: Study, preset_name: str, preset: Preset) -> StudyFolder:
+        """Makes ``path`` the folder of this study, or goes on with it.
+
+        More seeds and tuned learning rates can be added to a study that is there; its sizes cannot change.
+
+        Raises:
+            InputError: the folder holds another study, or files that are no study.
+        """
+        if (path / STUDY_FILE).exists():
+            there = cls.open(path)
+            if there.study_name != study.name or _identity(there.preset) != _identity(preset):
+                raise InputError(
+                    f"{path} holds another study ({there.study_name}, preset {there.preset_name}, "
+                    "with other options); give another folder with --out, or the same options"
+                )
+            return there
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise InputError(f"{path} exists and is no study folder ({STUDY_FILE} is missing); give another with --out")
+        content = {
+            "study": study.name,
+            "preset": preset_name,
+            **preset.model_dump(mode="json", exclude_none=True),
+        }
+        write_text(path / STUDY_FILE, yaml.safe_dump(content, sort_keys=False))
+        return cls(path, study.name, preset_name, preset)
+
+    @classmethod
+    def open(cls, path: Path) -> StudyFolder:
+        """The study in ``path``.
+
+        Raises:
+            InputError: there is none, or its ``study.yaml`` cannot be read.
+        """
+        if not (path / STUDY_FILE).exists():
+            raise InputError(f"{path} is no study folder ({STUDY_FILE} is missing); run `normfree study` first")
+        content = read_yaml(path / STUDY_FILE)
+        try:
+            return cls(path, content.pop("study"), content.pop("preset"), Preset.model_validate(content))
+        except (KeyError, ValueError) as error:
+            raise InputError(f"{path / STUDY_FILE} is damaged ({error}); run the study in another folder") from error
+
+    def results(self, group: str) -> list[RunResult]:
+        """The finished runs of a group (``runs``, ``sweep``, ``tuned``), in no particular order."""
+        return [load_result(path.parent) for path in sorted(self.path.glob(f"{group}/*/*/{RESULTS_FILE}"))]
+
+    def corpus_fingerprint(self) -> str:
+        """The fingerprint of the data that the study's runs were trained on."""
+        path = next(iter(sorted(self.path.glob(f"runs/*/*/{CONFIG_FILE}"))))
+        return str(read_yaml(path)["provenance"]["corpus_fingerprint"])
+
+
+def run_study(
+    study: Study, folder: StudyFolder, seeds: list[int], *, tune_lr: bool, cache_dir: Path, console: Console
+) -> PackedData:
+    """Trains every configuration with every seed; what is finished is skipped, what was stopped goes on.
+
+    With ``tune_lr`` each configuration is then trained for :data:`SWEEP_BUDGET` of the budget at each multiple of the
+    learning rate in :data:`LEARNING_RATE_FACTORS` (first seed), and for the whole budget at its best one (all seeds).
+
+    Raises:
+        InputError: a configuration, the corpus or the folder cannot be used. All are checked before any training.
+    """
+    preset = folder.preset
+    for configuration in study.configurations:
+        _run_config(preset, configuration, seeds[0]).build_model_config(preset.data.vocab_size)
+    preset.recipe.training_arguments(folder.path, preset.data.sequence_length, seeds[0])
+    data = prepare_data(preset.data, cache_dir, progress=console.is_terminal)
+
+    plan = [(seed, configuration) for seed in seeds for configuration in study.configurations]
+    sweep = list(_sweep(study, preset, seeds[0])) if tune_lr else []
+    length = preset.data.sequence_length
+    whole = preset.recipe.n_tokens(length)
+    total = whole * len(plan) * (2 if tune_lr else 1) + sum(run.recipe.n_tokens(length) for run, _ in sweep)
+    with StudyProgress(total, console=console, description=f"{study.name} ({folder.preset_name})") as progress:
+        for seed, configuration in plan:
+            run = _run_config(preset, configuration, seed)
+            _train(run, data, folder.path / "runs" / configuration.slug / f"seed-{seed}", progress)
+        for run, place in sweep:
+            _train(run, data, folder.path / "sweep" / place, progress)
+        for seed, configuration in plan if tune_lr else []:
+            rate = best_learning_rates(folder)[configuration.label]
+            if rate == preset.recipe.learning_rate:
+                progress.skip(whole)
+                continue
+            run = _run_config(preset, configuration, seed, learning_rate=rate)
+            _train(run, data, folder.path / "tuned" / configuration.slug / f"seed-{seed}", progress)
+    return data
+
+
+def best_learning_rates(folder: StudyFolder) -> dict[str, float]:
+    """The learning rate with the lowest evaluation loss in the sweep, by configuration.
+
+    A configuration that diverged at every rate keeps the recipe's.
+    """
+    best: dict[str, tuple[float, float]] = {}
+    for result in folder.results("sweep"):
+        label, loss, rate = (result.row[name] for name in ("configuration", "eval_loss", "learning_rate"))
+        fallback = (float("inf"), folder.preset.recipe.learning_rate)
+        best[label] = min(best.get(label, fallback), (loss, rate) if loss == loss else fallback)
+    return {label: rate for label, (_, rate) in best.items()}
+
+
+def _run_config(
+    preset: Preset, configuration: Configuration, seed: int, *, learning_rate: float | None = None
+) -> RunConfig:
+    recipe = preset.recipe
+    if learning_rate is not None:
+        recipe = recipe.model_copy(update={"learning_rate": learning_rate})
+    return RunConfig(
+        model_name=preset.model_name,
+        configuration=configuration.label,
+        seed=seed,
+        model={**preset.model, **configuration.model},
+        data=preset.data,
+        recipe=recipe,
+    )
+
+
+def _sweep(study: Study, preset: Preset, seed: int) -> Iterator[tuple[RunConfig, Path]]:
+    steps = max(1, round(SWEEP_BUDGET * preset.recipe.n_steps(preset.data.sequence_length)))
+    for configuration in study.configurations:
+        for factor in LEARNING_RATE_FACTORS:
+            run = _run_config(preset, configuration, seed, learning_rate=factor * preset.recipe.learning_rate)
+            recipe = run.recipe.model_copy(update={"steps": steps, "tokens": None, "save_steps": steps})
+            place = Path(configuration.slug) / f"learning-rate-{recipe.learning_rate:g}"
+            yield run.model_copy(update={"recipe": recipe}), place
+
+
+def _train(run: RunConfig, data: PackedData, folder: Path, progress: StudyProgress) -> None:
+    tokens = run.recipe.n_tokens(run.data.sequence_length)
+    if (folder / RESULTS_FILE).exists() and load_run_config(folder / CONFIG_FILE) == run:
+        progress.skip(tokens)
+        return
+    train(run, data, folder, callbacks=(progress.run(f"{run.configuration} seed {run.seed}", tokens),))
+
+
+def _identity(preset: Preset) -> dict[str, Any]:
+    return preset.model_dump(mode="json", exclude={"seeds", "description"})

@@ -1,0 +1,109 @@
+"""Everything needed to run one training again, as a YAML file."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from normfree.data import DataConfig
+from normfree.errors import InputError, invalid_fields
+from normfree.modeling import NormfreeConfig
+from normfree.training.recipe import Recipe
+
+CONFIG_FILE = "config.yaml"
+PROVENANCE = "provenance"
+
+
+class RunConfig(BaseModel):
+    """One training run: a named configuration of a named model, its data, its recipe and its seed.
+
+    ``model`` holds options of :class:`~normfree.NormfreeConfig`. The vocabulary size and the token ids come from
+    the tokenizer, ``n_positions`` from ``data.sequence_length``; none of them may stand in ``model``.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model_name: str
+    configuration: str
+    seed: int = Field(0, ge=0)
+    model: dict[str, Any]
+    data: DataConfig
+    recipe: Recipe
+
+    def build_model_config(self, vocab_size: int, eos_token_id: int | None = None) -> NormfreeConfig:
+        """The model's configuration for a tokenizer of ``vocab_size``.
+
+        Raises:
+            InputError: an option of ``model`` is unknown, wrong, or one that the data decide.
+        """
+        decided = {
+            "vocab_size": vocab_size,
+            "n_positions": self.data.sequence_length,
+            "bos_token_id": eos_token_id,
+            "eos_token_id": eos_token_id,
+        }
+        for name in decided:
+            if name in self.model:
+                raise InputError(f"model.{name} is decided by the data (tokenizer, data.sequence_length); leave it out")
+        return NormfreeConfig.from_options({**self.model, **decided})
+
+    def to_yaml(self, provenance: dict[str, Any]) -> str:
+        """The file's text; ``provenance`` says where and with what it ran, and is not read back."""
+        return yaml.safe_dump(
+            {**self.model_dump(mode="json", exclude_none=True), PROVENANCE: provenance}, sort_keys=False
+        )
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping.
+
+    Raises:
+        InputError: it cannot be read, is not YAML (object tags included), or holds something else.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not a text file (byte {error.start} is not UTF-8)") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "syntax error"
+        raise InputError(f"{path} is not valid YAML{where}: {problem}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold a YAML mapping of options, not {type(content).__name__}")
+    return content
+
+
+def load_run_config(path: Path) -> RunConfig:
+    """A run's configuration from a file written by hand or by a former run.
+
+    Raises:
+        InputError: the file cannot be read, or an option in it is unknown or wrong.
+    """
+    content = read_yaml(path)
+    content.pop(PROVENANCE, None)
+    try:
+        return RunConfig.model_validate(content)
+    except ValidationError as error:
+        raise invalid_fields(str(path), error, RunConfig) from error
+
+
+def provenance(corpus_fingerprint: str) -> dict[str, Any]:
+    """Versions, hardware kind and corpus: what a number has to be reported with."""
+    packages = ("normfree", "torch", "transformers", "tokenizers", "accelerate", "numpy")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {
+        "corpus_fingerprint": corpus_fingerprint,
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "python": platform.python_version(),
+        "device": device,
+        "cpu_threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,106 @@
+"""Progress bars with the time left: one for the run that trains, one for the whole study."""
+
+from __future__ import annotations
+
+import math
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class StudyProgress:
+    """A context manager that shows the progress of one or more runs, counted in tokens.
+
+    On a terminal two bars move; elsewhere (a log file) each evaluation prints a line.
+    """
+
+    def __init__(self, total_tokens: int, *, console: Console, description: str) -> None:
+        self.console = console
+        self._bars = Progress(
+            TextColumn("{task.description:<24}"),
+            BarColumn(bar_width=28),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            # The study's speed is judged over minutes: a run's first steps and its evaluations are slower.
+            speed_estimate_period=600,
+        )
+        self._whole = self._bars.add_task(description, total=total_tokens, note="")
+
+    def __enter__(self) -> StudyProgress:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def skip(self, tokens: int) -> None:
+        """Takes a run that was finished earlier out of the work ahead."""
+        task = self._bars.tasks[0]
+        self._bars.update(self._whole, total=(task.total or 0) - tokens)
+
+    def run(self, description: str, tokens: int) -> RunProgress:
+        """The callback that moves the bars while one run trains."""
+        return RunProgress(self, self._bars, self._whole, description, tokens)
+
+
+class RunProgress(TrainerCallback):
+    """Moves the bars of a :class:`StudyProgress` while the Trainer trains one run."""
+
+    def __init__(self, study: StudyProgress, bars: Progress, whole: Any, description: str, tokens: int) -> None:
+        self._study = study
+        self._bars = bars
+        self._whole = whole
+        self._description = description
+        self._tokens = tokens
+        self._notes: dict[str, str] = {}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._per_step = self._tokens / args.max_steps
+        done = round(state.global_step * self._per_step)
+        self._task = self._bars.add_task(self._description, total=self._tokens, completed=done, note="")
+        self._study.skip(done)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._bars.advance(self._task, self._per_step)
+        self._bars.advance(self._whole, self._per_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        logs = logs or {}
+        if "loss" in logs:
+            self._notes["train"] = f"loss {logs['loss']:.3f}"
+        if "eval_loss" in logs:
+            self._notes["eval"] = f"eval {logs['eval_loss']:.3f}"
+            if not self._study.console.is_terminal:
+                perplexity = math.exp(min(logs["eval_loss"], 700.0))
+                self._study.console.print(
+                    f"{self._description}: step {state.global_step}/{args.max_steps}, "
+                    f"evaluation loss {logs['eval_loss']:.4f} (perplexity {perplexity:.2f})"
+                )
+        self._bars.update(self._task, note="  ".join(self._notes.values()))
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._bars.remove_task(self._task)

@@ -1,0 +1,128 @@
+"""How a model is trained: optimizer, schedule, budget, precision, and what is measured on the way."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from transformers import TrainingArguments
+
+from normfree.errors import InputError
+
+
+class Recipe(BaseModel):
+    """The training recipe; the defaults are those of ReLU's Revival and of its public code.
+
+    A budget is given either in ``steps`` (optimizer steps) or in ``tokens``, which is rounded down to whole steps.
+    ``batch_size`` counts the sequences of one optimizer step over all devices; a device holds
+    ``micro_batch_size`` of them at a time and accumulates the rest.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: int | None = Field(None, ge=1)
+    tokens: int | None = Field(None, ge=1)
+    batch_size: int = Field(512, ge=1)
+    micro_batch_size: int = Field(128, ge=1)
+
+    learning_rate: float = Field(1e-3, gt=0)
+    warmup_ratio: float = Field(0.05, ge=0, lt=1)
+    weight_decay: float = Field(0.1, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+
+    precision: Literal["fp32", "bf16", "fp16"] = "fp16"
+    torch_compile: bool = False
+    gradient_checkpointing: bool = False
+
+    telemetry_steps: int = Field(100, ge=1)
+    logging_steps: int = Field(10, ge=1)
+    eval_steps: int = Field(500, ge=1)
+    save_steps: int = Field(500, ge=1)
+
+    @model_validator(mode="after")
+    def _check_batch(self) -> Recipe:
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size ({self.batch_size}) is not a multiple of micro_batch_size ({self.micro_batch_size})"
+            )
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError("give the budget as steps or as tokens: exactly one of the two")
+        return self
+
+    def n_steps(self, sequence_length: int) -> int:
+        """Optimizer steps within the budget.
+
+        Raises:
+            InputError: the budget is smaller than one step.
+        """
+        if self.steps is not None:
+            return self.steps
+        assert self.tokens is not None, "the validator asks for one of the two"
+        steps = self.tokens // (self.batch_size * sequence_length)
+        if steps < 1:
+            raise InputError(
+                f"recipe.tokens is {self.tokens}, less than one step of {self.batch_size} sequences of "
+                f"{sequence_length} tokens = {self.batch_size * sequence_length}; raise it, or lower batch_size"
+            )
+        return steps
+
+    def n_tokens(self, sequence_length: int) -> int:
+        """Tokens trained on: whole steps only."""
+        return self.n_steps(sequence_length) * self.batch_size * sequence_length
+
+    def training_arguments(self, folder: Path, sequence_length: int, seed: int) -> TrainingArguments:
+        """The recipe in transformers' terms.
+
+        Raises:
+            InputError: the batch does not divide over the processes, or fp16 is asked for where there is no GPU.
+        """
+        if self.precision == "fp16" and not torch.cuda.is_available():
+            raise InputError("recipe.precision fp16 needs a CUDA device, and there is none; use bf16 or fp32")
+        n_processes = int(os.environ.get("WORLD_SIZE", "1"))
+        if self.batch_size % (self.micro_batch_size * n_processes):
+            raise InputError(
+                f"recipe.batch_size ({self.batch_size}) is not a multiple of micro_batch_size "
+                f"({self.micro_batch_size}) times the {n_processes} processes; change one of them"
+            )
+        steps = self.n_steps(sequence_length)
+        precision: dict[str, Any] = {"bf16": self.precision == "bf16", "fp16": self.precision == "fp16"}
+        return TrainingArguments(
+            output_dir=str(folder),
+            max_steps=steps,
+            per_device_train_batch_size=self.micro_batch_size,
+            per_device_eval_batch_size=self.micro_batch_size,
+            gradient_accumulation_steps=self.batch_size // (self.micro_batch_size * n_processes),
+            learning_rate=self.learning_rate,
+            lr_scheduler_type="linear",
+            warmup_steps=math.ceil(self.warmup_ratio * steps),
+            weight_decay=self.weight_decay,
+            adam_beta1=self.adam_beta1,
+            adam_beta2=self.adam_beta2,
+            adam_epsilon=self.adam_epsilon,
+            max_grad_norm=self.max_grad_norm,
+            torch_compile=self.torch_compile,
+            use_cpu=not torch.accelerator.is_available(),
+            **precision,
+            logging_steps=self.logging_steps,
+            # NaN is what we study: it must reach the records, not be averaged away.
+            logging_nan_inf_filter=False,
+            eval_strategy="steps",
+            eval_steps=self.eval_steps,
+            save_strategy="steps",
+            save_steps=self.save_steps,
+            save_total_limit=2,
+            seed=seed,
+            data_seed=seed,
+            dataloader_drop_last=True,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            label_names=["labels"],
+            report_to="none",
+            disable_tqdm=True,
+        )

@@ -1,0 +1,216 @@
+"""What is measured while a model trains, on training steps only, from the forward pass that training makes anyway."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from normfree.entropy import EntropyProbe
+from normfree.modeling import NormfreeForCausalLM
+from normfree.modeling.activations import LearnableLeakyReLU
+from normfree.training.records import RunRecords
+
+LOGGED_NAMES = {
+    "loss": "train_loss",
+    "grad_norm": "grad_norm",
+    "learning_rate": "learning_rate",
+    "eval_loss": "eval_loss",
+}
+"""The Trainer's log entries that are recorded, and what they are called in ``metrics.parquet``."""
+
+
+class ResidualStreamProbe:
+    """RMS, NaN count and Inf count of the residual stream after each block, over the batches seen while attached."""
+
+    def __init__(self, model: NormfreeForCausalLM) -> None:
+        n_layer = model.config.n_layer
+        device = model.device
+        self.squares = torch.zeros(n_layer, dtype=torch.float64, device=device)
+        self.elements = torch.zeros(n_layer, dtype=torch.int64, device=device)
+        self.nan = torch.zeros(n_layer, dtype=torch.int64, device=device)
+        self.inf = torch.zeros(n_layer, dtype=torch.int64, device=device)
+        self._hooks = [
+            block.register_forward_hook(self._reader(layer)) for layer, block in enumerate(model.model.blocks)
+        ]
+
+    def _reader(self, layer: int) -> Any:
+        @torch.no_grad()
+        def read(module: nn.Module, inputs: tuple[Any, ...], x: torch.Tensor) -> None:
+            self.squares[layer] += x.float().square().sum(dtype=torch.float64)
+            self.elements[layer] += x.numel()
+            self.nan[layer] += x.isnan().sum()
+            self.inf[layer] += x.isinf().sum()
+
+        return read
+
+    def reduce(self) -> None:
+        """Sums over the processes of a distributed run."""
+        if torch.distributed.is_initialized():
+            for total in (self.squares, self.elements, self.nan, self.inf):
+                torch.distributed.all_reduce(total)
+
+    def rms(self) -> torch.Tensor:
+        """float64 [n_layer]; NaN or Inf where the residual stream holds one."""
+        return (self.squares / self.elements).sqrt()
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+@dataclass
+class _Probes:
+    entropy: EntropyProbe
+    residual: ResidualStreamProbe
+    attached: contextlib.ExitStack
+
+
+class Telemetry(TrainerCallback):
+    """Records what the Trainer logs and, every ``telemetry_steps`` steps, the inside of the model.
+
+    A row of step s in ``layers.parquet`` describes the weights after s updates, read on the batch of the next
+    training step (all its micro-batches, all processes): ``entropy_nats`` by head (ReLU's Revival, Eq. 8, mean over
+    query positions and sequences), ``scores_nan_count`` and ``scores_inf_count`` (attention scores),
+    ``residual_rms``, ``residual_nan_count`` and ``residual_inf_count`` (residual stream after the block), and
+    ``negative_slope`` where it is learned.
+    """
+
+    def __init__(self, records: RunRecords, *, telemetry_steps: int, tokens_per_step: int) -> None:
+        self.records = records
+        self.telemetry_steps = telemetry_steps
+        self.tokens_per_step = tokens_per_step
+        self._probes: _Probes | None = None
+        self._slopes: list[tuple[int, float]] = []
+        self._wall_seconds_before = 0.0
+        self._start = 0.0
+        self._step_start = 0.0
+        self._seconds_in_steps = 0.0
+        self._steps_timed = 0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.records.rewind(state.global_step)
+        self._wall_seconds_before = self.records.wall_seconds
+        self._start = time.monotonic()
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        self._step_start = time.monotonic()
+        if state.global_step % self.telemetry_steps == 0:
+            self._attach(kwargs["model"])
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        self._seconds_in_steps += time.monotonic() - self._step_start
+        self._steps_timed += 1
+        if self._probes is not None:
+            self._record_layers(state.global_step - 1, self._probes)
+            self.detach()
+        if control.should_save:
+            if all_finite(kwargs["model"]):
+                self._flush(state)
+            else:
+                # The last good checkpoint stays the one to go on from.
+                control.should_save = False
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        logs = logs or {}
+        for name, value in logs.items():
+            if name in LOGGED_NAMES:
+                self._add_metric(state, LOGGED_NAMES[name], value)
+        if "loss" in logs and self._steps_timed:
+            self._add_metric(
+                state, "tokens_per_second", self._steps_timed * self.tokens_per_step / self._seconds_in_steps
+            )
+            self._seconds_in_steps, self._steps_timed = 0.0, 0
+        if control.should_save:
+            self._flush(state)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._flush(state)
+
+    def detach(self) -> None:
+        """Takes the probes off the model; safe to call at any time."""
+        if self._probes is not None:
+            self._probes.attached.close()
+            self._probes = None
+
+    def _attach(self, model: NormfreeForCausalLM) -> None:
+        with contextlib.ExitStack() as stack:
+            # A compiled step would not run the probes' Python code.
+            stack.enter_context(_uncompiled())
+            entropy = stack.enter_context(EntropyProbe(model, count_nonfinite=True))
+            residual = ResidualStreamProbe(model)
+            stack.callback(residual.close)
+            self._slopes = [
+                (layer, block.ffn.activation.negative_slope.item())
+                for layer, block in enumerate(model.model.blocks)
+                if isinstance(block.ffn.activation, LearnableLeakyReLU)
+            ]
+            self._probes = _Probes(entropy, residual, stack.pop_all())
+
+    def _record_layers(self, step: int, probes: _Probes) -> None:
+        probes.entropy.reduce()
+        probes.residual.reduce()
+        entropy = probes.entropy.per_head().tolist()
+        scores_nan, scores_inf = probes.entropy.nonfinite()
+        by_layer = {
+            "scores_nan_count": scores_nan.sum(dim=1),
+            "scores_inf_count": scores_inf.sum(dim=1),
+            "residual_rms": probes.residual.rms(),
+            "residual_nan_count": probes.residual.nan,
+            "residual_inf_count": probes.residual.inf,
+        }
+        for layer, heads in enumerate(entropy):
+            for head, value in enumerate(heads):
+                self.records.add_layer(step, layer, head, "entropy_nats", value)
+        for name, values in by_layer.items():
+            for layer, value in enumerate(values.tolist()):
+                self.records.add_layer(step, layer, None, name, value)
+        for layer, slope in self._slopes:
+            self.records.add_layer(step, layer, None, "negative_slope", slope)
+
+    def _add_metric(self, state: TrainerState, name: str, value: float) -> None:
+        wall_seconds = self._wall_seconds_before + time.monotonic() - self._start
+        tokens = state.global_step * self.tokens_per_step
+        self.records.add_metric(state.global_step, tokens, wall_seconds, name, value)
+
+    def _flush(self, state: TrainerState) -> None:
+        if state.is_world_process_zero:
+            self.records.flush()
+
+
+@contextlib.contextmanager
+def _uncompiled() -> Iterator[None]:
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@torch.no_grad()
+def all_finite(model: nn.Module) -> bool:
+    """Whether every parameter of ``model`` is free of NaN and Inf."""
+    return all(bool(parameter.isfinite().all()) for parameter in model.parameters())

@@ -1,0 +1,214 @@
+"""One training run: from a configuration and packed tokens to a run folder."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import yaml
+from torch.nn.functional import cross_entropy
+from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
+from transformers.utils.logging import disable_progress_bar
+
+from normfree.data import PackedData
+from normfree.entropy import EntropyProbe
+from normfree.errors import InputError
+from normfree.files import write_text
+from normfree.modeling import NormfreeForCausalLM
+from normfree.training.configuration import (
+    CONFIG_FILE,
+    RunConfig,
+    load_run_config,
+    provenance,
+)
+from normfree.training.records import RunRecords, write_parquet
+from normfree.training.telemetry import Telemetry, all_finite
+
+RESULTS_FILE = "results.csv"
+SEQUENCE_LOSSES_FILE = "sequence_losses.parquet"
+HEAD_ENTROPY_FILE = "head_entropy.parquet"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run measured on the evaluation tokens, as read back from its folder.
+
+    row: one row of ``results.csv``.
+    sequence_losses: sequence, loss_nats (mean over the T - 1 predicted tokens).
+    head_entropy: layer, head, entropy_nats.
+    """
+
+    folder: Path
+    row: dict[str, Any]
+    sequence_losses: pd.DataFrame
+    head_entropy: pd.DataFrame
+
+
+def train(
+    config: RunConfig, data: PackedData, folder: Path, *, callbacks: tuple[TrainerCallback, ...] = ()
+) -> RunResult:
+    """Trains ``config`` in ``folder``, goes on from its last checkpoint, or returns what it finished earlier.
+
+    The folder then holds ``config.yaml``, ``metrics.parquet``, ``layers.parquet``, ``sequence_losses.parquet``,
+    ``head_entropy.parquet``, the last checkpoints, and ``results.csv``, whose presence says that the run is
+    finished. A run whose weights stop being finite goes on to its end, with its last good checkpoint kept, and has
+    the status ``diverged``.
+
+    Raises:
+        InputError: the folder holds a run of another configuration, or the data are too few for one batch.
+    """
+    _claim(folder, config, data)
+    if (folder / RESULTS_FILE).exists():
+        return load_result(folder)
+    if len(data.train) < config.recipe.batch_size:
+        raise InputError(
+            f"the training split has {len(data.train)} sequences, fewer than one batch of "
+            f"{config.recipe.batch_size}; give a larger corpus, or lower recipe.batch_size"
+        )
+
+    # transformers' own bars (one for each checkpoint) would break up ours.
+    disable_progress_bar()
+    sequence_length = config.data.sequence_length
+    set_seed(config.seed)
+    model = NormfreeForCausalLM(config.build_model_config(data.statistics["vocab_size"], data.tokenizer.eos_token_id))
+    if config.recipe.gradient_checkpointing:
+        # Renamed in transformers 5.23; both names work over the range we support.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    telemetry = Telemetry(
+        RunRecords(folder),
+        telemetry_steps=config.recipe.telemetry_steps,
+        tokens_per_step=config.recipe.batch_size * sequence_length,
+    )
+    trainer = Trainer(
+        model=model,
+        args=config.recipe.training_arguments(folder, sequence_length, config.seed),
+        train_dataset=data.train,
+        eval_dataset=data.eval,
+        callbacks=[telemetry, *callbacks],
+        preprocess_logits_for_metrics=sequence_losses,
+    )
+    trainer.remove_callback(PrinterCallback)
+    try:
+        checkpoint = last_checkpoint(folder)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        telemetry.detach()
+    return _measure(trainer, config, data, folder)
+
+
+@torch.no_grad()
+def sequence_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The mean next-token loss of each sequence in nats: float32 [batch], from logits [batch, T, vocab_size]."""
+    losses = cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none")
+    return losses.mean(dim=1)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint in ``folder`` that was written whole, if there is one."""
+    # The Trainer writes its own state after everything else.
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+
+
+def load_result(folder: Path) -> RunResult:
+    """What the finished run in ``folder`` measured.
+
+    Raises:
+        InputError: the folder holds no finished run.
+    """
+    if not (folder / RESULTS_FILE).exists():
+        raise InputError(f"{folder} holds no finished run ({RESULTS_FILE} is missing); train it first")
+    table = pd.read_csv(folder / RESULTS_FILE, keep_default_na=False, na_values=["nan"])
+    return RunResult(
+        folder=folder,
+        row={str(name): value for name, value in table.iloc[0].items()},
+        sequence_losses=pd.read_parquet(folder / SEQUENCE_LOSSES_FILE),
+        head_entropy=pd.read_parquet(folder / HEAD_ENTROPY_FILE),
+    )
+
+
+def _claim(folder: Path, config: RunConfig, data: PackedData) -> None:
+    """Makes ``folder`` the folder of this run, or checks that it already is.
+
+    Raises:
+        InputError: it holds a run of another configuration or other data, or something that is no run.
+    """
+    path = folder / CONFIG_FILE
+    if path.exists():
+        differences = _differences(load_run_config(path).model_dump(mode="json"), config.model_dump(mode="json"))
+        fingerprint = yaml.safe_load(path.read_text(encoding="utf-8"))["provenance"]["corpus_fingerprint"]
+        if fingerprint != data.fingerprint:
+            differences.append(f"corpus fingerprint: {fingerprint} there, {data.fingerprint} asked for")
+        if differences:
+            raise InputError(
+                f"{folder} holds a run of another configuration ({'; '.join(differences)}); "
+                "give another output folder, or the same options"
+            )
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder} is not empty and holds no run ({CONFIG_FILE} is missing); give another folder")
+    write_text(path, config.to_yaml(provenance(data.fingerprint)))
+
+
+def _differences(there: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for name in sorted(there.keys() | asked.keys()):
+        old, new = there.get(name), asked.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found.extend(_differences(old, new, f"{prefix}{name}."))
+        elif old != new:
+            found.append(f"{prefix}{name}: {old!r} there, {new!r} asked for")
+    return found
+
+
+def _measure(trainer: Trainer, config: RunConfig, data: PackedData, folder: Path) -> RunResult:
+    """Evaluates the trained model on every evaluation sequence and writes what the run leaves."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    with torch.compiler.set_stance("force_eager"), EntropyProbe(model) as probe:
+        losses = np.asarray(trainer.predict(data.eval).predictions, dtype=np.float64)
+    probe.reduce()
+    entropy = probe.per_head().cpu().numpy()
+    layers, heads = np.indices(entropy.shape)
+    head_entropy = pd.DataFrame(
+        {"layer": layers.ravel(), "head": heads.ravel(), "entropy_nats": entropy.ravel().astype(np.float64)}
+    )
+    # A NaN sequence makes the mean NaN: a model that fails on some text has no perplexity on it.
+    eval_loss = float(losses.mean())
+    n_tokens = config.recipe.n_tokens(config.data.sequence_length)
+    row = {
+        "model": config.model_name,
+        "context_length": config.data.sequence_length,
+        "configuration": config.configuration,
+        "seed": config.seed,
+        "learning_rate": config.recipe.learning_rate,
+        "n_parameters": model.num_parameters(),
+        "steps": trainer.args.max_steps,
+        "tokens": n_tokens,
+        "epochs": n_tokens / (len(data.train) * config.data.sequence_length),
+        "eval_sequences": len(losses),
+        "eval_loss": eval_loss,
+        "eval_ppl": perplexity(eval_loss),
+        "status": "finished" if all_finite(model) and math.isfinite(eval_loss) else "diverged",
+    }
+    if trainer.is_world_process_zero():
+        write_parquet(
+            pd.DataFrame({"sequence": np.arange(len(losses)), "loss_nats": losses}),
+            folder / SEQUENCE_LOSSES_FILE,
+        )
+        write_parquet(head_entropy, folder / HEAD_ENTROPY_FILE)
+        write_text(folder / RESULTS_FILE, pd.DataFrame([row]).to_csv(index=False, na_rep="nan"))
+    trainer.accelerator.wait_for_everyone()
+    return load_result(folder)
+
+
+def perplexity(loss: float) -> float:
+    """exp of a loss in nats; infinite where a double cannot hold it, NaN for NaN."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf

@@ -1,0 +1,78 @@
+"""What all tests share: one thread, a small made-up corpus, and a run so small that it trains in a second."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from normfree.data import DataConfig, PackedData, prepare_data
+from normfree.training import Recipe, RunConfig
+from tests.data.made_up import document, write_documents
+
+SEQUENCE_LENGTH = 16
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    """Matrices of 16 x 16 are slower on several threads, and sums differ with the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def corpus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eighty made-up documents of a few hundred tokens each."""
+    folder = tmp_path_factory.mktemp("corpus")
+    return write_documents(folder, {f"{seed}.py": document(seed) for seed in range(80)})
+
+
+@pytest.fixture(scope="session")
+def data(corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> PackedData:
+    """The made-up corpus, tokenized: blocks of 16 tokens."""
+    return prepare_data(data_config(corpus_folder), tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def tiny_run(corpus_folder: Path) -> Callable[..., RunConfig]:
+    """A factory of runs: two layers of width 16, a few steps, in float32."""
+
+    def make(
+        configuration: str = "SM+LN+G", *, seed: int = 0, model: dict[str, Any] | None = None, **recipe: Any
+    ) -> RunConfig:
+        small = {
+            "steps": 6,
+            "batch_size": 4,
+            "micro_batch_size": 4,
+            "precision": "fp32",
+            "telemetry_steps": 2,
+            "logging_steps": 1,
+            "eval_steps": 3,
+            "save_steps": 3,
+        }
+        return RunConfig(
+            model_name="tiny",
+            configuration=configuration,
+            seed=seed,
+            model={"n_layer": 2, "n_head": 2, "n_embd": 16, **(model or {})},
+            data=data_config(corpus_folder),
+            recipe=Recipe(**{**small, **recipe}),
+        )
+
+    return make
+
+
+def data_config(corpus_folder: Path) -> DataConfig:
+    return DataConfig(
+        corpus=f"directory:{corpus_folder}",
+        vocab_size=290,
+        sequence_length=SEQUENCE_LENGTH,
+        train_tokens=4096,
+        eval_tokens=512,
+        eval_fraction=0.2,
+    )

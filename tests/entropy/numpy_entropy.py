@@ -1,0 +1,59 @@
+"""Attention entropy in float64 NumPy, written from the definition, and the tolerance that float32 can be held to."""
+
+import numpy as np
+import torch
+
+EPS32 = float(np.finfo(np.float32).eps)
+
+
+def visible(n_query, n_key, is_causal, sliding_window):
+    """Bool [n_query, n_key] by two loops; the queries are the last positions."""
+    mask = np.zeros((n_query, n_key), dtype=bool)
+    for i in range(n_query):
+        position = i + n_key - n_query
+        for j in range(n_key):
+            causal = j <= position or not is_causal
+            near = sliding_window is None or abs(position - j) < sliding_window
+            mask[i, j] = causal and near
+    return mask
+
+
+def scores_of(q, k, scale):
+    """Float64 [batch, n_head, n_query, n_key]."""
+    q, k = q.detach().double().numpy(), k.detach().double().numpy()
+    k = np.repeat(k, q.shape[1] // k.shape[1], axis=1)
+    return np.einsum("bhid,bhjd->bhij", q, k) * scale
+
+
+def entropy_of(scores, mask):
+    """[batch, n_head, n_query] nats; NaN where ``mask`` (bool, broadcastable) leaves nothing."""
+    mask = np.broadcast_to(mask, scores.shape)
+    masked = np.where(mask, scores, -np.inf)
+    with np.errstate(all="ignore"):
+        shifted = masked - masked.max(-1, keepdims=True)
+        p = np.exp(shifted)
+        p /= p.sum(-1, keepdims=True)
+        terms = np.where(p > 0, -p * np.log(np.where(p > 0, p, 1.0)), 0.0)
+    return np.where(mask.any(-1), terms.sum(-1), np.nan)
+
+
+def lengths(q, k):
+    """max|q_i| and max|k_j - mean k|."""
+    q, k = q.detach().double(), k.detach().double()
+    return float(q.norm(dim=-1).max()), float((k - k.mean(2, keepdim=True)).norm(dim=-1).max())
+
+
+def tolerance(q, k, scale, bias=0.0):
+    """4 · eps32 · (1 + scale · max|q_i| · max|k_j - mean k| + max|bias|), in nats: what the docstring promises."""
+    q_length, k_length = lengths(q, k)
+    return 4 * EPS32 * (1 + abs(scale) * q_length * k_length + float(torch.as_tensor(bias).abs().max()))
+
+
+def gradient_tolerances(q, k, scale, bias, weight, gradients):
+    """For the gradients in q and k of Σ weight · entropy, the largest norm that their errors may have.
+
+    1e-5 of the gradient, and where its terms cancel, the error of the entropy times what it is multiplied with.
+    """
+    absolute = tolerance(q, k, scale, bias) * abs(scale) * float(weight.norm())
+    q_length, k_length = lengths(q, k)
+    return [1e-5 * float(g.norm()) + absolute * s for g, s in zip(gradients, (k_length, q_length), strict=True)]

@@ -1,0 +1,97 @@
+"""How calls of each attention implementation are read, where this machine cannot run the implementation itself."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention.flex_attention import create_block_mask
+from transformers.integrations.flash_attention import flash_attention_forward
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from normfree.entropy.interception import InterfaceCall
+from normfree.entropy.reading import REFUSED_ARGUMENTS, UnreadableCallError, read_call
+
+
+def call_of(function, *, n_query=6, n_key=6, mask=None, module=None, n_positional=0, **others):
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 4, n_query, 8), torch.randn(2, 2, n_key, 8)
+    return InterfaceCall(
+        function=function,
+        is_eager=False,
+        module=nn.Module() if module is None else module,
+        query=query,
+        key=key,
+        attention_mask=mask,
+        n_positional=n_positional,
+        others=others,
+    )
+
+
+def test_sdpa_is_causal_only_without_a_mask_and_for_more_than_one_query():
+    assert read_call(call_of(sdpa_attention_forward)).is_causal
+    assert not read_call(call_of(sdpa_attention_forward, n_query=1)).is_causal
+    assert not read_call(call_of(sdpa_attention_forward, mask=torch.ones(2, 1, 6, 6).bool())).is_causal
+    assert not read_call(call_of(sdpa_attention_forward, is_causal=False)).is_causal
+    bidirectional = nn.Module()
+    bidirectional.is_causal = False
+    assert not read_call(call_of(sdpa_attention_forward, module=bidirectional)).is_causal
+    assert read_call(call_of(sdpa_attention_forward, module=bidirectional, is_causal=True)).is_causal
+
+
+def test_sdpa_leaves_out_the_empty_end_of_a_static_cache():
+    attention = read_call(call_of(sdpa_attention_forward, n_key=9))
+    assert attention.is_causal
+    assert attention.k.shape[2] == 6
+    assert read_call(call_of(sdpa_attention_forward, n_query=1, n_key=9)).k.shape[2] == 9
+
+
+def test_flash_takes_causality_window_and_padding_from_the_arguments():
+    mask = torch.ones(2, 9, dtype=torch.int64)
+    mask[0, :2] = 0
+    attention = read_call(call_of(flash_attention_forward, n_key=9, mask=mask, sliding_window=4, scaling=0.5))
+    assert attention.is_causal
+    assert attention.sliding_window == 4
+    assert attention.scale == 0.5
+    assert torch.equal(attention.attention_mask, mask.bool())
+    short = read_call(call_of(flash_attention_forward, n_key=9, mask=mask[:, :7]))
+    assert short.k.shape[2] == 7
+    assert not read_call(call_of(flash_attention_forward, is_causal=False)).is_causal
+
+
+def test_flash_with_packed_sequences_is_refused():
+    positions = torch.tensor([[0, 1, 2, 3, 4, 5]])
+    assert read_call(call_of(flash_attention_forward, position_ids=positions)).is_causal
+    with pytest.raises(UnreadableCallError, match="packed"):
+        read_call(call_of(flash_attention_forward, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]])))
+
+
+def test_flex_block_masks_are_written_out():
+    def windowed(batch, head, query, key):
+        return (query >= key) & (query - key < 3)
+
+    block_mask = create_block_mask(windowed, B=2, H=None, Q_LEN=6, KV_LEN=6, device="cpu")
+    attention = read_call(call_of(flex_attention_forward, mask=block_mask))
+    assert not attention.is_causal
+    expected = torch.ones(6, 6).tril().triu(-2).bool()
+    assert torch.equal(attention.attention_mask.expand(2, 1, 6, 6), expected.expand(2, 1, 6, 6))
+    assert read_call(call_of(flex_attention_forward)).attention_mask is None
+
+
+@pytest.mark.parametrize("argument", REFUSED_ARGUMENTS)
+def test_arguments_that_change_the_weights_are_refused(argument):
+    with pytest.raises(UnreadableCallError, match=REFUSED_ARGUMENTS[argument]):
+        read_call(call_of(sdpa_attention_forward, **{argument: torch.ones(1)}))
+    assert read_call(call_of(sdpa_attention_forward, **{argument: None})).is_causal
+
+
+def test_other_calls_that_are_not_understood_are_refused():
+    module = nn.Module()
+    module.sinks = nn.Parameter(torch.zeros(4))
+    with pytest.raises(UnreadableCallError, match="attention sink"):
+        read_call(call_of(sdpa_attention_forward, module=module))
+    with pytest.raises(UnreadableCallError, match="by place"):
+        read_call(call_of(sdpa_attention_forward, n_positional=1))
+    with pytest.raises(UnreadableCallError, match="not a tensor"):
+        read_call(call_of(sdpa_attention_forward, mask=torch.ones(2, 6)))
+    with pytest.raises(UnreadableCallError, match="not a padding mask"):
+        read_call(call_of(flash_attention_forward, mask=torch.ones(2, 1, 6, 6)))

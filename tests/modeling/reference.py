@@ -1,0 +1,146 @@
+"""The decoder in float64 NumPy, written from the equations and from no code under test.
+
+Shapes: x [T, n_embd] is one sequence; weights are a model's state dict as float64 arrays, W [out, in].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.special import erf, expit
+
+from normfree import NormfreeConfig, NormfreeForCausalLM
+
+Array = NDArray[np.float64]
+Weights = dict[str, Array]
+
+ACTIVATIONS: dict[str, Callable[[Array, float], Array]] = {
+    "gelu": lambda x, _: x * (1 + erf(x / np.sqrt(2))) / 2,
+    "gelu_tanh": lambda x, _: x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) / 2,
+    "relu": lambda x, _: np.maximum(x, 0),
+    "leaky_relu": lambda x, slope: np.maximum(x, 0) + slope * np.minimum(x, 0),
+    "learnable_leaky_relu": lambda x, slope: np.maximum(x, 0) + slope * np.minimum(x, 0),
+    "silu": lambda x, _: x * expit(x),
+    "relu_squared": lambda x, _: np.maximum(x, 0) ** 2,
+}
+
+
+def weights_of(model: torch.nn.Module) -> Weights:
+    return {name: tensor.detach().double().numpy() for name, tensor in model.state_dict().items()}
+
+
+def perturb(model: NormfreeForCausalLM, std: float = 0.2) -> NormfreeForCausalLM:
+    """The model with noise on every parameter, so that no bias is zero, no gain one, no attention uniform."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += std * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def norm(name: str, weights: Weights, prefix: str, eps: float, x: Array) -> Array:
+    if name == "none":
+        return x
+    gain = weights[f"{prefix}.weight"]
+    if name == "rmsnorm":
+        return gain * x / np.sqrt((x**2).mean(-1, keepdims=True) + eps)
+    assert name == "layernorm"
+    centred = x - x.mean(-1, keepdims=True)
+    variance = (centred**2).mean(-1, keepdims=True)
+    return gain * centred / np.sqrt(variance + eps) + weights[f"{prefix}.bias"]
+
+
+def linear(weights: Weights, prefix: str, x: Array) -> Array:
+    return x @ weights[f"{prefix}.weight"].T + weights.get(f"{prefix}.bias", 0.0)
+
+
+def rotate(x: Array, theta: float, fraction: float) -> Array:
+    """Rotary positions: pair (j, j + d/2) of the first d = fraction * head_dim turns by m * theta^(-2j/d)."""
+    turned = x.copy()
+    d = int(x.shape[-1] * fraction)
+    for m in range(len(x)):
+        for j in range(d // 2):
+            angle = m * theta ** (-2 * j / d)
+            a, b = x[m, j], x[m, j + d // 2]
+            turned[m, j] = a * np.cos(angle) - b * np.sin(angle)
+            turned[m, j + d // 2] = b * np.cos(angle) + a * np.sin(angle)
+    return turned
+
+
+def attention(config: NormfreeConfig, weights: Weights, prefix: str, x: Array) -> Array:
+    """Causal softmax attention, head by head and query by query."""
+    query, key, value = (linear(weights, f"{prefix}.{each}_proj", x) for each in "qkv")
+    width = config.head_dim
+    heads = []
+    for head in range(config.n_head):
+        shared = head * config.n_kv_head // config.n_head
+        q = query[:, head * width : (head + 1) * width]
+        k = key[:, shared * width : (shared + 1) * width]
+        v = value[:, shared * width : (shared + 1) * width]
+        if config.position == "rotary":
+            theta = config.rope_parameters["rope_theta"]
+            fraction = config.rope_parameters.get("partial_rotary_factor", 1.0)
+            q, k = rotate(q, theta, fraction), rotate(k, theta, fraction)
+        rows = []
+        for i in range(len(x)):
+            weight = np.exp(k[: i + 1] @ q[i] / np.sqrt(width))
+            rows.append(weight / weight.sum() @ v[: i + 1])
+        heads.append(np.array(rows))
+    return linear(weights, f"{prefix}.o_proj", np.concatenate(heads, axis=-1))
+
+
+def feed_forward(config: NormfreeConfig, weights: Weights, prefix: str, layer: int, x: Array) -> Array:
+    name = config.activations[layer]
+    slope = config.negative_slope or 0.0
+    if name == "learnable_leaky_relu":
+        slope = weights[f"{prefix}.activation.negative_slope"].item()
+    up = linear(weights, f"{prefix}.up_proj", x)
+    if config.ffn == "gated":
+        hidden = ACTIVATIONS[name](linear(weights, f"{prefix}.gate_proj", x), slope) * up
+    else:
+        hidden = ACTIVATIONS[name](up, slope)
+    return linear(weights, f"{prefix}.down_proj", hidden)
+
+
+def block(config: NormfreeConfig, weights: Weights, prefix: str, layer: int, x: Array) -> Array:
+    def attend(x: Array) -> Array:
+        return attention(config, weights, f"{prefix}attention", x)
+
+    def ffn(x: Array) -> Array:
+        return feed_forward(config, weights, f"{prefix}ffn", layer, x)
+
+    def norm_1(x: Array) -> Array:
+        return norm(config.norm, weights, f"{prefix}attention_norm", config.norm_eps, x)
+
+    def norm_2(x: Array) -> Array:
+        return norm(config.norm, weights, f"{prefix}ffn_norm", config.norm_eps, x)
+
+    if config.parallel_residual:
+        return x + attend(norm_1(x)) + ffn(norm_2(x))
+    if config.norm_placement == "pre":
+        h = x + attend(norm_1(x))
+        return h + ffn(norm_2(h))
+    assert config.norm_placement == "post"
+    h = norm_1(x + attend(x))
+    return norm_2(h + ffn(h))
+
+
+def logits(config: NormfreeConfig, weights: Weights, input_ids: NDArray[np.int64]) -> Array:
+    """Next-token logits [T, vocab_size] of one sequence of token ids [T]."""
+    x = weights["model.embed_tokens.weight"][input_ids]
+    if config.position == "learned":
+        x = x + weights["model.embed_positions.weight"][: len(input_ids)]
+    for layer in range(config.n_layer):
+        x = block(config, weights, f"model.blocks.{layer}.", layer, x)
+    x = norm(config.final_norm, weights, "model.final_norm", config.norm_eps, x)
+    return x @ weights["lm_head.weight"].T
+
+
+def loss(config: NormfreeConfig, weights: Weights, input_ids: NDArray[np.int64]) -> float:
+    """Mean next-token cross-entropy in nats of one sequence of token ids [T]."""
+    scores = logits(config, weights, input_ids)[:-1]
+    log_partition = np.log(np.exp(scores).sum(-1))
+    return float((log_partition - scores[np.arange(len(scores)), input_ids[1:]]).mean())

@@ -1,0 +1,87 @@
+"""Attention implementations against each other and the biases against their names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from normfree import NormfreeConfig, NormfreeForCausalLM
+from normfree.modeling.attention import BIASED_PROJECTIONS
+
+from . import reference
+
+SIZES = {"vocab_size": 19, "n_positions": 16, "n_layer": 2, "n_head": 4, "n_embd": 64}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "learned": {},
+    "rotary-grouped": {"position": "rotary", "n_kv_head": 2, "norm": "none"},
+}
+
+
+def build(**options: Any) -> NormfreeForCausalLM:
+    return reference.perturb(NormfreeForCausalLM(NormfreeConfig(**{**SIZES, **options})), std=0.05).eval()
+
+
+def left_padded() -> torch.Tensor:
+    mask = torch.ones(2, 13, dtype=torch.long)
+    mask[1, :5] = 0
+    return mask
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
+@torch.no_grad()
+def test_implementations_agree_with_sdpa(implementation: str, variant: str) -> None:
+    model = build(**VARIANTS[variant])
+    ids = torch.randint(19, (2, 13))
+    assert model.config._attn_implementation == "sdpa"
+    whole, padded = model(ids).logits, model(ids, attention_mask=left_padded()).logits
+    model.set_attn_implementation(implementation)
+    kept = left_padded().bool()
+    with torch.compiler.set_stance("force_eager"):  # compiling flex_attention takes a quarter of a minute
+        torch.testing.assert_close(model(ids).logits, whole, rtol=0, atol=1e-5)
+        actual = model(ids, attention_mask=left_padded()).logits
+    torch.testing.assert_close(actual[kept], padded[kept], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_eager_attention_weights_are_causal_distributions() -> None:
+    model = build()
+    model.set_attn_implementation("eager")
+    attentions = model(torch.randint(19, (2, 13)), output_attentions=True).attentions
+    assert [each.shape for each in attentions] == [(2, 4, 13, 13)] * 2
+    for weights in attentions:
+        torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 13))
+        assert torch.equal(weights, weights.tril())
+        assert (weights.tril().sum((0, 1)) > 0).equal(torch.ones(13, 13).tril().bool())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_padding_changes_nothing_for_the_tokens_before_it(variant: str) -> None:
+    model = build(**VARIANTS[variant])
+    ids = torch.randint(19, (2, 13))
+    mask = torch.ones_like(ids)
+    mask[1, 9:] = 0
+    padded = model(ids, attention_mask=mask).logits
+    torch.testing.assert_close(padded[1, :9], model(ids[1:, :9]).logits[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [*BIASED_PROJECTIONS, True, False])
+def test_attention_bias_names_the_biases(bias: str | bool) -> None:
+    named = {"none": "", "qk": "qk", "qkv": "qkv", "all": "qkvo", True: "qkvo", False: ""}[bias]
+    model = build(attention_bias=bias)
+    biases = {name for name in model.state_dict() if ".attention." in name and name.endswith(".bias")}
+    expected = {f"model.blocks.{layer}.attention.{each}_proj.bias" for layer in range(2) for each in named}
+    assert biases == expected
+
+
+@pytest.mark.parametrize("mlp_bias", [True, False])
+@pytest.mark.parametrize(("ffn", "projections"), [("dense", ["down", "up"]), ("gated", ["down", "gate", "up"])])
+def test_mlp_bias_names_the_biases(ffn: str, projections: list[str], mlp_bias: bool) -> None:
+    layer = build(ffn=ffn, mlp_bias=mlp_bias).model.blocks[0].ffn.state_dict()
+    weights = sorted(name for name in layer if name.endswith("weight"))
+    biases = sorted(name for name in layer if name.endswith("bias"))
+    assert weights == [f"{each}_proj.weight" for each in projections]
+    assert biases == ([f"{each}_proj.bias" for each in projections] if mlp_bias else [])

@@ -1,0 +1,248 @@
+"""What the configuration refuses, what it fills in, and that it survives being written and read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from normfree import NormfreeConfig
+from normfree.errors import InputError
+
+ROTARY = {"position": "rotary"}
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    # unknown names, with the nearest one
+    (
+        {"norm": "layer_norm"},
+        "unknown norm 'layer_norm' (did you mean 'layernorm'?); allowed: none, layernorm",
+    ),
+    ({"final_norm": "rms_norm"}, "unknown final_norm 'rms_norm' (did you mean 'rmsnorm'?)"),
+    ({"norm_placement": "pree"}, "unknown norm_placement 'pree' (did you mean 'pre'?)"),
+    ({"ffn": "gate"}, "unknown ffn 'gate' (did you mean 'gated'?)"),
+    ({"attention": "softmaxx"}, "unknown attention 'softmaxx' (did you mean 'softmax'?)"),
+    ({"attention_bias": "qkvo"}, "unknown attention_bias 'qkvo' (did you mean 'qkv'?)"),
+    ({"position": "rotery"}, "unknown position 'rotery' (did you mean 'rotary'?); allowed: learned, rotary"),
+    ({"activation": "leaky-relu"}, "unknown activation 'leaky-relu' (did you mean 'leaky_relu'?)"),
+    ({"n_layer": 2, "activation": ["gelu", "rellu"]}, "unknown activation 'rellu' (did you mean 'relu'?)"),
+    (
+        {"activation": "learnable_leaky_relu", "slope_sharing": "globl"},
+        "unknown slope_sharing 'globl' (did you mean 'global'?); allowed: layer, global",
+    ),
+    ({"activation": "zzz"}, "unknown activation 'zzz'; allowed: gelu, gelu_tanh, relu,"),
+    # sizes
+    *(
+        ({option: value}, f"{option} is {value}; it must be at least 1")
+        for option in ("vocab_size", "n_positions", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim")
+        for value in (0, -2)
+    ),
+    ({"n_inner": 0}, "n_inner is 0; it must be at least 1"),
+    ({"n_embd": 10, "n_head": 4}, "n_embd (10) is not divisible by n_head (4)"),
+    ({"n_head": 12, "n_kv_head": 5}, "n_head (12) is not divisible by n_kv_head (5)"),
+    ({"n_layer": 3, "activation": ["gelu"] * 2}, "activation lists 2 names for n_layer = 3"),
+    ({"n_layer": 3, "activation": ["gelu"] * 4}, "activation lists 4 names for n_layer = 3"),
+    ({"activation": []}, "activation lists 0 names for n_layer = 12"),
+    # numbers
+    *(
+        ({option: value}, f"{option} is {value}; it must be in [0, 1)")
+        for option in ("embedding_dropout", "attention_dropout", "residual_dropout")
+        for value in (-0.1, 1.0, 1, float("nan"))
+    ),
+    *(
+        ({option: value}, f"{option} is {value}; it must be positive and finite")
+        for option in ("norm_eps", "initializer_range")
+        for value in (0.0, -1e-5, float("nan"), float("inf"))
+    ),
+    (
+        {"activation": "leaky_relu", "negative_slope": float("nan")},
+        "negative_slope is nan; it must be finite",
+    ),
+    # options that mean nothing beside the others
+    ({"negative_slope": 0.1}, "negative_slope means nothing for activation 'gelu'"),
+    ({"n_layer": 1, "activation": ["relu"], "negative_slope": 0.1}, "negative_slope means nothing for"),
+    ({"slope_sharing": "global"}, "slope_sharing means nothing for activation 'gelu'"),
+    ({"activation": "leaky_relu", "slope_sharing": "layer"}, "slope_sharing means nothing"),
+    ({"rope_parameters": {"rope_theta": 1e4}}, "rope_parameters mean nothing with position 'learned'"),
+    (
+        {"norm_placement": "post", "parallel_residual": True},
+        "parallel_residual is defined for norm_placement pre",
+    ),
+    # rotary positions
+    (
+        {**ROTARY, "rope_parameters": {"rope_type": "liner"}},
+        "unknown rope_type 'liner' (did you mean 'linear'?)",
+    ),
+    ({**ROTARY, "rope_parameters": {"rope_thta": 1e4}}, "'rope_thta' (did you mean 'rope_theta'?)"),
+    ({**ROTARY, "rope_parameters": {"rope_type": "linear"}}, "Missing required keys"),
+    ({**ROTARY, "rope_parameters": {"rope_theta": "1e4"}}, "rope_theta is '1e4'; it must be a positive"),
+    (
+        {**ROTARY, "rope_parameters": {"rope_theta": 0}},
+        "rope_theta is 0; it must be a positive, finite number",
+    ),
+    ({**ROTARY, "rope_parameters": {"partial_rotary_factor": 1.5}}, "names 96 of the head_dim = 64"),
+    ({**ROTARY, "rope_parameters": {"partial_rotary_factor": 0.001}}, "names 0 of the head_dim = 64"),
+    ({**ROTARY, "n_embd": 36, "n_head": 4}, "names 9 of the head_dim = 9; use an even head_dim"),
+]
+
+WRONG_TYPES: list[tuple[str, Any]] = [
+    ("n_layer", "3"),
+    ("n_layer", 3.0),
+    ("n_layer", None),
+    ("n_head", True),
+    ("norm", None),
+    ("norm", ["layernorm"]),
+    ("norm_eps", "1e-5"),
+    ("activation", 3),
+    ("activation", ["gelu", 3]),
+    ("attention_bias", None),
+    ("mlp_bias", "yes"),
+    ("rope_parameters", [1]),
+    ("residual_dropout", "0.1"),
+    ("bos_token_id", "<s>"),
+]
+
+NOT_DEFAULT: dict[str, Any] = {
+    "vocab_size": 101,
+    "n_positions": 33,
+    "n_layer": 2,
+    "n_head": 6,
+    "n_kv_head": 3,
+    "n_embd": 48,
+    "head_dim": 10,
+    "n_inner": 77,
+    "norm": "rmsnorm",
+    "norm_placement": "post",
+    "final_norm": "none",
+    "norm_eps": 1e-3,
+    "parallel_residual": True,
+    "ffn": "gated",
+    "activation": ["learnable_leaky_relu", "silu"],
+    "negative_slope": 0.25,
+    "slope_sharing": "global",
+    "mlp_bias": False,
+    "attention": "softmax",
+    "attention_bias": "qk",
+    "position": "rotary",
+    "rope_parameters": {
+        "rope_type": "linear",
+        "rope_theta": 500.0,
+        "partial_rotary_factor": 0.4,
+        "factor": 2.0,
+    },
+    "initializer_range": 0.07,
+    "scale_residual_init": True,
+    "embedding_dropout": 0.1,
+    "attention_dropout": 0.2,
+    "residual_dropout": 0.3,
+    "tie_word_embeddings": False,
+    "use_cache": False,
+    "bos_token_id": 3,
+    "eos_token_id": [4, 5],
+    "pad_token_id": 6,
+}
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED, ids=lambda value: str(value)[:60])
+def test_refused(options: dict[str, Any], message: str) -> None:
+    for make in (NormfreeConfig.from_options, lambda options: NormfreeConfig(**options)):
+        with pytest.raises(InputError) as error:
+            make(options)
+        assert message in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("option", "value"), WRONG_TYPES, ids=str)
+def test_wrong_types_are_refused(option: str, value: Any) -> None:
+    sizes = {"n_layer": 2} if option != "n_layer" else {}
+    with pytest.raises(InputError, match=f"'{option}'") as error:
+        NormfreeConfig.from_options({**sizes, option: value})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "nearest"),
+    [("n_layers", "n_layer"), ("activations", "activation"), ("layer_norm", "final_norm")],
+)
+def test_unknown_options_are_refused(option: str, nearest: str) -> None:
+    with pytest.raises(InputError, match=f"unknown model option '{option}' .did you mean '{nearest}'"):
+        NormfreeConfig.from_options({option: 1})
+
+
+def test_round_trips_cover_every_option() -> None:
+    assert list(NOT_DEFAULT) == NormfreeConfig.option_names()
+    default = NormfreeConfig()
+    same = {option for option, value in NOT_DEFAULT.items() if getattr(default, option) == value}
+    assert same == {"attention"}  # it has one value
+
+
+def round_trips(config: NormfreeConfig, folder: Path) -> list[NormfreeConfig]:
+    config.save_pretrained(folder)
+    return [
+        NormfreeConfig.from_dict(config.to_dict()),
+        NormfreeConfig.from_dict(json.loads(config.to_json_string())),
+        NormfreeConfig.from_options({option: getattr(config, option) for option in config.option_names()}),
+        NormfreeConfig.from_pretrained(folder),
+        AutoConfig.from_pretrained(folder),
+    ]
+
+
+@pytest.mark.parametrize("option", NOT_DEFAULT)
+def test_round_trip_of_one_option(option: str, tmp_path: Path) -> None:
+    needed = {
+        "activation": ("n_layer",),
+        "negative_slope": ("n_layer", "activation"),
+        "slope_sharing": ("n_layer", "activation"),
+        "n_kv_head": ("n_head", "n_embd"),
+        "n_head": ("n_embd",),
+        "rope_parameters": ("position",),
+    }
+    options = {each: NOT_DEFAULT[each] for each in (*needed.get(option, ()), option)}
+    config = NormfreeConfig(**options)
+    assert getattr(config, option) == NOT_DEFAULT[option]
+    for other in round_trips(config, tmp_path):
+        assert type(other) is NormfreeConfig
+        for name in NormfreeConfig.option_names():
+            assert getattr(other, name) == getattr(config, name), name
+
+
+@pytest.mark.parametrize("placement", [{"parallel_residual": True}, {"norm_placement": "post"}])
+def test_round_trip_of_all_options_together(placement: dict[str, Any], tmp_path: Path) -> None:
+    rest = {key: each for key, each in NOT_DEFAULT.items() if key not in ("norm_placement", "parallel_residual")}
+    config = NormfreeConfig(**rest, **placement)
+    for other in round_trips(config, tmp_path):
+        for name, value in {**rest, **placement}.items():
+            assert getattr(other, name) == value, name
+
+
+def test_defaults_are_filled_in() -> None:
+    config = NormfreeConfig(n_layer=2, n_head=4, n_embd=32, activation=["relu", "learnable_leaky_relu"])
+    assert (config.n_kv_head, config.head_dim, config.n_inner) == (4, 8, 128)
+    assert (config.negative_slope, config.slope_sharing) == (0.01, "layer")
+    assert config.activations == ["relu", "learnable_leaky_relu"]
+    assert NormfreeConfig(activation="leaky_relu").negative_slope == 0.01
+    assert NormfreeConfig().negative_slope is None
+    assert NormfreeConfig().slope_sharing is None
+    assert NormfreeConfig(attention_bias=True).attention_bias == "all"
+    assert NormfreeConfig(attention_bias=False).attention_bias == "none"
+    assert NormfreeConfig(head_dim=5, n_head=3, n_embd=16).head_dim == 5
+    assert NormfreeConfig().rope_parameters is None
+    assert NormfreeConfig(position="rotary").rope_parameters == {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+    }
+
+
+def test_transformers_names_of_the_sizes() -> None:
+    config = NormfreeConfig(n_layer=3, n_head=4, n_kv_head=2, n_embd=32, n_inner=50, n_positions=64)
+    names = ("hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
+    assert [getattr(config, name) for name in names] == [32, 4, 2, 3]
+    assert (config.intermediate_size, config.max_position_embeddings) == (50, 64)
+
+
+def test_the_caller_keeps_its_dictionary() -> None:
+    parameters = {"partial_rotary_factor": 0.25}
+    NormfreeConfig(position="rotary", rope_parameters=parameters)
+    assert parameters == {"partial_rotary_factor": 0.25}

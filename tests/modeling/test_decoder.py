@@ -1,0 +1,255 @@
+"""The decoder as a transformers model: saving, generation, compilation, slopes, initial weights."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from normfree import NormfreeConfig, NormfreeForCausalLM
+from normfree.modeling import NormfreeModel
+from normfree.modeling.activations import ACTIVATIONS
+from normfree.modeling.norms import NORMS
+
+from . import reference
+
+SIZES = {"vocab_size": 19, "n_positions": 32, "n_layer": 3, "n_head": 4, "n_embd": 16}
+GLOBAL_SLOPE = {"activation": "learnable_leaky_relu", "slope_sharing": "global"}
+ARRANGEMENTS: dict[str, dict[str, Any]] = {
+    "pre": {},
+    "post": {"norm_placement": "post"},
+    "parallel": {"parallel_residual": True, "tie_word_embeddings": False},
+    "norm-free": {"norm": "none", "final_norm": "none", **GLOBAL_SLOPE},
+    "grouped-gated": {"n_kv_head": 2, "ffn": "gated", "norm": "rmsnorm", "activation": "silu"},
+}
+
+
+def build(**options: Any) -> NormfreeForCausalLM:
+    return NormfreeForCausalLM(NormfreeConfig(**{**SIZES, **options}))
+
+
+def tokens(batch: int = 2, length: int = 11) -> torch.Tensor:
+    return torch.randint(19, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def slopes(model: NormfreeForCausalLM) -> list[torch.nn.Parameter]:
+    return [block.ffn.activation.negative_slope for block in model.model.blocks]
+
+
+@pytest.mark.parametrize("position", ["learned", "rotary"])
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+@torch.no_grad()
+def test_save_and_load_with_auto_classes(arrangement: str, position: str, tmp_path: Path) -> None:
+    model = reference.perturb(build(position=position, **ARRANGEMENTS[arrangement])).eval()
+    model.save_pretrained(tmp_path)
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files == {"model.safetensors", "config.json", "generation_config.json"}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is NormfreeForCausalLM
+    assert type(AutoModel.from_pretrained(tmp_path)) is NormfreeModel
+    assert AutoConfig.from_pretrained(tmp_path).to_dict() == loaded.config.to_dict()
+    assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+    assert len(list(loaded.parameters())) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("position", ["learned", "rotary"])
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+@torch.no_grad()
+def test_cached_generation_equals_uncached(arrangement: str, position: str) -> None:
+    model = reference.perturb(build(position=position, **ARRANGEMENTS[arrangement])).eval()
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
+    mask = torch.ones_like(tokens())
+    mask[1, :4] = 0
+    cached, uncached = (
+        model.generate(tokens(), attention_mask=mask, use_cache=use_cache, output_logits=True, **options)
+        for use_cache in (True, False)
+    )
+    assert torch.equal(cached.sequences, uncached.sequences)
+    assert len(cached.sequences[0].unique()) > 2
+    torch.testing.assert_close(torch.stack(cached.logits), torch.stack(uncached.logits), rtol=0, atol=1e-5)
+    greedy = model(cached.sequences[:1, :-1]).logits[0, -12:].argmax(-1)
+    assert torch.equal(greedy, cached.sequences[0, -12:])
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+def test_gradient_checkpointing_changes_no_gradient(arrangement: str) -> None:
+    model = build(residual_dropout=0.1, attention_dropout=0.1, **ARRANGEMENTS[arrangement]).train()
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        torch.manual_seed(7)
+        model(tokens(), labels=tokens()).loss.backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    plain = gradients()
+    recomputed = 0
+
+    def count(*_: Any) -> None:
+        nonlocal recomputed
+        recomputed += 1
+
+    model.model.blocks[0].ffn.register_forward_hook(count)
+    model.gradient_checkpointing_enable()
+    checkpointed = gradients()
+    assert recomputed == 2
+    assert plain.keys() == checkpointed.keys()
+    for name, gradient in plain.items():
+        assert gradient.abs().sum() > 0 or "k_proj.bias" in name, name
+        torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-5, atol=1e-8, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("arrangement", "position"), [("pre", "learned"), ("parallel", "rotary"), ("norm-free", "learned")]
+)
+def test_training_step_compiles_without_graph_breaks(arrangement: str, position: str) -> None:
+    """``fullgraph=True`` raises at the first graph break."""
+    torch.compiler.reset()
+    model = build(position=position, residual_dropout=0.1, **ARRANGEMENTS[arrangement]).train()
+
+    def step(ids: torch.Tensor) -> torch.Tensor:
+        return model(ids, labels=ids, use_cache=False).loss
+
+    torch.manual_seed(7)
+    expected = step(tokens())
+    torch.manual_seed(7)
+    actual = torch.compile(step, fullgraph=True, backend="aot_eager")(tokens())
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=0)
+    actual.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("tie_word_embeddings", [True, False])
+def test_global_slope_is_one_parameter(tie_word_embeddings: bool, tmp_path: Path) -> None:
+    model = build(tie_word_embeddings=tie_word_embeddings, **GLOBAL_SLOPE)
+    per_layer = build(tie_word_embeddings=tie_word_embeddings, activation="learnable_leaky_relu")
+    assert len({id(slope) for slope in slopes(per_layer)}) == 3
+    with torch.no_grad():
+        slopes(model)[0].fill_(0.37)
+    model.save_pretrained(tmp_path)
+    loaded = NormfreeForCausalLM.from_pretrained(tmp_path)
+    for each in (model, deepcopy(model), loaded):
+        assert len({id(slope) for slope in slopes(each)}) == 1
+        assert slopes(each)[2].item() == pytest.approx(0.37)
+        assert sum(parameter is slopes(each)[1] for parameter in each.parameters()) == 1
+        counted = sum(parameter.numel() for parameter in each.parameters())
+        assert counted == sum(parameter.numel() for parameter in per_layer.parameters()) - 2
+    model.resize_token_embeddings(23)
+    assert len({id(slope) for slope in slopes(model)}) == 1
+
+
+def test_global_slope_joins_only_the_layers_that_have_one() -> None:
+    model = build(activation=["learnable_leaky_relu", "gelu", "learnable_leaky_relu"], slope_sharing="global")
+    first, _, last = (block.ffn.activation for block in model.model.blocks)
+    assert first.negative_slope is last.negative_slope
+
+
+def test_gradient_of_the_global_slope_is_the_sum_over_layers() -> None:
+    shared = build(**GLOBAL_SLOPE)
+    separate = build(activation="learnable_leaky_relu")
+    separate.load_state_dict(shared.state_dict())
+    for model in (shared, separate):
+        model(tokens(), labels=tokens()).loss.backward()
+    expected = sum(slope.grad for slope in slopes(separate))
+    torch.testing.assert_close(slopes(shared)[0].grad, expected, rtol=1e-5, atol=1e-8)
+
+
+def test_slopes_start_at_the_configured_value() -> None:
+    assert [slope.item() for slope in slopes(build(activation="learnable_leaky_relu"))] == [pytest.approx(0.01)] * 3
+    model = build(activation="learnable_leaky_relu", negative_slope=-0.3)
+    assert [slope.item() for slope in slopes(model)] == [pytest.approx(-0.3)] * 3
+
+
+def initial_weights(**options: Any) -> dict[str, torch.Tensor]:
+    torch.manual_seed(11)
+    weights = build(**options).state_dict()
+    return {name: tensor for name, tensor in weights.items() if "norm" not in name and "slope" not in name}
+
+
+def test_initial_weights_depend_on_neither_norm_nor_activation() -> None:
+    expected = initial_weights()
+    for options in (
+        *({"norm": name} for name in NORMS),
+        *({"final_norm": name} for name in NORMS),
+        *({"activation": name} for name in ACTIVATIONS),
+        {"norm_placement": "post"},
+        {"parallel_residual": True},
+        GLOBAL_SLOPE,
+    ):
+        actual = initial_weights(**options)
+        assert actual.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(actual[name], tensor), (options, name)
+
+
+@pytest.mark.parametrize("scale_residual_init", [False, True])
+@pytest.mark.parametrize("ffn", ["dense", "gated"])
+def test_statistics_of_the_initial_weights(ffn: str, scale_residual_init: bool) -> None:
+    """Standard deviations within five standard errors, 1/sqrt(2n) of the value each."""
+    model = NormfreeForCausalLM(
+        NormfreeConfig(
+            vocab_size=300,
+            n_positions=200,
+            n_layer=8,
+            n_head=2,
+            n_embd=64,
+            ffn=ffn,
+            initializer_range=0.05,
+            scale_residual_init=scale_residual_init,
+        )
+    )
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert torch.all(parameter == 0), name
+        elif "norm" in name:
+            assert torch.all(parameter == 1), name
+        else:
+            into_the_stream = name.endswith(("o_proj.weight", "down_proj.weight"))
+            std = 0.05 / 4 if scale_residual_init and into_the_stream else 0.05
+            n = parameter.numel()
+            assert abs(parameter.std().item() / std - 1) < 5 / (2 * n) ** 0.5, name
+            assert abs(parameter.mean().item()) < 5 * std / n**0.5, name
+
+
+def test_default_configuration_has_the_parameters_of_gpt2_small() -> None:
+    with torch.device("meta"):
+        model = NormfreeForCausalLM(NormfreeConfig())
+    assert model.num_parameters() == 124_439_808  # Radford et al. 2019, as released
+
+
+@pytest.mark.parametrize("option", ["embedding_dropout", "attention_dropout", "residual_dropout"])
+@torch.no_grad()
+def test_dropout_only_in_training(option: str) -> None:
+    model = reference.perturb(build(**{option: 0.5}))
+    without = build()
+    without.load_state_dict(model.state_dict())
+    expected = without.eval()(tokens()).logits
+    assert torch.equal(model.eval()(tokens()).logits, expected)
+    model.train()
+    first, second = model(tokens()).logits, model(tokens()).logits
+    assert not torch.allclose(first, expected, atol=1e-3)
+    assert not torch.allclose(first, second, atol=1e-3)
+    assert torch.equal(without.train()(tokens()).logits, expected)
+
+
+@torch.no_grad()
+def test_embeddings_as_input() -> None:
+    model = build().eval()
+    embedded = model.get_input_embeddings()(tokens())
+    assert torch.equal(model(inputs_embeds=embedded).logits, model(tokens()).logits)
+    for wrong in ({}, {"input_ids": tokens(), "inputs_embeds": embedded}):
+        with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+            model(**wrong)
+
+
+@torch.no_grad()
+def test_logits_to_keep() -> None:
+    model = build().eval()
+    whole = model(tokens()).logits
+    torch.testing.assert_close(model(tokens(), logits_to_keep=2).logits, whole[:, -2:])
+    kept = torch.tensor([0, 5])
+    torch.testing.assert_close(model(tokens(), logits_to_keep=kept).logits, whole[:, kept])

@@ -1,0 +1,75 @@
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+from transformers import Trainer
+
+from normfree import NormfreeConfig, NormfreeForCausalLM
+from normfree.errors import InputError
+from normfree.training import Recipe
+
+
+def test_a_budget_in_tokens_is_whole_steps() -> None:
+    recipe = Recipe(tokens=10_000, batch_size=8, micro_batch_size=4)
+    assert recipe.n_steps(sequence_length=128) == 9  # 9 x 8 x 128 = 9,216
+    assert recipe.n_tokens(sequence_length=128) == 9_216
+
+
+def test_a_budget_smaller_than_a_step_is_refused() -> None:
+    with pytest.raises(InputError, match=r"recipe.tokens is 1000, less than one step of 8 sequences of 128"):
+        Recipe(tokens=1000, batch_size=8, micro_batch_size=8).n_steps(128)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "exactly one"),
+        ({"steps": 1, "tokens": 100}, "exactly one"),
+        ({"steps": 1, "batch_size": 10, "micro_batch_size": 4}, "not a multiple"),
+        ({"steps": 1, "learning_rate": 0.0}, "greater than 0"),
+        ({"steps": 1, "learning_rte": 0.1}, "Extra inputs"),
+        ({"steps": 1, "precision": "fp8"}, "fp32"),
+    ],
+)
+def test_bad_recipes_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Recipe(**options)  # type: ignore[arg-type]
+
+
+def test_the_defaults_are_the_papers(tmp_path: Path) -> None:
+    arguments = Recipe(tokens=2_100_000_000, precision="bf16").training_arguments(tmp_path, 128, seed=1337)
+    assert arguments.max_steps == 32_043
+    assert arguments.warmup_steps == 1_603  # 5 % of the steps, rounded up
+    assert arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps == 512
+    assert (arguments.gradient_accumulation_steps, arguments.lr_scheduler_type.value) == (4, "linear")
+    assert (arguments.learning_rate, arguments.weight_decay, arguments.max_grad_norm) == (1e-3, 0.1, 1.0)
+    assert (arguments.adam_beta1, arguments.adam_beta2, arguments.adam_epsilon) == (0.9, 0.999, 1e-8)
+    assert not arguments.logging_nan_inf_filter
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is allowed where there is a GPU")
+def test_fp16_without_a_gpu_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="fp16 needs a CUDA device"):
+        Recipe(steps=1).training_arguments(tmp_path, 128, seed=0)
+
+
+def test_a_batch_that_does_not_divide_over_the_processes_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(InputError, match="times the 3 processes"):
+        Recipe(steps=1, batch_size=16, micro_batch_size=4, precision="fp32").training_arguments(tmp_path, 16, seed=0)
+
+
+def test_norms_and_biases_are_not_decayed(tmp_path: Path) -> None:
+    model = NormfreeForCausalLM(NormfreeConfig(vocab_size=11, n_layer=1, n_head=2, n_embd=8, n_positions=8))
+    arguments = Recipe(steps=1, precision="fp32").training_arguments(tmp_path, 8, seed=0)
+    decayed = set(Trainer(model=model, args=arguments, eval_dataset=[]).get_decay_parameter_names(model))
+    projections = [f"attention.{name}_proj" for name in "qkvo"] + ["ffn.up_proj", "ffn.down_proj"]
+    assert decayed == {
+        "model.embed_tokens.weight",
+        "lm_head.weight",  # tied to the embedding: one parameter under two names
+        "model.embed_positions.weight",
+        *(f"model.blocks.0.{projection}.weight" for projection in projections),
+    }

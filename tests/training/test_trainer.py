@@ -1,0 +1,273 @@
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+from scipy.special import log_softmax
+from transformers import TrainerCallback, set_seed
+
+from normfree import NormfreeForCausalLM
+from normfree.data import PackedData
+from normfree.errors import InputError
+from normfree.training import RunConfig, RunResult, load_result, train
+from normfree.training.records import LAYERS_FILE, METRICS_FILE
+from normfree.training.trainer import last_checkpoint, perplexity, sequence_losses
+
+from .test_telemetry import BatchLog
+
+
+class StopAt(TrainerCallback):  # type: ignore[misc]
+    """Raises in the middle of a run, as a kill would end it."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def losses(result: RunResult) -> list[float]:
+    metrics = pd.read_parquet(result.folder / METRICS_FILE)
+    return metrics[metrics["name"] == "train_loss"]["value"].tolist()
+
+
+def final_weights(result: RunResult) -> dict[str, torch.Tensor]:
+    checkpoint = last_checkpoint(result.folder)
+    assert checkpoint is not None
+    return load_file(checkpoint / "model.safetensors")
+
+
+def measured(result: RunResult) -> dict[str, pd.DataFrame]:
+    """Everything a run recorded that has to repeat, so without the clock's readings."""
+    metrics = pd.read_parquet(result.folder / METRICS_FILE).drop(columns="wall_seconds")
+    return {
+        "metrics": metrics[metrics["name"] != "tokens_per_second"].reset_index(drop=True),
+        "layers": pd.read_parquet(result.folder / LAYERS_FILE),
+        "losses": result.sequence_losses,
+        "entropy": result.head_entropy,
+    }
+
+
+def assert_same(first: RunResult, second: RunResult) -> None:
+    for name, table in measured(first).items():
+        pd.testing.assert_frame_equal(table, measured(second)[name], check_exact=True)
+    ours, theirs = final_weights(first), final_weights(second)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_training_is_adamw_with_linear_warmup_and_decay_on_the_same_batches(
+    data: PackedData, tiny_run: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """An independent loop, written out from the recipe, gives the same losses."""
+    run, batches = tiny_run(steps=8, warmup_ratio=0.25, learning_rate=0.01), BatchLog()
+    result = train(run, data, tmp_path / "run", callbacks=(batches,))
+
+    set_seed(run.seed)
+    config = run.build_model_config(data.statistics["vocab_size"], data.tokenizer.eos_token_id)
+    model = NormfreeForCausalLM(config)
+    decayed = [p for n, p in model.named_parameters() if p.dim() == 2]
+    plain = [p for n, p in model.named_parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}])
+    expected = []
+    for step, batch in enumerate(batches.batches):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 * (step / 2 if step < 2 else (8 - step) / 6)
+        logits = model(batch).logits
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+        expected.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    np.testing.assert_allclose(losses(result), expected, rtol=2e-5)
+    assert expected[-1] < expected[0]
+
+
+def test_the_same_seed_gives_the_same_run_bit_for_bit(
+    data: PackedData, tiny_run: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    run = tiny_run(model={"embedding_dropout": 0.1})
+    first, second = train(run, data, tmp_path / "first"), train(run, data, tmp_path / "second")
+    assert_same(first, second)
+    other = train(tiny_run(seed=1, model={"embedding_dropout": 0.1}), data, tmp_path / "other")
+    assert losses(other) != losses(first)
+
+
+def test_all_configurations_see_the_same_batches(
+    data: PackedData, tiny_run: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    seen = []
+    for place, options in enumerate(
+        [
+            {"norm": "layernorm", "activation": "gelu"},
+            {"norm": "none", "activation": "relu"},
+            {"norm": "rmsnorm", "activation": "learnable_leaky_relu", "embedding_dropout": 0.1},
+        ]
+    ):
+        batches = BatchLog()
+        train(tiny_run(model=options), data, tmp_path / str(place), callbacks=(batches,))
+        seen.append(torch.stack(batches.batches))
+    assert torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[0], seen[2])
+    assert not torch.equal(seen[0][0], seen[0][1])
+
+
+@pytest.mark.parametrize("stop", [4, 5])
+def test_a_stopped_run_ends_like_one_never_stopped(
+    data: PackedData, tiny_run: Callable[..., RunConfig], tmp_path: Path, stop: int
+) -> None:
+    run = tiny_run(model={"embedding_dropout": 0.1}, telemetry_steps=1)
+    whole = train(run, data, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(run, data, tmp_path / "stopped", callbacks=(StopAt(stop),))
+    checkpoint = last_checkpoint(tmp_path / "stopped")
+    assert checkpoint is not None
+    assert checkpoint.name == "checkpoint-3"
+    assert_same(whole, train(run, data, tmp_path / "stopped"))
+
+
+def test_half_a_checkpoint_is_passed_over(data: PackedData, tiny_run: Callable[..., RunConfig], tmp_path: Path) -> None:
+    run = tiny_run()
+    whole = train(run, data, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(run, data, tmp_path / "stopped", callbacks=(StopAt(5),))
+    half = tmp_path / "stopped" / "checkpoint-5"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half")
+    assert_same(whole, train(run, data, tmp_path / "stopped"))
+
+
+def test_accumulated_micro_batches_are_one_batch(
+    data: PackedData, tiny_run: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    at_once = train(tiny_run(batch_size=8, micro_batch_size=8), data, tmp_path / "at-once")
+    in_parts = train(tiny_run(batch_size=8, micro_batch_size=2), data, tmp_path / "in-parts")
+    np.testing.assert_allclose(losses(at_once), losses(in_parts), rtol=1e-5)
+    np.testing.assert_allclose(at_once.row["eval_loss"], in_parts.row["eval_loss"], rtol=1e-5)
+
+
+def test_gradient_checkpointing_changes_no_loss(
+    data: PackedData, tiny_run: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    plain = train(tiny_run(), data, tmp_path / "plain")
+    checkpointed = train(tiny_run(gradient_checkpointing=True), data, tmp_path / "checkpointed")
+    np.testing.assert_allclose(losses(plain), losses(checkpointed), rtol=1e-6)
+    for name in ("layers", "entropy"):
+        assert len(measured(plain)[name]) == len(measured(checkpointed)[name])
+
+
+def test_a_finished_run_is_not_trained_again(
+    data: PackedData, tiny_run: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    first = train(tiny_run(), data, tmp_path / "run")
+    again = train(tiny_run(), data, tmp_path / "run", callbacks=(StopAt(0),))
+    assert again.row == first.row
+
+
+def test_a_run_that_diverges_goes_on_and_keeps_its_last_good_checkpoint(
+    data: PackedData, tiny_run: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    class Poison(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 4:
+                with torch.no_grad():
+                    kwargs["model"].model.blocks[0].ffn.up_proj.weight[0, 0] = math.nan
+
+    result = train(tiny_run(telemetry_steps=1), data, tmp_path / "run", callbacks=(Poison(),))
+    assert result.row["status"] == "diverged"
+    assert math.isnan(result.row["eval_loss"])
+    assert math.isnan(result.row["eval_ppl"])
+    assert losses(result)[:4] == [loss for loss in losses(result) if math.isfinite(loss)]
+    assert len(losses(result)) == 6
+    checkpoint = last_checkpoint(result.folder)
+    assert checkpoint is not None
+    assert checkpoint.name == "checkpoint-3"
+    assert all(weight.isfinite().all() for weight in final_weights(result).values())
+    nan = (
+        pd.read_parquet(result.folder / LAYERS_FILE)
+        .query("name == 'residual_nan_count'")
+        .pivot(index="step", columns="layer", values="value")
+    )
+    assert nan.loc[3].tolist() == [0, 0]
+    assert (nan.loc[4] > 0).all()
+
+
+def test_sequence_losses_are_the_mean_next_token_cross_entropy() -> None:
+    generator = np.random.default_rng(0)
+    logits, labels = generator.normal(size=(3, 5, 7)) * 10, generator.integers(0, 7, (3, 5))
+    log_p = log_softmax(logits, axis=-1)
+    expected = [-np.mean([log_p[b, t, labels[b, t + 1]] for t in range(4)]) for b in range(3)]
+    ours = sequence_losses(torch.tensor(logits, dtype=torch.float32), torch.tensor(labels))
+    np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-5)
+
+
+def test_the_result_row_is_measured_on_all_evaluation_sequences(
+    data: PackedData, tiny_run: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    result = train(tiny_run(), data, tmp_path / "run")
+    model = NormfreeForCausalLM.from_pretrained(last_checkpoint(result.folder))
+    tokens = torch.stack([data.eval[index]["input_ids"] for index in range(len(data.eval))])
+    with torch.no_grad():
+        log_p = model(tokens).logits.double().log_softmax(-1)
+    expected = -log_p[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0].mean(dim=1)
+    np.testing.assert_allclose(result.sequence_losses["loss_nats"], expected, atol=1e-5)
+    assert result.row["eval_loss"] == pytest.approx(expected.mean().item(), abs=1e-5)
+    assert result.row["eval_ppl"] == pytest.approx(math.exp(expected.mean().item()), rel=1e-5)
+    assert result.row["eval_sequences"] == len(data.eval) == 32
+    assert result.row["tokens"] == 6 * 4 * 16
+    assert load_result(result.folder).row == result.row
+
+
+def test_weights_on_disk_are_safetensors_only(
+    data: PackedData, tiny_run: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    result = train(tiny_run(), data, tmp_path / "run")
+    checkpoint = last_checkpoint(result.folder)
+    assert checkpoint is not None
+    assert (checkpoint / "model.safetensors").exists()
+    assert not list(checkpoint.glob("pytorch_model*"))
+    assert json.loads((checkpoint / "config.json").read_text())["model_type"] == "normfree"
+
+
+def test_a_folder_with_another_run_is_refused_and_left_alone(
+    data: PackedData, tiny_run: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    train(tiny_run(), data, tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match=r"another configuration \(recipe.learning_rate: 0.001 there, 0.002 asked"):
+        train(tiny_run(learning_rate=0.002), data, tmp_path / "run")
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_with_other_files_is_refused(
+    data: PackedData, tiny_run: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="is not empty and holds no run"):
+        train(tiny_run(), data, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_too_little_data_for_one_batch_is_refused(
+    data: PackedData, tiny_run: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="the training split has 256 sequences, fewer than one batch of 512"):
+        train(tiny_run(batch_size=512), data, tmp_path / "run")
+
+
+def test_a_folder_without_results_holds_no_finished_run(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no finished run"):
+        load_result(tmp_path)
+
+
+def test_perplexity_of_a_hopeless_model_is_infinite() -> None:
+    assert perplexity(0.0) == 1.0
+    assert perplexity(1e4) == math.inf
+    assert math.isnan(perplexity(math.nan))
