@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 import yaml
 from rich.console import Console
@@ -32,6 +31,7 @@ app = typer.Typer(
 CacheDir = Annotated[Path, typer.Option(help="Where tokenized corpora are kept and found again.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, to standard output.")]
 LOG_WIDTH = 110
+INTERRUPTED = 130
 DEFAULT_CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "normfree"
 
 
@@ -81,7 +81,7 @@ def study(
 
     console = _console(json_)
     preset_name = Path(preset).stem
-    folder = StudyFolder.claim(out or Path("studies") / f"{name}-{preset_name}", STUDY, preset_name, chosen)
+    folder = StudyFolder.at(out or Path("studies") / f"{name}-{preset_name}", STUDY, preset_name, chosen)
     console.print(f"Study {name}, preset {preset_name}: {chosen.description}", highlight=False)
     run_study(STUDY, folder, chosen_seeds, tune_lr=tune_lr, cache_dir=cache_dir, console=console)
     report_path = write_relu_revival_report(folder)
@@ -187,12 +187,10 @@ def main() -> None:
         code = app(standalone_mode=False)
     except InputError as error:
         _fail(str(error), 2)
-    except click.UsageError as error:
-        _fail(f"{error.format_message()} See: {error.ctx.command_path if error.ctx else 'normfree'} --help", 2)
-    except click.ClickException as error:
-        _fail(error.format_message(), 2)
-    except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted; the same command goes on from the last checkpoint", 130)
+    except typer.TyperException as error:
+        _fail(f"{error.format_message()} (see: normfree --help)", 2)
+    if code == INTERRUPTED:
+        _fail("interrupted; the same command goes on from the last checkpoint", INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)
 
 

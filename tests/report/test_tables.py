@@ -123,7 +123,7 @@ def test_bad_frames(change, message):
 def _row(**changes):
     row = dict.fromkeys(_table().columns, 0.0) | {
         "model": "tiny", "context_length": 128, "configuration": "SM+G", "seeds": 3, "diverged": 0,
-        "eval_ppl": 158.04, "eval_ppl_low": 156.04, "eval_ppl_high": 160.04,
+        "eval_loss": 5.063, "eval_ppl": 158.04, "eval_ppl_low": 156.04, "eval_ppl_high": 160.04,
         "delta_percent": -12.34, "delta_percent_low": -13.34, "delta_percent_high": -11.34,
         "loss_difference": 0.975, "loss_difference_low": 0.965, "loss_difference_high": 0.985,
         "loss_difference_over": "sequences", "band_4": 0.576, "published_ppl": 3.197, "published_delta_percent": 18.92,
@@ -134,10 +134,10 @@ def _row(**changes):
 def test_formatted_by_hand():
     shown = formatted(pd.DataFrame([_row(), _row(diverged=1, eval_ppl=float("nan"), published_ppl=float("nan"))]))
     assert shown.iloc[0].tolist() == [
-        "SM+G", "3", "158.04 ± 2.00", "\N{MINUS SIGN}12.3 ± 1.0", "+0.975 ± 0.010 †", "0.0", "0.0", "0.0", "57.6",
-        "3.197", "+18.9",
+        "SM+G", "3", "5.063", "158.0 ± 2.0", "\N{MINUS SIGN}12.3 ± 1.0", "+0.975 ± 0.010 †", "0.0", "0.0", "0.0",
+        "57.6", "3.197 (+18.9)",
     ]  # fmt: skip
-    assert shown.loc[1, ["Seeds", "Perplexity", "Published ppl"]].tolist() == ["2 of 3", "NaN", "\N{EN DASH}"]
+    assert shown.loc[1, ["Seeds", "Perplexity", "Published (Δ, %)"]].tolist() == ["2 of 3", "NaN", "\N{EN DASH}"]
 
 
 def test_notes_say_what_the_interval_covers():
@@ -155,6 +155,8 @@ def test_console_fits_100_columns_without_cutting(seeds, nan_run):
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= 100
     assert "3.197 (+18.9)" in text
+    for label in study.CONFIGURATIONS:
+        assert f" {label} " in text
     assert ("NaN" in text) == (nan_run is not None)
 
 
@@ -166,8 +168,8 @@ def test_console_shows_markup_in_names_as_text():
 
 def test_markdown():
     lines = to_markdown(pd.DataFrame([_row(configuration="a|b <script>")])).splitlines()
-    assert lines[0].startswith("| Configuration | Seeds | Perplexity |")
+    assert lines[0].startswith("| Configuration | Seeds | Loss, nats | Perplexity |")
     assert lines[1].startswith("| :--- | ---: |")
-    assert lines[2].startswith("| a\\|b &lt;script&gt; | 3 | 158.04 ± 2.00 |")
+    assert lines[2].startswith("| a\\|b &lt;script&gt; | 3 | 5.063 | 158.0 ± 2.0 |")
     assert lines[0].count("|") == lines[1].count("|")
     assert lines[4].startswith("- ")

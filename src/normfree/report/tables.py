@@ -181,7 +181,8 @@ def formatted(table: pd.DataFrame) -> pd.DataFrame:
     columns["Seeds"] = [
         f"{row['seeds'] - row['diverged']} of {row['seeds']}" if row["diverged"] else str(row["seeds"]) for row in rows
     ]
-    columns["Perplexity"] = [_plus_minus(row, "eval_ppl", ".3f" if row["eval_ppl"] < 10 else ".2f") for row in rows]
+    columns["Loss, nats"] = [_number(row["eval_loss"], ".3f") for row in rows]
+    columns["Perplexity"] = [_plus_minus(row, "eval_ppl", _perplexity_format(row["eval_ppl"])) for row in rows]
     columns["Δ ppl, %"] = [_plus_minus(row, "delta_percent", "+.1f") for row in rows]
     columns["Δ loss, nats"] = [
         _plus_minus(row, "loss_difference", "+.3f") + (" †" if row["loss_difference_over"] == "sequences" else "")
@@ -190,9 +191,17 @@ def formatted(table: pd.DataFrame) -> pd.DataFrame:
     for band, label in zip(BANDS, BAND_LABELS, strict=True):
         columns[label] = [_number(100 * row[band], ".1f") for row in rows]
     if table["published_ppl"].notna().any():
-        columns["Published ppl"] = [_or_dash(row["published_ppl"], ".3f") for row in rows]
-        columns["Published Δ, %"] = [_or_dash(row["published_delta_percent"], "+.1f") for row in rows]
+        columns["Published (Δ, %)"] = [
+            _DASH
+            if np.isnan(row["published_ppl"])
+            else f"{_number(row['published_ppl'], '.3f')} ({_number(row['published_delta_percent'], '+.1f')})"
+            for row in rows
+        ]
     return pd.DataFrame(columns)
+
+
+def _perplexity_format(perplexity: float) -> str:
+    return ".3f" if perplexity < 10 else ".2f" if perplexity < 100 else ".1f"
 
 
 def _number(value: float, form: str) -> str:
@@ -212,10 +221,6 @@ def _plus_minus(row: dict[Any, Any], name: str, form: str) -> str:
     )
 
 
-def _or_dash(value: float, form: str) -> str:
-    return _DASH if np.isnan(value) else _number(value, form)
-
-
 def table_notes(table: pd.DataFrame) -> list[str]:
     """What a reader has to know to read the numbers of ``formatted(table)``, one sentence each."""
     notes = []
@@ -232,7 +237,10 @@ def table_notes(table: pd.DataFrame) -> list[str]:
 
 
 def to_console(table: pd.DataFrame) -> Table:
-    """The table for a terminal of 100 columns; the four bands share one column, rounded to whole percent."""
+    """The table for a terminal of 100 columns, folded where there is less.
+
+    The four bands share one column, rounded to whole percent; the paired loss difference is left to the report.
+    """
     shown = formatted(table)
     console = Table(
         box=box.SIMPLE_HEAD,
@@ -244,19 +252,16 @@ def to_console(table: pd.DataFrame) -> Table:
     if "Model" not in shown:
         console.title = Text(f"{table['model'].iloc[0]}, T = {table['context_length'].iloc[0]}")
     bands = [[f"{100 * row[band]:.0f}" for band in BANDS] for _, row in table.iterrows()]
-    columns: dict[str, list[str]] = {
-        column: shown[column].tolist() for column in ("Model", "T", "Configuration", "Seeds") if column in shown
-    } | {
-        "Perplexity": shown["Perplexity"].tolist(),
-        "Δ ppl, %": shown["Δ ppl, %"].tolist(),
-        "Δ loss, nats": shown["Δ loss, nats"].tolist(),
-        "Bands, %": ["NaN" if "nan" in shares else " ".join(f"{s:>2}" for s in shares) for shares in bands],
-    }
-    if "Published ppl" in shown:
-        published = zip(shown["Published ppl"], shown["Published Δ, %"], strict=True)
-        columns["Published"] = [_DASH if ppl == _DASH else f"{ppl} ({delta})" for ppl, delta in published]
+    columns: dict[str, list[str]] = {}
+    for column in map(str, shown.columns):
+        if column not in (*BAND_LABELS, "Δ loss, nats"):
+            columns[column] = shown[column].tolist()
+        elif column == BAND_LABELS[0]:
+            columns["Bands, %"] = [
+                "NaN" if "nan" in shares else " ".join(f"{s:>2}" for s in shares) for shares in bands
+            ]
     for column in columns:
-        console.add_column(Text(column), justify="left" if column in _LABELS else "right", no_wrap=column != "Model")
+        console.add_column(Text(column), justify="left" if column in _LABELS else "right", overflow="fold")
     for row in zip(*columns.values(), strict=True):
         console.add_row(*(Text(cell) for cell in row))
     return console

@@ -65,6 +65,8 @@ class Preset(BaseModel):
                 section.pop("steps", None)
             elif name == "recipe.steps":
                 section.pop("tokens", None)
+            elif name == "data.tokenizer" and value != "train":
+                section.pop("vocab_size", None)
         return _validated(content, "the changed preset")
 
 

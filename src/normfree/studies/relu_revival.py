@@ -184,7 +184,7 @@ def _result_section(folder: StudyFolder) -> Section:
 
 def _tuned_section(folder: StudyFolder) -> Section:
     rates = best_learning_rates(folder)
-    sweep = results_frame(STUDY, folder.results("sweep"))
+    sweep = pd.DataFrame([result.row for result in folder.results("sweep")])
     losses = sweep.pivot_table(
         index="configuration", columns="learning_rate", values="eval_loss", sort=False, dropna=False
     )

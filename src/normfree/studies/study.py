@@ -16,7 +16,7 @@ from normfree.files import write_text
 from normfree.studies.preset import Preset
 from normfree.training import RunConfig, RunResult, StudyProgress, load_result, load_run_config, train
 from normfree.training.configuration import CONFIG_FILE, read_yaml
-from normfree.training.trainer import RESULTS_FILE
+from normfree.training.trainer import RESULTS_FILE, check_data
 
 STUDY_FILE = "study.yaml"
 LEARNING_RATE_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -52,7 +52,7 @@ class Study:
 class StudyFolder:
     """The folder of one study: ``runs/CONFIGURATION/seed-N``, and with tuned learning rates ``sweep`` and ``tuned``.
 
-    Made by :meth:`claim`, or opened with :meth:`open` to read what is there.
+    Got with :meth:`at` to train in it, or with :meth:`open` to read what is there.
     """
 
     path: Path
@@ -61,8 +61,8 @@ class StudyFolder:
     preset: Preset
 
     @classmethod
-    def claim(cls, path: Path, study: Study, preset_name: str, preset: Preset) -> StudyFolder:
-        """Makes ``path`` the folder of this study, or goes on with it.
+    def at(cls, path: Path, study: Study, preset_name: str, preset: Preset) -> StudyFolder:
+        """The folder of this study at ``path``: the one that is there, or one that :meth:`claim` can make.
 
         More seeds and tuned learning rates can be added to a study that is there; its sizes cannot change.
 
@@ -79,13 +79,14 @@ class StudyFolder:
             return there
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise InputError(f"{path} exists and is no study folder ({STUDY_FILE} is missing); give another with --out")
-        content = {
-            "study": study.name,
-            "preset": preset_name,
-            **preset.model_dump(mode="json", exclude_none=True),
-        }
-        write_text(path / STUDY_FILE, yaml.safe_dump(content, sort_keys=False))
         return cls(path, study.name, preset_name, preset)
+
+    def claim(self) -> None:
+        """Writes ``study.yaml``, so that the folder is this study's."""
+        if not (self.path / STUDY_FILE).exists():
+            preset = self.preset.model_dump(mode="json", exclude_none=True)
+            content = {"study": self.study_name, "preset": self.preset_name, **preset}
+            write_text(self.path / STUDY_FILE, yaml.safe_dump(content, sort_keys=False))
 
     @classmethod
     def open(cls, path: Path) -> StudyFolder:
@@ -106,37 +107,35 @@ class StudyFolder:
         """The finished runs of a group (``runs``, ``sweep``, ``tuned``), in no particular order."""
         return [load_result(path.parent) for path in sorted(self.path.glob(f"{group}/*/*/{RESULTS_FILE}"))]
 
-    def corpus_fingerprint(self) -> str:
-        """The fingerprint of the data that the study's runs were trained on."""
-        path = next(iter(sorted(self.path.glob(f"runs/*/*/{CONFIG_FILE}"))))
-        return str(read_yaml(path)["provenance"]["corpus_fingerprint"])
-
 
 def run_study(
     study: Study, folder: StudyFolder, seeds: list[int], *, tune_lr: bool, cache_dir: Path, console: Console
-) -> PackedData:
+) -> None:
     """Trains every configuration with every seed; what is finished is skipped, what was stopped goes on.
 
     With ``tune_lr`` each configuration is then trained for :data:`SWEEP_BUDGET` of the budget at each multiple of the
-    learning rate in :data:`LEARNING_RATE_FACTORS` (first seed), and for the whole budget at its best one (all seeds).
+    learning rate in :data:`LEARNING_RATE_FACTORS` (the preset's first seed), and for the whole budget at its best one
+    (all seeds).
 
     Raises:
-        InputError: a configuration, the corpus or the folder cannot be used. All are checked before any training.
+        InputError: a configuration, the recipe or the corpus cannot be used; then the folder is not touched.
     """
     preset = folder.preset
     for configuration in study.configurations:
-        _run_config(preset, configuration, seeds[0]).build_model_config(preset.data.vocab_size)
-    preset.recipe.training_arguments(folder.path, preset.data.sequence_length, seeds[0])
+        run_config(preset, configuration, seeds[0]).build_model_config(preset.data.vocab_size)
+    preset.recipe.check(preset.data.sequence_length)
     data = prepare_data(preset.data, cache_dir, progress=console.is_terminal)
+    check_data(data, preset.recipe)
+    folder.claim()
 
     plan = [(seed, configuration) for seed in seeds for configuration in study.configurations]
-    sweep = list(_sweep(study, preset, seeds[0])) if tune_lr else []
+    sweep = list(_sweep(study, preset)) if tune_lr else []
     length = preset.data.sequence_length
     whole = preset.recipe.n_tokens(length)
     total = whole * len(plan) * (2 if tune_lr else 1) + sum(run.recipe.n_tokens(length) for run, _ in sweep)
     with StudyProgress(total, console=console, description=f"{study.name} ({folder.preset_name})") as progress:
         for seed, configuration in plan:
-            run = _run_config(preset, configuration, seed)
+            run = run_config(preset, configuration, seed)
             _train(run, data, folder.path / "runs" / configuration.slug / f"seed-{seed}", progress)
         for run, place in sweep:
             _train(run, data, folder.path / "sweep" / place, progress)
@@ -145,9 +144,8 @@ def run_study(
             if rate == preset.recipe.learning_rate:
                 progress.skip(whole)
                 continue
-            run = _run_config(preset, configuration, seed, learning_rate=rate)
+            run = run_config(preset, configuration, seed, learning_rate=rate)
             _train(run, data, folder.path / "tuned" / configuration.slug / f"seed-{seed}", progress)
-    return data
 
 
 def best_learning_rates(folder: StudyFolder) -> dict[str, float]:
@@ -163,9 +161,10 @@ def best_learning_rates(folder: StudyFolder) -> dict[str, float]:
     return {label: rate for label, (_, rate) in best.items()}
 
 
-def _run_config(
+def run_config(
     preset: Preset, configuration: Configuration, seed: int, *, learning_rate: float | None = None
 ) -> RunConfig:
+    """One run of a study; ``learning_rate`` in place of the recipe's, if given."""
     recipe = preset.recipe
     if learning_rate is not None:
         recipe = recipe.model_copy(update={"learning_rate": learning_rate})
@@ -179,11 +178,11 @@ def _run_config(
     )
 
 
-def _sweep(study: Study, preset: Preset, seed: int) -> Iterator[tuple[RunConfig, Path]]:
+def _sweep(study: Study, preset: Preset) -> Iterator[tuple[RunConfig, Path]]:
     steps = max(1, round(SWEEP_BUDGET * preset.recipe.n_steps(preset.data.sequence_length)))
     for configuration in study.configurations:
         for factor in LEARNING_RATE_FACTORS:
-            run = _run_config(preset, configuration, seed, learning_rate=factor * preset.recipe.learning_rate)
+            run = run_config(preset, configuration, preset.seeds[0], learning_rate=factor * preset.recipe.learning_rate)
             recipe = run.recipe.model_copy(update={"steps": steps, "tokens": None, "save_steps": steps})
             place = Path(configuration.slug) / f"learning-rate-{recipe.learning_rate:g}"
             yield run.model_copy(update={"recipe": recipe}), place

@@ -77,20 +77,29 @@ class Recipe(BaseModel):
         """Tokens trained on: whole steps only."""
         return self.n_steps(sequence_length) * self.batch_size * sequence_length
 
+    def check(self, sequence_length: int) -> None:
+        """Whether this machine and these processes can follow the recipe.
+
+        Raises:
+            InputError: the budget is smaller than a step, the batch does not divide over the processes, or fp16 is
+                asked for where there is no GPU.
+        """
+        self.n_steps(sequence_length)
+        if self.precision == "fp16" and not torch.cuda.is_available():
+            raise InputError("recipe.precision fp16 needs a CUDA device, and there is none; use bf16 or fp32")
+        if self.batch_size % (self.micro_batch_size * _n_processes()):
+            raise InputError(
+                f"recipe.batch_size ({self.batch_size}) is not a multiple of micro_batch_size "
+                f"({self.micro_batch_size}) times the {_n_processes()} processes; change one of them"
+            )
+
     def training_arguments(self, folder: Path, sequence_length: int, seed: int) -> TrainingArguments:
         """The recipe in transformers' terms.
 
         Raises:
-            InputError: the batch does not divide over the processes, or fp16 is asked for where there is no GPU.
+            InputError: see :meth:`check`.
         """
-        if self.precision == "fp16" and not torch.cuda.is_available():
-            raise InputError("recipe.precision fp16 needs a CUDA device, and there is none; use bf16 or fp32")
-        n_processes = int(os.environ.get("WORLD_SIZE", "1"))
-        if self.batch_size % (self.micro_batch_size * n_processes):
-            raise InputError(
-                f"recipe.batch_size ({self.batch_size}) is not a multiple of micro_batch_size "
-                f"({self.micro_batch_size}) times the {n_processes} processes; change one of them"
-            )
+        self.check(sequence_length)
         steps = self.n_steps(sequence_length)
         precision: dict[str, Any] = {"bf16": self.precision == "bf16", "fp16": self.precision == "fp16"}
         return TrainingArguments(
@@ -98,7 +107,7 @@ class Recipe(BaseModel):
             max_steps=steps,
             per_device_train_batch_size=self.micro_batch_size,
             per_device_eval_batch_size=self.micro_batch_size,
-            gradient_accumulation_steps=self.batch_size // (self.micro_batch_size * n_processes),
+            gradient_accumulation_steps=self.batch_size // (self.micro_batch_size * _n_processes()),
             learning_rate=self.learning_rate,
             lr_scheduler_type="linear",
             warmup_steps=math.ceil(self.warmup_ratio * steps),
@@ -126,3 +135,7 @@ class Recipe(BaseModel):
             report_to="none",
             disable_tqdm=True,
         )
+
+
+def _n_processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -26,6 +26,7 @@ from normfree.training.configuration import (
     load_run_config,
     provenance,
 )
+from normfree.training.recipe import Recipe
 from normfree.training.records import RunRecords, write_parquet
 from normfree.training.telemetry import Telemetry, all_finite
 
@@ -62,20 +63,19 @@ def train(
     Raises:
         InputError: the folder holds a run of another configuration, or the data are too few for one batch.
     """
+    vocab_size: int = data.statistics["vocab_size"]
+    model_config = config.build_model_config(vocab_size, data.tokenizer.eos_token_id)
+    config.recipe.check(config.data.sequence_length)
+    check_data(data, config.recipe)
     _claim(folder, config, data)
     if (folder / RESULTS_FILE).exists():
         return load_result(folder)
-    if len(data.train) < config.recipe.batch_size:
-        raise InputError(
-            f"the training split has {len(data.train)} sequences, fewer than one batch of "
-            f"{config.recipe.batch_size}; give a larger corpus, or lower recipe.batch_size"
-        )
 
     # transformers' own bars (one for each checkpoint) would break up ours.
     disable_progress_bar()
     sequence_length = config.data.sequence_length
     set_seed(config.seed)
-    model = NormfreeForCausalLM(config.build_model_config(data.statistics["vocab_size"], data.tokenizer.eos_token_id))
+    model = NormfreeForCausalLM(model_config)
     if config.recipe.gradient_checkpointing:
         # Renamed in transformers 5.23; both names work over the range we support.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
@@ -99,6 +99,19 @@ def train(
     finally:
         telemetry.detach()
     return _measure(trainer, config, data, folder)
+
+
+def check_data(data: PackedData, recipe: Recipe) -> None:
+    """Whether the training split holds at least one batch.
+
+    Raises:
+        InputError: it does not.
+    """
+    if len(data.train) < recipe.batch_size:
+        raise InputError(
+            f"the training split has {len(data.train)} sequences, fewer than one batch of {recipe.batch_size}; "
+            "give a larger corpus, or lower recipe.batch_size"
+        )
 
 
 @torch.no_grad()
@@ -126,7 +139,7 @@ def load_result(folder: Path) -> RunResult:
     table = pd.read_csv(folder / RESULTS_FILE, keep_default_na=False, na_values=["nan"])
     return RunResult(
         folder=folder,
-        row={str(name): value for name, value in table.iloc[0].items()},
+        row={str(name): column.tolist()[0] for name, column in table.items()},
         sequence_losses=pd.read_parquet(folder / SEQUENCE_LOSSES_FILE),
         head_entropy=pd.read_parquet(folder / HEAD_ENTROPY_FILE),
     )

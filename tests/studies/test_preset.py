@@ -1,0 +1,85 @@
+from pathlib import Path
+
+import pytest
+
+from normfree import NormfreeForCausalLM
+from normfree.errors import InputError
+from normfree.studies import load_preset, preset_names
+from normfree.studies.relu_revival import STUDY
+from normfree.studies.study import run_config
+
+SHIPPED = ["cpu", "gpu", "paper-gpt2-128", "paper-pythia-128", "paper-pythia-256", "smoke"]
+
+
+def test_the_shipped_presets_are_listed() -> None:
+    assert preset_names() == SHIPPED
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_preset_makes_its_four_models(name: str) -> None:
+    preset = load_preset(name)
+    for configuration in STUDY.configurations:
+        config = run_config(preset, configuration, seed=0).build_model_config(preset.data.vocab_size)
+        assert config.final_norm == "layernorm"
+        assert config.norm == ("layernorm" if "LN" in configuration.label else "none")
+    assert preset.recipe.n_steps(preset.data.sequence_length) >= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "n_steps"),
+    [
+        ("paper-gpt2-128", (12, 12, 768, 128), 32_043),
+        ("paper-pythia-128", (6, 8, 512, 128), 32_043),
+        ("paper-pythia-256", (6, 8, 512, 256), 16_021),
+    ],
+)
+def test_the_paper_presets_are_the_papers(name: str, sizes: tuple[int, ...], n_steps: int) -> None:
+    preset = load_preset(name)
+    config = run_config(preset, STUDY.configurations[0], seed=1337).build_model_config(50_000)
+    assert (config.n_layer, config.n_head, config.n_embd, config.n_positions) == sizes
+    assert preset.recipe.n_steps(preset.data.sequence_length) == n_steps
+    assert (preset.data.corpus, preset.data.cut, preset.recipe.precision) == ("codeparrot", "chunks", "fp16")
+    assert (preset.recipe.learning_rate, preset.recipe.batch_size) == (1e-3, 512)
+
+
+def test_gpt2_of_the_paper_has_biases_on_queries_and_keys_only() -> None:
+    preset = load_preset("paper-gpt2-128").with_changes(**{"model.n_layer": 1})
+    config = run_config(preset, STUDY.configurations[2], seed=0).build_model_config(1000)
+    biases = {name for name, _ in NormfreeForCausalLM(config).named_parameters() if name.endswith("bias")}
+    assert biases == {
+        "model.blocks.0.attention.q_proj.bias",
+        "model.blocks.0.attention.k_proj.bias",
+        "model.final_norm.bias",
+    }
+
+
+def test_a_budget_replaces_the_other_kind_of_budget() -> None:
+    assert load_preset("cpu").with_changes(**{"recipe.steps": 7}).recipe.n_steps(128) == 7
+    assert load_preset("smoke").with_changes(**{"recipe.tokens": 2560}).recipe.n_steps(32) == 10
+
+
+def test_a_changed_tokenizer_takes_its_vocabulary_with_it() -> None:
+    changed = load_preset("cpu").with_changes(**{"data.tokenizer": "gpt2"})
+    assert changed.data.tokenizer == "gpt2"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"modl.n_layer": 3}, "unknown section 'modl'"),
+        ({"recipe.lr": 3}, "unknown option 'recipe.lr'"),
+        ({"recipe.learning_rate": "fast"}, "recipe.learning_rate: Input should be a valid number"),
+        ({"seeds": []}, "seeds"),
+        ({"seeds": [1, 1]}, "seeds must be different"),
+    ],
+)
+def test_bad_changes_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_preset("cpu").with_changes(**changes)
+
+
+def test_an_unknown_preset_is_answered_with_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"unknown preset 'cpus' \(did you mean 'cpu'\?\)"):
+        load_preset("cpus")
+    with pytest.raises(InputError, match="cannot read"):
+        load_preset(str(tmp_path / "mine.yaml"))

@@ -1,0 +1,160 @@
+"""The study from the command line, on a made-up corpus: what it leaves, what it skips, what it says."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from normfree.studies import StudyFolder
+from normfree.studies.relu_revival import relu_revival_table
+from normfree.studies.study import best_learning_rates
+
+Command = Callable[..., tuple[int, str, str]]
+LABELS = ["SM+LN+G", "SM+LN+R", "SM+G", "SM+R"]
+
+
+def test_a_study_leaves_tables_figures_and_a_report(normfree: Command, preset_file: Path, tmp_path: Path) -> None:
+    code, out, err = normfree("study", "relu-revival", "--preset", preset_file, "--out", "study", "--seeds", "0,1")
+    assert code == 0, err
+    folder = tmp_path / "study"
+
+    results = pd.read_csv(folder / "results.csv")
+    assert results["configuration"].tolist() == LABELS * 2
+    assert results["seed"].tolist() == [0] * 4 + [1] * 4
+    assert (results["status"] == "finished").all()
+    np.testing.assert_allclose(results["eval_ppl"], np.exp(results["eval_loss"]), rtol=1e-12)
+    for _, of_seed in results.groupby("seed"):
+        ppl = of_seed.set_index("configuration")["eval_ppl"]
+        expected = [100 * (ppl[label] / ppl["SM+LN+G"] - 1) for label in LABELS]
+        np.testing.assert_allclose(of_seed["delta_percent"], expected, atol=1e-9)
+
+    figures = {path.name for path in (folder / "figures").iterdir()}
+    names = [
+        "headwise-entropy",
+        "entropy-distribution",
+        "evaluation-loss",
+        "layerwise-entropy",
+        "headwise-entropy-published",
+    ]
+    assert figures == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 5
+    assert "2.688" in page
+    assert "Published" in page
+    for label in LABELS:
+        assert label in out
+        assert label in page
+    assert "evaluation loss" in out  # progress, line by line where there is no terminal
+
+
+def test_what_is_finished_is_skipped_and_seeds_can_be_added(
+    normfree: Command, preset_file: Path, tmp_path: Path
+) -> None:
+    command = ("study", "relu-revival", "--preset", preset_file, "--out", "study")
+    assert normfree(*command)[0] == 0
+    weights = {path: path.stat().st_mtime_ns for path in (tmp_path / "study").rglob("model.safetensors")}
+    code, out, _ = normfree(*command, "--seeds", "0,3")
+    assert code == 0
+    assert "seed 3: step" in out
+    assert "seed 0: step" not in out
+    assert {path: path.stat().st_mtime_ns for path in weights} == weights
+    assert sorted(set(pd.read_csv(tmp_path / "study" / "results.csv")["seed"])) == [0, 3]
+
+
+def test_a_stopped_study_goes_on_to_the_same_result(
+    normfree: Command, preset_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("study", "relu-revival", "--preset", preset_file)
+    assert normfree(*command, "--out", "whole")[0] == 0
+    with monkeypatch.context() as patch:
+        from transformers import Trainer
+
+        steps = iter(range(10))
+        step = Trainer.training_step
+
+        def interrupted(*arguments: object, **options: object) -> object:
+            if next(steps) == 7:  # the last step of the second run; its checkpoint is of step 2
+                raise KeyboardInterrupt
+            return step(*arguments, **options)
+
+        patch.setattr(Trainer, "training_step", interrupted)
+        code, _, err = normfree(*command, "--out", "stopped")
+    assert code == 130
+    assert "goes on from the last checkpoint" in err
+    assert normfree(*command, "--out", "stopped")[0] == 0
+    pd.testing.assert_frame_equal(
+        pd.read_csv(tmp_path / "whole" / "results.csv"), pd.read_csv(tmp_path / "stopped" / "results.csv")
+    )
+
+
+def test_tuned_learning_rates_stand_beside_the_recipes(normfree: Command, preset_file: Path, tmp_path: Path) -> None:
+    code, out, err = normfree("study", "relu-revival", "--preset", preset_file, "--out", "study", "--tune-lr")
+    assert code == 0, err
+    folder = StudyFolder.open(tmp_path / "study")
+    sweep = pd.DataFrame([result.row for result in folder.results("sweep")])
+    assert sorted(set(sweep["learning_rate"])) == [0.00025, 0.0005, 0.001, 0.002, 0.004]
+    assert (sweep["steps"] == 1).all()  # a fifth of four steps, at least one
+    expected = sweep.loc[sweep.groupby("configuration")["eval_loss"].idxmin()].set_index("configuration")
+    best = best_learning_rates(folder)
+    assert best == expected["learning_rate"].to_dict()
+
+    results = pd.read_csv(tmp_path / "study" / "results.csv")
+    tuned = results[results["learning_rate_source"] == "tuned"].set_index("configuration")
+    assert tuned["learning_rate"].to_dict() == best
+    assert tuned.index.tolist() == LABELS
+    page = (tmp_path / "study" / "report.html").read_text()
+    assert "With tuned learning rates" in page
+    assert out.count("SM+LN+R ") >= 2
+
+
+def test_json_is_the_only_thing_on_standard_output(normfree: Command, preset_file: Path) -> None:
+    code, out, _ = normfree("study", "relu-revival", "--preset", preset_file, "--out", "study", "--json")
+    assert code == 0
+    content = json.loads(out)
+    assert [row["configuration"] for row in content["table"]] == LABELS
+    assert content["table"][0]["delta_percent"] == 0
+    assert content["table"][0]["published_ppl"] == 2.688
+    code, again, _ = normfree("report", "study", "--json")
+    assert code == 0
+    assert json.loads(again) == content
+
+
+def test_a_study_of_diverging_runs_ends_with_a_report(normfree: Command, preset_file: Path, tmp_path: Path) -> None:
+    options = ("--set", "recipe.learning_rate=1e30", "--set", "recipe.warmup_ratio=0")
+    code, out, err = normfree("study", "relu-revival", "--preset", preset_file, "--out", "study", *options)
+    assert code == 0, err
+    results = pd.read_csv(tmp_path / "study" / "results.csv")
+    diverged = results["status"] == "diverged"
+    assert diverged.any()
+    table = relu_revival_table(StudyFolder.open(tmp_path / "study")).set_index("configuration")
+    for label in results.loc[diverged, "configuration"]:
+        assert not math.isfinite(table.loc[label, "eval_ppl"])
+    assert "NaN" in out or "inf" in out
+    assert "diverged" in (tmp_path / "study" / "report.html").read_text()
+
+
+def test_one_run_can_be_trained_again_from_its_own_file(normfree: Command, preset_file: Path, tmp_path: Path) -> None:
+    assert normfree("study", "relu-revival", "--preset", preset_file, "--out", "study")[0] == 0
+    config = tmp_path / "study" / "runs" / "sm-r" / "seed-0" / "config.yaml"
+    code, out, err = normfree("train", config, "--out", "again", "--json")
+    assert code == 0, err
+    results = pd.read_csv(tmp_path / "study" / "results.csv").set_index("configuration")
+    assert json.loads(out)["eval_loss"] == results.loc["SM+R", "eval_loss"]
+    code, out, _ = normfree("train", config, "--out", "again")
+    assert code == 0
+    assert "SM+R seed 0: evaluation loss" in out
+
+
+def test_hostile_names_are_text_in_the_report(normfree: Command, preset_file: Path, tmp_path: Path) -> None:
+    name = "<script>alert(1)</script>"
+    code, _, err = normfree(
+        "study", "relu-revival", "--preset", preset_file, "--out", "study", "--set", f"model_name={name}"
+    )
+    assert code == 0, err
+    page = (tmp_path / "study" / "report.html").read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
