@@ -163,6 +163,18 @@ def test_gradient_checkpointing_changes_no_loss(
         assert len(measured(plain)[name]) == len(measured(checkpointed)[name])
 
 
+def test_compiled_training_gives_the_same_losses_and_telemetry(
+    data: PackedData, tiny_run: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    plain = train(tiny_run(), data, tmp_path / "plain")
+    compiled = train(tiny_run(torch_compile=True), data, tmp_path / "compiled")
+    np.testing.assert_allclose(losses(plain), losses(compiled), rtol=1e-5)
+    layers = measured(plain)["layers"], measured(compiled)["layers"]
+    np.testing.assert_allclose(layers[0]["value"], layers[1]["value"], rtol=1e-3, atol=1e-5)
+    assert last_checkpoint(compiled.folder) is not None
+    assert set(final_weights(plain)) == set(final_weights(compiled))
+
+
 def test_a_finished_run_is_not_trained_again(
     data: PackedData, tiny_run: Callable[..., RunConfig], tmp_path: Path
 ) -> None:

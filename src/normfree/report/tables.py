@@ -191,7 +191,7 @@ def formatted(table: pd.DataFrame) -> pd.DataFrame:
     for band, label in zip(BANDS, BAND_LABELS, strict=True):
         columns[label] = [_number(100 * row[band], ".1f") for row in rows]
     if table["published_ppl"].notna().any():
-        columns["Published (Δ, %)"] = [
+        columns["Published (Δ %)"] = [
             _DASH
             if np.isnan(row["published_ppl"])
             else f"{_number(row['published_ppl'], '.3f')} ({_number(row['published_delta_percent'], '+.1f')})"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,10 +97,25 @@ def train(
     trainer.remove_callback(PrinterCallback)
     try:
         checkpoint = last_checkpoint(folder)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with _deterministic():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         telemetry.detach()
     return _measure(trainer, config, data, folder)
+
+
+@contextlib.contextmanager
+def _deterministic() -> Iterator[None]:
+    """On CUDA, kernels that add in a fixed order where there are any; on a CPU they all do."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def check_data(data: PackedData, recipe: Recipe) -> None:
