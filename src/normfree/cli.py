@@ -155,6 +155,9 @@ def report(
 
 def _console(json_: bool) -> Console:
     """Progress and tables; beside JSON they go to standard error. A log file is as wide as the tables."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # its warnings would break up the progress bars
     console = Console(stderr=json_)
     if not console.is_terminal:
         console.width = LOG_WIDTH

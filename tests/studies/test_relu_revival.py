@@ -48,6 +48,7 @@ def test_a_study_leaves_tables_figures_and_a_report(normfree: Command, preset_fi
     for label in LABELS:
         assert label in out
         assert label in page
+    assert "80 documents" in page
     assert "evaluation loss" in out  # progress, line by line where there is no terminal
 
 

@@ -246,7 +246,7 @@ def to_console(table: pd.DataFrame) -> Table:
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,
-        caption=Text("\n".join(table_notes(table))),
+        caption=Text("\n".join(note for note in table_notes(table) if not note.startswith("†"))),
     )
     console.caption_justify = "left"
     if "Model" not in shown:

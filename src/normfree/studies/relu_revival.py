@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -272,7 +273,7 @@ def _method_section(folder: StudyFolder, results: list[RunResult]) -> Section:
     length = preset.data.sequence_length
     facts = {
         "Model": f"{preset.model_name}: {row['n_parameters']:,} parameters with LayerNorm; final LayerNorm kept in all",
-        "Corpus": f"{preset.data.corpus} (fingerprint {provenance['corpus_fingerprint']})",
+        "Corpus": _corpus_facts(preset.data.corpus, provenance),
         "Training": f"{int(row['tokens']):,} tokens ({row['epochs']:.2f} epochs), {int(row['steps']):,} steps of "
         f"{preset.recipe.batch_size} sequences of {length} tokens",
         "Evaluation": f"{int(row['eval_sequences']):,} sequences of files that no run was trained on",
@@ -305,6 +306,19 @@ def _method_section(folder: StudyFolder, results: list[RunResult]) -> Section:
             Paragraph("The whole configuration:"),
             Code((folder.path / STUDY_FILE).read_text(encoding="utf-8").rstrip()),
         ],
+    )
+
+
+def _corpus_facts(corpus: str, provenance: dict[str, Any]) -> str:
+    statistics = provenance["corpus"]
+    found, train, evaluation = statistics["corpus"], statistics["train"], statistics["eval"]
+    reasons = ("duplicates", "undecodable", "binary", "too_large", "empty", "unreadable")
+    skipped = ", ".join(f"{found[reason]:,} {reason.replace('_', ' ')}" for reason in reasons if found[reason])
+    return (
+        f"{corpus}: {found['documents']:,} documents, {found['bytes'] / 1e6:.0f} MB"
+        f" (skipped: {skipped or 'none'});"
+        f" {train['documents']:,} documents tokenized for training and {evaluation['documents']:,} for evaluation,"
+        f" {evaluation['bytes_per_token']:.2f} bytes a token; fingerprint {provenance['corpus_fingerprint']}"
     )
 
 

@@ -11,7 +11,7 @@ import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from normfree.data import DataConfig
+from normfree.data import DataConfig, PackedData
 from normfree.errors import InputError, invalid_fields
 from normfree.modeling import NormfreeConfig
 from normfree.training.recipe import Recipe
@@ -96,12 +96,13 @@ def load_run_config(path: Path) -> RunConfig:
         raise invalid_fields(str(path), error, RunConfig) from error
 
 
-def provenance(corpus_fingerprint: str) -> dict[str, Any]:
+def provenance(data: PackedData) -> dict[str, Any]:
     """Versions, hardware kind and corpus: what a number has to be reported with."""
     packages = ("normfree", "torch", "transformers", "tokenizers", "accelerate", "numpy")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
-        "corpus_fingerprint": corpus_fingerprint,
+        "corpus_fingerprint": data.fingerprint,
+        "corpus": data.statistics,
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "python": platform.python_version(),
         "device": device,

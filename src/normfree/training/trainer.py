@@ -182,7 +182,7 @@ def _claim(folder: Path, config: RunConfig, data: PackedData) -> None:
         return
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder} is not empty and holds no run ({CONFIG_FILE} is missing); give another folder")
-    write_text(path, config.to_yaml(provenance(data.fingerprint)))
+    write_text(path, config.to_yaml(provenance(data)))
 
 
 def _differences(there: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> list[str]:
