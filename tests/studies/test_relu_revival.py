@@ -109,6 +109,7 @@ def test_tuned_learning_rates_stand_beside_the_recipes(normfree: Command, preset
     assert tuned.index.tolist() == LABELS
     page = (tmp_path / "study" / "report.html").read_text()
     assert "With tuned learning rates" in page
+    assert (tmp_path / "study" / "figures" / "headwise-entropy-tuned.pdf").exists()
     assert out.count("SM+LN+R ") >= 2
 
 

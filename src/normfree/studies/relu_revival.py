@@ -104,7 +104,7 @@ def write_relu_revival_report(folder: StudyFolder) -> Path:
 
     sections = [_result_section(folder)]
     if tuned:
-        sections.append(_tuned_section(folder))
+        sections.append(_tuned_section(folder, tuned))
     sections.append(_figures_section(folder, results))
     sections.append(_published_section(folder))
     sections.append(_method_section(folder, results))
@@ -183,7 +183,7 @@ def _result_section(folder: StudyFolder) -> Section:
     return Section("Result", blocks)
 
 
-def _tuned_section(folder: StudyFolder) -> Section:
+def _tuned_section(folder: StudyFolder, tuned: list[RunResult]) -> Section:
     rates = best_learning_rates(folder)
     sweep = pd.DataFrame([result.row for result in folder.results("sweep")])
     losses = sweep.pivot_table(
