@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 EPS32 = float(np.finfo(np.float32).eps)
+EPS64 = float(np.finfo(np.float64).eps)
 
 
 def visible(n_query, n_key, is_causal, sliding_window):
@@ -52,8 +53,14 @@ def tolerance(q, k, scale, bias=0.0):
 def gradient_tolerances(q, k, scale, bias, weight, gradients):
     """For the gradients in q and k of Σ weight · entropy, the largest norm that their errors may have.
 
-    1e-5 of the gradient, and where its terms cancel, the error of the entropy times what it is multiplied with.
+    1e-5 of the gradient, and where its terms cancel, the error of the entropy times what it is multiplied with; and the
+    same in float64 for ``gradients`` themselves, which come from keys that are not centred.
     """
-    absolute = tolerance(q, k, scale, bias) * abs(scale) * float(weight.norm())
     q_length, k_length = lengths(q, k)
-    return [1e-5 * float(g.norm()) + absolute * s for g, s in zip(gradients, (k_length, q_length), strict=True)]
+    whole_k_length = float(k.detach().double().norm(dim=-1).max())
+    absolute = tolerance(q, k, scale, bias) * abs(scale) * float(weight.norm())
+    exact = 4 * EPS64 * (1 + abs(scale) * q_length * whole_k_length) * abs(scale) * float(weight.norm())
+    return [
+        1e-5 * float(gradients[0].norm()) + absolute * k_length + exact * whole_k_length,
+        1e-5 * float(gradients[1].norm()) + absolute * q_length + exact * q_length,
+    ]

@@ -131,6 +131,16 @@ def test_a_folder_that_holds_another_study(normfree: Command, preset_file: Path,
     assert_refused(normfree, tmp_path, *command, "--steps", "5", says="holds another study")
 
 
+def test_a_corpus_that_changed_and_is_no_longer_cached(normfree: Command, preset_file: Path, tmp_path: Path) -> None:
+    command = ("study", "relu-revival", "--preset", preset_file, "--out", "study")
+    assert normfree(*command)[0] == 0
+    (tmp_path / "cache").rename(tmp_path / "elsewhere")
+    content = yaml.safe_load((tmp_path / "study" / "study.yaml").read_text())
+    content["corpus_fingerprint"] = "0123456789abcdef"
+    (tmp_path / "study" / "study.yaml").write_text(yaml.safe_dump(content))
+    assert_refused(normfree, tmp_path, *command, "--seeds", "1", says="the corpus has changed since")
+
+
 def test_a_folder_that_holds_other_files(normfree: Command, preset_file: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("years of work")
@@ -146,7 +156,7 @@ def test_a_damaged_study_file(normfree: Command, preset_file: Path, tmp_path: Pa
 
 def test_a_study_without_a_finished_run(normfree: Command, preset_content: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "study").mkdir()
-    content = {"study": "relu-revival", "preset": "tiny", **preset_content}
+    content = {"study": "relu-revival", "preset": "tiny", "corpus_fingerprint": "0" * 16, **preset_content}
     (tmp_path / "study" / "study.yaml").write_text(yaml.safe_dump(content))
     assert_refused(normfree, tmp_path, "report", "study", says="no finished run of SM+LN+G")
 

@@ -4,14 +4,17 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 from normfree.studies import StudyFolder
 from normfree.studies.relu_revival import relu_revival_table
 from normfree.studies.study import best_learning_rates
+from tests.data.made_up import document, write_documents
 
 Command = Callable[..., tuple[int, str, str]]
 LABELS = ["SM+LN+G", "SM+LN+R", "SM+G", "SM+R"]
@@ -64,6 +67,23 @@ def test_what_is_finished_is_skipped_and_seeds_can_be_added(
     assert "seed 0: step" not in out
     assert {path: path.stat().st_mtime_ns for path in weights} == weights
     assert sorted(set(pd.read_csv(tmp_path / "study" / "results.csv")["seed"])) == [0, 3]
+
+
+def test_a_study_goes_on_with_the_tokens_it_began_with(
+    normfree: Command, preset_content: dict[str, Any], tmp_path: Path
+) -> None:
+    corpus = tmp_path / "corpus"
+    write_documents(corpus, {f"{seed}.py": document(seed) for seed in range(80)})
+    preset = {**preset_content, "data": {**preset_content["data"], "corpus": f"directory:{corpus}"}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(preset))
+    command = ("study", "relu-revival", "--preset", tmp_path / "mine.yaml", "--out", "study")
+    assert normfree(*command)[0] == 0
+    write_documents(corpus, {f"{seed}.py": document(seed) for seed in range(80, 120)})
+    code, _, err = normfree(*command, "--seeds", "0,1")
+    assert code == 0, err
+    configs = [yaml.safe_load(path.read_text()) for path in (tmp_path / "study").rglob("config.yaml")]
+    assert len(configs) == 8
+    assert len({config["provenance"]["corpus_fingerprint"] for config in configs}) == 1
 
 
 def test_a_stopped_study_goes_on_to_the_same_result(

@@ -2,6 +2,7 @@
 model.
 """
 
+from normfree.entropy.attention import attention_and_entropy
 from normfree.entropy.distribution import entropy_bands, uniform_entropy_bound
 from normfree.entropy.fused import BACKENDS, attention_entropy, select_backend
 from normfree.entropy.nonfinite import NonFiniteCount, count_nonfinite_scores
@@ -12,6 +13,7 @@ __all__ = [
     "BACKENDS",
     "EntropyProbe",
     "NonFiniteCount",
+    "attention_and_entropy",
     "attention_entropy",
     "attention_entropy_reference",
     "count_nonfinite_scores",

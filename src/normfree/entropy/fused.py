@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -23,11 +24,15 @@ from normfree.entropy.reference import block_scores, distribution, reference_ker
 from normfree.entropy.visibility import Visibility, visibility_of
 from normfree.errors import InputError, unknown_name
 
+HALF_PRECISION = (torch.bfloat16, torch.float16)
+MAX_TRITON_HEAD_DIM = 256
+
 Kernel = Callable[[Tensor, Tensor, float, Visibility], tuple[Tensor, Tensor]]
 """``(q, k, scale, visibility) -> (entropy, lse)``, q and k both float32 or float64, keys centred.
 
-Both results are [batch, n_head, n_query]; ``lse`` has no gradient. Rows without a visible key, and rows that
-meet a non-finite score, have NaN entropy.
+The triton kernel also takes half-precision q and k of one dtype as they are, keys not centred. Both results are
+[batch, n_head, n_query]; ``lse`` has no gradient. Rows without a visible key, and rows that meet a non-finite
+score, have NaN entropy.
 """
 
 
@@ -46,7 +51,8 @@ def attention_entropy(
     Differentiable in q and k (twice and more with the reference backend only). Half-precision inputs are
     raised to float32 first, float64 stays float64. The error in float32 is that of a difference of two
     numbers of the size of the scores: about 4 · 1.2e-7 · (1 + scale · max|q_i| · max|k_j - mean k|) nats, so
-    1e-6 for ordinary scores and a few 1e-3 for scores of 1e4.
+    1e-6 for ordinary scores and a few 1e-3 for scores of 1e4. The triton backend multiplies half-precision inputs
+    as they are (their products are exact in float32) and without centring: there it is max|k_j|.
 
     Args:
         q: queries [batch, n_head, n_query, head_dim], any floating-point dtype.
@@ -89,7 +95,7 @@ def attention_entropy_and_sink(
             sink = visibility.first_key()
             index = sink.expand(k.shape[0], q.shape[1])[..., None, None].expand(-1, -1, -1, k.shape[-1])
             key = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1) if k.shape[1] != q.shape[1] else k
-            score = scale * (q * key.gather(2, index)).sum(-1)
+            score = scale * (q.to(lse.dtype) * key.gather(2, index).to(lse.dtype)).sum(-1)
             if visibility.bias is not None:
                 bias = visibility.bias.expand(*q.shape[:2], *visibility.bias.shape[2:])
                 columns = index[..., :1].expand(-1, -1, bias.shape[2], 1)
@@ -105,14 +111,21 @@ def evaluate(
     """``(entropy, lse, q, k)``: float32 entropy, and the logsumexp with the raised q and centred k it
     belongs to.
     """
-    name = _select(q, visibility) if backend == "auto" else backend
+    name = select(q, k, visibility) if backend == "auto" else backend
     if name not in BACKENDS:
         raise unknown_name("entropy backend", name, ["auto", *BACKENDS])
-    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), torch.float32)
-    q, k = q.to(dtype), k.to(dtype)
-    k = k - _centre(k.detach())
+    q, k = prepared(q, k, name)
     entropy, lse = BACKENDS[name](q, k, scale, visibility)
     return entropy.clamp_min(0.0).float(), lse, q, k
+
+
+def prepared(q: Tensor, k: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """q and k as the kernel of that backend takes them."""
+    if backend == "triton" and q.dtype == k.dtype and q.dtype in HALF_PRECISION:
+        return q, k
+    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), torch.float32)
+    q, k = q.to(dtype), k.to(dtype)
+    return q, k - _centre(k.detach())
 
 
 def select_backend(
@@ -125,11 +138,31 @@ def select_backend(
 ) -> str:
     """The backend that :func:`attention_entropy` takes for these inputs under ``backend="auto"``."""
     visibility = visibility_of(q, k, is_causal=is_causal, attention_mask=attention_mask, sliding_window=sliding_window)
-    return _select(q, visibility)
+    return select(q, k, visibility)
 
 
-def _select(q: Tensor, visibility: Visibility) -> str:
-    return "cpu" if q.device.type == "cpu" and visibility.bias is None else "chunked"
+def select(q: Tensor, k: Tensor, visibility: Visibility) -> str:
+    """:func:`select_backend` for a visibility that is already known."""
+    if q.device.type == "cpu":
+        return "cpu" if visibility.bias is None else "chunked"
+    return "triton" if triton_refuses(q, k, visibility) is None else "chunked"
+
+
+def triton_refuses(q: Tensor, k: Tensor, visibility: Visibility) -> str | None:
+    """Why the triton kernels cannot take these inputs; None if they can."""
+    if find_spec("triton") is None:
+        return "needs the package triton, which comes with torch's CUDA wheels"
+    from normfree.entropy.triton import IS_INTERPRETED
+
+    if torch.float64 in (q.dtype, k.dtype):
+        return "computes in float32, got float64"
+    if q.shape[-1] > MAX_TRITON_HEAD_DIM:
+        return f"takes head dims up to {MAX_TRITON_HEAD_DIM}, got {q.shape[-1]}"
+    if visibility.bias is not None:
+        return "takes masks that hide keys, not float masks that add other numbers to the scores"
+    if q.device.type != ("cpu" if IS_INTERPRETED else "cuda") or torch.version.hip is not None:
+        return f"needs q and k on an NVIDIA GPU (or the CPU and Triton's interpreter), got {q.device}"
+    return None
 
 
 def _centre(k: Tensor) -> Tensor:
@@ -242,9 +275,21 @@ class _RecomputedEntropy(torch.autograd.Function):
         return None, q_grad, k_grad, None, None
 
 
+def _triton(q: Tensor, k: Tensor, scale: float, visibility: Visibility) -> tuple[Tensor, Tensor]:
+    """One pass in Triton, forward and backward."""
+    reason = triton_refuses(q, k, visibility)
+    if reason is not None:
+        raise InputError(f"backend 'triton' {reason}; use 'auto' or 'chunked'")
+    from normfree.entropy.triton import TritonEntropy
+
+    result: tuple[Tensor, Tensor] = TritonEntropy.apply(q, k, scale, visibility)
+    return result
+
+
 BACKENDS: dict[str, Kernel] = {
     "reference": reference_kernel,
     "cpu": partial(_RecomputedEntropy.apply, _cpu),
     "chunked": partial(_RecomputedEntropy.apply, _chunked),
+    "triton": _triton,
 }
 """The kernels by name. All are differentiable in q and k; a new one is one line."""

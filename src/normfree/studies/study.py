@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from normfree.data import PackedData, prepare_data
+from normfree.data import PackedData, load_packed_data, prepare_data
 from normfree.errors import InputError
 from normfree.files import write_text
 from normfree.studies.preset import Preset
@@ -59,6 +59,7 @@ class StudyFolder:
     study_name: str
     preset_name: str
     preset: Preset
+    corpus_fingerprint: str | None = None
 
     @classmethod
     def at(cls, path: Path, study: Study, preset_name: str, preset: Preset) -> StudyFolder:
@@ -81,11 +82,32 @@ class StudyFolder:
             raise InputError(f"{path} exists and is no study folder ({STUDY_FILE} is missing); give another with --out")
         return cls(path, study.name, preset_name, preset)
 
-    def claim(self) -> None:
-        """Writes ``study.yaml``, so that the folder is this study's."""
+    def prepare_data(self, cache_dir: Path, *, progress: bool) -> PackedData:
+        """The study's tokens. A study that is there goes on with those it began with, though the corpus may change.
+
+        Raises:
+            InputError: the corpus cannot be used, or has changed and the study's tokens are no longer in the cache.
+        """
+        begun_with = self.corpus_fingerprint
+        if begun_with is not None and (cache_dir / begun_with).exists():
+            return load_packed_data(cache_dir / begun_with)
+        data = prepare_data(self.preset.data, cache_dir, progress=progress)
+        if begun_with not in (None, data.fingerprint):
+            raise InputError(
+                f"{self.path} was trained on the tokens {begun_with}, which are not in {cache_dir}, and the corpus has "
+                f"changed since ({data.fingerprint}); give another folder with --out"
+            )
+        return data
+
+    def claim(self, data: PackedData) -> None:
+        """Writes ``study.yaml``, so that the folder is this study's and its corpus ``data``."""
         if not (self.path / STUDY_FILE).exists():
-            preset = self.preset.model_dump(mode="json", exclude_none=True)
-            content = {"study": self.study_name, "preset": self.preset_name, **preset}
+            content = {
+                "study": self.study_name,
+                "preset": self.preset_name,
+                "corpus_fingerprint": data.fingerprint,
+                **self.preset.model_dump(mode="json", exclude_none=True),
+            }
             write_text(self.path / STUDY_FILE, yaml.safe_dump(content, sort_keys=False))
 
     @classmethod
@@ -99,7 +121,8 @@ class StudyFolder:
             raise InputError(f"{path} is no study folder ({STUDY_FILE} is missing); run `normfree study` first")
         content = read_yaml(path / STUDY_FILE)
         try:
-            return cls(path, content.pop("study"), content.pop("preset"), Preset.model_validate(content))
+            names = [str(content.pop(key)) for key in ("study", "preset", "corpus_fingerprint")]
+            return cls(path, names[0], names[1], Preset.model_validate(content), names[2])
         except (KeyError, ValueError) as error:
             raise InputError(f"{path / STUDY_FILE} is damaged ({error}); run the study in another folder") from error
 
@@ -124,9 +147,9 @@ def run_study(
     for configuration in study.configurations:
         run_config(preset, configuration, seeds[0]).build_model_config(preset.data.vocab_size)
     preset.recipe.check(preset.data.sequence_length)
-    data = prepare_data(preset.data, cache_dir, progress=console.is_terminal)
+    data = folder.prepare_data(cache_dir, progress=console.is_terminal)
     check_data(data, preset.recipe)
-    folder.claim()
+    folder.claim(data)
 
     plan = [(seed, configuration) for seed in seeds for configuration in study.configurations]
     sweep = list(_sweep(study, preset)) if tune_lr else []

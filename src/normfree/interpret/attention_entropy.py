@@ -1,0 +1,302 @@
+"""The attention entropy of every head of a finished model, over sequences of a corpus (ReLU's Revival, Figure 1)."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from normfree.data import DataConfig, TokenBlocks, load_tokenizer, open_corpus, prepare_data
+from normfree.data.blocks import write_blocks
+from normfree.entropy import EntropyProbe, entropy_bands, uniform_entropy_bound
+from normfree.errors import InputError
+from normfree.files import write_text
+from normfree.training import load_run_config
+from normfree.training.configuration import CONFIG_FILE
+from normfree.training.trainer import last_checkpoint
+
+DEFAULT_SEQUENCE_LENGTH = 512
+NEARLY_ALL = 1 - 1e-9
+"""Share of a corpus' documents to measure on: a finished model needs no others to be kept for training."""
+
+
+@dataclass(frozen=True)
+class MeasuredModel:
+    """A causal language model in evaluation mode, and where it came from.
+
+    source: what was asked for: a Hub id or a folder.
+    checkpoint: what was loaded; another folder than ``source`` for a run.
+    data: the data that a run was trained on; None for other models.
+    """
+
+    source: str
+    checkpoint: str
+    model: PreTrainedModel
+    data: DataConfig | None
+
+    @property
+    def n_positions(self) -> int | None:
+        """The longest sequence the model takes, if its configuration says so."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+
+@dataclass(frozen=True)
+class AttentionEntropy:
+    """What :func:`measure_attention_entropy` found.
+
+    heads:
+        layer, module, head, entropy_nats, uniform_nats, share_of_uniform, sink_share, nan_queries; one row a head.
+        ``uniform_nats`` is the entropy of uniform attention to the same keys, ``sink_share`` the mean attention
+        paid to the first token. A head with a NaN query has NaN means.
+    layers:
+        layer, module, mean_nats, min_nats, max_nats (over the heads), share_of_uniform, sink_share (means over the
+        heads), top_band_heads (heads in the top quarter of the range up to the largest entropy of any head of the
+        model: ReLU's Revival calls it entropic overload), n_head. One row a layer that could be read.
+    unreadable: the attention modules that could not be read, and why.
+    uniform_bound: of causal attention over a whole sequence, in nats.
+    """
+
+    heads: pd.DataFrame
+    layers: pd.DataFrame
+    unreadable: dict[str, str]
+    n_sequences: int
+    sequence_length: int
+    uniform_bound: float
+
+    def summary(self) -> dict[str, Any]:
+        """All of it, as JSON can hold it; NaN becomes null."""
+        return {
+            "n_sequences": self.n_sequences,
+            "sequence_length": self.sequence_length,
+            "uniform_bound_nats": self.uniform_bound,
+            "layers": json.loads(self.layers.to_json(orient="records", double_precision=9)),
+            "heads": json.loads(self.heads.to_json(orient="records", double_precision=9)),
+            "unreadable": self.unreadable,
+        }
+
+
+def load_measured_model(source: str) -> MeasuredModel:
+    """A model from the Hub, a folder of transformers' form, or a run or checkpoint folder of our own.
+
+    Only safetensors weights are read, and no remote code is run. On CUDA where there is a device.
+
+    Raises:
+        InputError: there is no such model, or it cannot be loaded so.
+    """
+    folder = Path(source)
+    checkpoint, run = source, None
+    if (folder / CONFIG_FILE).is_file():
+        newest = last_checkpoint(folder)
+        if newest is None:
+            raise InputError(f"run folder {source} has no finished checkpoint-* folder yet; let the run go on")
+        checkpoint, run = str(newest), folder
+    elif (folder / "config.json").is_file():
+        is_checkpoint = folder.name.startswith("checkpoint-") and (folder.parent / CONFIG_FILE).is_file()
+        run = folder.parent if is_checkpoint else None
+    elif folder.exists():
+        raise InputError(
+            f"{source} holds no model: neither transformers' config.json nor a run's {CONFIG_FILE}; "
+            "give a Hub id, a model folder, a run folder or a checkpoint folder"
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, use_safetensors=True, trust_remote_code=False)
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(
+            f"cannot load model {checkpoint!r} ({reason}); give a Hub id or a folder of a causal language model "
+            "with safetensors weights"
+        ) from error
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    data = load_run_config(run / CONFIG_FILE).data if run is not None else None
+    return MeasuredModel(source, checkpoint, model.eval().to(device), data)
+
+
+def token_sequences(
+    measured: MeasuredModel,
+    *,
+    corpus: str | None,
+    tokenizer: str | None,
+    sequence_length: int | None,
+    n_sequences: int,
+    cache_dir: Path,
+) -> torch.Tensor:
+    """The first ``n_sequences`` sequences to measure on: int64 [n_sequences, T], each from within one document.
+
+    Without ``corpus`` they are a run's own evaluation sequences. Otherwise the corpus is tokenized with
+    ``tokenizer``: by default the run's, or the one saved with the model.
+
+    Args:
+        measured: the model that will read them.
+        corpus: as in :class:`normfree.data.DataConfig`; may be None for a run.
+        tokenizer: a Hugging Face tokenizer's name or folder.
+        sequence_length: T; None means the run's, or 512, or what positions the model has if they are fewer.
+        n_sequences: at least 1.
+        cache_dir: where the data of runs are prepared.
+
+    Raises:
+        InputError: no corpus or tokenizer, too long sequences, too few of them, or tokens that the model lacks.
+    """
+    T = sequence_length or _default_sequence_length(measured)
+    if T < 2 or n_sequences < 1:
+        raise InputError(f"need at least 1 sequence of at least 2 tokens, got {n_sequences} of {T}")
+    if measured.n_positions is not None and measured.n_positions < T:
+        raise InputError(
+            f"sequence length {T} is more than the {measured.n_positions} positions of {measured.source}; "
+            f"give at most {measured.n_positions}"
+        )
+    if corpus is None:
+        tokens = _own_sequences(measured, tokenizer, T, cache_dir)
+        where = f"the evaluation data of {measured.source}"
+    else:
+        reader = _tokenizer_of(measured, tokenizer, cache_dir)
+        tokens = _corpus_sequences(corpus, reader, T, n_sequences)
+        where = f"corpus {corpus!r}"
+    if len(tokens) < n_sequences:
+        raise InputError(
+            f"{where} has {len(tokens)} sequences of {T} tokens from within one document, {n_sequences} are asked "
+            "for; use a larger corpus, shorter sequences or fewer of them"
+        )
+    tokens = tokens[:n_sequences]
+    n_vocabulary = measured.model.config.get_text_config().vocab_size
+    if int(tokens.max()) >= n_vocabulary:
+        raise InputError(
+            f"the tokenizer gives token {int(tokens.max())}, the vocabulary of {measured.source} has {n_vocabulary}; "
+            "give the tokenizer that the model was trained with"
+        )
+    return tokens
+
+
+@torch.no_grad()
+def measure_attention_entropy(model: PreTrainedModel, sequences: torch.Tensor, batch_size: int = 8) -> AttentionEntropy:
+    """Runs ``model`` over ``sequences`` (int64 [n, T], no padding) under an :class:`~normfree.EntropyProbe`.
+
+    The model stays in the mode it is in; its head on top of the last layer is not computed.
+
+    Raises:
+        InputError: no attention layer of the model can be read.
+    """
+    with EntropyProbe(model) as probe:
+        for batch in sequences.split(batch_size):
+            model.base_model(input_ids=batch.to(model.device), use_cache=False)
+    T = sequences.shape[1]
+    heads = _heads_frame(probe)
+    return AttentionEntropy(heads, _layers_frame(heads), probe.unreadable, len(sequences), T, uniform_entropy_bound(T))
+
+
+def write_attention_entropy(result: AttentionEntropy, folder: Path) -> None:
+    """Writes ``heads.csv`` and ``layers.csv`` into ``folder``, made if need be; NaN is written as nan."""
+    write_text(folder / "heads.csv", result.heads.to_csv(index=False, na_rep="nan"))
+    write_text(folder / "layers.csv", result.layers.to_csv(index=False, na_rep="nan"))
+
+
+def _default_sequence_length(measured: MeasuredModel) -> int:
+    if measured.data is not None:
+        return measured.data.sequence_length
+    return min(DEFAULT_SEQUENCE_LENGTH, measured.n_positions or DEFAULT_SEQUENCE_LENGTH)
+
+
+def _own_sequences(
+    measured: MeasuredModel, tokenizer: str | None, sequence_length: int, cache_dir: Path
+) -> torch.Tensor:
+    if measured.data is None:
+        raise InputError(f"{measured.source} is no run with data of its own; name a corpus to measure on")
+    if tokenizer is not None:
+        raise InputError("a run's own evaluation data have their tokenizer; name a corpus, or leave the tokenizer out")
+    if measured.data.sequence_length != sequence_length:
+        raise InputError(
+            f"the evaluation data of {measured.source} are sequences of {measured.data.sequence_length} tokens, "
+            f"not {sequence_length}; name a corpus to measure on other lengths"
+        )
+    return _tensor(prepare_data(measured.data, cache_dir).eval)
+
+
+def _tokenizer_of(measured: MeasuredModel, tokenizer: str | None, cache_dir: Path) -> PreTrainedTokenizerBase:
+    if tokenizer is not None:
+        return load_tokenizer(tokenizer)
+    if measured.data is not None:
+        return prepare_data(measured.data, cache_dir).tokenizer
+    missing = f"no tokenizer is saved with {measured.source}; name the one it was trained with"
+    try:
+        saved = load_tokenizer(measured.checkpoint)
+    except InputError as error:
+        raise InputError(missing) from error
+    # transformers makes an empty tokenizer of the model's kind where it finds no files
+    if set(saved.get_vocab().values()) <= set(saved.all_special_ids):
+        raise InputError(missing)
+    return saved
+
+
+def _corpus_sequences(
+    corpus: str, tokenizer: PreTrainedTokenizerBase, sequence_length: int, n_sequences: int
+) -> torch.Tensor:
+    opened = open_corpus(DataConfig.model_validate({"corpus": corpus, "eval_fraction": NEARLY_ALL}))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tokens.npy"
+        write_blocks(
+            path,
+            opened.documents("eval"),
+            tokenizer,
+            sequence_length=sequence_length,
+            max_tokens=n_sequences * sequence_length,
+        )
+        return _tensor(TokenBlocks(path))
+
+
+def _tensor(blocks: TokenBlocks) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(blocks.tokens, dtype=np.int64))
+
+
+def _heads_frame(probe: EntropyProbe) -> pd.DataFrame:
+    columns = {
+        "entropy_nats": probe.per_head(),
+        "uniform_nats": probe.maximum(),
+        "share_of_uniform": probe.normalized(),
+        "sink_share": probe.sink_share(),
+        "nan_queries": probe.nan_rows(),
+    }
+    layers, heads = np.indices(columns["entropy_nats"].shape)
+    frame = pd.DataFrame(
+        {
+            "layer": layers.ravel(),
+            "module": [probe.layers[layer] for layer in layers.ravel()],
+            "head": heads.ravel(),
+            **{name: _numbers(value) for name, value in columns.items()},
+        }
+    )
+    return frame[~frame["module"].isin(probe.unreadable)].reset_index(drop=True)
+
+
+def _numbers(table: torch.Tensor) -> NDArray[Any]:
+    return (table.double() if table.is_floating_point() else table).numpy().ravel()
+
+
+def _layers_frame(heads: pd.DataFrame) -> pd.DataFrame:
+    finite = heads["entropy_nats"].dropna()
+    largest = float(finite.max()) if len(finite) else float("nan")
+    rows = []
+    for (layer, module), each in heads.groupby(["layer", "module"], sort=True):
+        entropy = each["entropy_nats"].to_numpy(dtype=np.float64)
+        # a model whose heads all attend to one key, or are all NaN, has no range to divide
+        top_band = entropy_bands(entropy, largest)[3] if largest > 0 else 0.0
+        rows.append(
+            {
+                "layer": layer,
+                "module": module,
+                "mean_nats": entropy.mean(),
+                "min_nats": entropy.min(),
+                "max_nats": entropy.max(),
+                "share_of_uniform": each["share_of_uniform"].to_numpy(dtype=np.float64).mean(),
+                "sink_share": each["sink_share"].to_numpy(dtype=np.float64).mean(),
+                "top_band_heads": round(top_band * len(each)),
+                "n_head": len(each),
+            }
+        )
+    return pd.DataFrame(rows)
