@@ -3,6 +3,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import GPT2Config
 
 from normfree.data import load_tokenizer, tokenizer, train_tokenizer
 from normfree.errors import InputError
@@ -96,3 +97,9 @@ def test_remote_code_is_never_trusted(monkeypatch):
     with pytest.raises(InputError, match="needs remote code"):
         load_tokenizer("someone/tokenizer")
     assert seen == {"trust_remote_code": False}
+
+
+def test_a_model_folder_without_tokenizer_files_is_no_tokenizer(tmp_path):
+    GPT2Config().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="has no tokenizer files|cannot load tokenizer"):
+        load_tokenizer(str(tmp_path))

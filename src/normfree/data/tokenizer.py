@@ -81,6 +81,9 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise InputError(f"{name_or_path!r} is a {type(tokenizer).__name__}, not a tokenizer; give another name")
+    # transformers makes an empty tokenizer of the model's kind where it finds no files.
+    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
+        raise InputError(f"{name_or_path!r} has no tokenizer files; give a tokenizer's name, or a folder with one")
     return tokenizer
 
 
