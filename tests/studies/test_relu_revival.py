@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,8 +130,20 @@ def test_tuned_learning_rates_stand_beside_the_recipes(normfree: Command, preset
     assert tuned.index.tolist() == LABELS
     page = (tmp_path / "study" / "report.html").read_text()
     assert "With tuned learning rates" in page
+    assert (tmp_path / "study" / "tuned").exists() == any(rate != 0.001 for rate in best.values())
     assert (tmp_path / "study" / "figures" / "headwise-entropy-tuned.pdf").exists()
     assert out.count("SM+LN+R ") >= 2
+
+
+def test_a_report_of_an_unfinished_sweep_leaves_the_tuned_table_out(
+    normfree: Command, preset_file: Path, tmp_path: Path
+) -> None:
+    assert normfree("study", "relu-revival", "--preset", preset_file, "--out", "study", "--tune-lr")[0] == 0
+    shutil.rmtree(tmp_path / "study" / "tuned")
+    for finished in (tmp_path / "study" / "sweep").glob("sm-*r/*/results.csv"):
+        finished.unlink()
+    assert normfree("report", "study")[0] == 0
+    assert "With tuned learning rates" not in (tmp_path / "study" / "report.html").read_text()
 
 
 def test_json_is_the_only_thing_on_standard_output(normfree: Command, preset_file: Path) -> None:

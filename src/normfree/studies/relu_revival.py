@@ -96,7 +96,9 @@ def write_relu_revival_report(folder: StudyFolder) -> Path:
         InputError: no run of the baseline is finished.
     """
     results = _results(folder, "runs")
-    tuned = _results(folder, "tuned") if folder.results("tuned") or folder.results("sweep") else []
+    tuned = _finished(folder, "tuned")
+    if {each.row["configuration"] for each in tuned} != {each.label for each in STUDY.configurations}:
+        tuned = []  # the sweep is still under way
     frame = results_frame(STUDY, results).assign(learning_rate_source="recipe")
     if tuned:
         frame = pd.concat([frame, results_frame(STUDY, tuned).assign(learning_rate_source="tuned")], ignore_index=True)
@@ -123,15 +125,20 @@ def write_relu_revival_report(folder: StudyFolder) -> Path:
 
 
 def _results(folder: StudyFolder, group: str) -> list[RunResult]:
+    results = _finished(folder, group)
+    if STUDY.baseline not in {each.row["configuration"] for each in results}:
+        raise InputError(f"{folder.path} has no finished run of {STUDY.baseline} yet; let `normfree study` go on")
+    return results
+
+
+def _finished(folder: StudyFolder, group: str) -> list[RunResult]:
+    """The finished runs at the recipe's learning rate (``runs``) or each at its best one (``tuned``), in order."""
     results = folder.results("runs")
     if group == "tuned":
         # Where the recipe's rate was the best one, its run is the tuned run.
         rates = best_learning_rates(folder)
         kept = [each for each in results if rates.get(each.row["configuration"]) == each.row["learning_rate"]]
         results = [*kept, *folder.results("tuned")]
-    labels = {str(each.row["configuration"]) for each in results}
-    if STUDY.baseline not in labels:
-        raise InputError(f"{folder.path} has no finished run of {STUDY.baseline} yet; let `normfree study` go on")
     order = [configuration.label for configuration in STUDY.configurations]
     return sorted(results, key=lambda each: (order.index(each.row["configuration"]), each.row["seed"]))
 
