@@ -213,6 +213,15 @@ def _tuned_section(folder: StudyFolder, tuned: list[RunResult]) -> Section:
             "The sweep: evaluation loss in nats by learning rate, one seed. NaN: diverged.",
             formats=dict.fromkeys(losses.columns, ".3f"),
         ),
+        _figure(
+            folder,
+            "headwise-entropy-tuned",
+            headwise_entropy_heatmaps(
+                head_entropy_frame(tuned), maximum=uniform_entropy_bound(folder.preset.data.sequence_length)
+            ),
+            "Attention entropy of every head in nats, each configuration at its own best rate: final weights, "
+            "evaluation tokens, one colour scale.",
+        ),
     ]
     if at_the_edge:
         blocks.append(Callout(f"The best rate of {', '.join(at_the_edge)} is at the edge of the sweep.", "warning"))
