@@ -104,7 +104,8 @@ def write_relu_revival_report(folder: StudyFolder) -> Path:
         frame = pd.concat([frame, results_frame(STUDY, tuned).assign(learning_rate_source="tuned")], ignore_index=True)
     write_text(folder.path / RESULTS_FILE, frame.to_csv(index=False, na_rep="nan"))
 
-    sections = [_result_section(folder)]
+    table = relu_revival_table(folder)
+    sections = [_result_section(folder, table)]
     if tuned:
         sections.append(_tuned_section(folder, tuned))
     sections.append(_figures_section(folder, results))
@@ -112,7 +113,7 @@ def write_relu_revival_report(folder: StudyFolder) -> Path:
     sections.append(_method_section(folder, results))
     page = render_report(
         title=STUDY.title,
-        lead=_lead(relu_revival_table(folder)),
+        lead=_lead(table),
         sections=sections,
         meta={
             "Made by": f"normfree {importlib.metadata.version('normfree')}",
@@ -175,8 +176,7 @@ def _lead(table: pd.DataFrame) -> str:
     return " ".join(sentences)
 
 
-def _result_section(folder: StudyFolder) -> Section:
-    table = relu_revival_table(folder)
+def _result_section(folder: StudyFolder, table: pd.DataFrame) -> Section:
     blocks: list[Block] = [
         _table_block(table, f"Evaluation loss and perplexity at the recipe's learning rate, {_rate(folder)}."),
     ]
