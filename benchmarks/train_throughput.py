@@ -5,8 +5,9 @@
 All variants train in one process, in rounds: each round runs every variant once, in a new random order, and ratios
 are taken within a round, so that a machine that slows down slows down all. Prints a table; writes JSON with --out.
 
-    ours                     our step: forward, backward, clipping, AdamW
+    ours                     our step as the preset has it: forward, backward, clipping, AdamW
     ours + telemetry         the same with the telemetry of ``normfree study`` in every step
+    ours sdpa                our step with sdpa, whatever the preset has
     Hugging Face sdpa        GPT2LMHeadModel, the same step
     Hugging Face eager + entropy   attention weights returned, and their entropy taken, in every step
 """
@@ -21,6 +22,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -92,15 +94,26 @@ def variants(preset: Preset, device: torch.device) -> tuple[dict[str, Step], Nor
         bos_token_id=0,
         eos_token_id=0,
     )
-    plain, probed = (NormfreeForCausalLM(config).to(device) for _ in range(2))
-    sdpa = GPT2LMHeadModel(theirs).to(device)
-    eager = GPT2LMHeadModel(theirs).to(device)
-    eager.set_attn_implementation("eager")
+
+    # A model keeps the configuration it is given, and set_attn_implementation writes to it: each gets its own.
+    def ours(attn_implementation: str) -> NormfreeForCausalLM:
+        model = NormfreeForCausalLM(deepcopy(config)).to(device)
+        model.set_attn_implementation(attn_implementation)
+        return model
+
+    def hugging_face(attn_implementation: str) -> GPT2LMHeadModel:
+        model = GPT2LMHeadModel(deepcopy(theirs)).to(device)
+        model.set_attn_implementation(attn_implementation)
+        return model
+
+    plain, probed = (ours(preset.recipe.attn_implementation) for _ in range(2))
+    eager = training_step(hugging_face("eager"), batch, dtype, output_attentions=True)
     return {
         "ours": training_step(plain, batch, dtype),
         "ours + telemetry": with_telemetry(probed, training_step(probed, batch, dtype)),
-        "Hugging Face sdpa": training_step(sdpa, batch, dtype),
-        "Hugging Face eager + entropy": eager_entropy(training_step(eager, batch, dtype, output_attentions=True)),
+        "ours sdpa": training_step(ours("sdpa"), batch, dtype),
+        "Hugging Face sdpa": training_step(hugging_face("sdpa"), batch, dtype),
+        "Hugging Face eager + entropy": eager_entropy(eager),
     }, plain
 
 
@@ -160,8 +173,10 @@ def main() -> None:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "precision": preset.recipe.precision,
+        "our_attn_implementation": preset.recipe.attn_implementation,
         "tokens_per_second": {name: round(tokens / statistics.median(each)) for name, each in seconds.items()},
         "ours_against_hugging_face_sdpa": round(against("ours", "Hugging Face sdpa"), 3),
+        "ours_sdpa_against_hugging_face_sdpa": round(against("ours sdpa", "Hugging Face sdpa"), 3),
         "ours_with_telemetry_every_step_against_eager_entropy": round(
             against("ours + telemetry", "Hugging Face eager + entropy"), 3
         ),

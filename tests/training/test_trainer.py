@@ -163,6 +163,24 @@ def test_gradient_checkpointing_changes_no_loss(
         assert len(measured(plain)[name]) == len(measured(checkpointed)[name])
 
 
+def test_eager_attention_changes_neither_the_losses_nor_the_telemetry(
+    data: PackedData, tiny_run: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    seen: list[str] = []
+
+    class SeeImplementation(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.append(kwargs["model"].config._attn_implementation)
+
+    see = (SeeImplementation(),)
+    sdpa = train(tiny_run(), data, tmp_path / "sdpa", callbacks=see)
+    eager = train(tiny_run(attn_implementation="eager"), data, tmp_path / "eager", callbacks=see)
+    assert seen == ["sdpa", "eager"]
+    np.testing.assert_allclose(losses(sdpa), losses(eager), rtol=1e-5)
+    layers = measured(sdpa)["layers"], measured(eager)["layers"]
+    np.testing.assert_allclose(layers[0]["value"], layers[1]["value"], rtol=1e-3, atol=1e-5)
+
+
 def test_compiled_training_gives_the_same_losses_and_telemetry(
     data: PackedData, tiny_run: Callable[..., RunConfig], tmp_path: Path
 ) -> None:

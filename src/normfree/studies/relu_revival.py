@@ -46,7 +46,7 @@ from normfree.studies.frames import (
 from normfree.studies.study import (
     LEARNING_RATE_FACTORS,
     STUDY_FILE,
-    SWEEP_BUDGET,
+    SWEEP_DECAY,
     Configuration,
     Study,
     StudyFolder,
@@ -202,8 +202,9 @@ def _tuned_section(folder: StudyFolder, tuned: list[RunResult]) -> Section:
     at_the_edge = [label for label, rate in rates.items() if rate in (min(grid), max(grid))]
     blocks: list[Block] = [
         Paragraph(
-            "Is a configuration worse, or only less tolerant of the learning rate? Each was trained for "
-            f"{100 * SWEEP_BUDGET:.0f} % of the budget at {len(grid)} rates, and for the whole budget at its best: "
+            f"Is a configuration worse, or only less tolerant of the learning rate? Each was trained at {len(grid)} "
+            f"rates, with the whole run's warm-up and a decay over {100 * SWEEP_DECAY:.0f} % of the budget, and for "
+            "the whole budget at its best rate: "
             + ", ".join(f"{label} {rate:g}" for label, rate in rates.items())
             + "."
         ),

@@ -21,8 +21,8 @@ from normfree.training.trainer import RESULTS_FILE, check_data
 STUDY_FILE = "study.yaml"
 LEARNING_RATE_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 """The sweep of ``--tune-lr``, as multiples of the recipe's learning rate."""
-SWEEP_BUDGET = 0.2
-"""Share of the budget that each run of the sweep gets, with the whole schedule inside it."""
+SWEEP_DECAY = 0.2
+"""Share of the budget over which a run of the sweep lets its rate decay, after a warm-up as long as the whole run's."""
 
 
 @dataclass(frozen=True)
@@ -136,9 +136,9 @@ def run_study(
 ) -> None:
     """Trains every configuration with every seed; what is finished is skipped, what was stopped goes on.
 
-    With ``tune_lr`` each configuration is then trained for :data:`SWEEP_BUDGET` of the budget at each multiple of the
-    learning rate in :data:`LEARNING_RATE_FACTORS` (the preset's first seed), and for the whole budget at its best one
-    (all seeds).
+    With ``tune_lr`` each configuration is then trained at each multiple of the learning rate in
+    :data:`LEARNING_RATE_FACTORS` (the preset's first seed), with the whole run's warm-up and a decay over
+    :data:`SWEEP_DECAY` of the budget, and for the whole budget at its best rate (all seeds).
 
     Raises:
         InputError: a configuration, the recipe or the corpus cannot be used; then the folder is not touched.
@@ -202,11 +202,15 @@ def run_config(
 
 
 def _sweep(study: Study, preset: Preset) -> Iterator[tuple[RunConfig, Path]]:
-    steps = max(1, round(SWEEP_BUDGET * preset.recipe.n_steps(preset.data.sequence_length)))
+    whole = preset.recipe.n_steps(preset.data.sequence_length)
+    warmup = preset.recipe.n_warmup_steps(preset.data.sequence_length)
+    steps = warmup + max(1, round(SWEEP_DECAY * whole))
     for configuration in study.configurations:
         for factor in LEARNING_RATE_FACTORS:
             run = run_config(preset, configuration, preset.seeds[0], learning_rate=factor * preset.recipe.learning_rate)
-            recipe = run.recipe.model_copy(update={"steps": steps, "tokens": None, "save_steps": steps})
+            recipe = run.recipe.model_copy(
+                update={"steps": steps, "tokens": None, "warmup_ratio": warmup / steps, "save_steps": steps}
+            )
             place = Path(configuration.slug) / f"learning-rate-{recipe.learning_rate:g}"
             yield run.model_copy(update={"recipe": recipe}), place
 

@@ -38,6 +38,7 @@ class Recipe(BaseModel):
     max_grad_norm: float = Field(1.0, gt=0)
 
     precision: Literal["fp32", "bf16", "fp16"] = "fp16"
+    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
     torch_compile: bool = False
     gradient_checkpointing: bool = False
 
@@ -72,6 +73,10 @@ class Recipe(BaseModel):
                 f"{sequence_length} tokens = {self.batch_size * sequence_length}; raise it, or lower batch_size"
             )
         return steps
+
+    def n_warmup_steps(self, sequence_length: int) -> int:
+        """Steps over which the learning rate rises from 0: ``warmup_ratio`` of the budget, rounded up."""
+        return math.ceil(round(self.warmup_ratio * self.n_steps(sequence_length), 6))
 
     def n_tokens(self, sequence_length: int) -> int:
         """Tokens trained on: whole steps only."""
@@ -110,7 +115,7 @@ class Recipe(BaseModel):
             gradient_accumulation_steps=self.batch_size // (self.micro_batch_size * _n_processes()),
             learning_rate=self.learning_rate,
             lr_scheduler_type="linear",
-            warmup_steps=math.ceil(self.warmup_ratio * steps),
+            warmup_steps=self.n_warmup_steps(sequence_length),
             weight_decay=self.weight_decay,
             adam_beta1=self.adam_beta1,
             adam_beta2=self.adam_beta2,

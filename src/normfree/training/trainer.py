@@ -78,6 +78,7 @@ def train(
     sequence_length = config.data.sequence_length
     set_seed(config.seed)
     model = NormfreeForCausalLM(model_config)
+    model.set_attn_implementation(config.recipe.attn_implementation)
     if config.recipe.gradient_checkpointing:
         # Renamed in transformers 5.23; both names work over the range we support.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
