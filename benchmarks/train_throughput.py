@@ -31,7 +31,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from normfree import EntropyProbe, NormfreeForCausalLM
 from normfree.studies import Preset, load_preset
-from normfree.studies.relu_revival import STUDY
+from normfree.studies.relu_revival import LAYERNORM_GELU
 from normfree.studies.study import run_config
 from normfree.training.telemetry import ResidualStreamProbe
 
@@ -78,7 +78,7 @@ def eager_entropy(step: Callable[[], Any]) -> Step:
 
 
 def variants(preset: Preset, device: torch.device) -> tuple[dict[str, Step], NormfreeForCausalLM]:
-    config = run_config(preset, STUDY.configurations[0], seed=0).build_model_config(preset.data.vocab_size)
+    config = run_config(preset, LAYERNORM_GELU, seed=0).build_model_config(preset.data.vocab_size)
     batch = torch.randint(0, config.vocab_size, (preset.recipe.micro_batch_size, config.n_positions), device=device)
     dtype = DTYPES[preset.recipe.precision]
     theirs = GPT2Config(

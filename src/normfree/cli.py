@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
@@ -15,6 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from normfree.errors import InputError, unknown_name
+
+if TYPE_CHECKING:
+    from normfree.studies import StudyPage
 
 # A study never needs the hub unless it names a corpus or a tokenizer there; nor does it ever report usage to it.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -66,12 +69,10 @@ def study(
 
     Example: normfree study relu-revival --preset cpu --seeds 0,1,2
     """
-    from normfree.report import to_console
-    from normfree.studies import StudyFolder, load_preset, run_study
-    from normfree.studies.relu_revival import STUDY, relu_revival_table, write_relu_revival_report
+    from normfree.studies import STUDIES, StudyFolder, StudyPage, load_preset, run_study
 
-    if name != STUDY.name:
-        raise unknown_name("study", name, [STUDY.name])
+    if name not in STUDIES:
+        raise unknown_name("study", name, STUDIES)
     if tokens is not None and steps is not None:
         raise InputError("give --tokens or --steps, not both")
     chosen = load_preset(preset)
@@ -83,18 +84,10 @@ def study(
 
     console = _console(json_)
     preset_name = Path(preset).stem
-    folder = StudyFolder.at(out or Path("studies") / f"{name}-{preset_name}", STUDY, preset_name, chosen)
+    folder = StudyFolder.at(out or Path("studies") / f"{name}-{preset_name}", STUDIES[name], preset_name, chosen)
     console.print(f"Study {name}, preset {preset_name}: {chosen.description}", highlight=False)
-    run_study(STUDY, folder, chosen_seeds, tune_lr=tune_lr, cache_dir=cache_dir, console=console)
-    report_path = write_relu_revival_report(folder)
-    table = relu_revival_table(folder)
-    if json_:
-        print(json.dumps({"folder": str(folder.path), "table": json.loads(table.to_json(orient="records"))}))
-        return
-    console.print(to_console(table))
-    if tune_lr:
-        console.print(to_console(relu_revival_table(folder, "tuned")))
-    console.print(f"Report:  {report_path}\nFigures: {folder.path / 'figures'}", highlight=False, soft_wrap=True)
+    run_study(STUDIES[name], folder, chosen_seeds, tune_lr=tune_lr, cache_dir=cache_dir, console=console)
+    _write_page(StudyPage(STUDIES[name], folder), console, json_=json_)
 
 
 @app.command()
@@ -206,19 +199,27 @@ def report(
 
     Example: normfree report studies/relu-revival-cpu
     """
-    from normfree.report import to_console
-    from normfree.studies import StudyFolder
-    from normfree.studies.relu_revival import relu_revival_table, write_relu_revival_report
+    from normfree.studies import STUDIES, StudyFolder, StudyPage
 
     opened = StudyFolder.open(folder)
-    path = write_relu_revival_report(opened)
-    table = relu_revival_table(opened)
+    if opened.study_name not in STUDIES:
+        raise unknown_name("study", opened.study_name, STUDIES)
+    _write_page(StudyPage(STUDIES[opened.study_name], opened), _console(json_), json_=json_)
+
+
+def _write_page(page: StudyPage, console: Console, *, json_: bool) -> None:
+    from normfree.report import to_console
+
+    report_path = page.write()
     if json_:
-        print(json.dumps({"folder": str(folder), "table": json.loads(table.to_json(orient="records"))}))
+        tables = {"table": page.table} | ({} if page.tuned_table is None else {"tuned_table": page.tuned_table})
+        rows = {name: json.loads(table.to_json(orient="records")) for name, table in tables.items()}
+        print(json.dumps({"folder": str(page.folder.path), **rows}))
         return
-    console = _console(json_)
-    console.print(to_console(table))
-    console.print(f"Report: {path}", highlight=False, soft_wrap=True)
+    console.print(to_console(page.table))
+    if page.tuned_table is not None:
+        console.print(to_console(page.tuned_table))
+    console.print(f"Report:  {report_path}\nFigures: {report_path.parent / 'figures'}", highlight=False, soft_wrap=True)
 
 
 def _console(json_: bool) -> Console:

@@ -5,7 +5,7 @@ import pytest
 from normfree import NormfreeForCausalLM
 from normfree.errors import InputError
 from normfree.studies import load_preset, preset_names
-from normfree.studies.relu_revival import STUDY
+from normfree.studies.relu_revival import GELU, LAYERNORM_GELU, STUDY
 from normfree.studies.study import run_config
 
 SHIPPED = ["cpu", "gpu", "paper-gpt2-128", "paper-pythia-128", "paper-pythia-256", "smoke"]
@@ -18,7 +18,7 @@ def test_the_shipped_presets_are_listed() -> None:
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_shipped_preset_makes_its_four_models(name: str) -> None:
     preset = load_preset(name)
-    for configuration in STUDY.configurations:
+    for configuration in STUDY.configurations(preset):
         config = run_config(preset, configuration, seed=0).build_model_config(preset.data.vocab_size)
         assert config.final_norm == "layernorm"
         assert config.norm == ("layernorm" if "LN" in configuration.label else "none")
@@ -35,7 +35,7 @@ def test_every_shipped_preset_makes_its_four_models(name: str) -> None:
 )
 def test_the_paper_presets_are_the_papers(name: str, sizes: tuple[int, ...], n_steps: int) -> None:
     preset = load_preset(name)
-    config = run_config(preset, STUDY.configurations[0], seed=1337).build_model_config(50_000)
+    config = run_config(preset, LAYERNORM_GELU, seed=1337).build_model_config(50_000)
     assert (config.n_layer, config.n_head, config.n_embd, config.n_positions) == sizes
     assert preset.recipe.n_steps(preset.data.sequence_length) == n_steps
     assert (preset.data.corpus, preset.data.cut, preset.recipe.precision) == ("codeparrot", "chunks", "fp16")
@@ -44,7 +44,7 @@ def test_the_paper_presets_are_the_papers(name: str, sizes: tuple[int, ...], n_s
 
 def test_gpt2_of_the_paper_has_biases_on_queries_and_keys_only() -> None:
     preset = load_preset("paper-gpt2-128").with_changes(**{"model.n_layer": 1})
-    config = run_config(preset, STUDY.configurations[2], seed=0).build_model_config(1000)
+    config = run_config(preset, GELU, seed=0).build_model_config(1000)
     biases = {name for name, _ in NormfreeForCausalLM(config).named_parameters() if name.endswith("bias")}
     assert biases == {
         "model.blocks.0.attention.q_proj.bias",

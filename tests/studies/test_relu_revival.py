@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from normfree.studies import StudyFolder
-from normfree.studies.relu_revival import relu_revival_table
+from normfree.studies import StudyFolder, StudyPage
+from normfree.studies.relu_revival import STUDY
 from normfree.studies.study import best_learning_rates
 from tests.data.made_up import document, write_documents
 
@@ -119,7 +119,7 @@ def test_tuned_learning_rates_stand_beside_the_recipes(normfree: Command, preset
     folder = StudyFolder.open(tmp_path / "study")
     sweep = pd.DataFrame([result.row for result in folder.results("sweep")])
     assert sorted(set(sweep["learning_rate"])) == [0.00025, 0.0005, 0.001, 0.002, 0.004]
-    assert (sweep["steps"] == 1).all()  # a fifth of four steps, at least one
+    assert (sweep["steps"] == 2).all()  # one of warm-up, as in the whole run, and a fifth of four steps
     expected = sweep.loc[sweep.groupby("configuration")["eval_loss"].idxmin()].set_index("configuration")
     best = best_learning_rates(folder)
     assert best == expected["learning_rate"].to_dict()
@@ -165,7 +165,7 @@ def test_a_study_of_diverging_runs_ends_with_a_report(normfree: Command, preset_
     results = pd.read_csv(tmp_path / "study" / "results.csv")
     diverged = results["status"] == "diverged"
     assert diverged.any()
-    table = relu_revival_table(StudyFolder.open(tmp_path / "study")).set_index("configuration")
+    table = StudyPage(STUDY, StudyFolder.open(tmp_path / "study")).table.set_index("configuration")
     for label in results.loc[diverged, "configuration"]:
         assert not math.isfinite(table.loc[label, "eval_ppl"])
     assert "NaN" in out or "inf" in out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pandas as pd
@@ -14,13 +14,13 @@ from normfree.training.records import LAYERS_FILE, METRICS_FILE
 KEY = ("model", "context_length", "configuration", "seed")
 
 
-def results_frame(study: Study, results: Iterable[RunResult]) -> pd.DataFrame:
-    """One row a run, in the study's order, with Δ % of perplexity against the baseline of the same seed.
+def results_frame(study: Study, labels: Sequence[str], results: Iterable[RunResult]) -> pd.DataFrame:
+    """One row a run, in the order of ``labels``, with Δ % of perplexity against the baseline of the same seed.
 
     Columns: those of a run's ``results.csv``, then ``delta_percent`` (NaN where the baseline is missing).
     """
     frame = pd.DataFrame([result.row for result in results])
-    order = {configuration.label: place for place, configuration in enumerate(study.configurations)}
+    order = {label: place for place, label in enumerate(labels)}
     frame = frame.sort_values(
         ["seed", "configuration"],
         key=lambda column: column.map(order) if column.name == "configuration" else column,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from rich.console import Console
@@ -14,9 +15,12 @@ from normfree.data import PackedData, load_packed_data, prepare_data
 from normfree.errors import InputError
 from normfree.files import write_text
 from normfree.studies.preset import Preset
-from normfree.training import RunConfig, RunResult, StudyProgress, load_result, load_run_config, train
+from normfree.training import Recipe, RunConfig, RunResult, StudyProgress, load_result, load_run_config, train
 from normfree.training.configuration import CONFIG_FILE, read_yaml
 from normfree.training.trainer import RESULTS_FILE, check_data
+
+if TYPE_CHECKING:
+    from normfree.studies.page import Findings, StudyPage
 
 STUDY_FILE = "study.yaml"
 LEARNING_RATE_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -27,25 +31,31 @@ SWEEP_DECAY = 0.2
 
 @dataclass(frozen=True)
 class Configuration:
-    """One line of a study's table: a label such as ``SM+G`` and the model options that make it."""
+    """One line of a study's table: a label such as ``SM+G``, and the model and recipe options that make it."""
 
     label: str
     model: Mapping[str, Any]
+    recipe: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def slug(self) -> str:
         """The label as a folder name."""
-        return self.label.lower().replace("+", "-")
+        return re.sub(r"[^a-z0-9.-]+", "-", self.label.lower())
 
 
 @dataclass(frozen=True)
 class Study:
-    """What is compared. ``baseline`` is the label that the others are measured against."""
+    """What is compared, and what is shown of it.
+
+    ``baseline`` is the label that the others are measured against. ``configurations`` come from the preset, because
+    some studies have one for each layer. ``describe`` makes the study's own part of the report.
+    """
 
     name: str
     title: str
-    configurations: tuple[Configuration, ...]
     baseline: str
+    configurations: Callable[[Preset], tuple[Configuration, ...]]
+    describe: Callable[[StudyPage], Findings]
 
 
 @dataclass(frozen=True)
@@ -144,14 +154,15 @@ def run_study(
         InputError: a configuration, the recipe or the corpus cannot be used; then the folder is not touched.
     """
     preset = folder.preset
-    for configuration in study.configurations:
+    configurations = study.configurations(preset)
+    for configuration in configurations:
         run_config(preset, configuration, seeds[0]).build_model_config(preset.data.vocab_size)
     preset.recipe.check(preset.data.sequence_length)
     data = folder.prepare_data(cache_dir, progress=console.is_terminal)
     check_data(data, preset.recipe)
     folder.claim(data)
 
-    plan = [(seed, configuration) for seed in seeds for configuration in study.configurations]
+    plan = [(seed, configuration) for seed in seeds for configuration in configurations]
     sweep = list(_sweep(study, preset)) if tune_lr else []
     length = preset.data.sequence_length
     whole = preset.recipe.n_tokens(length)
@@ -188,7 +199,7 @@ def run_config(
     preset: Preset, configuration: Configuration, seed: int, *, learning_rate: float | None = None
 ) -> RunConfig:
     """One run of a study; ``learning_rate`` in place of the recipe's, if given."""
-    recipe = preset.recipe
+    recipe = Recipe.model_validate({**preset.recipe.model_dump(), **configuration.recipe})
     if learning_rate is not None:
         recipe = recipe.model_copy(update={"learning_rate": learning_rate})
     return RunConfig(
@@ -205,7 +216,7 @@ def _sweep(study: Study, preset: Preset) -> Iterator[tuple[RunConfig, Path]]:
     whole = preset.recipe.n_steps(preset.data.sequence_length)
     warmup = preset.recipe.n_warmup_steps(preset.data.sequence_length)
     steps = warmup + max(1, round(SWEEP_DECAY * whole))
-    for configuration in study.configurations:
+    for configuration in study.configurations(preset):
         for factor in LEARNING_RATE_FACTORS:
             run = run_config(preset, configuration, preset.seeds[0], learning_rate=factor * preset.recipe.learning_rate)
             recipe = run.recipe.model_copy(
