@@ -30,10 +30,10 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from normfree import EntropyProbe, NormfreeForCausalLM
+from normfree.modeling.residual_stream import ResidualStreamProbe
 from normfree.studies import Preset, load_preset
 from normfree.studies.relu_revival import LAYERNORM_GELU
 from normfree.studies.study import run_config
-from normfree.training.telemetry import ResidualStreamProbe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEFAULT_INTERVAL = 100

@@ -1,7 +1,8 @@
-"""What all tests share: one thread, a small made-up corpus, and a run so small that it trains in a second."""
+"""What all tests share: one thread, a small corpus, a run that trains in a second, and the command line."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,21 @@ from typing import Any
 import pytest
 import torch
 
+from normfree import cli
 from normfree.data import DataConfig, PackedData, prepare_data
 from normfree.training import Recipe, RunConfig
 from tests.data.made_up import document, write_documents
 
 SEQUENCE_LENGTH = 16
+
+
+@pytest.fixture(autouse=True, scope="session")
+def frozen_imports() -> Iterator[None]:
+    """The Trainer collects garbage after each run: the objects of the imported libraries are left out of it."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -65,6 +76,28 @@ def tiny_run(corpus_folder: Path) -> Callable[..., RunConfig]:
         )
 
     return make
+
+
+@pytest.fixture
+def normfree(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command line in a folder of its own; returns exit code, standard output and standard error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        words = [str(argument) for argument in arguments]
+        if words[0] in ("study", "train", "entropy"):
+            words += ["--cache-dir", str(tmp_path / "cache")]
+        monkeypatch.setattr("sys.argv", ["normfree", *words])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(stopped.value.code or 0), captured.out, captured.err
+
+    return run
 
 
 def data_config(corpus_folder: Path) -> DataConfig:

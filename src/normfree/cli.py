@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -14,15 +15,18 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from normfree.errors import InputError, unknown_name
+from normfree.errors import InputError
 
 if TYPE_CHECKING:
-    from normfree.studies import StudyPage
+    from normfree.studies import CollectionFolder, StudyPage
 
 # A study never needs the hub unless it names a corpus or a tokenizer there; nor does it ever report usage to it.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 # Deterministic matrix products on CUDA need this set before the first one.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# Where torchao is installed, transformers imports it, and it warns of GPU kernels that it cannot load here.
+for _name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 app = typer.Typer(
     name="normfree",
@@ -42,7 +46,7 @@ DEFAULT_CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"
 
 @app.command()
 def study(
-    name: Annotated[str, typer.Argument(help="The study: relu-revival.")],
+    name: Annotated[str, typer.Argument(help="The study; a wrong name lists them all.")],
     preset: Annotated[str, typer.Option(help="The size: a preset's name, or a YAML file of the same form.")] = "cpu",
     out: Annotated[Path | None, typer.Option(help="Study folder; default studies/NAME-PRESET.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Comma-separated seeds, e.g. 0,1,2; default: the preset's.")] = None,
@@ -60,6 +64,9 @@ def study(
     tune_lr: Annotated[
         bool, typer.Option(help="Also give each configuration its own learning rate, from a short sweep.")
     ] = False,
+    all_: Annotated[
+        bool, typer.Option("--all", help="With relu-revival: every table and figure of the paper, all its models.")
+    ] = False,
     cache_dir: CacheDir = DEFAULT_CACHE_DIR,
     json_: Json = False,
 ) -> None:
@@ -69,25 +76,27 @@ def study(
 
     Example: normfree study relu-revival --preset cpu --seeds 0,1,2
     """
-    from normfree.studies import STUDIES, StudyFolder, StudyPage, load_preset, run_study
+    from normfree.studies import Preset, begin, load_preset
 
-    if name not in STUDIES:
-        raise unknown_name("study", name, STUDIES)
+    if all_ and name != "relu-revival":
+        raise InputError(f"--all is for relu-revival, not for {name}; leave it out")
+    name = f"{name}-all" if all_ else name
     if tokens is not None and steps is not None:
         raise InputError("give --tokens or --steps, not both")
-    chosen = load_preset(preset)
     options = {"recipe.tokens": tokens, "recipe.steps": steps, "data.corpus": corpus, "data.tokenizer": tokenizer}
     changes: dict[str, Any] = dict(_assignment(text) for text in set_ or [])
     changes |= {option: value for option, value in options.items() if value is not None}
-    chosen = chosen.with_changes(**changes)
-    chosen_seeds = _seeds(seeds) if seeds is not None else chosen.seeds
 
+    def changed(preset: Preset) -> Preset:
+        return preset.with_changes(**changes)
+
+    chosen_seeds = _seeds(seeds) if seeds is not None else None
     console = _console(json_)
-    preset_name = Path(preset).stem
-    folder = StudyFolder.at(out or Path("studies") / f"{name}-{preset_name}", STUDIES[name], preset_name, chosen)
-    console.print(f"Study {name}, preset {preset_name}: {chosen.description}", highlight=False)
-    run_study(STUDIES[name], folder, chosen_seeds, tune_lr=tune_lr, cache_dir=cache_dir, console=console)
-    _write_page(StudyPage(STUDIES[name], folder), console, json_=json_)
+    folder = out or Path("studies") / f"{name}-{Path(preset).stem}"
+    begun = begin(name, folder, preset, changed)
+    console.print(f"Study {name}, preset {Path(preset).stem}: {load_preset(preset).description}", highlight=False)
+    begun.run(chosen_seeds, tune_lr=tune_lr, cache_dir=cache_dir, console=console)
+    _write_report(begun, console, json_=json_)
 
 
 @app.command()
@@ -199,27 +208,22 @@ def report(
 
     Example: normfree report studies/relu-revival-cpu
     """
-    from normfree.studies import STUDIES, StudyFolder, StudyPage
+    from normfree.studies import open_folder
 
-    opened = StudyFolder.open(folder)
-    if opened.study_name not in STUDIES:
-        raise unknown_name("study", opened.study_name, STUDIES)
-    _write_page(StudyPage(STUDIES[opened.study_name], opened), _console(json_), json_=json_)
+    _write_report(open_folder(folder), _console(json_), json_=json_)
 
 
-def _write_page(page: StudyPage, console: Console, *, json_: bool) -> None:
+def _write_report(opened: StudyPage | CollectionFolder, console: Console, *, json_: bool) -> None:
     from normfree.report import to_console
 
-    report_path = page.write()
+    report_path = opened.write()
     if json_:
-        tables = {"table": page.table} | ({} if page.tuned_table is None else {"tuned_table": page.tuned_table})
-        rows = {name: json.loads(table.to_json(orient="records")) for name, table in tables.items()}
-        print(json.dumps({"folder": str(page.folder.path), **rows}))
+        rows = {name: json.loads(table.to_json(orient="records")) for name, table in opened.tables.items()}
+        print(json.dumps({"folder": str(opened.path), **rows}))
         return
-    console.print(to_console(page.table))
-    if page.tuned_table is not None:
-        console.print(to_console(page.tuned_table))
-    console.print(f"Report:  {report_path}\nFigures: {report_path.parent / 'figures'}", highlight=False, soft_wrap=True)
+    for table in opened.tables.values():
+        console.print(to_console(table))
+    console.print(f"Report:  {report_path}\nFolder:  {opened.path}", highlight=False, soft_wrap=True)
 
 
 def _console(json_: bool) -> Console:

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from normfree.data import DataConfig, load_packed_data, packing, prepare_data, train_tokenizer
+from normfree.data import DataConfig, load_packed_data, packing, prepare_data, same_data, train_tokenizer
 from normfree.errors import InputError
 
 from .made_up import document, write_documents
@@ -257,6 +257,19 @@ def test_a_file_that_changes_while_the_tokenizer_trains(folder, tmp_path, monkey
     monkeypatch.setattr(packing, "open_corpus", {config_for(folder): corpus}.get)
     with pytest.raises(InputError, match="changed while the corpus was being read"):
         prepare_data(config_for(folder), tmp_path / "cache")
+
+
+def test_the_tokens_of_an_earlier_run_are_found_though_the_corpus_changed(folder, tmp_path):
+    config = config_for(folder)
+    earlier = prepare_data(config, tmp_path / "cache")
+    write_documents(folder, {"later.py": document(1000)})
+    again = same_data(config, tmp_path / "cache", earlier.fingerprint)
+    assert (again.folder, again.fingerprint) == (earlier.folder, earlier.fingerprint)
+    with pytest.raises(InputError, match=f"{earlier.fingerprint} are not in .* has changed since"):
+        same_data(config, tmp_path / "other", earlier.fingerprint)
+    (folder / "later.py").unlink()
+    rebuilt = same_data(config, tmp_path / "third", earlier.fingerprint)
+    assert (rebuilt.eval.tokens == earlier.eval.tokens).all()
 
 
 def test_progress_is_shown_on_stderr(folder, tmp_path, capfd):

@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from normfree import cli
 from normfree.data import train_tokenizer
 from normfree.entropy import uniform_entropy_bound
 from normfree.errors import InputError
@@ -50,23 +49,6 @@ def models(tmp_path_factory):
         build().save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     return folder
-
-
-@pytest.fixture
-def normfree(monkeypatch, capsys, tmp_path):
-    """Runs the command line; returns exit code, standard output and standard error."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-    def run(*arguments):
-        monkeypatch.setattr("sys.argv", ["normfree", *map(str, arguments), "--cache-dir", str(tmp_path / "cache")])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(stopped.value.code or 0), captured.out, captured.err
-
-    return run
 
 
 def sequences_of(measured, corpus, tmp_path, n_sequences=N_SEQUENCE, tokenizer=None, sequence_length=T):

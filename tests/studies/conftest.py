@@ -1,13 +1,13 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from matplotlib.figure import Figure
 
-from normfree import cli
+from normfree.report import save_figure
 
 PRESET = {
     "description": "For tests.",
@@ -50,22 +50,10 @@ def preset_file(preset_content: dict[str, Any], tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def normfree(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Callable[..., tuple[int, str, str]]:
-    """Runs the command line in a folder of its own; returns exit code, standard output and standard error."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+def blank_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are saved without being drawn, for tests that are about something else: drawing takes half of a study."""
 
-    def run(*arguments: object) -> tuple[int, str, str]:
-        words = [str(argument) for argument in arguments]
-        if words[0] in ("study", "train"):
-            words += ["--cache-dir", str(tmp_path / "cache")]
-        monkeypatch.setattr("sys.argv", ["normfree", *words])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(stopped.value.code or 0), captured.out, captured.err
+    def save(figure: Figure, folder: Path, name: str) -> list[Path]:
+        return save_figure(Figure(figsize=(0.1, 0.1)), folder, name)
 
-    return run
+    monkeypatch.setattr("normfree.studies.page.save_figure", save)

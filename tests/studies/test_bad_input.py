@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
 Command = Callable[..., tuple[int, str, str]]
 
 
@@ -138,7 +139,7 @@ def test_a_corpus_that_changed_and_is_no_longer_cached(normfree: Command, preset
     content = yaml.safe_load((tmp_path / "study" / "study.yaml").read_text())
     content["corpus_fingerprint"] = "0123456789abcdef"
     (tmp_path / "study" / "study.yaml").write_text(yaml.safe_dump(content))
-    assert_refused(normfree, tmp_path, *command, "--seeds", "1", says="the corpus has changed since")
+    assert_refused(normfree, tmp_path, *command, "--seeds", "1", says="has changed since they were made")
 
 
 def test_a_folder_that_holds_other_files(normfree: Command, preset_file: Path, tmp_path: Path) -> None:

@@ -8,7 +8,12 @@ from normfree.studies import load_preset, preset_names
 from normfree.studies.relu_revival import GELU, LAYERNORM_GELU, STUDY
 from normfree.studies.study import run_config
 
-SHIPPED = ["cpu", "gpu", "paper-gpt2-128", "paper-pythia-128", "paper-pythia-256", "smoke"]
+SHIPPED = [
+    *("cpu", "cpu-pythia-128", "cpu-pythia-256"),
+    *("gpu", "gpu-pythia-128", "gpu-pythia-256"),
+    *("paper-gpt2-128", "paper-pythia-128", "paper-pythia-256"),
+    "smoke",
+]
 
 
 def test_the_shipped_presets_are_listed() -> None:

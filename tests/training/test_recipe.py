@@ -1,13 +1,13 @@
 from pathlib import Path
 
 import pytest
-import torch
 from pydantic import ValidationError
 from transformers import Trainer
 
 from normfree import NormfreeConfig, NormfreeForCausalLM
 from normfree.errors import InputError
 from normfree.training import Recipe
+from normfree.training.trainer import NormfreeTrainer
 
 
 def test_a_budget_in_tokens_is_whole_steps() -> None:
@@ -48,18 +48,27 @@ def test_the_defaults_are_the_papers(tmp_path: Path) -> None:
     assert not arguments.logging_nan_inf_filter
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is allowed where there is a GPU")
-def test_fp16_without_a_gpu_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="fp16 needs a CUDA device"):
-        Recipe(steps=1).training_arguments(tmp_path, 128, seed=0)
-
-
 def test_a_batch_that_does_not_divide_over_the_processes_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(InputError, match="times the 3 processes"):
         Recipe(steps=1, batch_size=16, micro_batch_size=4, precision="fp32").training_arguments(tmp_path, 16, seed=0)
+
+
+@pytest.mark.parametrize("decay_slopes", [True, False])
+def test_slopes_are_decayed_like_weights_unless_the_recipe_says_no(tmp_path: Path, decay_slopes: bool) -> None:
+    config = NormfreeConfig(
+        vocab_size=11, n_layer=2, n_head=2, n_embd=8, n_positions=8, norm="none", activation="learnable_leaky_relu"
+    )
+    model = NormfreeForCausalLM(config)
+    arguments = Recipe(steps=1, precision="fp32").training_arguments(tmp_path, 8, seed=0)
+    trainer = NormfreeTrainer(model=model, args=arguments, eval_dataset=[], decay_slopes=decay_slopes)
+    groups = trainer.create_optimizer().param_groups
+    decay_of = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+    slopes = [block.ffn.activation.negative_slope for block in model.model.blocks]
+    assert [decay_of[id(slope)] for slope in slopes] == [0.1 if decay_slopes else 0.0] * 2
+    assert decay_of[id(model.model.blocks[0].ffn.up_proj.weight)] == 0.1
 
 
 def test_norms_and_biases_are_not_decayed(tmp_path: Path) -> None:

@@ -7,14 +7,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from normfree import NormfreeConfig, NormfreeForCausalLM
 from normfree.data import PackedData
 from normfree.entropy import EntropyProbe
+from normfree.modeling.residual_stream import ResidualStreamProbe
 from normfree.training import RunConfig, train
 from normfree.training.records import LAYERS_FILE, METRICS_FILE
-from normfree.training.telemetry import ResidualStreamProbe, all_finite
+from normfree.training.telemetry import all_finite
+from normfree.training.trainer import last_checkpoint
 
 
 class BatchLog(TrainerCallback):  # type: ignore[misc]
@@ -95,9 +98,13 @@ def test_learned_slopes_are_recorded(data: PackedData, tiny_run: Callable[..., R
     run = tiny_run(model={"activation": ["gelu", "learnable_leaky_relu"], "negative_slope": 0.25})
     train(run, data, tmp_path / "run")
     slopes = layers_of(tmp_path / "run", "negative_slope")
-    assert slopes[["step", "layer"]].to_numpy().tolist() == [[0, 1], [2, 1], [4, 1]]
+    assert slopes[["step", "layer"]].to_numpy().tolist() == [[0, 1], [2, 1], [4, 1], [6, 1]]
     assert slopes["value"].iloc[0] == 0.25
     assert slopes["value"].iloc[2] != 0.25
+    checkpoint = last_checkpoint(tmp_path / "run")
+    assert checkpoint is not None
+    final = load_file(checkpoint / "model.safetensors")
+    assert slopes["value"].iloc[3] == final["model.blocks.1.ffn.activation.negative_slope"].item()
     assert slopes["head"].isna().all()
 
 
@@ -169,3 +176,33 @@ def test_all_finite_sees_one_bad_parameter() -> None:
     with torch.no_grad():
         model.lm_head.weight[0, 0] = math.nan
     assert not all_finite(model)
+
+
+def test_outliers_of_the_residual_stream_are_recorded_from_the_training_batches(
+    data: PackedData, tiny_run: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    run, batches = tiny_run(model={"initializer_range": 0.35, "norm": "none"}, batch_size=8), BatchLog()
+    train(run, data, tmp_path / "run", callbacks=(batches,))
+    first_step = torch.cat(batches.batches[:2])
+    config = run.build_model_config(data.statistics["vocab_size"], data.tokenizer.eos_token_id)
+    set_seed(run.seed)
+    with torch.no_grad():
+        states = NormfreeForCausalLM(config).double()(first_step, output_hidden_states=True).hidden_states
+    x = states[1].numpy()  # after the first block
+    channel_squares = (x**2).mean(axis=(0, 1))
+    units = x / np.linalg.norm(x, axis=-1, keepdims=True)
+    gram = units @ units.transpose(0, 2, 1)
+    n_token = x.shape[1]
+    magnitudes = np.sort(np.abs(x), axis=-1)
+    expected = {
+        "residual_rms": np.sqrt(channel_squares.mean()),
+        "residual_kurtosis": (channel_squares**2).mean() / channel_squares.mean() ** 2,
+        "residual_max_over_median": (magnitudes[..., -1] / magnitudes[..., x.shape[-1] // 2 - 1]).mean(),
+        "token_cosine_similarity": ((gram.sum(axis=(1, 2)) - n_token) / (n_token * (n_token - 1))).mean(),
+    }
+    for name, value in expected.items():
+        recorded = layers_of(tmp_path / "run", name)
+        assert recorded["step"].unique().tolist() == [0, 2, 4]
+        assert recorded["head"].isna().all()
+        at_start = recorded[(recorded["step"] == 0) & (recorded["layer"] == 0)]["value"]
+        np.testing.assert_allclose(at_start, [value], rtol=1e-5, err_msg=name)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from scipy.special import log_softmax
-from transformers import TrainerCallback, set_seed
+from transformers import AutoTokenizer, TrainerCallback, set_seed
 
 from normfree import NormfreeForCausalLM
 from normfree.data import PackedData
@@ -301,3 +301,14 @@ def test_perplexity_of_a_hopeless_model_is_infinite() -> None:
     assert perplexity(0.0) == 1.0
     assert perplexity(1e4) == math.inf
     assert math.isnan(perplexity(math.nan))
+
+
+def test_every_checkpoint_has_its_tokenizer(
+    data: PackedData, tiny_run: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    train(tiny_run(), data, tmp_path / "run")
+    for step in (3, 6):
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / f"checkpoint-{step}")
+        assert tokenizer.get_vocab() == data.tokenizer.get_vocab()
+        text = "def f(x):\n    return x ** 2  # é"
+        assert tokenizer(text)["input_ids"] == data.tokenizer(text)["input_ids"]

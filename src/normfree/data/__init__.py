@@ -4,7 +4,7 @@ from normfree.data.blocks import SplitStatistics, TokenBlocks
 from normfree.data.configuration import DataConfig
 from normfree.data.corpus import CORPORA, open_corpus
 from normfree.data.documents import Corpus, CorpusStatistics
-from normfree.data.packing import PackedData, load_packed_data, prepare_data
+from normfree.data.packing import PackedData, load_packed_data, prepare_data, same_data
 from normfree.data.tokenizer import load_tokenizer, train_tokenizer
 
 __all__ = [
@@ -19,5 +19,6 @@ __all__ = [
     "load_tokenizer",
     "open_corpus",
     "prepare_data",
+    "same_data",
     "train_tokenizer",
 ]

@@ -96,6 +96,23 @@ def prepare_data(config: DataConfig, cache_dir: Path, *, progress: bool = False)
     return _open(folder)
 
 
+def same_data(config: DataConfig, cache_dir: Path, fingerprint: str, *, progress: bool = False) -> PackedData:
+    """The tokens that an earlier run with ``config`` had: those in ``cache_dir``, though the corpus may have changed.
+
+    Raises:
+        InputError: they are not in the cache, and the corpus cannot be used or gives others now.
+    """
+    if (cache_dir / fingerprint).exists():
+        return load_packed_data(cache_dir / fingerprint)
+    data = prepare_data(config, cache_dir, progress=progress)
+    if data.fingerprint != fingerprint:
+        raise InputError(
+            f"the tokens {fingerprint} are not in {cache_dir}, and corpus {config.corpus} has changed since they were "
+            f"made (now {data.fingerprint}); give the cache they are in with --cache-dir, or begin in another folder"
+        )
+    return data
+
+
 def load_packed_data(folder: Path) -> PackedData:
     """The packed data in a folder made by :func:`prepare_data`, without a look at its corpus.
 

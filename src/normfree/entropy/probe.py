@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -64,11 +65,7 @@ class EntropyProbe:
     def __init__(self, model: nn.Module, *, count_nonfinite: bool = False, backend: str = "auto") -> None:
         if backend != "auto" and backend not in BACKENDS:
             raise unknown_name("entropy backend", backend, ["auto", *BACKENDS])
-        self._layers = _attention_modules(model)
-        if not self._layers:
-            raise InputError(
-                f"{type(model).__name__} has no attention module to probe; pass a transformers language model"
-            )
+        self._layers = attention_modules(model)
         self._count_nonfinite = count_nonfinite
         self._backend = backend
         self._index = {module: row for row, module in enumerate(self._layers.values())}
@@ -219,7 +216,7 @@ class EntropyProbe:
             self._layers[self._modules[call.module]] = call.module
         row = self._index[call.module]
         try:
-            attention = read_call(call)
+            attention = read_call(replace(call, query=call.query.detach(), key=call.key.detach()))
         except UnreadableCallError as reason:
             self._refused[row] = str(reason)
             return
@@ -265,9 +262,15 @@ class EntropyProbe:
         return torch.stack([results.get(row, missing) for row in range(len(self._layers))])
 
 
-def _attention_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The innermost modules that are called attention: those that are expected to attend."""
+def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The innermost modules that are called attention, by name: those that are expected to attend.
+
+    Raises:
+        InputError: there is none.
+    """
     named = {name: module for name, module in model.named_modules() if "Attention" in type(module).__name__}
+    if not named:
+        raise InputError(f"{type(model).__name__} has no attention module to probe; pass a transformers language model")
     return {
         name: module
         for name, module in named.items()

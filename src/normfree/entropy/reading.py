@@ -58,7 +58,7 @@ class _Masking:
 
 
 def read_call(call: InterfaceCall) -> Attention:
-    """The attention that a call computes, on detached tensors.
+    """The attention that a call computes; its queries and keys keep their gradients.
 
     Under autocast float32 queries and keys are rounded as the attention function itself will round them.
 
@@ -72,7 +72,7 @@ def read_call(call: InterfaceCall) -> Attention:
         raise UnreadableCallError(REFUSED_ARGUMENTS["sinks"])
     if call.n_positional:
         raise UnreadableCallError("it passes arguments behind the mask by place, so their meaning is not known")
-    q, k = call.query.detach(), call.key.detach()
+    q, k = call.query, call.key
     if q.dim() != 4 or k.dim() != 4 or q.shape[0] != k.shape[0]:
         raise UnreadableCallError(f"its queries and keys have shapes {list(q.shape)} and {list(k.shape)}")
 

@@ -14,14 +14,14 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from normfree.data import DataConfig, TokenBlocks, load_tokenizer, open_corpus, prepare_data
+from normfree.data import DataConfig, TokenBlocks, load_tokenizer, open_corpus, same_data
 from normfree.data.blocks import write_blocks
 from normfree.entropy import EntropyProbe, entropy_bands, uniform_entropy_bound
 from normfree.errors import InputError
 from normfree.files import write_text
 from normfree.training import load_run_config
-from normfree.training.configuration import CONFIG_FILE
-from normfree.training.trainer import last_checkpoint
+from normfree.training.configuration import CONFIG_FILE, PROVENANCE, read_yaml
+from normfree.training.run_folder import last_checkpoint
 
 DEFAULT_SEQUENCE_LENGTH = 512
 NEARLY_ALL = 1 - 1e-9
@@ -34,13 +34,14 @@ class MeasuredModel:
 
     source: what was asked for: a Hub id or a folder.
     checkpoint: what was loaded; another folder than ``source`` for a run.
-    data: the data that a run was trained on; None for other models.
+    data: the data that a run was trained on, None for other models; ``fingerprint`` stands for its very tokens.
     """
 
     source: str
     checkpoint: str
     model: PreTrainedModel
-    data: DataConfig | None
+    data: DataConfig | None = None
+    fingerprint: str | None = None
 
     @property
     def n_positions(self) -> int | None:
@@ -115,8 +116,24 @@ def load_measured_model(source: str) -> MeasuredModel:
             "with safetensors weights"
         ) from error
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    data = load_run_config(run / CONFIG_FILE).data if run is not None else None
-    return MeasuredModel(source, checkpoint, model.eval().to(device), data)
+    model = model.eval().to(device)
+    if run is None:
+        return MeasuredModel(source, checkpoint, model)
+    fingerprint = read_yaml(run / CONFIG_FILE)[PROVENANCE]["corpus_fingerprint"]
+    return MeasuredModel(source, checkpoint, model, load_run_config(run / CONFIG_FILE).data, fingerprint)
+
+
+def tokenizer_of(measured: MeasuredModel) -> PreTrainedTokenizerBase:
+    """The tokenizer saved with the model, as every checkpoint of a run has it.
+
+    Raises:
+        InputError: none is.
+    """
+    try:
+        return load_tokenizer(measured.checkpoint)
+    except InputError as error:
+        missing = f"no tokenizer is saved with {measured.source}; name the one it was trained with"
+        raise InputError(missing) from error
 
 
 def token_sequences(
@@ -156,7 +173,7 @@ def token_sequences(
         tokens = _own_sequences(measured, tokenizer, T, cache_dir)
         where = f"the evaluation data of {measured.source}"
     else:
-        reader = _tokenizer_of(measured, tokenizer, cache_dir)
+        reader = load_tokenizer(tokenizer) if tokenizer is not None else tokenizer_of(measured)
         tokens = _corpus_sequences(corpus, reader, T, n_sequences)
         where = f"corpus {corpus!r}"
     if len(tokens) < n_sequences:
@@ -206,7 +223,7 @@ def _default_sequence_length(measured: MeasuredModel) -> int:
 def _own_sequences(
     measured: MeasuredModel, tokenizer: str | None, sequence_length: int, cache_dir: Path
 ) -> torch.Tensor:
-    if measured.data is None:
+    if measured.data is None or measured.fingerprint is None:
         raise InputError(f"{measured.source} is no run with data of its own; name a corpus to measure on")
     if tokenizer is not None:
         raise InputError("a run's own evaluation data have their tokenizer; name a corpus, or leave the tokenizer out")
@@ -215,19 +232,7 @@ def _own_sequences(
             f"the evaluation data of {measured.source} are sequences of {measured.data.sequence_length} tokens, "
             f"not {sequence_length}; name a corpus to measure on other lengths"
         )
-    return _tensor(prepare_data(measured.data, cache_dir).eval)
-
-
-def _tokenizer_of(measured: MeasuredModel, tokenizer: str | None, cache_dir: Path) -> PreTrainedTokenizerBase:
-    if tokenizer is not None:
-        return load_tokenizer(tokenizer)
-    if measured.data is not None:
-        return prepare_data(measured.data, cache_dir).tokenizer
-    try:
-        return load_tokenizer(measured.checkpoint)
-    except InputError as error:
-        missing = f"no tokenizer is saved with {measured.source}; name the one it was trained with"
-        raise InputError(missing) from error
+    return _tensor(same_data(measured.data, cache_dir, measured.fingerprint).eval)
 
 
 def _corpus_sequences(

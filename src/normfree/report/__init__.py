@@ -19,12 +19,23 @@ from normfree.report.html import (
     render_report,
     write_report,
 )
+from normfree.report.hybrids import layer_entropy_by_configuration, split_point_curves
+from normfree.report.instability import entropy_collapse, first_nonfinite
+from normfree.report.instability_dynamics import instability_dynamics
+from normfree.report.outlier_tables import PRECISION_NAMES, outlier_table, quantization_table
 from normfree.report.published import (
     PUBLISHED_NAMES,
     PublishedName,
     load_published,
     published_head_entropy,
 )
+from normfree.report.scaling import loss_gap, loss_gap_heatmap
+from normfree.report.signal_propagation import (
+    SIGNAL_STATISTICS,
+    signal_propagation_dynamics,
+    signal_propagation_over_depth,
+)
+from normfree.report.slopes import negative_slope_trajectories, slope_under_decay_only
 from normfree.report.statistics import (
     BAND_LABELS,
     BANDS,
@@ -36,11 +47,15 @@ from normfree.report.statistics import (
 )
 from normfree.report.style import paper_style
 from normfree.report.tables import formatted, perplexity_table, table_notes, to_console, to_markdown
+from normfree.report.thresholds import entropy_threshold_trajectories
+from normfree.report.trajectories import entropy_trajectory_distance, trajectory_distance_matrix
 
 __all__ = [
     "BANDS",
     "BAND_LABELS",
+    "PRECISION_NAMES",
     "PUBLISHED_NAMES",
+    "SIGNAL_STATISTICS",
     "Block",
     "Callout",
     "Code",
@@ -53,21 +68,37 @@ __all__ = [
     "Section",
     "Table",
     "band_shares",
+    "entropy_collapse",
+    "entropy_threshold_trajectories",
+    "entropy_trajectory_distance",
     "evaluation_loss_curves",
+    "first_nonfinite",
     "formatted",
     "headwise_entropy_distribution",
     "headwise_entropy_heatmaps",
+    "instability_dynamics",
+    "layer_entropy_by_configuration",
     "layerwise_entropy_dynamics",
     "load_published",
+    "loss_gap",
+    "loss_gap_heatmap",
     "mean_confidence_interval",
+    "negative_slope_trajectories",
+    "outlier_table",
     "paired_difference",
     "paper_style",
     "perplexity_table",
     "published_head_entropy",
+    "quantization_table",
     "render_report",
     "save_figure",
+    "signal_propagation_dynamics",
+    "signal_propagation_over_depth",
+    "slope_under_decay_only",
+    "split_point_curves",
     "table_notes",
     "to_console",
     "to_markdown",
+    "trajectory_distance_matrix",
     "write_report",
 ]

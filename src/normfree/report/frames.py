@@ -20,6 +20,10 @@ RESULTS = (*SETTING, "configuration", "seed", "eval_loss", "eval_ppl", "status")
 HEAD_ENTROPY = (*SETTING, "configuration", "seed", "layer", "head", "entropy_nats")
 EVAL_CURVE = (*SETTING, "configuration", "seed", "step", "tokens", "eval_loss")
 LAYER_ENTROPY = (*SETTING, "configuration", "seed", "step", "layer", "entropy_nats")
+SLOPES = (*SETTING, "configuration", "seed", "step", "layer", "negative_slope")
+NONFINITE_COUNTS = ("scores_nan_count", "scores_inf_count", "residual_nan_count", "residual_inf_count")
+NONFINITE = (*SETTING, "configuration", "seed", "step", "layer", *NONFINITE_COUNTS)
+THRESHOLDS = (*SETTING, "configuration", "seed", "step", "layer", "head", "entropy_nats", "entropy_threshold_nats")
 SEQUENCE_LOSSES = ("configuration", "seed", "sequence", "loss_nats")
 
 

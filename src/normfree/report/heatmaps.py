@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Colormap, Normalize, to_rgb
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -22,6 +22,7 @@ from normfree.report.style import (
     TWO_COLUMN,
     entropy_colours,
     paper_style,
+    readable_on,
 )
 
 # Inches around and between the panels; the cells share what is left of the width.
@@ -174,7 +175,7 @@ def _draw_panel(axes: Axes, panel: _Panel, norm: Normalize, font_size: float | N
         )
     if font_size is not None:
         for (layer, head), value in np.ndenumerate(panel.entropy):
-            label, colour = ("NaN", INK) if np.isnan(value) else (f"{value:.2f}", _readable_on(colours, norm(value)))
+            label, colour = ("NaN", INK) if np.isnan(value) else (f"{value:.2f}", readable_on(colours, norm(value)))
             axes.text(head, layer, label, ha="center", va="center", fontsize=font_size, color=colour)
     elif np.isnan(panel.entropy).all():
         middle = ((len(panel.heads) - 1) / 2, (len(panel.layers) - 1) / 2)
@@ -189,13 +190,6 @@ def _draw_panel(axes: Axes, panel: _Panel, norm: Normalize, font_size: float | N
 
 def _ticks(n: int) -> list[int]:
     return list(range(0, n, 1 if n <= 12 else 2 if n <= 24 else 4 if n <= 48 else 8))
-
-
-def _readable_on(colours: Colormap, position: float) -> str:
-    """Black or white, whichever has the higher contrast (WCAG relative luminance) on the cell's colour."""
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colours(float(position)))]
-    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    return "white" if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05 else "black"
 
 
 def _draw_colour_bar(axes: Axes, figure: Figure, norm: Normalize, maximum: float | None) -> None:

@@ -6,7 +6,7 @@ from itertools import cycle
 from typing import Any
 
 import matplotlib
-from matplotlib.colors import Colormap, ListedColormap
+from matplotlib.colors import Colormap, ListedColormap, to_rgb
 
 # Widths of a column and of the text of a two-column conference paper, inches.
 ONE_COLUMN = 3.3
@@ -95,3 +95,15 @@ def depth_colours(n_layer: int) -> ListedColormap:
     """One colour a layer, light for the first and dark for the last, all visible on white."""
     plasma = matplotlib.colormaps["plasma"]
     return ListedColormap([plasma(0.88 * (1 - i / max(n_layer - 1, 1))) for i in range(n_layer)], name="depth")
+
+
+def difference_colours() -> Colormap:
+    """A scale for differences around zero: blue below, red above, white at zero."""
+    return matplotlib.colormaps["RdBu_r"]
+
+
+def readable_on(colours: Colormap, position: float) -> str:
+    """Black or white, whichever has the higher contrast (WCAG relative luminance) on the cell's colour."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colours(float(position)))]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "white" if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05 else "black"

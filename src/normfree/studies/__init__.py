@@ -1,13 +1,23 @@
-"""Studies: named grids of configurations, and what to show of them.
+"""Studies: named grids of configurations, and what to show of them."""
 
-A new study is one file with a ``STUDY`` and one line here.
-"""
-
-from normfree.studies import relu_revival
+from normfree.studies.collection import Collection, CollectionFolder
 from normfree.studies.page import StudyPage
 from normfree.studies.preset import Preset, load_preset, preset_names
+from normfree.studies.registry import COLLECTIONS, STUDIES, begin, open_folder
 from normfree.studies.study import Study, StudyFolder, run_study
 
-STUDIES = {study.name: study for study in (relu_revival.STUDY,)}
-
-__all__ = ["STUDIES", "Preset", "Study", "StudyFolder", "StudyPage", "load_preset", "preset_names", "run_study"]
+__all__ = [
+    "COLLECTIONS",
+    "STUDIES",
+    "Collection",
+    "CollectionFolder",
+    "Preset",
+    "Study",
+    "StudyFolder",
+    "StudyPage",
+    "begin",
+    "load_preset",
+    "open_folder",
+    "preset_names",
+    "run_study",
+]

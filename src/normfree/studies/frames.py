@@ -7,8 +7,11 @@ from typing import Any
 
 import pandas as pd
 
+from normfree.report.frames import NONFINITE_COUNTS, THRESHOLDS
 from normfree.studies.study import Study
-from normfree.training import RunResult
+from normfree.training import RunResult, load_run_config
+from normfree.training.configuration import CONFIG_FILE
+from normfree.training.objectives.entropy_regularization import THRESHOLD
 from normfree.training.records import LAYERS_FILE, METRICS_FILE
 
 KEY = ("model", "context_length", "configuration", "seed")
@@ -61,6 +64,52 @@ def layer_entropy_frame(results: Iterable[RunResult]) -> pd.DataFrame:
         heads = layers[layers["name"] == "entropy_nats"]
         means = heads.groupby(["step", "layer"])["value"].agg(lambda values: values.mean(skipna=False))
         frames.append(means.rename("entropy_nats").reset_index().assign(**_key(result)))
+    return pd.concat(frames, ignore_index=True)
+
+
+def nonfinite_frame(results: Iterable[RunResult]) -> pd.DataFrame:
+    """model, context_length, configuration, seed, step, layer, and the four NaN and Inf counts of the layer.
+
+    See :data:`normfree.report.frames.NONFINITE`; training batches.
+    """
+    frames = []
+    for result in results:
+        layers = pd.read_parquet(result.folder / LAYERS_FILE)
+        counts = layers[layers["name"].isin(NONFINITE_COUNTS)].pivot(
+            index=["step", "layer"], columns="name", values="value"
+        )
+        frames.append(counts.astype("int64").reset_index().assign(**_key(result)))
+    return pd.concat(frames, ignore_index=True)
+
+
+def threshold_frame(results: Iterable[RunResult]) -> pd.DataFrame:
+    """model, context_length, configuration, seed, step, layer, head, entropy_nats, entropy_threshold_nats.
+
+    Training batches; the last step has thresholds alone. Runs that learn none have no rows.
+    """
+    names = ["entropy_nats", THRESHOLD]
+    frames = []
+    for result in results:
+        layers = pd.read_parquet(result.folder / LAYERS_FILE)
+        if THRESHOLD in layers["name"].array:
+            heads = layers[layers["name"].isin(names)]
+            table = heads.pivot(index=["step", "layer", "head"], columns="name", values="value")
+            frames.append(table[names].reset_index().assign(**_key(result)))
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(THRESHOLDS))
+
+
+def slope_frame(results: Iterable[RunResult]) -> pd.DataFrame:
+    """model, context_length, configuration, seed, step, layer, negative_slope: where it is learned; no row elsewhere.
+
+    A slope that all layers share is that of the first of them.
+    """
+    frames = []
+    for result in results:
+        layers = pd.read_parquet(result.folder / LAYERS_FILE)
+        slopes = layers.loc[layers["name"] == "negative_slope", ["step", "layer", "value"]]
+        if load_run_config(result.folder / CONFIG_FILE).model.get("slope_sharing") == "global":
+            slopes = slopes[slopes["layer"] == slopes["layer"].min()]
+        frames.append(slopes.rename(columns={"value": "negative_slope"}).assign(**_key(result)))
     return pd.concat(frames, ignore_index=True)
 
 

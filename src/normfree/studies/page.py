@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
+from rich.console import Console
 
 from normfree.entropy import uniform_entropy_bound
 from normfree.errors import InputError
@@ -42,10 +43,11 @@ from normfree.studies.study import (
     Study,
     StudyFolder,
     best_learning_rates,
+    run_study,
 )
 from normfree.training import RunResult
 from normfree.training.configuration import read_yaml
-from normfree.training.trainer import RESULTS_FILE
+from normfree.training.run_folder import RESULTS_FILE
 
 REPORT_FILE = "report.html"
 FIGURES_FOLDER = "figures"
@@ -62,10 +64,11 @@ class Findings:
 
 @dataclass(frozen=True)
 class StudyPage:
-    """The finished runs of a study, and what its report is made from."""
+    """The finished runs of a study, and what its report is made from; ``figures`` is where in the folder these go."""
 
     study: Study
     folder: StudyFolder
+    figures: str = FIGURES_FOLDER
 
     @cached_property
     def labels(self) -> list[str]:
@@ -82,7 +85,7 @@ class StudyPage:
         results = self._in_order(self.folder.results("runs"))
         if self.study.baseline not in {each.row["configuration"] for each in results}:
             raise InputError(
-                f"{self.folder.path} has no finished run of {self.study.baseline} yet; let `normfree study` go on"
+                f"{self.path} has no finished run of {self.study.baseline} yet; let `normfree study` go on"
             )
         return results
 
@@ -106,15 +109,32 @@ class StudyPage:
         return self._table(self.tuned) if self.tuned else None
 
     @property
+    def path(self) -> Path:
+        """The study's folder."""
+        return self.folder.path
+
+    @property
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """``table``, and ``tuned_table`` if the sweep is done."""
+        return {"table": self.table} | ({} if self.tuned_table is None else {"tuned_table": self.tuned_table})
+
+    @property
     def uniform_bound(self) -> float:
         """Entropy of uniform attention at the study's sequence length, in nats."""
         return uniform_entropy_bound(self.folder.preset.data.sequence_length)
 
+    def run(self, seeds: list[int] | None, *, tune_lr: bool, cache_dir: Path, console: Console) -> None:
+        """Trains the study; ``seeds`` are the preset's own if not given. See :func:`run_study`.
+
+        Raises:
+            InputError: a configuration, the recipe or the corpus cannot be used; then the folder is not touched.
+        """
+        wanted = seeds or self.folder.preset.seeds
+        run_study(self.study, self.folder, wanted, tune_lr=tune_lr, cache_dir=cache_dir, console=console)
+
     def figure(self, name: str, figure: Figure, caption: str) -> FigureBlock:
         """Saves ``figure`` in the study's folder, as PNG and PDF, and returns it for the page."""
-        paths = save_figure(figure, self.folder.path / FIGURES_FOLDER, name)
-        png = next(path for path in paths if path.suffix == ".png")
-        return FigureBlock(png.read_bytes(), alt=caption.split(":")[0], caption=caption)
+        return saved_figure(self.path / self.figures, name, figure, caption)
 
     def write(self) -> Path:
         """Writes ``results.csv``, ``figures/`` and ``report.html``; returns the page's path.
@@ -126,7 +146,7 @@ class StudyPage:
         if self.tuned:
             tuned = results_frame(self.study, self.labels, self.tuned).assign(learning_rate_source="tuned")
             frame = pd.concat([frame, tuned], ignore_index=True)
-        write_text(self.folder.path / RESULTS_FILE, frame.to_csv(index=False, na_rep="nan"))
+        write_text(self.path / RESULTS_FILE, frame.to_csv(index=False, na_rep="nan"))
 
         findings = self.study.describe(self)
         sections = [self._result_section()]
@@ -142,8 +162,8 @@ class StudyPage:
                 "Preset": self.folder.preset_name,
             },
         )
-        write_report(self.folder.path / REPORT_FILE, page)
-        return self.folder.path / REPORT_FILE
+        write_report(self.path / REPORT_FILE, page)
+        return self.path / REPORT_FILE
 
     def _in_order(self, results: Sequence[RunResult]) -> list[RunResult]:
         known = [each for each in results if each.row["configuration"] in self.labels]
@@ -163,7 +183,10 @@ class StudyPage:
         if column is None:
             return None
         table = load_published("relu_revival_table2")
-        return table[(table["model"] == column.model) & (table["context_length"] == column.context_length)]
+        table = table[(table["model"] == column.model) & (table["context_length"] == column.context_length)]
+        # The published Δ % are to one configuration; beside differences to another they would mislead.
+        is_baseline = table["configuration"] == self.study.baseline
+        return table if table.loc[is_baseline, "delta_percent"].eq(0).any() else None
 
     def _result_section(self) -> Section:
         rate = f"{self.folder.preset.recipe.learning_rate:g}"
@@ -242,9 +265,15 @@ class StudyPage:
                 Code(command),
                 Callout(limits, "warning"),
                 Paragraph("The whole configuration:"),
-                Code((self.folder.path / STUDY_FILE).read_text(encoding="utf-8").rstrip()),
+                Code((self.path / STUDY_FILE).read_text(encoding="utf-8").rstrip()),
             ],
         )
+
+
+def saved_figure(folder: Path, name: str, figure: Figure, caption: str) -> FigureBlock:
+    """Saves ``figure`` in ``folder``, as PNG and PDF, and returns it for a page."""
+    png = next(path for path in save_figure(figure, folder, name) if path.suffix == ".png")
+    return FigureBlock(png.read_bytes(), alt=caption.split(":")[0], caption=caption)
 
 
 def _corpus_facts(corpus: str, provenance: dict[str, Any]) -> str:

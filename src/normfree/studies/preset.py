@@ -27,7 +27,11 @@ class PublishedColumn(BaseModel):
 
 
 class Preset(BaseModel):
-    """What all configurations of a study share: the model's sizes, the data, the recipe and the seeds."""
+    """What all configurations of a study share: the model's sizes, the data, the recipe and the seeds.
+
+    ``columns`` names the presets (itself among them) whose results make the columns of the paper's Table 2 at this
+    scale; a file of the user's own is named by its path, from the folder of the file that names it.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -35,6 +39,7 @@ class Preset(BaseModel):
     model_name: str
     published: PublishedColumn | None = None
     seeds: list[int] = Field(default=[0], min_length=1)
+    columns: list[str] = []
     model: dict[str, Any]
     data: DataConfig
     recipe: Recipe
@@ -45,6 +50,11 @@ class Preset(BaseModel):
         if len(set(seeds)) < len(seeds) or min(seeds) < 0:
             raise ValueError("seeds must be different numbers from 0")
         return seeds
+
+    @property
+    def n_layer(self) -> int:
+        """Layers of the model."""
+        return int(self.model.get("n_layer", NormfreeConfig.n_layer))
 
     def with_changes(self, **changes: Any) -> Preset:
         """The preset with some values changed; names are dotted, ``recipe.tokens=...``.

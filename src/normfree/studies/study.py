@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from rich.console import Console
 
-from normfree.data import PackedData, load_packed_data, prepare_data
-from normfree.errors import InputError
+from normfree.data import PackedData, prepare_data, same_data
+from normfree.errors import InputError, unknown_name
 from normfree.files import write_text
 from normfree.studies.preset import Preset
 from normfree.training import Recipe, RunConfig, RunResult, StudyProgress, load_result, load_run_config, train
 from normfree.training.configuration import CONFIG_FILE, read_yaml
-from normfree.training.trainer import RESULTS_FILE, check_data
+from normfree.training.run_folder import RESULTS_FILE
+from normfree.training.trainer import check_data
 
 if TYPE_CHECKING:
     from normfree.studies.page import Findings, StudyPage
@@ -31,16 +32,39 @@ SWEEP_DECAY = 0.2
 
 @dataclass(frozen=True)
 class Configuration:
-    """One line of a study's table: a label such as ``SM+G``, and the model and recipe options that make it."""
+    """One line of a study's table: a label such as ``SM+G``, and the model, recipe and objective that make it.
+
+    ``objective`` holds the options of one of :data:`normfree.training.OBJECTIVES`; none means plain cross-entropy. Its
+    ``teacher``, if it has one, is the label of a configuration that stands before this one in the study: the student
+    learns from that one's run with the same seed, at the recipe's learning rate.
+    """
 
     label: str
     model: Mapping[str, Any]
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    objective: Mapping[str, Any] | None = None
 
     @property
     def slug(self) -> str:
         """The label as a folder name."""
-        return re.sub(r"[^a-z0-9.-]+", "-", self.label.lower())
+        return _slug(self.label)
+
+    @property
+    def teacher(self) -> str | None:
+        """The label of the configuration it learns from, if it learns from one."""
+        return self.objective.get("teacher") if self.objective is not None else None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a study measures of each finished run, on the study's data, beyond what every training measures.
+
+    ``check`` is asked before anything is trained, and raises an InputError where this machine cannot measure.
+    ``measure`` leaves what it found in the run's folder, where the report reads it, and skips what is there.
+    """
+
+    check: Callable[[], None]
+    measure: Callable[[RunResult, PackedData], None]
 
 
 @dataclass(frozen=True)
@@ -56,6 +80,7 @@ class Study:
     baseline: str
     configurations: Callable[[Preset], tuple[Configuration, ...]]
     describe: Callable[[StudyPage], Findings]
+    measurement: Measurement | None = None
 
 
 @dataclass(frozen=True)
@@ -98,16 +123,9 @@ class StudyFolder:
         Raises:
             InputError: the corpus cannot be used, or has changed and the study's tokens are no longer in the cache.
         """
-        begun_with = self.corpus_fingerprint
-        if begun_with is not None and (cache_dir / begun_with).exists():
-            return load_packed_data(cache_dir / begun_with)
-        data = prepare_data(self.preset.data, cache_dir, progress=progress)
-        if begun_with not in (None, data.fingerprint):
-            raise InputError(
-                f"{self.path} was trained on the tokens {begun_with}, which are not in {cache_dir}, and the corpus has "
-                f"changed since ({data.fingerprint}); give another folder with --out"
-            )
-        return data
+        if self.corpus_fingerprint is None:
+            return prepare_data(self.preset.data, cache_dir, progress=progress)
+        return same_data(self.preset.data, cache_dir, self.corpus_fingerprint, progress=progress)
 
     def claim(self, data: PackedData) -> None:
         """Writes ``study.yaml``, so that the folder is this study's and its corpus ``data``."""
@@ -155,9 +173,19 @@ def run_study(
     """
     preset = folder.preset
     configurations = study.configurations(preset)
+    if tune_lr and any("learning_rate" in each.recipe for each in configurations):
+        raise InputError(
+            f"--tune-lr means nothing for {study.name}, which sets the learning rate of each configuration"
+        )
     for configuration in configurations:
-        run_config(preset, configuration, seeds[0]).build_model_config(preset.data.vocab_size)
+        run = run_config(preset, configuration, seeds[0])
+        run.build_model_config(preset.data.vocab_size)
+        if run.objective is not None:
+            run.objective.check(run.recipe)
+    _check_teachers(configurations, preset, seeds, tune_lr=tune_lr)
     preset.recipe.check(preset.data.sequence_length)
+    if study.measurement is not None:
+        study.measurement.check()
     data = folder.prepare_data(cache_dir, progress=console.is_terminal)
     check_data(data, preset.recipe)
     folder.claim(data)
@@ -180,6 +208,10 @@ def run_study(
                 continue
             run = run_config(preset, configuration, seed, learning_rate=rate)
             _train(run, data, folder.path / "tuned" / configuration.slug / f"seed-{seed}", progress)
+    if study.measurement is not None:
+        with console.status("Measuring the trained models"):
+            for result in folder.results("runs"):
+                study.measurement.measure(result, data)
 
 
 def best_learning_rates(folder: StudyFolder) -> dict[str, float]:
@@ -202,14 +234,46 @@ def run_config(
     recipe = Recipe.model_validate({**preset.recipe.model_dump(), **configuration.recipe})
     if learning_rate is not None:
         recipe = recipe.model_copy(update={"learning_rate": learning_rate})
-    return RunConfig(
-        model_name=preset.model_name,
-        configuration=configuration.label,
-        seed=seed,
-        model={**preset.model, **configuration.model},
-        data=preset.data,
-        recipe=recipe,
+    objective = configuration.objective
+    if configuration.teacher is not None:
+        # From the run's own folder, so that a study can be moved: every run lies three folders deep.
+        objective = {**(objective or {}), "teacher": f"../../../runs/{_slug(configuration.teacher)}/seed-{seed}"}
+    return RunConfig.model_validate(
+        {
+            "model_name": preset.model_name,
+            "configuration": configuration.label,
+            "seed": seed,
+            "model": {**preset.model, **configuration.model},
+            "data": preset.data,
+            "recipe": recipe,
+            "objective": objective,
+        }
     )
+
+
+def _slug(label: str) -> str:
+    return re.sub(r"[^a-z0-9.-]+", "-", label.lower())
+
+
+def _check_teachers(
+    configurations: Sequence[Configuration], preset: Preset, seeds: list[int], *, tune_lr: bool
+) -> None:
+    """Whether every teacher will have been trained when its student needs it.
+
+    Raises:
+        InputError: it stands behind its student, or the sweep's seed is not trained.
+    """
+    for place, configuration in enumerate(configurations):
+        if configuration.teacher is None:
+            continue
+        before = [each.label for each in configurations[:place]]
+        if configuration.teacher not in before:
+            raise unknown_name(f"teacher of {configuration.label}", configuration.teacher, before)
+        if tune_lr and preset.seeds[0] not in seeds:
+            raise InputError(
+                f"--tune-lr sweeps with seed {preset.seeds[0]}, and {configuration.label} learns from "
+                f"{configuration.teacher} of that seed; add it to --seeds"
+            )
 
 
 def _sweep(study: Study, preset: Preset) -> Iterator[tuple[RunConfig, Path]]:
@@ -235,4 +299,4 @@ def _train(run: RunConfig, data: PackedData, folder: Path, progress: StudyProgre
 
 
 def _identity(preset: Preset) -> dict[str, Any]:
-    return preset.model_dump(mode="json", exclude={"seeds", "description"})
+    return preset.model_dump(mode="json", exclude={"seeds", "description", "columns"})

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
 
 from normfree.data import DataConfig, PackedData
-from normfree.errors import InputError, invalid_fields
+from normfree.errors import InputError, invalid_fields, unknown_name
 from normfree.modeling import NormfreeConfig
+from normfree.training.objectives import OBJECTIVES, Objective, ObjectiveOptions
 from normfree.training.recipe import Recipe
 
 CONFIG_FILE = "config.yaml"
@@ -24,7 +26,8 @@ class RunConfig(BaseModel):
     """One training run: a named configuration of a named model, its data, its recipe and its seed.
 
     ``model`` holds options of :class:`~normfree.NormfreeConfig`. The vocabulary size and the token ids come from
-    the tokenizer, ``n_positions`` from ``data.sequence_length``; none of them may stand in ``model``.
+    the tokenizer, ``n_positions`` from ``data.sequence_length``; none of them may stand in ``model``. Without an
+    ``objective`` it is plain cross-entropy; its ``kind`` is one of ``OBJECTIVES``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -35,6 +38,31 @@ class RunConfig(BaseModel):
     model: dict[str, Any]
     data: DataConfig
     recipe: Recipe
+    objective: SerializeAsAny[ObjectiveOptions] | None = None
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _read_objective(cls, options: Any) -> Any:
+        if not isinstance(options, Mapping):
+            return options
+        kind = options.get("kind")
+        if kind not in OBJECTIVES:
+            raise unknown_name("kind of objective", kind, OBJECTIVES)
+        try:
+            return OBJECTIVES[kind].model_validate(options)
+        except ValidationError as error:
+            raise invalid_fields(kind, error, OBJECTIVES[kind]) from error
+
+    def build_objective(self, model: NormfreeConfig, folder: Path) -> Objective | None:
+        """The objective for that model, trained in ``folder``; None for plain cross-entropy.
+
+        Raises:
+            InputError: it does not fit the model, the recipe or this machine, or something it needs is missing.
+        """
+        if self.objective is None:
+            return None
+        self.objective.check(self.recipe)
+        return self.objective.build(model, folder)
 
     def build_model_config(self, vocab_size: int, eos_token_id: int | None = None) -> NormfreeConfig:
         """The model's configuration for a tokenizer of ``vocab_size``.

@@ -17,6 +17,9 @@ from normfree.errors import InputError
 class Recipe(BaseModel):
     """The training recipe; the defaults are those of ReLU's Revival and of its public code.
 
+    Weight decay acts on weights and, as in the public code, on learnable slopes (``decay_slopes``), never on norms and
+    biases.
+
     A budget is given either in ``steps`` (optimizer steps) or in ``tokens``, which is rounded down to whole steps.
     ``batch_size`` counts the sequences of one optimizer step over all devices; a device holds
     ``micro_batch_size`` of them at a time and accumulates the rest.
@@ -32,6 +35,7 @@ class Recipe(BaseModel):
     learning_rate: float = Field(1e-3, gt=0)
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
     weight_decay: float = Field(0.1, ge=0)
+    decay_slopes: bool = True
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     adam_epsilon: float = Field(1e-8, gt=0)
@@ -86,12 +90,9 @@ class Recipe(BaseModel):
         """Whether this machine and these processes can follow the recipe.
 
         Raises:
-            InputError: the budget is smaller than a step, the batch does not divide over the processes, or fp16 is
-                asked for where there is no GPU.
+            InputError: the budget is smaller than a step, or the batch does not divide over the processes.
         """
         self.n_steps(sequence_length)
-        if self.precision == "fp16" and not torch.cuda.is_available():
-            raise InputError("recipe.precision fp16 needs a CUDA device, and there is none; use bf16 or fp32")
         if self.batch_size % (self.micro_batch_size * _n_processes()):
             raise InputError(
                 f"recipe.batch_size ({self.batch_size}) is not a multiple of micro_batch_size "

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from normfree.entropy import EntropyProbe
 from normfree.modeling import NormfreeForCausalLM
 from normfree.modeling.activations import LearnableLeakyReLU
+from normfree.modeling.residual_stream import ResidualStreamProbe
+from normfree.training.objectives import Objective
+from normfree.training.objectives.trainer import CROSS_ENTROPY
 from normfree.training.records import RunRecords
 
 LOGGED_NAMES = {
@@ -26,44 +28,8 @@ LOGGED_NAMES = {
 }
 """The Trainer's log entries that are recorded, and what they are called in ``metrics.parquet``."""
 
-
-class ResidualStreamProbe:
-    """RMS, NaN count and Inf count of the residual stream after each block, over the batches seen while attached."""
-
-    def __init__(self, model: NormfreeForCausalLM) -> None:
-        n_layer = model.config.n_layer
-        device = model.device
-        self.squares = torch.zeros(n_layer, dtype=torch.float64, device=device)
-        self.elements = torch.zeros(n_layer, dtype=torch.int64, device=device)
-        self.nan = torch.zeros(n_layer, dtype=torch.int64, device=device)
-        self.inf = torch.zeros(n_layer, dtype=torch.int64, device=device)
-        self._hooks = [
-            block.register_forward_hook(self._reader(layer)) for layer, block in enumerate(model.model.blocks)
-        ]
-
-    def _reader(self, layer: int) -> Any:
-        @torch.no_grad()
-        def read(module: nn.Module, inputs: tuple[Any, ...], x: torch.Tensor) -> None:
-            self.squares[layer] += x.float().square().sum(dtype=torch.float64)
-            self.elements[layer] += x.numel()
-            self.nan[layer] += x.isnan().sum()
-            self.inf[layer] += x.isinf().sum()
-
-        return read
-
-    def reduce(self) -> None:
-        """Sums over the processes of a distributed run."""
-        if torch.distributed.is_initialized():
-            for total in (self.squares, self.elements, self.nan, self.inf):
-                torch.distributed.all_reduce(total)
-
-    def rms(self) -> torch.Tensor:
-        """float64 [n_layer]; NaN or Inf where the residual stream holds one."""
-        return (self.squares / self.elements).sqrt()
-
-    def close(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
+LearnedValue = tuple[int, int | None, str, float]
+"""Layer, head (None for what the layer has one of), name and value, as ``layers.parquet`` has them."""
 
 
 @dataclass
@@ -79,16 +45,28 @@ class Telemetry(TrainerCallback):
     A row of step s in ``layers.parquet`` describes the weights after s updates, read on the batch of the next
     training step (all its micro-batches, all processes): ``entropy_nats`` by head (ReLU's Revival, Eq. 8, mean over
     query positions and sequences), ``scores_nan_count`` and ``scores_inf_count`` (attention scores),
-    ``residual_rms``, ``residual_nan_count`` and ``residual_inf_count`` (residual stream after the block), and
-    ``negative_slope`` where it is learned.
+    what :meth:`ResidualStreamProbe.by_layer` reads of the residual stream after the block (``residual_rms``,
+    ``residual_kurtosis``, ``residual_max_over_median``, ``token_cosine_similarity``, NaN and Inf counts ...), and
+    ``negative_slope`` where it is learned, and what the objective learns of each head: these also of the final weights.
     """
 
-    def __init__(self, records: RunRecords, *, telemetry_steps: int, tokens_per_step: int) -> None:
+    def __init__(
+        self,
+        records: RunRecords,
+        *,
+        telemetry_steps: int,
+        tokens_per_step: int,
+        objective: Objective | None = None,
+    ) -> None:
         self.records = records
+        self.objective = objective
+        self.logged_names = dict(LOGGED_NAMES)
+        if objective is not None:
+            self.logged_names |= {name: name for name in (CROSS_ENTROPY, *objective.term_names)}
         self.telemetry_steps = telemetry_steps
         self.tokens_per_step = tokens_per_step
         self._probes: _Probes | None = None
-        self._slopes: list[tuple[int, float]] = []
+        self._learned: list[LearnedValue] = []
         self._wall_seconds_before = 0.0
         self._start = 0.0
         self._step_start = 0.0
@@ -140,8 +118,8 @@ class Telemetry(TrainerCallback):
     ) -> None:
         logs = logs or {}
         for name, value in logs.items():
-            if name in LOGGED_NAMES:
-                self._add_metric(state, LOGGED_NAMES[name], value)
+            if name in self.logged_names:
+                self._add_metric(state, self.logged_names[name], value)
         if "loss" in logs and self._steps_timed:
             self._add_metric(
                 state, "tokens_per_second", self._steps_timed * self.tokens_per_step / self._seconds_in_steps
@@ -150,7 +128,11 @@ class Telemetry(TrainerCallback):
         if control.should_save:
             self._flush(state)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for learned in self._learned_values(kwargs["model"]):
+            self.records.add_layer(state.global_step, *learned)
         self._flush(state)
 
     def detach(self) -> None:
@@ -166,11 +148,7 @@ class Telemetry(TrainerCallback):
             entropy = stack.enter_context(EntropyProbe(model, count_nonfinite=True))
             residual = ResidualStreamProbe(model)
             stack.callback(residual.close)
-            self._slopes = [
-                (layer, block.ffn.activation.negative_slope.item())
-                for layer, block in enumerate(model.model.blocks)
-                if isinstance(block.ffn.activation, LearnableLeakyReLU)
-            ]
+            self._learned = self._learned_values(model)
             self._probes = _Probes(entropy, residual, stack.pop_all())
 
     def _record_layers(self, step: int, probes: _Probes) -> None:
@@ -181,9 +159,7 @@ class Telemetry(TrainerCallback):
         by_layer = {
             "scores_nan_count": scores_nan.sum(dim=1),
             "scores_inf_count": scores_inf.sum(dim=1),
-            "residual_rms": probes.residual.rms(),
-            "residual_nan_count": probes.residual.nan,
-            "residual_inf_count": probes.residual.inf,
+            **probes.residual.by_layer(),
         }
         for layer, heads in enumerate(entropy):
             for head, value in enumerate(heads):
@@ -191,8 +167,21 @@ class Telemetry(TrainerCallback):
         for name, values in by_layer.items():
             for layer, value in enumerate(values.tolist()):
                 self.records.add_layer(step, layer, None, name, value)
-        for layer, slope in self._slopes:
-            self.records.add_layer(step, layer, None, "negative_slope", slope)
+        for learned in self._learned:
+            self.records.add_layer(step, *learned)
+
+    def _learned_values(self, model: NormfreeForCausalLM) -> list[LearnedValue]:
+        """The negative slope of each layer that learns one, and what the objective learns of each head."""
+        values: list[LearnedValue] = [
+            (layer, None, "negative_slope", block.ffn.activation.negative_slope.item())
+            for layer, block in enumerate(model.model.blocks)
+            if isinstance(block.ffn.activation, LearnableLeakyReLU)
+        ]
+        of_heads = self.objective.head_values() if self.objective is not None else {}
+        for name, table in of_heads.items():
+            for layer, heads in enumerate(table.tolist()):
+                values.extend((layer, head, name, value) for head, value in enumerate(heads))
+        return values
 
     def _add_metric(self, state: TrainerState, name: str, value: float) -> None:
         wall_seconds = self._wall_seconds_before + time.monotonic() - self._start

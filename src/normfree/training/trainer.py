@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 import yaml
 from torch.nn.functional import cross_entropy
-from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
+from transformers import PrinterCallback, Trainer, TrainerCallback, default_data_collator, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from normfree.data import PackedData
@@ -28,11 +28,13 @@ from normfree.training.configuration import (
     load_run_config,
     provenance,
 )
+from normfree.training.half_precision import float16_on_cpu
+from normfree.training.objectives.trainer import ObjectiveTrainer
 from normfree.training.recipe import Recipe
 from normfree.training.records import RunRecords, write_parquet
+from normfree.training.run_folder import RESULTS_FILE, last_checkpoint
 from normfree.training.telemetry import Telemetry, all_finite
 
-RESULTS_FILE = "results.csv"
 SEQUENCE_LOSSES_FILE = "sequence_losses.parquet"
 HEAD_ENTROPY_FILE = "head_entropy.parquet"
 
@@ -52,6 +54,27 @@ class RunResult:
     head_entropy: pd.DataFrame
 
 
+class NormfreeTrainer(ObjectiveTrainer):
+    """The Trainer with an objective, and with a say in whether weight decay pulls learnable slopes towards zero.
+
+    Its logged loss is finite again after a step whose loss was not.
+    """
+
+    def __init__(self, *, decay_slopes: bool, **options: Any) -> None:
+        self.decay_slopes = decay_slopes
+        super().__init__(**options)
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        names: list[str] = super().get_decay_parameter_names(model)
+        return [name for name in names if self.decay_slopes or not name.endswith(".negative_slope")]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        if "loss" in logs:
+            # The Trainer takes the sum it has logged away from itself, and NaN - NaN is NaN in every later step.
+            self._tr_loss.zero_()
+
+
 def train(
     config: RunConfig, data: PackedData, folder: Path, *, callbacks: tuple[TrainerCallback, ...] = ()
 ) -> RunResult:
@@ -63,18 +86,21 @@ def train(
     the status ``diverged``.
 
     Raises:
-        InputError: the folder holds a run of another configuration, or the data are too few for one batch.
+        InputError: the folder holds a run of another configuration, the data are too few for one batch, or the
+            objective cannot be followed.
     """
     vocab_size: int = data.statistics["vocab_size"]
     model_config = config.build_model_config(vocab_size, data.tokenizer.eos_token_id)
     config.recipe.check(config.data.sequence_length)
     check_data(data, config.recipe)
-    _claim(folder, config, data)
-    if (folder / RESULTS_FILE).exists():
-        return load_result(folder)
-
     # transformers' own bars (one for each checkpoint) would break up ours.
     disable_progress_bar()
+    is_finished = (folder / RESULTS_FILE).exists()
+    objective = None if is_finished else config.build_objective(model_config, folder)
+    _claim(folder, config, data)
+    if is_finished:
+        return load_result(folder)
+
     sequence_length = config.data.sequence_length
     set_seed(config.seed)
     model = NormfreeForCausalLM(model_config)
@@ -86,23 +112,32 @@ def train(
         RunRecords(folder),
         telemetry_steps=config.recipe.telemetry_steps,
         tokens_per_step=config.recipe.batch_size * sequence_length,
+        objective=objective,
     )
-    trainer = Trainer(
+    trainer = NormfreeTrainer(
+        objective=objective,
+        decay_slopes=config.recipe.decay_slopes,
         model=model,
         args=config.recipe.training_arguments(folder, sequence_length, config.seed),
         train_dataset=data.train,
         eval_dataset=data.eval,
+        # With it every checkpoint has its tokenizer. The blocks are whole: there is nothing to pad.
+        processing_class=data.tokenizer,
+        data_collator=default_data_collator,
         callbacks=[telemetry, *callbacks],
         preprocess_logits_for_metrics=sequence_losses,
     )
     trainer.remove_callback(PrinterCallback)
     try:
         checkpoint = last_checkpoint(folder)
-        with _deterministic():
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if checkpoint is not None:
+            trainer.load_objective(checkpoint)
+        with float16_on_cpu(trainer):
+            with _deterministic():
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            return _measure(trainer, config, data, folder)
     finally:
         telemetry.detach()
-    return _measure(trainer, config, data, folder)
 
 
 @contextlib.contextmanager
@@ -137,13 +172,6 @@ def sequence_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The mean next-token loss of each sequence in nats: float32 [batch], from logits [batch, T, vocab_size]."""
     losses = cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none")
     return losses.mean(dim=1)
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint in ``folder`` that was written whole, if there is one."""
-    # The Trainer writes its own state after everything else.
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    return max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
 
 
 def load_result(folder: Path) -> RunResult:

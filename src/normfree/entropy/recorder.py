@@ -1,0 +1,89 @@
+"""The attention entropy of one forward pass with its gradient, for loss terms that act on it."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from normfree.entropy.fused import attention_entropy
+from normfree.entropy.interception import InterfaceCall, observe_attention
+from normfree.entropy.probe import NEVER_CALLED, attention_modules
+from normfree.entropy.reading import Attention, UnreadableCallError, read_call
+from normfree.errors import InputError
+
+
+class EntropyRecorder:
+    """Context manager around one forward pass of ``model``; its entropies can be differentiated afterwards. ::
+
+        with EntropyRecorder(model) as recorded:
+            loss = model(input_ids, labels=input_ids).loss
+        (loss + 0.1 * recorded.per_head().mean()).backward()
+
+    Where :class:`normfree.EntropyProbe` sums up statistics, this keeps the queries and keys of the pass, which its
+    gradient needs anyway, and computes entropies when asked. The T × T matrix is never built. Enter it for the forward
+    pass only: under gradient checkpointing the backward pass calls the attention again.
+
+    Code compiled by ``torch.compile`` does not pass through here.
+
+    Raises:
+        InputError: the model has no attention module.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._names = {module: name for name, module in attention_modules(model).items()}
+        self._read: dict[nn.Module, Attention] = {}
+        self._refused: dict[nn.Module, str] = {}
+        self._active = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._active.enter_context(observe_attention(self._observe))
+        return self
+
+    def __exit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._active.close()
+
+    def per_head(self) -> Tensor:
+        """Entropy of each sequence, layer and head, mean over the queries: float32 [batch, n_layer, n_head], nats.
+
+        Differentiable in the queries and keys, and through them in the model's weights. The sequences must have no
+        padding; NaN where a query of the head is NaN (a non-finite score).
+
+        Raises:
+            InputError: a layer's attention could not be read, or layers differ in their number of heads.
+        """
+        for module, name in self._names.items():
+            if module not in self._read:
+                reason = self._refused.get(module, NEVER_CALLED)
+                raise InputError(f"the attention entropy of {name} cannot be read: {reason}")
+        layers = [_mean_entropy(self._read[module]) for module in self._names]
+        if len({layer.shape for layer in layers}) > 1:
+            raise InputError("the layers of this model differ in their number of heads: no common table of heads")
+        return torch.stack(layers, dim=1)
+
+    def _observe(self, call: InterfaceCall) -> None:
+        if call.module in self._names:
+            try:
+                self._read[call.module] = read_call(call)
+            except UnreadableCallError as reason:
+                self._refused[call.module] = str(reason)
+
+
+def _mean_entropy(attention: Attention) -> Tensor:
+    entropy = attention_entropy(
+        attention.q,
+        attention.k,
+        scale=attention.scale,
+        is_causal=attention.is_causal,
+        attention_mask=attention.attention_mask,
+        sliding_window=attention.sliding_window,
+    )
+    return entropy.mean(dim=-1)

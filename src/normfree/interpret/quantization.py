@@ -1,0 +1,136 @@
+"""What 8-bit integers cost a trained model in perplexity: weights alone, and weights and activations (torchao)."""
+
+from __future__ import annotations
+
+import copy
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from normfree.errors import InputError, unknown_name
+from normfree.modeling.residual_stream import decoder_blocks
+from normfree.training.trainer import perplexity, sequence_losses
+
+FULL_PRECISION = "full_precision"
+INT8_WEIGHTS = "int8_weights"
+INT8_WEIGHTS_ACTIVATIONS = "int8_weights_activations"
+SCHEMES = (INT8_WEIGHTS, INT8_WEIGHTS_ACTIVATIONS)
+PRECISIONS = (FULL_PRECISION, *SCHEMES)
+
+
+def check_quantization(device: torch.device) -> None:
+    """Whether torchao is there, and multiplies int8 matrices exactly on ``device``.
+
+    Some processors without int8 dot products add pairs of products in 16 bits, which saturate: perplexities would then
+    show the processor, not the model.
+
+    Raises:
+        InputError: torchao is not installed, or products of int8 matrices are not exact here.
+    """
+    linear = nn.Linear(64, 16, bias=False, device=device, dtype=torch.float32)
+    nn.init.ones_(linear.weight)
+    _quantize(linear, INT8_WEIGHTS_ACTIVATIONS)
+    with torch.no_grad():
+        # 64 products of 127 by 127, the largest there are.
+        product = linear(torch.ones(32, 64, device=device))
+    if not torch.allclose(product, torch.full_like(product, 64.0), rtol=0.01):
+        raise InputError(
+            f"int8 matrix products overflow on this {device.type} ({product[0, 0].item():.1f} for 64); "
+            "measure on a CPU with int8 dot products (VNNI) or on a GPU"
+        )
+
+
+def quantized(model: PreTrainedModel, scheme: str) -> PreTrainedModel:
+    """A copy of ``model`` whose linear layers inside the decoder blocks compute in int8, through torchao.
+
+    ``int8_weights``: each row w of a weight (one output channel) becomes ŵ = s · clamp(round(w / s), −128, 127) with
+    s = max_j |w_j| / 127.5, and is multiplied with activations of full precision (``Int8WeightOnlyConfig``).
+    ``int8_weights_activations``: the same weights, and the input of each linear layer is rounded in the same way with
+    one s a token, found anew for each; products add up in int32 (``Int8DynamicActivationInt8WeightConfig``: symmetric,
+    per token, dynamic). LLM.int8() (Dettmers et al., 2022) calls this vector-wise quantization.
+
+    Embeddings, unembedding (tied or not), norms, biases, activation functions, attention scores and the residual stream
+    stay in full precision.
+
+    Raises:
+        InputError: torchao is missing, the scheme is unknown, or the blocks hold no ``nn.Linear``.
+    """
+    if scheme not in SCHEMES:
+        raise unknown_name("quantization scheme", scheme, SCHEMES)
+    blocks = decoder_blocks(model)
+    if not any(isinstance(module, nn.Linear) for block in blocks.values() for module in block.modules()):
+        raise InputError(
+            f"the blocks of {type(model).__name__} hold no nn.Linear to quantize; "
+            "convert it with normfree.from_hf first"
+        )
+    smaller = copy.deepcopy(model)
+    for block in decoder_blocks(smaller).values():
+        _quantize(block, scheme)
+    return smaller
+
+
+@torch.no_grad()
+def quantization_cost(model: PreTrainedModel, sequences: torch.Tensor, batch_size: int = 8) -> pd.DataFrame:
+    """Evaluation loss and perplexity of ``model`` on ``sequences`` (int64 [n, T], no padding) at each precision.
+
+    The same sequences at each; the model stays in the mode and the precision it is in, without autocast.
+
+    Returns:
+        precision (one of ``PRECISIONS``), eval_loss (mean over the n (T − 1) predicted tokens, nats), eval_ppl (its
+        exponential), increase_percent (of perplexity over full precision; 0 for that itself). A NaN loss of one
+        sequence makes its row NaN.
+
+    Raises:
+        InputError: there is no sequence of two tokens, or the model cannot be quantized (see :func:`quantized`).
+    """
+    if sequences.ndim != 2 or sequences.shape[0] < 1 or sequences.shape[1] < 2:
+        raise InputError(f"need token ids [n, T] with n at least 1 and T at least 2, got {list(sequences.shape)}")
+    losses = {FULL_PRECISION: _losses(model, sequences, batch_size).mean()}
+    for scheme in SCHEMES:
+        losses[scheme] = _losses(quantized(model, scheme), sequences, batch_size).mean()
+    full = losses[FULL_PRECISION]
+    return pd.DataFrame(
+        {
+            "precision": list(losses),
+            "eval_loss": list(losses.values()),
+            "eval_ppl": [perplexity(loss) for loss in losses.values()],
+            # exp of the difference: perplexities of their own may overflow
+            "increase_percent": [100 * (perplexity(loss - full) - 1) for loss in losses.values()],
+        }
+    )
+
+
+def _losses(model: PreTrainedModel, sequences: torch.Tensor, batch_size: int) -> npt.NDArray[np.float64]:
+    """The mean loss of each sequence in nats."""
+    losses = []
+    for batch in sequences.split(batch_size):
+        tokens = batch.to(model.device)
+        losses.append(sequence_losses(model(input_ids=tokens, use_cache=False).logits, tokens).cpu())
+    return torch.cat(losses).double().numpy()
+
+
+def _quantize(module: nn.Module, scheme: str) -> None:
+    """Quantizes the linear layers of ``module`` in place."""
+    torchao = _torchao()
+    # The settings of torch.compile are the whole process's: not ours to change.
+    configs: dict[str, Any] = {
+        INT8_WEIGHTS: torchao.Int8WeightOnlyConfig,
+        INT8_WEIGHTS_ACTIVATIONS: torchao.Int8DynamicActivationInt8WeightConfig,
+    }
+    torchao.quantize_(module, configs[scheme](set_inductor_config=False))
+
+
+def _torchao() -> ModuleType:
+    try:
+        from torchao import quantization
+    except ImportError as error:
+        raise InputError(
+            f"quantization needs torchao ({error}); install it with: pip install 'normfree[quantization]'"
+        ) from error
+    return quantization

@@ -1,0 +1,145 @@
+"""Distillation of a model with LayerNorm into norm-free ones (Hinton, Vinyals & Dean 2015; ReLU's Revival, App. D)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pandas as pd
+
+from normfree.report import (
+    Section,
+    Table,
+    evaluation_loss_curves,
+    headwise_entropy_heatmaps,
+    layerwise_entropy_dynamics,
+)
+from normfree.studies.frames import eval_curve_frame, head_entropy_frame, layer_entropy_frame
+from normfree.studies.page import Findings, StudyPage
+from normfree.studies.relu_revival import GELU, LAYERNORM_GELU, RELU, scale_limits
+from normfree.studies.study import Configuration, Study
+from normfree.training.objectives import DistillationOptions
+
+TEACHER = LAYERNORM_GELU
+LOGITS = DistillationOptions(teacher=TEACHER.label, weight=0.5, temperature=2.0)
+ENTROPY = DistillationOptions(teacher=TEACHER.label, weight=0.5, temperature=2.0, entropy_weight=1.0)
+WAYS = {"distilled": LOGITS, "distilled with entropy": ENTROPY}
+"""The ways a student is taught, by what its label says of them."""
+
+
+def taught(student: Configuration, way: str) -> Configuration:
+    """The same model, taught in one of ``WAYS``."""
+    return replace(student, label=f"{student.label}, {way}", objective=WAYS[way].model_dump())
+
+
+STUDENTS = (GELU, RELU)
+
+
+def describe(page: StudyPage) -> Findings:
+    """What part of the gap to the teacher each way of teaching closes, and what the students attend to."""
+    gaps = _gaps(page)
+    sections = [
+        Section(
+            "The gap to the teacher",
+            [
+                Table(
+                    gaps,
+                    f"Evaluation loss in nats, mean over seeds, and the part of the gap to {TEACHER.label} that is "
+                    "closed. All students see the same tokens in the same order, taught or not.",
+                    formats={"Loss": ".3f", "Gap": "+.3f", "Closed": ".0%"},
+                    notes=[
+                        "Gap: loss minus the teacher's. Closed: 1 minus gap / gap of the same student alone; negative "
+                        "where teaching made it worse, NaN where there was no gap or a run diverged."
+                    ],
+                ),
+                page.figure(
+                    "evaluation-loss",
+                    evaluation_loss_curves(eval_curve_frame(page.results)),
+                    "Evaluation loss over training: plain cross-entropy for all.",
+                ),
+            ],
+        ),
+        Section(
+            "Attention entropy of teacher and students",
+            [
+                page.figure(
+                    "headwise-entropy",
+                    headwise_entropy_heatmaps(head_entropy_frame(page.results), maximum=page.uniform_bound),
+                    "Attention entropy of every head in nats: final weights, evaluation tokens, one colour scale. The "
+                    f"mark on the scale is the entropy of uniform attention, {page.uniform_bound:.3f} nats.",
+                ),
+                page.figure(
+                    "layerwise-entropy",
+                    layerwise_entropy_dynamics(layer_entropy_frame(page.results), bound=page.uniform_bound),
+                    "Entropy of each layer over training, mean over its heads, on training batches.",
+                ),
+            ],
+        ),
+    ]
+    return Findings(_lead(page, gaps), sections, scale_limits(page) + _LIMITS)
+
+
+_LIMITS = (
+    f"One mixture is tried: {LOGITS.weight:g} of the divergence at temperature {LOGITS.temperature:g}, entropy "
+    f"matching with weight {ENTROPY.entropy_weight:g}. A taught student sees as many tokens as one alone, but each "
+    "step also runs the teacher, and the teacher has been trained on the same tokens before."
+)
+
+
+def _gaps(page: StudyPage) -> pd.DataFrame:
+    """One row a student and way of training: Configuration, Loss, Gap (both nats), Closed (share, NaN for alone)."""
+    losses = page.table.set_index("configuration")["eval_loss"].to_dict()
+    teacher = losses[TEACHER.label]
+    rows = []
+    for student in STUDENTS:
+        for label in (student.label, *(taught(student, way).label for way in WAYS)):
+            if label not in losses:
+                continue
+            alone = losses.get(student.label, math.nan) - teacher
+            gap = losses[label] - teacher
+            is_taught = label != student.label
+            closed = 1 - gap / alone if is_taught and alone > 0 else math.nan
+            rows.append({"Configuration": label, "Loss": losses[label], "Gap": gap, "Closed": closed})
+    return pd.DataFrame(rows, columns=["Configuration", "Loss", "Gap", "Closed"])
+
+
+def _lead(page: StudyPage, gaps: pd.DataFrame) -> str:
+    """What part of each student's gap is closed, in words that hold whatever the numbers are."""
+    gap_of = gaps.set_index("Configuration")["Gap"].to_dict()
+    closed_of = gaps.set_index("Configuration")["Closed"].to_dict()
+    perplexity = page.table.set_index("configuration")["eval_ppl"].to_dict()
+    sentences = [f"The teacher, {TEACHER.label}, has a perplexity of {perplexity[TEACHER.label]:.2f}."]
+    for student in STUDENTS:
+        if student.label not in gap_of:
+            continue
+        gap = gap_of[student.label]
+        if math.isnan(gap):
+            sentences.append(f"{student.label} has no gap to speak of: a run of it or of the teacher diverged.")
+            continue
+        behind = f"{gap:.3f} nats behind" if gap > 0 else "no worse, so there is no gap to close"
+        ways = []
+        for way in WAYS:
+            label = taught(student, way).label
+            if label in perplexity:
+                closed = f": {_closed(closed_of[label])}" if gap > 0 else ""
+                ways.append(f"; {way} {perplexity[label]:.2f}{closed}")
+        sentences.append(f"{student.label} alone has {perplexity[student.label]:.2f}, {behind}{''.join(ways)}.")
+    return " ".join(sentences)
+
+
+def _closed(share: float) -> str:
+    if math.isnan(share):
+        return "it has no finite loss"
+    return f"it closes {100 * share:.0f} % of the gap" if share >= 0 else f"the gap grows by {-100 * share:.0f} %"
+
+
+STUDY = Study(
+    name="distillation",
+    title="Distillation of a model with LayerNorm into norm-free ones",
+    baseline=TEACHER.label,
+    configurations=lambda preset: (
+        TEACHER,
+        *(each for student in STUDENTS for each in (student, *(taught(student, way) for way in WAYS))),
+    ),
+    describe=describe,
+)

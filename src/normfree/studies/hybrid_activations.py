@@ -1,0 +1,138 @@
+"""Hybrid activations without LayerNorm (ReLU's Revival, Appendix D): GELU in some layers, ReLU in the others."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from normfree.report import (
+    BANDS,
+    Section,
+    evaluation_loss_curves,
+    layer_entropy_by_configuration,
+    split_point_curves,
+)
+from normfree.studies.frames import eval_curve_frame, head_entropy_frame
+from normfree.studies.page import Findings, StudyPage
+from normfree.studies.preset import Preset
+from normfree.studies.relu_revival import GELU, RELU, scale_limits
+from normfree.studies.study import Configuration, Study
+
+LETTERS = {"gelu": "G", "relu": "R"}
+
+
+def hybrid(first: str, then: str, split: int, n_layer: int) -> Configuration:
+    """``first`` in the first ``split`` layers and ``then`` in the others, such as ``SM+G2R4``."""
+    return Configuration(
+        f"SM+{LETTERS[first]}{split}{LETTERS[then]}{n_layer - split}",
+        {"norm": "none", "activation": [first] * split + [then] * (n_layer - split)},
+    )
+
+
+def configurations(preset: Preset) -> tuple[Configuration, ...]:
+    """Every split point of both orders, between the two models with one activation throughout."""
+    n_layer = preset.n_layer
+    splits = range(1, n_layer)
+    return (
+        GELU,
+        RELU,
+        *(hybrid("gelu", "relu", split, n_layer) for split in splits),
+        *(hybrid("relu", "gelu", split, n_layer) for split in splits),
+    )
+
+
+def describe(page: StudyPage) -> Findings:
+    """Perplexity and overload by split point, and which layers' entropy follows which layers' activation."""
+    splits = _splits(page)
+    heads = head_entropy_frame(page.results)
+    gelu_layers = {
+        each.label: [place for place, name in enumerate(_activations(page, each)) if name == "gelu"]
+        for each in page.study.configurations(page.folder.preset)
+    }
+    sections = [
+        Section(
+            "By split point",
+            [
+                page.figure(
+                    "split-point",
+                    split_point_curves(splits),
+                    "Perplexity and share of heads in the top quarter of the entropy range (the overload of the paper) "
+                    "by the number of layers that have the first activation; the ends are SM+G and SM+R themselves.",
+                ),
+                page.figure(
+                    "entropy-by-layer",
+                    layer_entropy_by_configuration(heads, marked=gelu_layers, mark="GELU", maximum=page.uniform_bound),
+                    "Attention entropy by layer, mean over heads: final weights, evaluation tokens. A dot marks the "
+                    "layers whose feed-forward network has GELU.",
+                ),
+                page.figure(
+                    "evaluation-loss",
+                    evaluation_loss_curves(eval_curve_frame(page.results)),
+                    "Evaluation loss over training.",
+                ),
+            ],
+        )
+    ]
+    return Findings(_lead(splits), sections, scale_limits(page).strip())
+
+
+def _activations(page: StudyPage, configuration: Configuration) -> list[str]:
+    activation = configuration.model["activation"]
+    return [activation] * page.folder.preset.n_layer if isinstance(activation, str) else list(activation)
+
+
+def _splits(page: StudyPage) -> pd.DataFrame:
+    """Columns order, split, eval_ppl, top_band: one row an order of the two activations and a split point."""
+    n_layer = page.folder.preset.n_layer
+    table = page.table.set_index("configuration")
+    rows = []
+    for order, first, then in (("GELU first", "gelu", "relu"), ("ReLU first", "relu", "gelu")):
+        whole = {"gelu": GELU.label, "relu": RELU.label}
+        labels = {0: whole[then], n_layer: whole[first]}
+        labels |= {split: hybrid(first, then, split, n_layer).label for split in range(1, n_layer)}
+        for split in range(n_layer + 1):
+            if labels[split] in table.index:
+                row = table.loc[labels[split]]
+                rows.append(
+                    {
+                        "order": order,
+                        "split": split,
+                        "configuration": labels[split],
+                        "eval_ppl": row["eval_ppl"],
+                        "eval_ppl_low": row["eval_ppl_low"],
+                        "eval_ppl_high": row["eval_ppl_high"],
+                        "top_band": row[BANDS[-1]],
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def _lead(splits: pd.DataFrame) -> str:
+    """The best split, and what each first or last layer's activation costs, whatever the numbers are."""
+    finite = splits.dropna(subset=["eval_ppl"]).drop_duplicates("configuration").sort_values("eval_ppl")
+    if finite.empty:
+        return "Every run diverged."
+    best, worst = finite.iloc[0], finite.iloc[-1]
+    sentences = [
+        f"Lowest perplexity: {best['configuration']} ({best['eval_ppl']:.1f}); "
+        f"highest: {worst['configuration']} ({worst['eval_ppl']:.1f})."
+    ]
+    for order, words in (
+        ("GELU first", "GELU in place of ReLU from the first layer on"),
+        ("ReLU first", "ReLU in place of GELU from the first layer on"),
+    ):
+        path = splits[splits["order"] == order].sort_values("split")["eval_ppl"].to_numpy()
+        steps = np.diff(path)
+        if np.isfinite(steps).all():
+            layer = int(np.abs(steps).argmax())
+            sentences.append(f"With {words}, perplexity changes most ({steps[layer]:+.1f}) at layer {layer}.")
+    return " ".join(sentences)
+
+
+STUDY = Study(
+    name="hybrid-activations",
+    title="GELU in some layers and ReLU in the others, without LayerNorm",
+    baseline=GELU.label,
+    configurations=configurations,
+    describe=describe,
+)

@@ -1,0 +1,212 @@
+"""Signal propagation and outliers with and without LayerNorm, and what int8 costs each model.
+
+ReLU's Revival (Jha & Reagen, 2024) names outlier features and low precision among the reasons to drop LayerNorm; this
+study measures both on the four models of the paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from normfree.data import PackedData
+from normfree.interpret import (
+    PRECISIONS,
+    check_quantization,
+    load_measured_model,
+    measure_signal_propagation,
+    quantization_cost,
+)
+from normfree.report import (
+    PRECISION_NAMES,
+    SIGNAL_STATISTICS,
+    Block,
+    Callout,
+    Paragraph,
+    Section,
+    Table,
+    outlier_table,
+    quantization_table,
+    signal_propagation_dynamics,
+    signal_propagation_over_depth,
+)
+from normfree.studies.frames import KEY
+from normfree.studies.page import Findings, StudyPage
+from normfree.studies.relu_revival import GELU, LAYERNORM_GELU, LAYERNORM_RELU, RELU, scale_limits
+from normfree.studies.study import Measurement, Study
+from normfree.training import RunResult
+from normfree.training.records import LAYERS_FILE, write_parquet
+from normfree.training.run_folder import last_checkpoint
+
+SIGNAL_FILE = "signal_propagation.parquet"
+QUANTIZATION_FILE = "quantization.parquet"
+BATCH_SIZE = 16
+
+
+def check() -> None:
+    """Whether this machine can quantize.
+
+    Raises:
+        InputError: see :func:`normfree.interpret.check_quantization`.
+    """
+    check_quantization(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def measure(result: RunResult, data: PackedData) -> None:
+    """Measures the final weights of a run on all its evaluation sequences, unless its folder has it already.
+
+    Leaves ``signal_propagation.parquet`` (see :func:`~normfree.interpret.measure_signal_propagation`) and
+    ``quantization.parquet`` (see :func:`~normfree.interpret.quantization_cost`) in the run's folder. A run that
+    diverged has no final weights; its rows are NaN.
+    """
+    signal_path, quantization_path = result.folder / SIGNAL_FILE, result.folder / QUANTIZATION_FILE
+    if signal_path.exists() and quantization_path.exists():
+        return
+    checkpoint = final_checkpoint(result)
+    if checkpoint is None:
+        layers = sorted(result.head_entropy["layer"].unique())
+        signal = pd.DataFrame({"layer": layers, **dict.fromkeys(SIGNAL_STATISTICS, np.nan)})
+        columns = ("eval_loss", "eval_ppl", "increase_percent")
+        quantization = pd.DataFrame({"precision": PRECISIONS, **dict.fromkeys(columns, np.nan)})
+    else:
+        model = load_measured_model(str(checkpoint)).model
+        sequences = torch.from_numpy(np.asarray(data.eval.tokens, dtype=np.int64))
+        signal = measure_signal_propagation(model, sequences, BATCH_SIZE)
+        quantization = quantization_cost(model, sequences, BATCH_SIZE)
+    write_parquet(signal, signal_path)
+    write_parquet(quantization, quantization_path)
+
+
+def final_checkpoint(result: RunResult) -> Path | None:
+    """The checkpoint of the weights that training ended with.
+
+    Training saves its last step, unless the weights were no longer finite: then there is none.
+    """
+    newest = last_checkpoint(result.folder)
+    return newest if newest is not None and newest.name == f"checkpoint-{result.row['steps']}" else None
+
+
+def measured_frame(results: Iterable[RunResult], file: str) -> pd.DataFrame:
+    """What :func:`measure` left in ``file`` of each run, with model, context_length, configuration and seed."""
+    return pd.concat([pd.read_parquet(each.folder / file).assign(**_key(each)) for each in results], ignore_index=True)
+
+
+def dynamics_frame(results: Iterable[RunResult]) -> pd.DataFrame:
+    """model, context_length, configuration, seed, step, layer and each statistic: training batches.
+
+    Runs without these statistics in their telemetry have no rows.
+    """
+    frames = []
+    for result in results:
+        layers = pd.read_parquet(result.folder / LAYERS_FILE)
+        recorded = layers[layers["name"].isin(SIGNAL_STATISTICS)]
+        if set(recorded["name"]) == set(SIGNAL_STATISTICS):
+            table = recorded.pivot(index=["step", "layer"], columns="name", values="value").reset_index()
+            frames.append(table.assign(**_key(result)))
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[*KEY, "step", "layer"])
+
+
+def describe(page: StudyPage) -> Findings:
+    """Statistics of the trained models over depth and over training, and perplexity at each precision."""
+    measured = [each for each in page.results if (each.folder / QUANTIZATION_FILE).exists()]
+    missing = [each for each in page.results if not (each.folder / QUANTIZATION_FILE).exists()]
+    sections = []
+    lead = "No run has been measured yet."
+    if measured:
+        signal = measured_frame(measured, SIGNAL_FILE)
+        quantization = measured_frame(measured, QUANTIZATION_FILE)
+        lead = _lead(signal, quantization)
+        sections = [_signal_section(page, signal, dynamics_frame(measured)), _quantization_section(quantization)]
+    if missing:
+        names = ", ".join(f"{each.row['configuration']} seed {each.row['seed']}" for each in missing)
+        told = f"Not measured yet, and not in these sections: {names}. `normfree study {STUDY.name}` goes on with them."
+        sections.append(Section("Missing", [Callout(told, "warning")]))
+    return Findings(lead, sections, scale_limits(page) + _LIMITS)
+
+
+def _signal_section(page: StudyPage, signal: pd.DataFrame, dynamics: pd.DataFrame) -> Section:
+    blocks: list[Block] = [
+        Paragraph(
+            "Residual stream after each block, before any final norm. Kurtosis is that of the channels' RMS (He et "
+            "al., 2024): 1 if all d channels are equally large, d if one channel holds everything. Excess kurtosis is "
+            "that of all entries pooled, 0 for a normal distribution. Max/median is the ratio of the largest to the "
+            "median absolute channel of a token, averaged over tokens. Token cosine is the mean cosine between the "
+            "representations of two tokens of a sequence."
+        ),
+        Table(outlier_table(signal, layer="last"), "Last layer: final weights, evaluation tokens.", notes=_NOTES),
+        Table(outlier_table(signal, layer="largest"), "The largest of all layers, each statistic for itself."),
+        page.figure(
+            "signal-propagation",
+            signal_propagation_over_depth(signal),
+            "Signal propagation over depth: final weights, evaluation tokens.",
+        ),
+    ]
+    if len(dynamics):
+        caption = "Signal propagation over training: training batches, at the last layer and at the largest of all."
+        blocks.append(page.figure("signal-propagation-dynamics", signal_propagation_dynamics(dynamics), caption))
+    n_silent = len(signal[[*KEY]].drop_duplicates()) - len(dynamics[[*KEY]].drop_duplicates())
+    if n_silent:
+        blocks.append(Callout(f"The telemetry of {n_silent} run(s) lacks these statistics over training.", "warning"))
+    return Section("Signal propagation and outliers", blocks)
+
+
+def _quantization_section(quantization: pd.DataFrame) -> Section:
+    return Section(
+        "Low precision",
+        [
+            Paragraph(
+                "The linear layers inside the blocks of the final weights, rounded to int8 after training, with no "
+                "calibration: weights symmetrically with one scale a row; activations symmetrically with one scale a "
+                "token, found as they come. Embeddings, unembedding, norms and attention scores stay in full "
+                "precision. All perplexities here are of the same evaluation sequences without autocast, so those "
+                "of full precision can differ from the table of results in the last digits."
+            ),
+            Table(quantization_table(quantization), "Perplexity and its increase over full precision.", notes=_NOTES),
+        ],
+    )
+
+
+def _lead(signal: pd.DataFrame, quantization: pd.DataFrame) -> str:
+    """What the measurements say, in words that hold whatever the numbers are."""
+    kurtosis = outlier_table(signal, layer="largest").set_index("Configuration")["Kurtosis"]
+    costs = quantization_table(quantization).set_index("Configuration")[
+        f"{PRECISION_NAMES['int8_weights_activations']}, Δ %"
+    ]
+    return (
+        f"Largest channel kurtosis of any layer: {_listed(kurtosis)}. Perplexity in int8 weights and activations, "
+        f"% over full precision: {_listed(costs)}."
+    )
+
+
+def _listed(column: pd.Series) -> str:
+    return ", ".join(f"{label} {value}" for label, value in column.items())
+
+
+def _key(result: RunResult) -> dict[str, Any]:
+    return {name: result.row[name] for name in KEY}
+
+
+_NOTES = (
+    "± is half of a 95 % t-interval over seeds, where there are several.",
+    "NaN: at least one of the runs diverged, and has no final weights.",
+)
+
+_LIMITS = (
+    "Outlier features grow with the size of a model and with its training (Dettmers et al., 2022): small models that "
+    "lack them say nothing about large ones. int8 costs are those of plain rounding after training; methods that "
+    "treat outliers apart would cost less."
+)
+
+STUDY = Study(
+    name="outliers",
+    title="Signal propagation, outliers and int8 with and without LayerNorm",
+    baseline=LAYERNORM_GELU.label,
+    configurations=lambda preset: (LAYERNORM_GELU, LAYERNORM_RELU, GELU, RELU),
+    describe=describe,
+    measurement=Measurement(check, measure),
+)

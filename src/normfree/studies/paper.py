@@ -1,0 +1,89 @@
+"""ReLU's Revival as a whole: Table 2 over all its models, and with it every figure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from normfree.errors import InputError
+from normfree.report import Section
+from normfree.studies import learnable_slopes, negative_slope, relu_revival
+from normfree.studies.collection import Collection, Member
+from normfree.studies.page import FIGURES_FOLDER, Findings, StudyPage
+from normfree.studies.preset import Preset, load_preset
+from normfree.studies.study import Configuration, Study
+
+PARTS = (relu_revival.STUDY, learnable_slopes.STUDY, negative_slope.STUDY)
+
+
+def _configurations(preset: Preset) -> tuple[Configuration, ...]:
+    """Those of every part, each once: a run that two figures show is trained once."""
+    every = {each.label: each for part in PARTS for each in part.configurations(preset)}
+    return tuple(every.values())
+
+
+def _describe_figures(page: StudyPage) -> Findings:
+    findings = {
+        part.name: part.describe(StudyPage(part, page.folder, f"{FIGURES_FOLDER}/{part.name}")) for part in PARTS
+    }
+    return Findings(
+        lead=" ".join(each.lead for each in findings.values()),
+        sections=[
+            Section(f"{name}: {section.title}", section.blocks)
+            for name, each in findings.items()
+            for section in each.sections
+        ],
+        limits=" ".join(dict.fromkeys(each.limits for each in findings.values())),
+    )
+
+
+FIGURES: Study = Study(
+    name="relu-revival-figures",
+    title="ReLU's Revival: every figure",
+    baseline=relu_revival.STUDY.baseline,
+    configurations=_configurations,
+    describe=_describe_figures,
+)
+
+
+def _columns(preset_name: str, changed: Callable[[Preset], Preset]) -> list[Member]:
+    """The columns of Table 2 that the preset names, each with the four configurations."""
+    names = load_preset(preset_name).columns
+    if not names:
+        raise InputError(f"preset {preset_name} names no columns of Table 2; add `columns: [PRESET, ...]` to it")
+    beside = Path(preset_name).parent
+    paths = {Path(name).stem: str(beside / name) if name.endswith((".yaml", ".yml")) else name for name in names}
+    return [Member(stem, relu_revival.STUDY, stem, changed(load_preset(path))) for stem, path in paths.items()]
+
+
+def _columns_and_figures(preset_name: str, changed: Callable[[Preset], Preset]) -> list[Member]:
+    """The same, and every figure of the paper in the first column's study."""
+    first, *rest = _columns(preset_name, changed)
+    return [Member(first.folder, FIGURES, first.preset_name, first.preset), *rest]
+
+
+def _table(pages: Sequence[StudyPage]) -> pd.DataFrame:
+    """Table 2: the four configurations of each column."""
+    columns = [StudyPage(relu_revival.STUDY, page.folder).table for page in pages]
+    return pd.concat(columns, ignore_index=True)
+
+
+def _describe(pages: Sequence[StudyPage], path: Path) -> Findings:
+    """The order of the configurations in each column, ours and the published one."""
+    verdicts = []
+    for page in pages:
+        table = StudyPage(relu_revival.STUDY, page.folder).table
+        ranked = table.dropna(subset=["eval_ppl"]).sort_values("eval_ppl")["configuration"]
+        published = table.dropna(subset=["published_ppl"]).sort_values("published_ppl")["configuration"]
+        verdict = f"{table['model'].iloc[0]}, T = {table['context_length'].iloc[0]}: {' < '.join(ranked)}"
+        verdicts.append(verdict + (f" (published: {' < '.join(published)})." if len(published) else "."))
+    limits = relu_revival.scale_limits(StudyPage(relu_revival.STUDY, pages[0].folder)).strip()
+    return Findings("Perplexity, best first. " + " ".join(verdicts), [], limits)
+
+
+TABLE_2: Collection = Collection("table-2", "ReLU's Revival: Table 2", _columns, _table, _describe)
+EVERYTHING: Collection = Collection(
+    "relu-revival-all", "ReLU's Revival: every table and figure", _columns_and_figures, _table, _describe
+)

@@ -1,0 +1,177 @@
+"""Where ReLU beats GELU without LayerNorm: other widths, depths, context lengths and learning rates.
+
+The paper trains every model at one learning rate. Here each size is trained at several, so that its claim can be read
+at each of them, and with each activation at its own best one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from normfree.errors import InputError
+from normfree.modeling import NormfreeConfig
+from normfree.report import FigureBlock, Section, Table, loss_gap, loss_gap_heatmap
+from normfree.report.scaling import OWN_BEST
+from normfree.studies.collection import Collection, Member
+from normfree.studies.page import FIGURES_FOLDER, Findings, StudyPage, saved_figure
+from normfree.studies.preset import Preset, load_preset
+from normfree.studies.relu_revival import GELU, RELU, scale_limits
+from normfree.studies.study import Configuration, Study
+
+LEARNING_RATE_FACTORS = (0.5, 1.0, 2.0)
+SIZE_FACTORS = (0.5, 2.0)
+BASE = "base"
+
+
+def _sizes(preset: Preset) -> dict[str, dict[str, int]]:
+    """The preset's own size, then half and twice its width (with heads of the same width) and its depth."""
+    n_layer = preset.n_layer
+    n_embd, n_head = (int(preset.model.get(name, getattr(NormfreeConfig, name))) for name in ("n_embd", "n_head"))
+    if n_head % 2 or n_embd % (2 * n_head) or n_layer % 2:
+        raise InputError(
+            f"the scaling study halves n_layer ({n_layer}), n_head ({n_head}) and n_embd ({n_embd}) of its preset; "
+            "use even numbers, and n_embd divisible by 2 n_head"
+        )
+    sizes: dict[str, dict[str, int]] = {BASE: {}}
+    for factor in SIZE_FACTORS:
+        width = int(factor * n_embd)
+        sizes[f"width {width}"] = {"n_embd": width, "n_head": int(factor * n_head)}
+    for factor in SIZE_FACTORS:
+        depth = int(factor * n_layer)
+        sizes[f"depth {depth}"] = {"n_layer": depth}
+    return sizes
+
+
+def _grid(preset: Preset, sizes: dict[str, dict[str, int]]) -> Iterator[tuple[dict[str, Any], Configuration]]:
+    """What each run is (size, activation, learning_rate) and its configuration; the plain one has the plain label."""
+    for size, changes in sizes.items():
+        for factor in LEARNING_RATE_FACTORS:
+            rate = factor * preset.recipe.learning_rate
+            for activation in (GELU, RELU):
+                plain = size == BASE and factor == 1.0
+                label = activation.label if plain else f"{activation.label}, {size}, {rate:g}"
+                what = {"size": size, "activation": activation.label, "learning_rate": rate}
+                yield what, Configuration(label, {**activation.model, **changes}, {"learning_rate": rate})
+
+
+def _losses(page: StudyPage, sizes: dict[str, dict[str, int]], base_name: str) -> pd.DataFrame:
+    """Columns size, activation, learning_rate, seed, eval_loss: finished runs, the base size under ``base_name``."""
+    what = {configuration.label: known for known, configuration in _grid(page.folder.preset, sizes)}
+    rows = [
+        {**what[each.row["configuration"]], "seed": each.row["seed"], "eval_loss": each.row["eval_loss"]}
+        for each in page.results
+    ]
+    return pd.DataFrame(rows).replace({"size": {BASE: base_name}})
+
+
+def _all_sizes(preset: Preset) -> tuple[Configuration, ...]:
+    return tuple(configuration for _, configuration in _grid(preset, _sizes(preset)))
+
+
+def _own_size(preset: Preset) -> tuple[Configuration, ...]:
+    return tuple(configuration for _, configuration in _grid(preset, {BASE: {}}))
+
+
+def _describe_member(page: StudyPage) -> Findings:
+    sizes = _sizes(page.folder.preset) if page.study is SIZES else {BASE: {}}
+    gap = loss_gap(_losses(page, sizes, BASE), GELU.label, RELU.label)
+    figure = page.figure("loss-gap", _heatmap(gap), _CAPTION)
+    return Findings(_lead(gap), [Section("GELU against ReLU", [figure])], scale_limits(page).strip())
+
+
+_CAPTION = (
+    "By how many percent SM+G's perplexity is higher than SM+R's, by size and learning rate, mean over seeds; colours "
+    "are the difference of losses in nats. Last row: each activation at its own best rate. Hatched: a run diverged or "
+    "is missing."
+)
+SIZES: Study = Study(
+    name="scaling-sizes",
+    title="ReLU against GELU without LayerNorm: width, depth and learning rate",
+    baseline=GELU.label,
+    configurations=_all_sizes,
+    describe=_describe_member,
+)
+CONTEXT: Study = Study(
+    name="scaling-context",
+    title="ReLU against GELU without LayerNorm: twice the context length",
+    baseline=GELU.label,
+    configurations=_own_size,
+    describe=_describe_member,
+)
+
+
+def _members(preset_name: str, changed: Callable[[Preset], Preset]) -> list[Member]:
+    """Every size at the preset's context length, and its own size at twice that, with as many tokens in a step."""
+    preset, stem = changed(load_preset(preset_name)), Path(preset_name).stem
+    length, batch, micro = (
+        preset.data.sequence_length,
+        preset.recipe.batch_size,
+        preset.recipe.micro_batch_size,
+    )
+    if batch % 2 or micro % 2:
+        raise InputError(
+            f"the scaling study halves batch_size ({batch}) and micro_batch_size ({micro}) at twice the context "
+            "length; use even numbers"
+        )
+    longer = preset.with_changes(
+        **{
+            "data.sequence_length": 2 * length,
+            "recipe.batch_size": batch // 2,
+            "recipe.micro_batch_size": micro // 2,
+            "published": None,
+        }
+    )
+    return [
+        Member(f"context-{length}", SIZES, stem, preset),
+        Member(f"context-{2 * length}", CONTEXT, stem, longer),
+    ]
+
+
+def _gap(pages: Sequence[StudyPage]) -> pd.DataFrame:
+    frames = []
+    for page in pages:
+        length = page.folder.preset.data.sequence_length
+        sizes = _sizes(page.folder.preset) if page.study is SIZES else {BASE: {}}
+        frames.append(_losses(page, sizes, f"{BASE}, T = {length}"))
+    return loss_gap(pd.concat(frames, ignore_index=True), GELU.label, RELU.label)
+
+
+def _heatmap(gap: pd.DataFrame) -> Any:
+    return loss_gap_heatmap(gap, first=GELU.label, second=RELU.label)
+
+
+def _describe(pages: Sequence[StudyPage], path: Path) -> Findings:
+    """The map of where the claim holds."""
+    gap = _gap(pages)
+    figure: FigureBlock = saved_figure(path / FIGURES_FOLDER, "loss-gap", _heatmap(gap), _CAPTION)
+    shown = gap.reset_index(names="Learning rate")
+    table = Table(
+        shown,
+        "Loss of SM+G less that of SM+R, nats per token.",
+        formats=dict.fromkeys(map(str, gap.columns), "+.3f"),
+    )
+    return Findings(_lead(gap), [Section("Where ReLU beats GELU", [figure, table])], scale_limits(pages[0]).strip())
+
+
+def _lead(gap: pd.DataFrame) -> str:
+    """In how many cells ReLU is better, whatever the numbers are."""
+    at_rates, own_best = gap.drop(index=OWN_BEST).to_numpy(), gap.loc[[OWN_BEST]].to_numpy()
+    return (
+        f"Without LayerNorm, ReLU has the lower loss in {(at_rates > 0).sum()} of {np.isfinite(at_rates).sum()} pairs "
+        f"of runs at one size and learning rate (pairs with a diverged run: {np.isnan(at_rates).sum()}), and with each "
+        f"activation at its own best rate at {(own_best > 0).sum()} of {np.isfinite(own_best).sum()} sizes."
+    )
+
+
+SCALING: Collection = Collection(
+    "scaling",
+    "Where ReLU beats GELU without LayerNorm",
+    _members,
+    lambda pages: pd.concat([page.table for page in pages], ignore_index=True),
+    _describe,
+)

@@ -1,0 +1,104 @@
+"""What a run minimises when it is not plain cross-entropy: weighted terms beside the cross-entropy."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from normfree.errors import InputError
+from normfree.modeling import NormfreeConfig
+from normfree.training.recipe import Recipe
+
+
+class Term(NamedTuple):
+    """A summand of the loss: its value, a scalar mean over the sequences of a micro-batch, and its weight.
+
+    Being a mean of what each sequence (or token) has by itself, it does not depend on how a batch is divided into
+    micro-batches and over processes.
+    """
+
+    value: Tensor
+    weight: float
+
+
+class Objective(ABC):
+    """One objective, ready to train with: ``cross_entropy_weight`` · cross-entropy + the sum of its terms.
+
+    A new one is a subclass, its :class:`ObjectiveOptions`, and a line in ``OBJECTIVES``.
+
+    cross_entropy_weight: 1 unless the objective shares it out.
+    reads_entropy: whether ``terms`` is given the model's attention entropy.
+    term_names: the names under which ``metrics.parquet`` has the values of ``terms``, with their units.
+    learned: parameters trained beside the model's, without weight decay. They are in each checkpoint, but no part of
+        the saved model.
+    """
+
+    cross_entropy_weight: float = 1.0
+    reads_entropy: bool
+    term_names: tuple[str, ...]
+
+    def __init__(self) -> None:
+        self.learned = nn.ParameterDict()
+
+    def to(self, device: torch.device) -> None:
+        """Moves everything to ``device``, in place."""
+        self.learned.to(device)
+
+    @abstractmethod
+    def terms(self, input_ids: Tensor, logits: Tensor, entropy: Tensor | None) -> dict[str, Term]:
+        """The terms of one micro-batch, by name.
+
+        Args:
+            input_ids: int64 [batch, T], blocks without padding.
+            logits: float32 [batch, T, vocab_size], the model's.
+            entropy: float32 [batch, n_layer, n_head] in nats, from :class:`normfree.entropy.EntropyRecorder`; given
+                where ``reads_entropy`` says so.
+        """
+
+    def head_values(self) -> dict[str, Tensor]:
+        """What to record of each head in ``layers.parquet``, by name: each [n_layer, n_head]."""
+        return {}
+
+
+class ObjectiveOptions(BaseModel, ABC):
+    """The options of one kind of objective, as they stand in a run's ``config.yaml``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: str
+
+    @property
+    @abstractmethod
+    def reads_entropy(self) -> bool:
+        """Whether the attention entropy of the model that trains is needed."""
+
+    @abstractmethod
+    def build(self, model: NormfreeConfig, folder: Path) -> Objective:
+        """The objective for a model of that configuration, trained in ``folder``.
+
+        Raises:
+            InputError: it does not fit that model, or something it needs cannot be loaded.
+        """
+
+    def check(self, recipe: Recipe) -> None:
+        """Whether a run with ``recipe`` on this machine can follow the objective.
+
+        Raises:
+            InputError: it cannot.
+        """
+        if self.reads_entropy and recipe.torch_compile:
+            raise InputError(
+                f"the objective {self.kind} reads attention entropy, which compiled code does not show; "
+                "set recipe.torch_compile to false"
+            )
+        if torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
+            raise InputError(
+                f"the objective {self.kind} cannot be split over {torch.cuda.device_count()} GPUs inside one process; "
+                "start one process a GPU with torchrun, or set CUDA_VISIBLE_DEVICES to one"
+            )
