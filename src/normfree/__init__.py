@@ -1,7 +1,10 @@
 """Normfree: what normalization, activations and sparsity do to a transformer language model."""
 
-from normfree.entropy import EntropyProbe, attention_entropy, entropy_bands
-from normfree.modeling import NormfreeConfig, NormfreeForCausalLM, from_hf
+from normfree.quiet import quiet_imports
+
+with quiet_imports():
+    from normfree.entropy import EntropyProbe, attention_entropy, entropy_bands
+    from normfree.modeling import NormfreeConfig, NormfreeForCausalLM, from_hf
 
 __all__ = [
     "EntropyProbe",

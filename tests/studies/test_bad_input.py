@@ -1,5 +1,7 @@
 """Bad input gives one line that names the mistake, exit code 2, and leaves every file as it was."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,3 +171,11 @@ def test_a_checkpoint_of_another_configuration(normfree: Command, preset_file: P
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(content))
     run = tmp_path / "study" / "runs" / "sm-g" / "seed-0"
     assert_refused(normfree, tmp_path, "train", tmp_path / "other.yaml", "--out", run, says="model.n_layer: 2 there, 1")
+
+
+def test_a_process_of_its_own_says_one_line_too(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "normfree", "study", "relu-revivel"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert "did you mean 'relu-revival'" in done.stderr

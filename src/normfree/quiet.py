@@ -1,0 +1,23 @@
+"""Imports of libraries that warn of what does not concern the user."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_LOGGERS = ("torchao", "torch.utils._pytree")
+
+
+@contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Where torchao is installed, transformers imports it, and it warns of GPU kernels that it cannot load here."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    before = [each.level for each in loggers]
+    for each in loggers:
+        each.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for each, level in zip(loggers, before, strict=True):
+            each.setLevel(level)
