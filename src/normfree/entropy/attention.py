@@ -82,7 +82,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, visibility: Visibilit
             )
         )
     sees_nothing = (visibility.counts() == 0)[..., None]
-    return torch.cat(outputs, dim=2).masked_fill(sees_nothing, 0.0)
+    return torch.cat(outputs[::-1], dim=2).masked_fill(sees_nothing, 0.0)
 
 
 def _dense_mask(block: Block, dtype: torch.dtype) -> Tensor | None:

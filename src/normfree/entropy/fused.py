@@ -179,7 +179,7 @@ def _chunked(q: Tensor, k: Tensor, scale: float, visibility: Visibility) -> tupl
         attention = distribution(block_scores(q, k, scale, block), block.allowed)
         entropies.append(attention.entropy())
         lses.append(attention.lse)
-    return torch.cat(entropies, dim=-1), torch.cat(lses, dim=-1)
+    return torch.cat(entropies[::-1], dim=-1), torch.cat(lses[::-1], dim=-1)
 
 
 def _cpu(q: Tensor, k: Tensor, scale: float, visibility: Visibility) -> tuple[Tensor, Tensor]:
@@ -206,7 +206,7 @@ def _cpu(q: Tensor, k: Tensor, scale: float, visibility: Visibility) -> tuple[Te
             _flash(q[:, :, block.rows], k[:, :, block.columns], scale, is_causal=False, allowed=block.allowed)
             for block in visibility.blocks(n_mask * visibility.n_key)
         ]
-        entropy, lse = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
+        entropy, lse = (torch.cat(part[::-1], dim=-1) for part in zip(*parts, strict=True))
     if allowed is not None:
         # the kernel gives such a row the plausible numbers 0 and 0
         sees_nothing = visibility.counts() == 0
@@ -223,7 +223,7 @@ def _flash(q: Tensor, k: Tensor, scale: float, *, is_causal: bool, allowed: Tens
     mean_key, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, k, 0.0, is_causal, attn_mask=mask, scale=scale
     )
-    return lse - scale * (q * mean_key).sum(-1), lse
+    return lse - scale * mean_key.mul_(q).sum(-1), lse
 
 
 def _scores_stay_finite(q: Tensor, k: Tensor, scale: float) -> bool:

@@ -61,15 +61,18 @@ class Visibility:
         return self.sliding_window is None and (not self.is_causal or self.n_query == 1)
 
     def blocks(self, elements_per_row: int) -> Iterator[Block]:
-        """All query rows in order, in blocks whose scores, ``elements_per_row`` a row, fit
+        """All query rows, the last first, in blocks whose scores, ``elements_per_row`` a row, fit
         ``BLOCK_ELEMENTS``.
+
+        Under causality the last rows see the most keys: what their scores leave free, the allocator can give to all
+        others. The other way around every block needs more than the one before it, and gets it from the system.
         """
         n_row = BLOCK_ELEMENTS // elements_per_row
         if self.sliding_window is not None:
             # longer blocks would mostly hold keys outside the window
             n_row = min(n_row, self.sliding_window)
         n_row = max(MIN_BLOCK_ROWS, n_row)
-        for start in range(0, self.n_query, n_row):
+        for start in reversed(range(0, self.n_query, n_row)):
             yield self.block(start, min(start + n_row, self.n_query))
 
     def block(self, start: int, stop: int) -> Block:
@@ -99,7 +102,7 @@ class Visibility:
         for block in self.blocks(n_mask * self.n_key):
             assert block.allowed is not None
             counted.append(block.allowed.sum(-1))
-        return torch.cat(counted, dim=-1)
+        return torch.cat(counted[::-1], dim=-1)
 
     def sees(self, key: Tensor) -> Tensor:
         """Whether each query sees the key of number ``key`` (int64 [batch or 1, n_head or 1]).
