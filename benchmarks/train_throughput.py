@@ -20,6 +20,7 @@ import json
 import platform
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from copy import deepcopy
@@ -168,7 +169,7 @@ def main() -> None:
     overhead = statistics.median(b / a - 1 for a, b in zip(seconds["ours"], seconds["ours + telemetry"], strict=True))
     achieved = [tokens * flops_per_token(ours) / each for each in seconds["ours"]]
     result = {
-        "command": f"python benchmarks/train_throughput.py --preset {arguments.preset} --rounds {arguments.rounds}",
+        "command": " ".join(["python benchmarks/train_throughput.py", *sys.argv[1:]]),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "python": platform.python_version(),

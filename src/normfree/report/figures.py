@@ -8,8 +8,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
@@ -31,7 +29,9 @@ from normfree.report.style import (
     ONE_COLUMN,
     TWO_COLUMN,
     configuration_colours,
+    depth_bar,
     depth_colours,
+    hide_unused_panels,
     paper_style,
 )
 
@@ -252,10 +252,7 @@ def layerwise_entropy_dynamics(layer_entropy: pd.DataFrame, *, bound: float | No
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
             if bound is not None:
                 axes.axhline(bound, color=INK, linewidth=0.8, linestyle=(0, (4, 2)), zorder=1.5)
-        for axes in grid.flat[len(configurations) :]:
-            axes.set_visible(False)
-        for axes in grid.flat[max(len(configurations) - n_columns, 0) : len(configurations)]:
-            axes.tick_params(labelbottom=True)
+        hide_unused_panels(grid, len(configurations))
         finite = layer_entropy["entropy_nats"][np.isfinite(layer_entropy["entropy_nats"])]
         grid[0, 0].set_ylim(0, 1.06 * max(finite.max() if len(finite) else 0.0, bound or 0.0) or 1.0)
         if bound is not None:
@@ -272,13 +269,7 @@ def layerwise_entropy_dynamics(layer_entropy: pd.DataFrame, *, bound: float | No
             )
         figure.supxlabel("training step" + (f" (mean over {n_seeds} seeds)" if n_seeds > 1 else ""), fontsize=7)
         figure.supylabel("attention entropy (nats)", fontsize=7)
-        norm = BoundaryNorm(np.arange(len(layers) + 1) - 0.5, len(layers))
-        bar = figure.colorbar(ScalarMappable(norm, colours), ax=grid, aspect=22, pad=0.012)
-        step = ceil(len(layers) / 12)
-        bar.set_ticks(range(0, len(layers), step), labels=[str(layer) for layer in layers[::step]])
-        bar.ax.tick_params(which="both", length=0)
-        bar.outline.set_visible(False)
-        bar.set_label("layer")
+        depth_bar(figure, grid, colours, layers, "layer")
     return figure
 
 

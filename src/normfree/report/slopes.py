@@ -7,13 +7,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from normfree.report.frames import SLOPES, check_frame, check_one_setting, in_order
-from normfree.report.style import INK, TWO_COLUMN, depth_colours, paper_style
+from normfree.report.style import INK, TWO_COLUMN, depth_bar, depth_colours, hide_unused_panels, paper_style
 
 
 def negative_slope_trajectories(slopes: pd.DataFrame, *, decay_only: pd.DataFrame, n_columns: int = 4) -> Figure:
@@ -49,21 +47,12 @@ def negative_slope_trajectories(slopes: pd.DataFrame, *, decay_only: pd.DataFram
             axes.axhline(0, color=INK, linewidth=0.5)
             axes.set_title(configuration, fontsize=6.5)
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        for axes in grid.flat[len(configurations) :]:
-            axes.set_visible(False)
-        for axes in grid.flat[max(len(configurations) - n_columns, 0) : len(configurations)]:
-            axes.tick_params(labelbottom=True)
+        hide_unused_panels(grid, len(configurations))
         n_seeds = slopes["seed"].nunique()
         note = f"mean over {n_seeds} seeds; " if n_seeds > 1 else ""
         figure.supxlabel(f"training step ({note}dashed: weight decay alone)", fontsize=7)
         figure.supylabel("negative slope of leaky ReLU", fontsize=7)
-        norm = BoundaryNorm(np.arange(len(layers) + 1) - 0.5, len(layers))
-        bar = figure.colorbar(ScalarMappable(norm, colours), ax=grid, aspect=30, pad=0.012)
-        step = ceil(len(layers) / 12)
-        bar.set_ticks(range(0, len(layers), step), labels=[str(layer) for layer in layers[::step]])
-        bar.ax.tick_params(which="both", length=0)
-        bar.outline.set_visible(False)
-        bar.set_label("layer")
+        depth_bar(figure, grid, colours, layers, "layer", aspect=30)
     return figure
 
 

@@ -3,10 +3,15 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import cycle
+from math import ceil
 from typing import Any
 
 import matplotlib
-from matplotlib.colors import Colormap, ListedColormap, to_rgb
+import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import BoundaryNorm, Colormap, ListedColormap, to_rgb
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 # Widths of a column and of the text of a two-column conference paper, inches.
 ONE_COLUMN = 3.3
@@ -107,3 +112,24 @@ def readable_on(colours: Colormap, position: float) -> str:
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colours(float(position)))]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
     return "white" if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05 else "black"
+
+
+def depth_bar(
+    figure: Figure, grid: NDArray[Any], colours: ListedColormap, numbers: Sequence[int], label: str, aspect: int = 22
+) -> None:
+    """The legend of :func:`depth_colours` beside the panels of ``grid``: a step a number, at most twelve written."""
+    norm = BoundaryNorm(np.arange(len(numbers) + 1) - 0.5, len(numbers))
+    bar = figure.colorbar(ScalarMappable(norm, colours), ax=grid, aspect=aspect, pad=0.012)
+    step = ceil(len(numbers) / 12)
+    bar.set_ticks(range(0, len(numbers), step), labels=[str(number) for number in numbers[::step]])
+    bar.ax.tick_params(which="both", length=0)
+    bar.outline.set_visible(False)
+    bar.set_label(label)
+
+
+def hide_unused_panels(grid: NDArray[Any], n_used: int) -> None:
+    """Hides the panels of ``grid`` [n_row, n_column] after the first ``n_used``, and labels the steps above them."""
+    for axes in grid.flat[n_used:]:
+        axes.set_visible(False)
+    for axes in grid.flat[max(n_used - grid.shape[1], 0) : n_used]:
+        axes.tick_params(labelbottom=True)

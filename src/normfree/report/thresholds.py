@@ -2,17 +2,14 @@
 
 from math import ceil
 
-import numpy as np
 import pandas as pd
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 
 from normfree.errors import InputError
 from normfree.report.frames import THRESHOLDS, check_frame, check_one_setting, in_order
-from normfree.report.style import INK, TWO_COLUMN, depth_colours, paper_style
+from normfree.report.style import INK, TWO_COLUMN, depth_bar, depth_colours, hide_unused_panels, paper_style
 
 _MAX_COLUMNS = 6
 
@@ -54,10 +51,7 @@ def entropy_threshold_trajectories(heads: pd.DataFrame, *, bound: float) -> Figu
             axes.axhline(bound, color=INK, linewidth=0.5)
             axes.set_title(f"layer {layer}")
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        for axes in grid.flat[len(layers) :]:
-            axes.set_visible(False)
-        for axes in grid.flat[max(len(layers) - n_columns, 0) : len(layers)]:
-            axes.tick_params(labelbottom=True)
+        hide_unused_panels(grid, len(layers))
         learned = heads["entropy_threshold_nats"].dropna()
         grid[0, 0].set_ylim(min([0.0, *learned]), 1.06 * max([bound, *learned]))
         n_seeds = heads["seed"].nunique()
@@ -73,11 +67,5 @@ def entropy_threshold_trajectories(heads: pd.DataFrame, *, bound: float) -> Figu
             ncols=3,
             fontsize=6.5,
         )
-        norm = BoundaryNorm(np.arange(len(numbers) + 1) - 0.5, len(numbers))
-        bar = figure.colorbar(ScalarMappable(norm, colours), ax=grid, aspect=22, pad=0.012)
-        step = ceil(len(numbers) / 12)
-        bar.set_ticks(range(0, len(numbers), step), labels=[str(head) for head in numbers[::step]])
-        bar.ax.tick_params(which="both", length=0)
-        bar.outline.set_visible(False)
-        bar.set_label("head")
+        depth_bar(figure, grid, colours, numbers, "head")
     return figure

@@ -42,14 +42,15 @@ class Collection:
     """Which studies, and what is shown of them together.
 
     ``members`` come from the preset's name and a function that makes the caller's changes to a preset; ``table`` picks
-    the rows of the collection's own table from the pages of its members; ``describe`` makes its part of the report.
+    the rows of the collection's own table from the pages of its members; ``describe`` makes its part of the report
+    from the pages, that table and the collection's folder.
     """
 
     name: str
     title: str
     members: Callable[[str, Callable[[Preset], Preset]], Sequence[Member]]
     table: Callable[[Sequence[StudyPage]], pd.DataFrame]
-    describe: Callable[[Sequence[StudyPage], Path], Findings]
+    describe: Callable[[Sequence[StudyPage], pd.DataFrame, Path], Findings]
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class CollectionFolder:
         reports = [page.write() for page in self.pages]
         table = self.tables["table"]
         write_text(self.path / RESULTS_FILE, table.to_csv(index=False, na_rep="nan"))
-        findings = self.collection.describe(self.pages, self.path)
+        findings = self.collection.describe(self.pages, table, self.path)
         own = Section(
             "Result",
             [

@@ -35,12 +35,12 @@ def results_frame(study: Study, labels: Sequence[str], results: Iterable[RunResu
 
 def head_entropy_frame(results: Iterable[RunResult]) -> pd.DataFrame:
     """model, context_length, configuration, seed, layer, head, entropy_nats: final weights, evaluation tokens."""
-    return pd.concat([result.head_entropy.assign(**_key(result)) for result in results], ignore_index=True)
+    return pd.concat([result.head_entropy.assign(**run_key(result)) for result in results], ignore_index=True)
 
 
 def sequence_losses_frame(results: Iterable[RunResult]) -> pd.DataFrame:
     """model, context_length, configuration, seed, sequence, loss_nats: the same sequences for every run."""
-    return pd.concat([result.sequence_losses.assign(**_key(result)) for result in results], ignore_index=True)
+    return pd.concat([result.sequence_losses.assign(**run_key(result)) for result in results], ignore_index=True)
 
 
 def eval_curve_frame(results: Iterable[RunResult]) -> pd.DataFrame:
@@ -49,7 +49,7 @@ def eval_curve_frame(results: Iterable[RunResult]) -> pd.DataFrame:
     for result in results:
         metrics = pd.read_parquet(result.folder / METRICS_FILE)
         curve = metrics[metrics["name"] == "eval_loss"]
-        curves.append(curve[["step", "tokens"]].assign(eval_loss=curve["value"], **_key(result)))
+        curves.append(curve[["step", "tokens"]].assign(eval_loss=curve["value"], **run_key(result)))
     return pd.concat(curves, ignore_index=True)
 
 
@@ -63,7 +63,7 @@ def layer_entropy_frame(results: Iterable[RunResult]) -> pd.DataFrame:
         layers = pd.read_parquet(result.folder / LAYERS_FILE)
         heads = layers[layers["name"] == "entropy_nats"]
         means = heads.groupby(["step", "layer"])["value"].agg(lambda values: values.mean(skipna=False))
-        frames.append(means.rename("entropy_nats").reset_index().assign(**_key(result)))
+        frames.append(means.rename("entropy_nats").reset_index().assign(**run_key(result)))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -78,7 +78,7 @@ def nonfinite_frame(results: Iterable[RunResult]) -> pd.DataFrame:
         counts = layers[layers["name"].isin(NONFINITE_COUNTS)].pivot(
             index=["step", "layer"], columns="name", values="value"
         )
-        frames.append(counts.astype("int64").reset_index().assign(**_key(result)))
+        frames.append(counts.astype("int64").reset_index().assign(**run_key(result)))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -94,7 +94,7 @@ def threshold_frame(results: Iterable[RunResult]) -> pd.DataFrame:
         if THRESHOLD in layers["name"].array:
             heads = layers[layers["name"].isin(names)]
             table = heads.pivot(index=["step", "layer", "head"], columns="name", values="value")
-            frames.append(table[names].reset_index().assign(**_key(result)))
+            frames.append(table[names].reset_index().assign(**run_key(result)))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(THRESHOLDS))
 
 
@@ -109,9 +109,10 @@ def slope_frame(results: Iterable[RunResult]) -> pd.DataFrame:
         slopes = layers.loc[layers["name"] == "negative_slope", ["step", "layer", "value"]]
         if load_run_config(result.folder / CONFIG_FILE).model.get("slope_sharing") == "global":
             slopes = slopes[slopes["layer"] == slopes["layer"].min()]
-        frames.append(slopes.rename(columns={"value": "negative_slope"}).assign(**_key(result)))
+        frames.append(slopes.rename(columns={"value": "negative_slope"}).assign(**run_key(result)))
     return pd.concat(frames, ignore_index=True)
 
 
-def _key(result: RunResult) -> dict[str, Any]:
+def run_key(result: RunResult) -> dict[str, Any]:
+    """The columns that name a run: model, context_length, configuration, seed."""
     return {name: result.row[name] for name in KEY}

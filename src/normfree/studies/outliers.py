@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -35,7 +34,7 @@ from normfree.report import (
     signal_propagation_dynamics,
     signal_propagation_over_depth,
 )
-from normfree.studies.frames import KEY
+from normfree.studies.frames import KEY, run_key
 from normfree.studies.page import Findings, StudyPage
 from normfree.studies.relu_revival import GELU, LAYERNORM_GELU, LAYERNORM_RELU, RELU, scale_limits
 from normfree.studies.study import Measurement, Study
@@ -93,7 +92,9 @@ def final_checkpoint(result: RunResult) -> Path | None:
 
 def measured_frame(results: Iterable[RunResult], file: str) -> pd.DataFrame:
     """What :func:`measure` left in ``file`` of each run, with model, context_length, configuration and seed."""
-    return pd.concat([pd.read_parquet(each.folder / file).assign(**_key(each)) for each in results], ignore_index=True)
+    return pd.concat(
+        [pd.read_parquet(each.folder / file).assign(**run_key(each)) for each in results], ignore_index=True
+    )
 
 
 def dynamics_frame(results: Iterable[RunResult]) -> pd.DataFrame:
@@ -107,7 +108,7 @@ def dynamics_frame(results: Iterable[RunResult]) -> pd.DataFrame:
         recorded = layers[layers["name"].isin(SIGNAL_STATISTICS)]
         if set(recorded["name"]) == set(SIGNAL_STATISTICS):
             table = recorded.pivot(index=["step", "layer"], columns="name", values="value").reset_index()
-            frames.append(table.assign(**_key(result)))
+            frames.append(table.assign(**run_key(result)))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[*KEY, "step", "layer"])
 
 
@@ -185,10 +186,6 @@ def _lead(signal: pd.DataFrame, quantization: pd.DataFrame) -> str:
 
 def _listed(column: pd.Series) -> str:
     return ", ".join(f"{label} {value}" for label, value in column.items())
-
-
-def _key(result: RunResult) -> dict[str, Any]:
-    return {name: result.row[name] for name in KEY}
 
 
 _NOTES = (

@@ -9,6 +9,7 @@ import pandas as pd
 
 from normfree.errors import InputError
 from normfree.report import Section
+from normfree.report.frames import SETTING
 from normfree.studies import learnable_slopes, negative_slope, relu_revival
 from normfree.studies.collection import Collection, Member
 from normfree.studies.page import FIGURES_FOLDER, Findings, StudyPage
@@ -70,14 +71,13 @@ def _table(pages: Sequence[StudyPage]) -> pd.DataFrame:
     return pd.concat(columns, ignore_index=True)
 
 
-def _describe(pages: Sequence[StudyPage], path: Path) -> Findings:
+def _describe(pages: Sequence[StudyPage], table: pd.DataFrame, _: Path) -> Findings:
     """The order of the configurations in each column, ours and the published one."""
     verdicts = []
-    for page in pages:
-        table = StudyPage(relu_revival.STUDY, page.folder).table
-        ranked = table.dropna(subset=["eval_ppl"]).sort_values("eval_ppl")["configuration"]
-        published = table.dropna(subset=["published_ppl"]).sort_values("published_ppl")["configuration"]
-        verdict = f"{table['model'].iloc[0]}, T = {table['context_length'].iloc[0]}: {' < '.join(ranked)}"
+    for (model, context_length), rows in table.groupby(list(SETTING), sort=False):
+        ranked = rows.dropna(subset=["eval_ppl"]).sort_values("eval_ppl")["configuration"]
+        published = rows.dropna(subset=["published_ppl"]).sort_values("published_ppl")["configuration"]
+        verdict = f"{model}, T = {context_length}: {' < '.join(ranked)}"
         verdicts.append(verdict + (f" (published: {' < '.join(published)})." if len(published) else "."))
     limits = relu_revival.scale_limits(StudyPage(relu_revival.STUDY, pages[0].folder)).strip()
     return Findings("Perplexity, best first. " + " ".join(verdicts), [], limits)

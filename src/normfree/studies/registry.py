@@ -71,7 +71,8 @@ def open_folder(path: Path) -> StudyPage | CollectionFolder:
             raise unknown_name("collection", name, COLLECTIONS)
         members = [path / str(each) for each in content.get("members", [])]
         pages = [_open_study(each) for each in members if (each / STUDY_FILE).exists()]
-        return CollectionFolder(path, COLLECTIONS[name], pages or [_open_study(members[0])])
+        if pages:
+            return CollectionFolder(path, COLLECTIONS[name], pages)
     return _open_study(path)
 
 

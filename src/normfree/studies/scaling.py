@@ -59,8 +59,9 @@ def _grid(preset: Preset, sizes: dict[str, dict[str, int]]) -> Iterator[tuple[di
                 yield what, Configuration(label, {**activation.model, **changes}, {"learning_rate": rate})
 
 
-def _losses(page: StudyPage, sizes: dict[str, dict[str, int]], base_name: str) -> pd.DataFrame:
+def _losses(page: StudyPage, base_name: str) -> pd.DataFrame:
     """Columns size, activation, learning_rate, seed, eval_loss: finished runs, the base size under ``base_name``."""
+    sizes = _sizes(page.folder.preset) if page.study is SIZES else {BASE: {}}
     what = {configuration.label: known for known, configuration in _grid(page.folder.preset, sizes)}
     rows = [
         {**what[each.row["configuration"]], "seed": each.row["seed"], "eval_loss": each.row["eval_loss"]}
@@ -78,8 +79,7 @@ def _own_size(preset: Preset) -> tuple[Configuration, ...]:
 
 
 def _describe_member(page: StudyPage) -> Findings:
-    sizes = _sizes(page.folder.preset) if page.study is SIZES else {BASE: {}}
-    gap = loss_gap(_losses(page, sizes, BASE), GELU.label, RELU.label)
+    gap = loss_gap(_losses(page, BASE), GELU.label, RELU.label)
     figure = page.figure("loss-gap", _heatmap(gap), _CAPTION)
     return Findings(_lead(gap), [Section("GELU against ReLU", [figure])], scale_limits(page).strip())
 
@@ -136,8 +136,7 @@ def _gap(pages: Sequence[StudyPage]) -> pd.DataFrame:
     frames = []
     for page in pages:
         length = page.folder.preset.data.sequence_length
-        sizes = _sizes(page.folder.preset) if page.study is SIZES else {BASE: {}}
-        frames.append(_losses(page, sizes, f"{BASE}, T = {length}"))
+        frames.append(_losses(page, f"{BASE}, T = {length}"))
     return loss_gap(pd.concat(frames, ignore_index=True), GELU.label, RELU.label)
 
 
@@ -145,7 +144,7 @@ def _heatmap(gap: pd.DataFrame) -> Any:
     return loss_gap_heatmap(gap, first=GELU.label, second=RELU.label)
 
 
-def _describe(pages: Sequence[StudyPage], path: Path) -> Findings:
+def _describe(pages: Sequence[StudyPage], _: pd.DataFrame, path: Path) -> Findings:
     """The map of where the claim holds."""
     gap = _gap(pages)
     figure: FigureBlock = saved_figure(path / FIGURES_FOLDER, "loss-gap", _heatmap(gap), _CAPTION)
