@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from normfree.entropy import BACKENDS as ALL_BACKENDS
 from normfree.entropy import attention_entropy, attention_entropy_reference, select_backend
+from normfree.entropy import fused as fused_module
 from normfree.entropy import visibility as visibility_module
 from normfree.entropy.fused import attention_entropy_and_sink
 from normfree.entropy.visibility import visibility_of
@@ -62,8 +63,8 @@ def attention_cases(draw, masks=MASKS, magnitudes=(0.0, 4.0)):
 
 
 @settings(max_examples=300, deadline=None)
-@given(case=attention_cases(), small_blocks=st.booleans())
-def test_every_backend_agrees_with_float64_numpy(case, small_blocks):
+@given(case=attention_cases(), small_blocks=st.booleans(), small_parts=st.booleans())
+def test_every_backend_agrees_with_float64_numpy(case, small_blocks, small_parts):
     q, k, options, allowed, bias = case
     scale = q.shape[-1] ** -0.5
     expected = entropy_of(scores_of(q, k, scale) + np.asarray(bias), allowed)
@@ -71,7 +72,10 @@ def test_every_backend_agrees_with_float64_numpy(case, small_blocks):
     for name in ["auto", *BACKENDS]:
         if name == "cpu" and isinstance(bias, torch.Tensor):
             continue
-        with patch.object(visibility_module, "BLOCK_ELEMENTS", block_elements):
+        with (
+            patch.object(visibility_module, "BLOCK_ELEMENTS", block_elements),
+            patch.object(fused_module, "PART_ELEMENTS", 1 if small_parts else fused_module.PART_ELEMENTS),
+        ):
             entropy = attention_entropy(q, k, backend=name, **options)
         assert entropy.dtype == torch.float32
         assert entropy.shape == q.shape[:3]
@@ -231,7 +235,8 @@ def test_sink_share_is_the_weight_of_the_first_visible_key(case):
     _, share = attention_entropy_and_sink(q, k, 0.5, visibility, "auto")
     keep = np.ones((1, 1, 1, k.shape[2]), dtype=bool)
     if given is not None:
-        keep = (given[:, None, None] > 0 if given.dim() == 2 else visibility.allowed).numpy()
+        visible_from = torch.finfo(given.dtype).min / 2 if given.is_floating_point() else 0
+        keep = ((given[:, None, None] if given.dim() == 2 else given) > visible_from).numpy()
     first = np.broadcast_to(keep.any(2).argmax(-1), scores.shape[:2])
     expected = np.take_along_axis(p, first[..., None, None], -1)[..., 0]
     expected = np.where(allowed.any(-1), expected, 0.0)

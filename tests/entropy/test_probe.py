@@ -10,6 +10,7 @@ from torch import nn
 from transformers import BloomConfig, BloomForCausalLM, Gemma2Config, Gemma2ForCausalLM, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from normfree import NormfreeConfig, NormfreeForCausalLM
 from normfree.entropy import EntropyProbe
 from normfree.errors import InputError
 
@@ -192,6 +193,72 @@ def test_recomputation_under_gradient_checkpointing_counts_once(use_reentrant):
     np.testing.assert_allclose(probe.per_head().numpy(), expected_of(model, batch)["per_head"], atol=2e-5)
     for left, right in zip(expected, gradients, strict=True):
         torch.testing.assert_close(left, right)
+
+
+def probe_of_weights(model, batch):
+    with EntropyProbe(model) as probe, torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        attentions = model(**batch, output_attentions=True).attentions
+    return probe, attentions
+
+
+@pytest.mark.parametrize("block_elements", [1, 2**22])
+def test_weights_in_float32_are_read_as_the_model_has_attended_with_them(monkeypatch, block_elements):
+    """Under autocast they are not those of the exact queries and keys: its scores are rounded."""
+    monkeypatch.setattr("normfree.entropy.reference.BLOCK_ELEMENTS", block_elements)
+    model = NormfreeForCausalLM(NormfreeConfig(vocab_size=50, n_layer=2, n_head=4, n_embd=32, initializer_range=0.5))
+    model.eval().set_attn_implementation("eager")
+    probe, attentions = probe_of_weights(model, batch_of("none"))
+    assert {each.dtype for each in attentions} == {torch.float32}
+    entropy, p = entropies_of(attentions)
+    np.testing.assert_allclose(probe.per_head().numpy(), entropy.mean((1, 3)), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(probe.per_position().numpy(), entropy.mean(1), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(probe.sink_share().numpy(), p[..., 0].mean((1, 3)), rtol=0, atol=1e-6)
+
+
+def test_a_query_whose_weights_are_nan_is_counted():
+    model = build("llama")
+    model.set_attn_implementation("eager")
+    hook = model.model.layers[1].self_attn.k_proj.register_forward_hook(
+        lambda module, inputs, output: output.index_fill(1, torch.tensor([3]), torch.inf)
+    )
+    with EntropyProbe(model) as probe, torch.no_grad():
+        attentions = model(**batch_of("none"), output_attentions=True).attentions
+    hook.remove()
+    expected = torch.stack([each.isnan().any(-1).sum((0, 2)) for each in attentions])
+    assert expected[1].sum() > 0
+    assert torch.equal(probe.nan_rows(), expected)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_weights_after_dropout_are_not_taken_for_the_softmax(name):
+    model = build(name, dropout=0.5).train()
+    model.set_attn_implementation("eager")
+    batch = batch_of("none")
+    torch.manual_seed(0)
+    with EntropyProbe(model) as probe, torch.no_grad():
+        model(**batch)
+    torch.manual_seed(0)
+    with EntropyProbe(model, backend="reference") as expected, torch.no_grad():
+        model(**batch)
+    np.testing.assert_allclose(probe.per_head().numpy(), expected.per_head().numpy(), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_mask_is_looked_at_again_when_it_has_changed(inference):
+    """A model that writes to the mask between its layers."""
+    model = build("llama")
+    model.set_attn_implementation("eager")
+    hidden = torch.finfo(torch.float32).min
+
+    def hide(module, inputs, options):
+        options["attention_mask"].copy_(torch.full((16, 16), hidden).triu(1).masked_fill(torch.eye(16) == 0, hidden))
+
+    hook = model.model.layers[1].self_attn.register_forward_pre_hook(hide, with_kwargs=True)
+    with EntropyProbe(model) as probe, torch.inference_mode(inference):
+        model(**batch_of("right"))
+    hook.remove()
+    assert (probe.maximum()[0] > 1).all()
+    assert (probe.maximum()[1] == 0).all()
 
 
 def test_autocast_entropy_is_that_of_the_rounded_queries_and_keys():

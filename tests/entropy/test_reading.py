@@ -22,6 +22,7 @@ def call_of(function, *, n_query=6, n_key=6, mask=None, module=None, n_positiona
         query=query,
         key=key,
         attention_mask=mask,
+        weights=None,
         n_positional=n_positional,
         others=others,
     )

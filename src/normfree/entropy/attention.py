@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from normfree.entropy.fused import evaluate, prepared, select, triton_refuses
+from normfree.entropy.fused import entropy_by_parts, prepared, select, triton_refuses
 from normfree.entropy.visibility import Block, Visibility, visibility_of
 from normfree.errors import InputError
 
@@ -49,7 +49,7 @@ def attention_and_entropy(
             from normfree.entropy.triton import fused_attention_and_entropy
 
             return fused_attention_and_entropy(*prepared(q, k, name), v, scale, visibility)
-        entropy, _, _, _ = evaluate(q, k, scale, visibility, name)
+        entropy = entropy_by_parts(q, k, scale, visibility, name)
         return _attend(q, k, v, scale, visibility), entropy
 
 
@@ -81,7 +81,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, visibility: Visibilit
                 q[:, :, block.rows], keys, values, attn_mask=mask, scale=scale, enable_gqa=True
             )
         )
-    sees_nothing = (visibility.counts() == 0)[..., None]
+    sees_nothing = (visibility.counts == 0)[..., None]
     return torch.cat(outputs[::-1], dim=2).masked_fill(sees_nothing, 0.0)
 
 

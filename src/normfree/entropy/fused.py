@@ -12,7 +12,7 @@ small and their difference loses little.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -20,12 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normfree.entropy.nonfinite import score_bound
 from normfree.entropy.reference import block_scores, distribution, reference_kernel
 from normfree.entropy.visibility import Visibility, visibility_of
 from normfree.errors import InputError, unknown_name
 
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 MAX_TRITON_HEAD_DIM = 256
+PART_ELEMENTS = 2**18
+"""Elements of q that the cpu backend works on at a time (1 MiB in float32), unless one sequence has more."""
 
 Kernel = Callable[[Tensor, Tensor, float, Visibility], tuple[Tensor, Tensor]]
 """``(q, k, scale, visibility) -> (entropy, lse)``, q and k both float32 or float64, keys centred.
@@ -77,8 +80,12 @@ def attention_entropy(
     visibility = visibility_of(q, k, is_causal=is_causal, attention_mask=attention_mask, sliding_window=sliding_window)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(q.device.type, enabled=False):
-        entropy, _, _, _ = evaluate(q, k, scale, visibility, backend)
-    return entropy
+        return entropy_by_parts(q, k, scale, visibility, backend)
+
+
+def entropy_by_parts(q: Tensor, k: Tensor, scale: float, visibility: Visibility, backend: str) -> Tensor:
+    """:func:`attention_entropy` for a visibility that is already known."""
+    return torch.cat([_evaluate(*part)[0] for part in _parts(q, k, scale, visibility, backend)])
 
 
 def attention_entropy_and_sink(
@@ -90,32 +97,49 @@ def attention_entropy_and_sink(
     that key.
     """
     with torch.autocast(q.device.type, enabled=False):
-        entropy, lse, q, k = evaluate(q, k, scale, visibility, backend)
-        with torch.no_grad():
-            sink = visibility.first_key()
-            index = sink.expand(k.shape[0], q.shape[1])[..., None, None].expand(-1, -1, -1, k.shape[-1])
-            key = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1) if k.shape[1] != q.shape[1] else k
-            score = scale * (q.to(lse.dtype) * key.gather(2, index).to(lse.dtype)).sum(-1)
-            if visibility.bias is not None:
-                bias = visibility.bias.expand(*q.shape[:2], *visibility.bias.shape[2:])
-                columns = index[..., :1].expand(-1, -1, bias.shape[2], 1)
-                score = score + bias.gather(-1, columns)[..., 0]
-            share = (score - lse).exp().clamp_max(1.0)
-            share = share.where(visibility.sees(sink), 0.0)
+        parts = [_entropy_and_sink(*part) for part in _parts(q, k, scale, visibility, backend)]
+    entropy, share = (torch.cat(each) for each in zip(*parts, strict=True))
+    return entropy, share
+
+
+def _entropy_and_sink(
+    q: Tensor, k: Tensor, scale: float, visibility: Visibility, backend: str
+) -> tuple[Tensor, Tensor]:
+    entropy, lse, q, k = _evaluate(q, k, scale, visibility, backend)
+    with torch.no_grad():
+        sink = visibility.first_key()
+        sequence = torch.arange(q.shape[0], device=q.device)[:, None]
+        head = torch.arange(q.shape[1], device=q.device)
+        key = k[sequence, head // (q.shape[1] // k.shape[1]), sink]
+        score = scale * (q.to(lse.dtype) @ key.to(lse.dtype)[..., None])[..., 0]
+        if visibility.bias is not None:
+            bias = visibility.bias.expand(*q.shape[:2], *visibility.bias.shape[2:])
+            score = score + bias[sequence, head, :, sink]
+        share = (score - lse).exp().clamp_max(1.0).where(visibility.sees(sink), 0.0)
     return entropy, share.float()
 
 
-def evaluate(
+def _parts(
+    q: Tensor, k: Tensor, scale: float, visibility: Visibility, backend: str
+) -> Iterator[tuple[Tensor, Tensor, float, Visibility, str]]:
+    """The arguments of :func:`_evaluate` for some sequences at a time, as each takes copies of its queries and keys."""
+    name = select(q, k, visibility) if backend == "auto" else backend
+    n_sequence = max(1, PART_ELEMENTS // q[0].numel()) if name == "cpu" else q.shape[0]
+    for start in range(0, q.shape[0], n_sequence):
+        some = slice(start, start + n_sequence)
+        yield q[some], k[some], scale, visibility.of_sequences(some), name
+
+
+def _evaluate(
     q: Tensor, k: Tensor, scale: float, visibility: Visibility, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(entropy, lse, q, k)``: float32 entropy, and the logsumexp with the raised q and centred k it
     belongs to.
     """
-    name = select(q, k, visibility) if backend == "auto" else backend
-    if name not in BACKENDS:
-        raise unknown_name("entropy backend", name, ["auto", *BACKENDS])
-    q, k = prepared(q, k, name)
-    entropy, lse = BACKENDS[name](q, k, scale, visibility)
+    if backend not in BACKENDS:
+        raise unknown_name("entropy backend", backend, ["auto", *BACKENDS])
+    q, k = prepared(q, k, backend)
+    entropy, lse = BACKENDS[backend](q, k, scale, visibility)
     return entropy.clamp_min(0.0).float(), lse, q, k
 
 
@@ -169,7 +193,8 @@ def _centre(k: Tensor) -> Tensor:
     """The mean key [batch, n_kv_head, 1, head_dim] of the finite entries, so that one bad key spoils
     itself alone.
     """
-    return k.where(k.isfinite(), 0.0).mean(2, keepdim=True)
+    centre = k.mean(2, keepdim=True)
+    return centre if centre.isfinite().all() else k.where(k.isfinite(), 0.0).mean(2, keepdim=True)
 
 
 def _chunked(q: Tensor, k: Tensor, scale: float, visibility: Visibility) -> tuple[Tensor, Tensor]:
@@ -209,7 +234,7 @@ def _cpu(q: Tensor, k: Tensor, scale: float, visibility: Visibility) -> tuple[Te
         entropy, lse = (torch.cat(part[::-1], dim=-1) for part in zip(*parts, strict=True))
     if allowed is not None:
         # the kernel gives such a row the plausible numbers 0 and 0
-        sees_nothing = visibility.counts() == 0
+        sees_nothing = visibility.counts == 0
         entropy, lse = entropy.masked_fill(sees_nothing, torch.nan), lse.masked_fill(sees_nothing, -torch.inf)
     return entropy, lse
 
@@ -228,8 +253,7 @@ def _flash(q: Tensor, k: Tensor, scale: float, *, is_causal: bool, allowed: Tens
 
 def _scores_stay_finite(q: Tensor, k: Tensor, scale: float) -> bool:
     """Whether |q_i||k_j| (Cauchy–Schwarz) leaves every score finite; False where q or k have NaN or Inf."""
-    bound = q.norm(dim=-1).amax() * k.norm(dim=-1).amax() * max(1.0, abs(scale))
-    return bool(bound < torch.finfo(q.dtype).max / 16)
+    return bool((score_bound(q, k, scale) < torch.finfo(q.dtype).max / 16).all())
 
 
 class _RecomputedEntropy(torch.autograd.Function):

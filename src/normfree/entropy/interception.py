@@ -2,7 +2,7 @@
 
 A model asks ``ALL_ATTENTION_FUNCTIONS.get_interface(name, eager function of its module)`` for the function
 it then calls with query, key, value and mask. While someone observes, what it gets is that very function
-behind one that tells the observers first. The model's configuration stays as it is: models branch on the
+behind one that tells the observers afterwards. The model's configuration stays as it is: models branch on the
 name of the implementation ("eager", "flash_attention_2", ...), so a name of our own would change what some
 of them compute.
 """
@@ -25,7 +25,8 @@ class InterfaceCall:
     """One call of an attention function, as the model made it.
 
     ``function`` is transformers' or the model's own attention function; ``is_eager`` tells that it is the
-    eager one of the model's module. ``others`` are the remaining keyword arguments, ``n_positional`` the
+    eager one of the model's module. ``weights`` are what it returned beside its output: an eager one's attention
+    weights, None of most others. ``others`` are the remaining keyword arguments, ``n_positional`` the
     number of arguments passed by place behind the mask.
     """
 
@@ -35,6 +36,7 @@ class InterfaceCall:
     query: Tensor
     key: Tensor
     attention_mask: Any
+    weights: Any
     n_positional: int
     others: dict[str, Any]
 
@@ -47,7 +49,7 @@ _get_interface = AttentionInterface.get_interface
 
 @contextmanager
 def observe_attention(observer: Observer) -> Iterator[None]:
-    """Tell ``observer`` of every attention call of every model in this process, before it is made.
+    """Tell ``observer`` of every attention call of every model in this process, after it is made.
 
     Calls inside code that ``torch.compile`` is tracing are not told. Observers may come and go in any order.
     """
@@ -77,11 +79,12 @@ def _get_observed_interface(
         *args: Any,
         **kwargs: Any,
     ) -> Any:
+        result = function(module, query, key, value, attention_mask, *args, **kwargs)
         if not torch.compiler.is_compiling():
-            is_eager = function is default
-            call = InterfaceCall(function, is_eager, module, query, key, attention_mask, len(args), kwargs)
+            is_eager, weights = function is default, result[1]
+            call = InterfaceCall(function, is_eager, module, query, key, attention_mask, weights, len(args), kwargs)
             for observer in tuple(_observers):
                 observer(call)
-        return function(module, query, key, value, attention_mask, *args, **kwargs)
+        return result
 
     return observed

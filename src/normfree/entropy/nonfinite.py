@@ -78,8 +78,14 @@ def _certified_finite(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """Bool [n_head]: no score of the head, and no partial sum on the way to one, can leave the range of
     the dtype.
     """
+    return score_bound(q, k, scale) < torch.finfo(q.dtype).max / 4
+
+
+def score_bound(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """max|q_i| · max|k_j| · max(1, |scale|) of each head, which no score exceeds (Cauchy–Schwarz): [n_head].
+
+    Float32, or float64 where q is; NaN or infinite where q or k are.
+    """
     wide = torch.promote_types(q.dtype, torch.float32)
-    q_norm = q.to(wide).norm(dim=-1).amax((0, 2))
-    k_norm = k.to(wide).norm(dim=-1).amax((0, 2)).repeat_interleave(q.shape[1] // k.shape[1])
-    bound: Tensor = q_norm * k_norm * max(1.0, abs(scale))
-    return bound < torch.finfo(q.dtype).max / 4
+    q_norm, k_norm = (torch.linalg.vector_norm(each, dim=-1, dtype=wide).amax((0, 2)) for each in (q, k))
+    return q_norm * k_norm.repeat_interleave(q.shape[1] // k.shape[1]) * max(1.0, abs(scale))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,11 +17,25 @@ from normfree.entropy.fused import BACKENDS, attention_entropy_and_sink
 from normfree.entropy.interception import InterfaceCall, observe_attention
 from normfree.entropy.nonfinite import count_nonfinite
 from normfree.entropy.reading import Attention, UnreadableCallError, read_call
+from normfree.entropy.reference import weights_entropy_and_sink
 from normfree.entropy.statistics import LayerStatistics
 from normfree.entropy.visibility import Visibility, visibility_of
 from normfree.errors import InputError, unknown_name
 
 NEVER_CALLED = "it has made no call through transformers' attention interface"
+
+
+@dataclass(frozen=True)
+class _KnownMask:
+    """What a mask was found to say. It is held, so that no other can take its place in memory."""
+
+    mask: Tensor
+    version: int
+    shape: tuple[Any, ...]
+    visibility: Visibility
+
+    def is_same(self, mask: Tensor, shape: tuple[Any, ...]) -> bool:
+        return self.shape == shape and self.mask.is_set_to(mask) and self.version == mask._version
 
 
 class EntropyProbe:
@@ -72,6 +86,7 @@ class EntropyProbe:
         self._modules = {module: name for name, module in model.named_modules()}
         self._tracker = ModuleTracker()
         self._active: ExitStack | None = None
+        self._mask: _KnownMask | None = None
         self.reset()
 
     def __enter__(self) -> Self:
@@ -94,6 +109,7 @@ class EntropyProbe:
         assert self._active is not None
         self._active.close()
         self._active = None
+        self._mask = None
 
     def reset(self) -> None:
         """Forget everything seen."""
@@ -215,28 +231,25 @@ class EntropyProbe:
             self._index[call.module] = len(self._layers)
             self._layers[self._modules[call.module]] = call.module
         row = self._index[call.module]
-        try:
-            attention = read_call(replace(call, query=call.query.detach(), key=call.key.detach()))
-        except UnreadableCallError as reason:
-            self._refused[row] = str(reason)
-            return
         with torch.no_grad():
+            try:
+                attention = read_call(call)
+            except UnreadableCallError as reason:
+                self._refused[row] = str(reason)
+                return
             self._record(row, attention, n_cached, is_causal=getattr(call.module, "is_causal", True))
 
     def _record(self, row: int, attention: Attention, n_cached: int | None, *, is_causal: bool) -> None:
         q, k = attention.q, attention.k
-        visibility = visibility_of(
-            q,
-            k,
-            is_causal=attention.is_causal,
-            attention_mask=attention.attention_mask,
-            sliding_window=attention.sliding_window,
-        )
+        visibility = self._visibility(attention)
         # without a transformers cache in sight the queries are the last positions of the keys'
         start = max(0, k.shape[2] - q.shape[2]) if n_cached is None else n_cached
-        counts = visibility.counts()
+        counts = visibility.counts
         valid = _valid_queries(visibility, start, counts, q.shape[0], is_causal=is_causal)
-        entropy, share = attention_entropy_and_sink(q, k, attention.scale, visibility, self._backend)
+        materialised = None
+        if attention.weights is not None and self._backend == "auto":
+            materialised = weights_entropy_and_sink(attention.weights, visibility)
+        entropy, share = materialised or attention_entropy_and_sink(q, k, attention.scale, visibility, self._backend)
         if row not in self._statistics:
             self._statistics[row] = LayerStatistics.zeros(q.shape[1], start + q.shape[2], q.device)
         layer = self._statistics[row]
@@ -245,6 +258,23 @@ class EntropyProbe:
             layer.add_sink(share, valid)
         if self._count_nonfinite:
             layer.add_nonfinite(count_nonfinite(q, k, attention.scale, visibility))
+
+    def _visibility(self, attention: Attention) -> Visibility:
+        """The visible keys of a call. A model gives its layers one mask, which is looked at once."""
+        mask, q, k = attention.attention_mask, attention.q, attention.k
+        shape = (q.shape, k.shape, attention.is_causal, attention.sliding_window)
+        if mask is not None and self._mask is not None and self._mask.is_same(mask, shape):
+            return self._mask.visibility
+        visibility = visibility_of(
+            q,
+            k,
+            is_causal=attention.is_causal,
+            attention_mask=mask,
+            sliding_window=attention.sliding_window,
+        )
+        # tensors of inference mode do not say whether they have been written to
+        self._mask = None if mask is None or mask.is_inference() else _KnownMask(mask, mask._version, shape, visibility)
+        return visibility
 
     def _readable(self) -> dict[int, LayerStatistics]:
         return {row: each for row, each in self._statistics.items() if row not in self._refused}

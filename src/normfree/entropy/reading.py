@@ -39,7 +39,11 @@ class UnreadableCallError(Exception):
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention in our own conventions: the arguments of :func:`normfree.entropy.attention_entropy`."""
+    """One attention in our own conventions: the arguments of :func:`normfree.entropy.attention_entropy`.
+
+    ``weights`` are those it attended with, float32 or float64 [batch, n_head, n_query, n_key], where its function has
+    made them and handed them back.
+    """
 
     q: Tensor
     k: Tensor
@@ -47,6 +51,7 @@ class Attention:
     is_causal: bool
     attention_mask: Tensor | None
     sliding_window: int | None
+    weights: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,7 @@ def read_call(call: InterfaceCall) -> Attention:
         is_causal=masking.is_causal,
         attention_mask=masking.attention_mask,
         sliding_window=masking.sliding_window,
+        weights=_weights(call),
     )
 
 
@@ -137,6 +143,13 @@ def _read_flex(call: InterfaceCall) -> _Masking:
     if mask is not None:
         return _Masking(n_key, False, mask[:, :1, :, :n_key])
     return _Masking(n_key, False, None)
+
+
+def _weights(call: InterfaceCall) -> Tensor | None:
+    """The weights of an eager call. Those rounded to half precision are not its softmax any more."""
+    weights, shape = call.weights, (*call.query.shape[:3], call.key.shape[2])
+    fits = call.is_eager and isinstance(weights, Tensor) and weights.shape == shape
+    return weights if fits and weights.dtype in (torch.float32, torch.float64) else None
 
 
 def _dense_mask(call: InterfaceCall) -> Tensor | None:

@@ -10,7 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from normfree.entropy.visibility import Block, Visibility, visibility_of
+from normfree.entropy.visibility import BLOCK_ELEMENTS, Block, Visibility, visibility_of
+
+MAX_TOTAL_ERROR = 1e-3
+"""How far the weights of a query may be from adding up to 1."""
+CAUSAL_PARTS = 4
+"""Blocks of rows to take at least, because under causality the first need not look at the last keys."""
 
 
 class Distribution(NamedTuple):
@@ -53,6 +58,30 @@ def distribution(scores: Tensor, allowed: Tensor | None) -> Distribution:
         return Distribution(log_p.exp(), log_p, lse)
     log_p = log_p.masked_fill(~allowed, 0.0)
     return Distribution(log_p.exp().masked_fill(~allowed, 0.0), log_p, lse)
+
+
+def weights_entropy_and_sink(weights: Tensor, visibility: Visibility) -> tuple[Tensor, Tensor] | None:
+    """Entropy in nats, and the attention paid to the first visible key, from attention weights that are there.
+
+    ``weights`` is float32 or float64 [batch, n_head, n_query, n_key]; both results are float32 [batch, n_head,
+    n_query]. Entropy is NaN for a query with NaN weights and for one that sees no key. None if the rows are no
+    distributions, as under attention dropout.
+    """
+    totals = weights.sum(-1)
+    if bool(((totals - 1).abs() > MAX_TOTAL_ERROR).any()):
+        return None
+    n_query, tiny = visibility.n_query, torch.finfo(weights.dtype).tiny
+    n_row = max(1, min(BLOCK_ELEMENTS // weights[:, :, 0].numel(), n_query // CAUSAL_PARTS))
+    parts = []
+    for start in range(0, n_query, n_row):
+        rows = slice(start, min(start + n_row, n_query))
+        p = weights[:, :, rows, visibility.columns(rows)]
+        # ln is several times slower where it meets zeros, and p ln p is nothing at the smallest normal number
+        parts.append(-p.clamp_min(tiny).log_().mul_(p).sum(-1))
+    entropy = torch.cat(parts, dim=-1)
+    sink = visibility.first_key().expand(*weights.shape[:2])[..., None, None]
+    share = weights.gather(-1, sink.expand(-1, -1, weights.shape[2], -1))[..., 0]
+    return entropy.masked_fill(visibility.counts == 0, torch.nan).float(), share.float()
 
 
 def reference_kernel(q: Tensor, k: Tensor, scale: float, visibility: Visibility) -> tuple[Tensor, Tensor]:

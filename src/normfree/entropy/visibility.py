@@ -7,7 +7,8 @@ rows.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -77,8 +78,8 @@ class Visibility:
 
     def block(self, start: int, stop: int) -> Block:
         """Query rows ``start`` to ``stop`` (exclusive)."""
-        rows, columns = slice(start, stop), slice(int(self.first[start]), int(self.last[stop - 1]))
-        allowed = None
+        rows = slice(start, stop)
+        columns, allowed = self.columns(rows), None
         if not self.has_full_rows:
             key = torch.arange(columns.start, columns.stop, device=self.device)
             first, last = self.first[rows, None].to(self.device), self.last[rows, None].to(self.device)
@@ -89,6 +90,18 @@ class Visibility:
         bias = None if self.bias is None else _rows_of(self.bias, rows)[..., columns]
         return Block(rows, columns, allowed, bias)
 
+    def of_sequences(self, some: slice) -> Visibility:
+        """That of some sequences of the batch."""
+        allowed, bias = (
+            mask if mask is None or mask.shape[0] == 1 else mask[some] for mask in (self.allowed, self.bias)
+        )
+        return replace(self, allowed=allowed, bias=bias)
+
+    def columns(self, rows: slice) -> slice:
+        """The keys that causality and window leave to any of some query rows."""
+        return slice(int(self.first[rows.start]), int(self.last[rows.stop - 1]))
+
+    @cached_property
     def counts(self) -> Tensor:
         """The number of visible keys of every query: int64, broadcastable to [batch, n_head, n_query]."""
         first, last = self.first.to(self.device), self.last.to(self.device)
@@ -166,6 +179,10 @@ def visibility_of(
     allowed = bias = None
     if attention_mask is not None:
         allowed, bias = _split_mask(attention_mask, q, n_key)
+        causal_last = torch.arange(1, n_query + 1) + (n_key - n_query)
+        if allowed is not None and n_query <= n_key and _is_causal_mask(allowed, causal_last):
+            # kernels that know causality need no mask for it
+            allowed, is_causal, last = None, True, torch.minimum(last, causal_last)
     # a window that holds all keys is none, and a kernel that knows no windows can do it
     window = sliding_window if sliding_window is not None and sliding_window < n_key else None
     return Visibility(n_query, n_key, is_causal, window, first, last, allowed, bias, q.device)
@@ -205,6 +222,9 @@ def _split_mask(mask: Tensor, q: Tensor, n_key: int) -> tuple[Tensor | None, Ten
             f"attention_mask must be broadcastable to [batch, n_head, n_query, n_key] = "
             f"{[*wanted, n_key]} with all keys written out, got shape {list(mask.shape)}"
         )
+    # models expand one mask over the batch: look at it once
+    for dim, stride in enumerate(mask.stride()[:3]):
+        mask = mask.narrow(dim, 0, 1) if stride == 0 else mask
     mask = mask.to(q.device)
     if mask.dtype == torch.bool:
         return mask, None
@@ -214,6 +234,18 @@ def _split_mask(mask: Tensor, q: Tensor, n_key: int) -> tuple[Tensor | None, Ten
     allowed = ~(mask <= torch.finfo(mask.dtype).min / 2)
     has_bias = bool(((mask != 0) & allowed).any())
     return allowed, mask if has_bias else None
+
+
+def _is_causal_mask(allowed: Tensor, last: Tensor) -> bool:
+    """Whether a mask [batch or 1, n_head or 1, n_query or 1, n_key] is causality, with those last keys (exclusive)."""
+    if allowed.shape[:3] != (1, 1, len(last)):
+        return False
+    key = torch.arange(allowed.shape[3], device=allowed.device)
+    n_row = max(MIN_BLOCK_ROWS, BLOCK_ELEMENTS // len(key))
+    return all(
+        torch.equal(rows, key < last_key[:, None])
+        for rows, last_key in zip(allowed[0, 0].split(n_row), last.to(key.device).split(n_row), strict=True)
+    )
 
 
 def _rows_of(mask: Tensor, rows: slice) -> Tensor:

@@ -39,16 +39,16 @@ def eager_attention_forward(
 
     query [batch, n_head, n_query, head_dim]; key and value [batch, n_kv_head, n_key, head_dim]; ``attention_mask``
     additive, broadcastable to [batch, n_head, n_query, n_key]. Returns the output [batch, n_query, n_head, head_dim]
-    and the weights [batch, n_head, n_query, n_key]. The softmax runs in float32.
+    and the weights, float32 [batch, n_head, n_query, n_key].
     """
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = query @ key.transpose(-1, -2) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = scores.softmax(dim=-1, dtype=torch.float32)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
+    return (weights.to(value.dtype) @ value).transpose(1, 2).contiguous(), weights
 
 
 class SoftmaxAttention(nn.Module):

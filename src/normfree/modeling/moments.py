@@ -24,12 +24,15 @@ class CentralMoments:
     m4: Tensor
 
     @classmethod
-    def of(cls, x: Tensor) -> CentralMoments:
-        """The moments of all entries of ``x``, float64 of any shape."""
+    def of(cls, x: Tensor, *, scratch: Tensor | None = None) -> CentralMoments:
+        """The moments of all entries of ``x``, float64 of any shape.
+
+        With a ``scratch`` of the same shape and dtype no memory is taken: both are overwritten.
+        """
         mean = x.mean()
-        deviations = x - mean
-        squares = deviations.square()
-        return cls(x.numel(), mean, squares.sum(), (squares * deviations).sum(), squares.square_().sum())
+        deviations = torch.sub(x, mean, out=None if scratch is None else x).flatten()
+        squares = torch.mul(deviations, deviations, out=None if scratch is None else scratch.view(-1))
+        return cls(x.numel(), mean, squares.sum(), squares @ deviations, squares @ squares)
 
     def __add__(self, other: CentralMoments) -> CentralMoments:
         n_a, n_b = float(self.n), float(other.n)

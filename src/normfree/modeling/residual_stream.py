@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
 import torch
 import torch.distributed
 from torch import Tensor, nn
@@ -74,22 +73,24 @@ class StreamStatistics:
         """The statistics of one batch, x [n_sequence, T, d] of any float dtype."""
         n_sequences, T, _ = x.shape
         # Fourth powers of all finite float32 numbers are finite in float64.
-        x64 = x.double()
+        x64 = x.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
         squares = x64.square()
-        magnitudes = x.abs()
-        ratio = magnitudes.amax(dim=-1).double() / lower_median(magnitudes).double()
         inverse_norm = squares.sum(dim=-1, keepdim=True).rsqrt()
         direction = (inverse_norm.transpose(1, 2) @ x64).squeeze(1)
         similarity = (direction.square().sum(dim=-1) - T) / (T * (T - 1) or torch.nan)
+        channel_squares = squares.sum(dim=(0, 1))
+        # A number that is not finite makes the sum so; without one there is nothing to count.
+        is_finite = x.device.type == "cpu" and bool(channel_squares.sum().isfinite())
+        none = torch.zeros((), dtype=torch.int64)
         return cls(
             n_sequences,
             n_sequences * T,
-            squares.sum(dim=(0, 1)),
-            CentralMoments.of(x64),
-            ratio.sum(),
+            channel_squares,
+            CentralMoments.of(x64, scratch=squares),
+            max_over_median(x).sum(),
             similarity.sum(),
-            x.isnan().sum(),
-            x.isinf().sum(),
+            none if is_finite else x.isnan().sum(),
+            none if is_finite else x.isinf().sum(),
         )
 
     def __add__(self, other: StreamStatistics) -> StreamStatistics:
@@ -126,14 +127,19 @@ class StreamStatistics:
         )
 
 
-def lower_median(x: Tensor) -> Tensor:
-    """The median over the last dimension, the lower of the two in the middle; for a NaN among them, any number."""
+def max_over_median(x: Tensor) -> Tensor:
+    """The largest over the median absolute entry of the last dimension, float64; for a NaN among them, any number.
+
+    Of an even number of entries the median is the lower of the two in the middle.
+    """
+    magnitudes = x.abs()
     if x.device.type != "cpu":
-        return x.median(dim=-1).values
-    # NumPy's vectorized selection takes a ninth of the time of torch's on a CPU.
-    middle = (x.shape[-1] - 1) // 2
-    values = (x.float() if x.dtype == torch.bfloat16 else x).numpy()
-    return torch.from_numpy(np.partition(values, middle, axis=-1)[..., middle])
+        return magnitudes.amax(dim=-1).double() / magnitudes.median(dim=-1).values.double()
+    # NumPy's vectorized sort takes a fifteenth of the time of torch's on a CPU, and less than its own selection.
+    values = (magnitudes.float() if x.dtype == torch.bfloat16 else magnitudes).numpy()
+    values.sort(axis=-1)
+    ordered = torch.from_numpy(values)
+    return ordered[..., -1].double() / ordered[..., (x.shape[-1] - 1) // 2].double()
 
 
 class ResidualStreamProbe:
