@@ -10,17 +10,19 @@ from normfree.studies.frames import threshold_frame
 from normfree.studies.study import run_config
 
 Command = Callable[..., tuple[int, str, str]]
-LABELS = ["SM+LN+G", "SM+G", "SM+G, penalty", "SM+R", "SM+R, penalty"]
+WEIGHTS = ("0.001", "0.01", "0.1")
+PENALISED = {model: [f"{model}, penalty {weight}" for weight in WEIGHTS] for model in ("SM+G", "SM+R")}
+LABELS = ["SM+LN+G", "SM+G", *PENALISED["SM+G"], "SM+R", *PENALISED["SM+R"]]
 
 
-def test_only_the_objective_sets_the_pairs_apart() -> None:
+def test_only_the_objective_sets_the_models_apart() -> None:
     preset = load_preset("smoke")
     runs = {each.label: run_config(preset, each, seed=0) for each in STUDY.configurations(preset)}
     assert list(runs) == LABELS
-    for plain in ("SM+G", "SM+R"):
-        penalised = runs[f"{plain}, penalty"]
-        assert penalised.objective == OPTIONS
-        assert penalised.model_copy(update={"objective": None, "configuration": plain}) == runs[plain]
+    for plain, penalised in PENALISED.items():
+        for label, weight in zip(penalised, WEIGHTS, strict=True):
+            assert runs[label].objective == OPTIONS.model_copy(update={"weight": float(weight)})
+            assert runs[label].model_copy(update={"objective": None, "configuration": plain}) == runs[plain]
 
 
 def test_the_study_leaves_its_tables_and_figures(normfree: Command, preset_file: Path, tmp_path: Path) -> None:
@@ -28,19 +30,19 @@ def test_the_study_leaves_its_tables_and_figures(normfree: Command, preset_file:
     assert code == 0, err
     folder = tmp_path / "study"
     assert pd.read_csv(folder / "results.csv")["configuration"].tolist() == LABELS
-    assert "SM+R, penalty" in out
+    assert "SM+R, penalty 0.01" in out
     assert {path.name for path in (folder / "figures").glob("*.png")} == {
         "headwise-entropy.png",
         "layerwise-entropy.png",
         "evaluation-loss.png",
-        "thresholds-sm-g-penalty.png",
-        "thresholds-sm-r-penalty.png",
+        "penalty-weight.png",
+        *(f"thresholds-{model}-penalty-{weight}.png" for model in ("sm-g", "sm-r") for weight in WEIGHTS),
     }
     page = (folder / "report.html").read_text()
-    assert "With the penalty, " in page
+    assert "SM+G by the weight of the penalty" in page
     assert "Thresholds moved" in page
 
     heads = threshold_frame(StudyFolder.open(folder).results("runs"))
-    assert set(heads["configuration"]) == {"SM+G, penalty", "SM+R, penalty"}
+    assert set(heads["configuration"]) == {label for labels in PENALISED.values() for label in labels}
     start = heads[heads["step"] == 0]["entropy_threshold_nats"]
     np.testing.assert_allclose(start, 0.5 * np.log(np.arange(1, 17)).mean(), rtol=1e-6)

@@ -19,10 +19,11 @@ from normfree.report.html import (
     render_report,
     write_report,
 )
-from normfree.report.hybrids import layer_entropy_by_configuration, split_point_curves
+from normfree.report.hybrids import layer_entropy_by_configuration
 from normfree.report.instability import entropy_collapse, first_nonfinite
 from normfree.report.instability_dynamics import instability_dynamics
 from normfree.report.outlier_tables import PRECISION_NAMES, outlier_table, quantization_table
+from normfree.report.overload import perplexity_and_overload
 from normfree.report.published import (
     PUBLISHED_NAMES,
     PublishedName,
@@ -87,6 +88,7 @@ __all__ = [
     "outlier_table",
     "paired_difference",
     "paper_style",
+    "perplexity_and_overload",
     "perplexity_table",
     "published_head_entropy",
     "quantization_table",
@@ -95,7 +97,6 @@ __all__ = [
     "signal_propagation_dynamics",
     "signal_propagation_over_depth",
     "slope_under_decay_only",
-    "split_point_curves",
     "table_notes",
     "to_console",
     "to_markdown",

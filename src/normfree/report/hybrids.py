@@ -1,63 +1,19 @@
-"""Figures of models whose layers differ: by split point, and by layer and configuration."""
+"""Attention entropy by layer and configuration, for models whose layers differ."""
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from normfree.report.frames import HEAD_ENTROPY, check_frame, check_one_setting, in_order
 from normfree.report.style import (
     INK,
     NAN_FACE,
-    TWO_COLUMN,
-    configuration_colours,
     entropy_colours,
     paper_style,
     readable_on,
 )
-
-
-def split_point_curves(splits: pd.DataFrame) -> Figure:
-    """Perplexity (log scale) and overload by the number of layers that have the first of two activations.
-
-    Args:
-        splits: columns order (a line each), split, eval_ppl, eval_ppl_low, eval_ppl_high (95 % interval; drawn where it
-            is finite), top_band (share of heads in the top quarter of the entropy range, 0 to 1).
-    """
-    colours = configuration_colours(in_order(splits["order"]))
-    with paper_style():
-        figure = Figure(figsize=(TWO_COLUMN, 2.1), layout="constrained")
-        perplexity, overload = figure.subplots(1, 2)
-        for order, colour in colours.items():
-            line = splits[splits["order"] == order].sort_values("split")
-            below, above = (
-                (line["eval_ppl"] - line["eval_ppl_low"]).fillna(0).clip(lower=0),
-                (line["eval_ppl_high"] - line["eval_ppl"]).fillna(0).clip(lower=0),
-            )
-            perplexity.errorbar(
-                line["split"],
-                line["eval_ppl"],
-                yerr=[below, above],
-                color=colour,
-                marker="o",
-                markersize=3,
-                elinewidth=0.8,
-                label=order,
-            )
-            overload.plot(line["split"], 100 * line["top_band"], color=colour, marker="o", markersize=3)
-        perplexity.set_yscale("log")
-        perplexity.yaxis.set_major_formatter("{x:.0f}")
-        perplexity.yaxis.set_minor_formatter("{x:.0f}")
-        perplexity.set_ylabel("perplexity (log scale)")
-        overload.set_ylabel("heads in the top quarter (%)")
-        overload.set_ylim(0, 104)
-        for axes in (perplexity, overload):
-            axes.set_xlabel("layers with the first activation")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        perplexity.legend(loc="best")
-    return figure
 
 
 def layer_entropy_by_configuration(

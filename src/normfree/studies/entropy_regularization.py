@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,6 +18,7 @@ from normfree.report import (
     evaluation_loss_curves,
     headwise_entropy_heatmaps,
     layerwise_entropy_dynamics,
+    perplexity_and_overload,
 )
 from normfree.studies.frames import eval_curve_frame, head_entropy_frame, layer_entropy_frame, threshold_frame
 from normfree.studies.page import Findings, StudyPage
@@ -27,23 +28,33 @@ from normfree.training.objectives import EntropyRegularizationOptions
 from normfree.training.objectives.entropy_regularization import PENALTY, THRESHOLD
 from normfree.training.records import METRICS_FILE
 
-OPTIONS = EntropyRegularizationOptions(weight=0.1, tolerance=0.2, initial_threshold=0.5)
+WEIGHTS = (0.001, 0.01, 0.1)
+OPTIONS = EntropyRegularizationOptions(tolerance=0.2, initial_threshold=0.5)
 
 
-def penalised(configuration: Configuration) -> Configuration:
+def penalised(configuration: Configuration, weight: float) -> Configuration:
     """The same model, trained with the penalty."""
-    return replace(configuration, label=f"{configuration.label}, penalty", objective=OPTIONS.model_dump())
+    objective = OPTIONS.model_copy(update={"weight": weight}).model_dump()
+    return replace(configuration, label=f"{configuration.label}, penalty {weight:g}", objective=objective)
 
 
-PAIRS = tuple((plain, penalised(plain)) for plain in (GELU, RELU))
+MODELS = tuple((plain, *(penalised(plain, weight) for weight in WEIGHTS)) for plain in (GELU, RELU))
+"""Each model without the penalty, then with it at each weight."""
 
 
 def describe(page: StudyPage) -> Findings:
     """What became of the overload, of perplexity, and who moved: the heads or their thresholds."""
+    curves, level = _curves(page), _overload(page)[LAYERNORM_GELU.label]
     sections = [
         Section(
             "Entropy with and without the penalty",
             [
+                page.figure(
+                    "penalty-weight",
+                    perplexity_and_overload(curves, changed="weight of the penalty", level=level),
+                    "Perplexity and share of heads in the top quarter of the entropy range (the overload of the paper) "
+                    "by the weight of the penalty.",
+                ),
                 page.figure(
                     "headwise-entropy",
                     headwise_entropy_heatmaps(head_entropy_frame(page.results), maximum=page.uniform_bound),
@@ -66,7 +77,7 @@ def describe(page: StudyPage) -> Findings:
     heads = threshold_frame(page.results)
     if len(heads):
         sections.append(Section("Thresholds over training", _threshold_blocks(page, heads)))
-    return Findings(_lead(page), sections, scale_limits(page) + _LIMITS)
+    return Findings(_lead(page, curves), sections, scale_limits(page) + _LIMITS)
 
 
 _CHASE = (
@@ -74,7 +85,7 @@ _CHASE = (
     "the weight of the penalty is. A penalty that falls while entropies stay says nothing about the heads."
 )
 _LIMITS = (
-    f"One weight ({OPTIONS.weight:g}), one margin ({OPTIONS.tolerance:g} of the maximum) and one initial threshold "
+    f"One margin ({OPTIONS.tolerance:g} of the maximum) and one initial threshold "
     f"({OPTIONS.initial_threshold:g}) are tried; others may do more or less. The entropy of uniform attention has no "
     "slope, so a head that looks everywhere alike feels the penalty least."
 )
@@ -90,7 +101,8 @@ def _threshold_blocks(page: StudyPage, heads: pd.DataFrame) -> list[Block]:
             f"{configuration.label}: attention entropy of each head and the threshold it learned, over training, on "
             "training batches. A pair of lines that meet can meet because either of them moved.",
         )
-        for _, configuration in PAIRS
+        for _, *penalties in MODELS
+        for configuration in penalties
         if configuration.label in set(heads["configuration"])
     ]
     return [*figures, _moves(page, heads), Callout(_CHASE)]
@@ -141,32 +153,47 @@ def _penalties(page: StudyPage, label: str) -> tuple[float, float]:
     return float(first), float(last)
 
 
-def _lead(page: StudyPage) -> str:
-    """For each model: its overload and its perplexity with and without the penalty, whatever the numbers are."""
-    rows = {str(row["configuration"]): row for row in page.table.to_dict("records")}
-    baseline, top = rows[LAYERNORM_GELU.label], BANDS[-1]
+def _curves(page: StudyPage) -> pd.DataFrame:
+    """One row a model (``line``) and a weight of the penalty (``place``), as ``perplexity_and_overload`` takes them."""
+    measured = _overload(page)
+    values = ("none", *(f"{weight:g}" for weight in WEIGHTS))
+    return pd.DataFrame(
+        {"line": model[0].label, "place": place, "value": value, **measured[each.label]}
+        for model in MODELS
+        for place, (value, each) in enumerate(zip(values, model, strict=True))
+        if each.label in measured
+    )
+
+
+def _overload(page: StudyPage) -> dict[str, dict[str, Any]]:
+    """By configuration: eval_ppl, eval_ppl_low, eval_ppl_high, and top_band, the share of heads in the top band."""
+    return {
+        str(row["configuration"]): {
+            **{name: row[name] for name in ("configuration", "eval_ppl", "eval_ppl_low", "eval_ppl_high")},
+            "top_band": row[BANDS[-1]],
+        }
+        for row in page.table.to_dict("records")
+    }
+
+
+def _lead(page: StudyPage, curves: pd.DataFrame) -> str:
+    """Each model's overload and perplexity without the penalty and at each weight, whatever the numbers are."""
     sentences = []
-    for plain, penalty in PAIRS:
-        pair = [rows[each.label] for each in (plain, penalty) if each.label in rows]
-        broken = [str(row["configuration"]) for row in pair if math.isnan(row["eval_ppl"])]
-        if broken:
-            sentences.append(f"{' and '.join(broken)} diverged, so there is no comparison.")
-        elif len(pair) == 2:
-            without, having = pair
-            if having[top] >= without[top]:
-                verdict = "no fewer"
-            elif having[top] <= baseline[top]:
-                verdict = "no more than with LayerNorm"
-            else:
-                verdict = "fewer, but more than with LayerNorm"
-            change = 100 * (having["eval_ppl"] / without["eval_ppl"] - 1)
-            sentences.append(
-                f"With the penalty, {100 * having[top]:.0f} % of the heads of {plain.label} are in the top entropy "
-                f"band instead of {100 * without[top]:.0f} % ({verdict}), and its perplexity is "
-                f"{having['eval_ppl']:.2f} instead of {without['eval_ppl']:.2f} ({change:+.1f} %)."
-            )
+    for model, rows in curves.groupby("line", sort=False):
+        readings = [
+            f"{row['value']}: {100 * row['top_band']:.0f} %, {row['eval_ppl']:.1f}"
+            if np.isfinite(row["eval_ppl"])
+            else f"{row['value']}: diverged"
+            for _, row in rows.iterrows()
+        ]
+        sentences.append(
+            f"{model} by the weight of the penalty, heads in the top entropy band and perplexity: "
+            f"{'; '.join(readings)}."
+        )
+    baseline = _overload(page)[LAYERNORM_GELU.label]
     sentences.append(
-        f"{LAYERNORM_GELU.label} has {100 * baseline[top]:.0f} % there, and a perplexity of {baseline['eval_ppl']:.2f}."
+        f"{LAYERNORM_GELU.label} has {100 * baseline['top_band']:.0f} % there, and a perplexity of "
+        f"{baseline['eval_ppl']:.1f}."
     )
     return " ".join(sentences)
 
@@ -175,6 +202,9 @@ STUDY = Study(
     name="entropy-regularization",
     title="Does a penalty on attention entropy cure the overload of norm-free models?",
     baseline=LAYERNORM_GELU.label,
-    configurations=lambda preset: (LAYERNORM_GELU, *(each for pair in PAIRS for each in pair)),
+    configurations=lambda preset: (
+        LAYERNORM_GELU,
+        *(each for model in MODELS for each in model),
+    ),
     describe=describe,
 )

@@ -10,7 +10,7 @@ from normfree.report import (
     Section,
     evaluation_loss_curves,
     layer_entropy_by_configuration,
-    split_point_curves,
+    perplexity_and_overload,
 )
 from normfree.studies.frames import eval_curve_frame, head_entropy_frame
 from normfree.studies.page import Findings, StudyPage
@@ -55,7 +55,7 @@ def describe(page: StudyPage) -> Findings:
             [
                 page.figure(
                     "split-point",
-                    split_point_curves(splits),
+                    perplexity_and_overload(splits, changed="layers with the first activation"),
                     "Perplexity and share of heads in the top quarter of the entropy range (the overload of the paper) "
                     "by the number of layers that have the first activation; the ends are SM+G and SM+R themselves.",
                 ),
@@ -82,7 +82,7 @@ def _activations(page: StudyPage, configuration: Configuration) -> list[str]:
 
 
 def _splits(page: StudyPage) -> pd.DataFrame:
-    """Columns order, split, eval_ppl, top_band: one row an order of the two activations and a split point."""
+    """One row an order of the two activations (``line``) and a split point (``place``)."""
     n_layer = page.folder.preset.n_layer
     table = page.table.set_index("configuration")
     rows = []
@@ -95,8 +95,9 @@ def _splits(page: StudyPage) -> pd.DataFrame:
                 row = table.loc[labels[split]]
                 rows.append(
                     {
-                        "order": order,
-                        "split": split,
+                        "line": order,
+                        "place": split,
+                        "value": str(split),
                         "configuration": labels[split],
                         "eval_ppl": row["eval_ppl"],
                         "eval_ppl_low": row["eval_ppl_low"],
@@ -121,7 +122,7 @@ def _lead(splits: pd.DataFrame) -> str:
         ("GELU first", "GELU in place of ReLU from the first layer on"),
         ("ReLU first", "ReLU in place of GELU from the first layer on"),
     ):
-        path = splits[splits["order"] == order].sort_values("split")["eval_ppl"].to_numpy()
+        path = splits[splits["line"] == order].sort_values("place")["eval_ppl"].to_numpy()
         steps = np.diff(path)
         if np.isfinite(steps).all():
             layer = int(np.abs(steps).argmax())

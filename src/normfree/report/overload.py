@@ -1,0 +1,55 @@
+"""Perplexity and entropic overload side by side, as something of the model or of its training is changed in steps."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from normfree.report.frames import check_frame, in_order
+from normfree.report.style import INK, TWO_COLUMN, configuration_colours, paper_style
+
+CURVES = ("line", "place", "value", "eval_ppl", "eval_ppl_low", "eval_ppl_high", "top_band")
+
+
+def perplexity_and_overload(curves: pd.DataFrame, *, changed: str, level: Mapping[str, Any] | None = None) -> Figure:
+    """Perplexity (log scale) and overload, a line a model, over what is changed.
+
+    Args:
+        curves: columns line, place (int, from the left), value (what the axis says there), eval_ppl, eval_ppl_low,
+            eval_ppl_high (95 % interval, drawn where it is finite), top_band (share of heads in the top quarter of the
+            entropy range, 0 to 1). A diverged run, NaN, leaves a gap.
+        changed: what the values are, for the axis.
+        level: a run to compare with, drawn as a dashed line: configuration, eval_ppl, top_band.
+
+    Raises:
+        InputError: a column is missing, or a line has two rows at one place.
+    """
+    check_frame(curves, "curves", CURVES, CURVES[2:])
+    ticks = curves.drop_duplicates("place").sort_values("place")
+    colours = configuration_colours(in_order(curves["line"]))
+    with paper_style():
+        figure = Figure(figsize=(TWO_COLUMN, 2.1), layout="constrained")
+        perplexity, overload = figure.subplots(1, 2)
+        for name, colour in colours.items():
+            line = curves[curves["line"] == name].sort_values("place")
+            reach = [line["eval_ppl"] - line["eval_ppl_low"], line["eval_ppl_high"] - line["eval_ppl"]]
+            bars = [each.fillna(0).clip(lower=0) for each in reach]
+            style = {"color": colour, "marker": "o", "markersize": 3}
+            perplexity.errorbar(line["place"], line["eval_ppl"], yerr=bars, elinewidth=0.8, label=name, **style)
+            overload.plot(line["place"], 100 * line["top_band"], **style)
+        if level is not None:
+            dashed = {"color": INK, "linewidth": 0.8, "linestyle": (0, (3, 1.5))}
+            perplexity.axhline(level["eval_ppl"], label=level["configuration"], **dashed)
+            overload.axhline(100 * level["top_band"], **dashed)
+        perplexity.set_yscale("log")
+        perplexity.yaxis.set_major_formatter("{x:.0f}")
+        perplexity.yaxis.set_minor_formatter("{x:.0f}")
+        perplexity.set_ylabel("perplexity (log scale)")
+        overload.set_ylabel("heads in the top quarter (%)")
+        overload.set_ylim(0, 104)
+        for axes in (perplexity, overload):
+            axes.set_xticks(ticks["place"], ticks["value"])
+            axes.set_xlabel(changed)
+        perplexity.legend(loc="best")
+    return figure
