@@ -5,6 +5,7 @@ from normfree.quiet import quiet_imports
 with quiet_imports():
     from normfree.entropy import EntropyProbe, attention_entropy, entropy_bands
     from normfree.modeling import NormfreeConfig, NormfreeForCausalLM, from_hf
+    from normfree.removal import remove_norms
 
 __all__ = [
     "EntropyProbe",
@@ -13,5 +14,6 @@ __all__ = [
     "attention_entropy",
     "entropy_bands",
     "from_hf",
+    "remove_norms",
 ]
 __version__ = "0.1.0"

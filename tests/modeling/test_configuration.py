@@ -115,8 +115,9 @@ NOT_DEFAULT: dict[str, Any] = {
     "n_inner": 77,
     "norm": "rmsnorm",
     "norm_placement": "post",
-    "final_norm": "none",
+    "final_norm": "constant_std",
     "norm_eps": 1e-3,
+    "norm_is_centered": False,
     "parallel_residual": True,
     "ffn": "gated",
     "activation": ["learnable_leaky_relu", "silu"],
@@ -138,6 +139,7 @@ NOT_DEFAULT: dict[str, Any] = {
     "attention_dropout": 0.2,
     "residual_dropout": 0.3,
     "tie_word_embeddings": False,
+    "lm_head_bias": True,
     "use_cache": False,
     "bos_token_id": 3,
     "eos_token_id": [4, 5],
@@ -193,6 +195,7 @@ def round_trips(config: NormfreeConfig, folder: Path) -> list[NormfreeConfig]:
 def test_round_trip_of_one_option(option: str, tmp_path: Path) -> None:
     needed = {
         "activation": ("n_layer",),
+        "norm_is_centered": ("final_norm",),
         "negative_slope": ("n_layer", "activation"),
         "slope_sharing": ("n_layer", "activation"),
         "n_kv_head": ("n_head", "n_embd"),

@@ -40,6 +40,10 @@ def ops(implementation: str = "sdpa", **options: Any) -> set[str]:
     sizes = {"vocab_size": 19, "n_positions": 16, "n_layer": 1, "n_head": 2, "n_embd": 16}
     model = NormfreeForCausalLM(NormfreeConfig(**{**sizes, **options})).eval()
     model.set_attn_implementation(implementation)
+    return ops_of(model)
+
+
+def ops_of(model: NormfreeForCausalLM) -> set[str]:
     inputs = {"input_ids": torch.randint(19, (2, 9)), "use_cache": False}
     program = torch.export.export(model, (), inputs).run_decompositions()
     names = set()

@@ -71,17 +71,21 @@ class SoftmaxAttention(nn.Module):
 
     def forward(
         self,
-        x: torch.Tensor,
+        x: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Output [batch, T, n_embd] and, where the implementation materialises them, the attention weights."""
+        """Output [batch, T, n_embd] and, where the implementation materialises them, the attention weights.
+
+        ``x`` may be a pair: what queries and keys are made from, and what values are.
+        """
+        x, value_input = x if isinstance(x, tuple) else (x, x)
         head_shape = (*x.shape[:-1], -1, self.head_dim)
         query = self.q_proj(x).view(head_shape).transpose(1, 2)
         key = self.k_proj(x).view(head_shape).transpose(1, 2)
-        value = self.v_proj(x).view(head_shape).transpose(1, 2)
+        value = self.v_proj(value_input).view(head_shape).transpose(1, 2)
         if position_embeddings is not None:
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if past_key_values is not None:

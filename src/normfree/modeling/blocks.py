@@ -25,7 +25,7 @@ class Block(GradientCheckpointingLayer):
 
     def __init__(self, config: NormfreeConfig, layer: int) -> None:
         super().__init__()
-        self.attention_norm = build_norm(config, layer)
+        self.attention_norm = build_norm(config, layer, n_reader=2)
         self.attention = build_attention(config, layer)
         self.ffn_norm = build_norm(config, layer)
         self.ffn = build_feed_forward(config, layer)

@@ -31,7 +31,9 @@ class NormfreeConfig(PreTrainedConfig):
         heads; default ``n_head``), ``n_embd``, ``head_dim`` (default ``n_embd / n_head``), ``n_inner`` (width of the
         feed-forward network; default ``4 n_embd``).
     Norms
-        ``norm`` (in the blocks) and ``final_norm`` (before the unembedding): ``none | layernorm | rmsnorm``;
+        ``norm`` (in the blocks) and ``final_norm`` (before the unembedding): ``none | layernorm | rmsnorm |
+        constant_std``; ``norm_is_centered`` (constant_std only): whether it stands for a LayerNorm, which takes the
+        mean away, or for an RMSNorm;
         ``norm_placement``: ``pre | post``; ``norm_eps``; ``parallel_residual``: attention and feed-forward network
         read the same input (pre placement only).
     Feed-forward network
@@ -83,6 +85,7 @@ class NormfreeConfig(PreTrainedConfig):
     norm_placement: str = "pre"
     final_norm: str = "layernorm"
     norm_eps: float | int = 1e-5
+    norm_is_centered: bool = True
     parallel_residual: bool = False
 
     ffn: str = "dense"
@@ -102,6 +105,7 @@ class NormfreeConfig(PreTrainedConfig):
     residual_dropout: float | int = 0.0
 
     tie_word_embeddings: bool = True
+    lm_head_bias: bool = False
     use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -226,6 +230,14 @@ class NormfreeConfig(PreTrainedConfig):
             )
         if self.rope_parameters and self.position != "rotary":
             raise InputError(f"rope_parameters mean nothing with position {self.position!r}; use position: rotary")
+        names_of_norms = (self.norm, self.final_norm)
+        if not self.norm_is_centered and "constant_std" not in names_of_norms:
+            raise InputError(
+                f"norm_is_centered means nothing for norm {self.norm!r} and final_norm {self.final_norm!r}; "
+                "leave it out, or use constant_std"
+            )
+        if self.norm == "constant_std" and self.norm_placement != "pre":
+            raise InputError(f"norm constant_std is defined for norm_placement pre only, not {self.norm_placement!r}")
         if self.parallel_residual and self.norm_placement != "pre":
             raise InputError(f"parallel_residual is defined for norm_placement pre only, not {self.norm_placement!r}")
 

@@ -19,6 +19,7 @@ from normfree.modeling.activations import LearnableLeakyReLU
 from normfree.modeling.attention import SoftmaxAttention
 from normfree.modeling.blocks import Block, build_block
 from normfree.modeling.configuration import NormfreeConfig
+from normfree.modeling.constant_std import ConstantStdNorm
 from normfree.modeling.norms import build_final_norm
 from normfree.modeling.residual import ResidualProjection
 
@@ -47,6 +48,11 @@ class NormfreePreTrainedModel(PreTrainedModel):
         from the same weights.
         """
         super()._init_weights(module)
+        if isinstance(module, ConstantStdNorm):
+            init.ones_(module.weight)
+            init.ones_(module.std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
         if isinstance(module, LearnableLeakyReLU):
             init.constant_(module.negative_slope, module.initial_slope)
         if isinstance(module, ResidualProjection) and self.config.scale_residual_init:
@@ -147,7 +153,7 @@ class NormfreeForCausalLM(NormfreePreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = NormfreeModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
     @can_return_tuple

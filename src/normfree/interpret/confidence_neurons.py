@@ -1,0 +1,226 @@
+"""Confidence (entropy) neurons: they write where the unembedding does not read, and work through the final norm's std.
+
+Stolfo et al., "Confidence Regulation Neurons in Language Models", 2024, Sections 3 and 4. Without a final norm there is
+nothing for them to work through ("Transformers Don't Need LayerNorm at Inference Time", 2025).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil
+
+import numpy as np
+import pandas as pd
+import torch
+
+from normfree.errors import InputError
+from normfree.interpret.decoder_parts import check_decoder, intercepted, neuron_projections, read_inputs
+from normfree.interpret.direct_logit_attribution import check_predicting
+from normfree.interpret.readout import Readout
+from normfree.modeling import NormfreeForCausalLM
+
+NULL_SPACE_SHARE = 0.01
+"""The share of the directions that count as null space of the unembedding (Stolfo et al., Figure 2f)."""
+
+
+@torch.no_grad()
+def neuron_output_weights(
+    model: NormfreeForCausalLM, layers: Sequence[int] | None = None, n_null_directions: int | None = None
+) -> pd.DataFrame:
+    """What the output weights of MLP neurons have to do with the unembedding, from the weights alone, in float64.
+
+    Output weights w (a neuron's column of ``down_proj``) are centred where the final norm centres. The unembedding has
+    the final norm's gain and centring folded in and its mean over the vocabulary taken off.
+
+    Args:
+        model: a pre-norm decoder in evaluation mode.
+        layers: which (from 0; negative ones count from the last); default: the last.
+        n_null_directions: how many of the right singular vectors with the smallest singular values span the null
+            space; default: 1 % of ``n_embd``, at least 1. The one direction that a centring norm takes out is not
+            among them: no w has a part in it.
+
+    Returns:
+        layer, neuron, weight_norm (|w|), logit_variance (LogitVar: the variance over the vocabulary of the cosine of w
+        and the token's row of the unembedding; low means little direct effect), null_space_share (|V₀ᵀ w| / |w|, with
+        the null directions in V₀) and score. ``score`` is how much larger ln |w| is than the mean of its layer, in
+        stds, plus how much smaller ln LogitVar is: confidence neurons have the highest. A neuron with no weight at
+        all has NaN in all but ``weight_norm``.
+
+    Raises:
+        InputError: the model is of another kind, it has no such layer, or not so many directions.
+    """
+    check_decoder(model)
+    chosen = _chosen_layers(model, layers)
+    readout = Readout.of(model)
+    unembedding = readout.effective_unembedding()
+    null_space = _null_space(unembedding, n_null_directions, readout.is_centred)
+    unembedding = torch.nn.functional.normalize(unembedding, dim=-1)
+    projections = neuron_projections(model)
+    tables = []
+    for layer in chosen:
+        weights = readout.centred(projections[layer].weight.double().T)
+        norm = weights.norm(dim=-1)
+        unit = weights / norm[:, None]
+        variance = _variance_over_rows(unembedding, unit)
+        score = _standardized(norm.log()) - _standardized(variance.log())
+        columns = {
+            "weight_norm": norm,
+            "logit_variance": variance,
+            "null_space_share": (unit @ null_space).norm(dim=-1),
+            "score": score,
+        }
+        values = {name: column.cpu().numpy() for name, column in columns.items()}
+        tables.append(pd.DataFrame({"layer": layer, "neuron": range(len(norm)), **values}))
+    return pd.concat(tables, ignore_index=True)
+
+
+def confidence_neuron_candidates(weights: pd.DataFrame, n: int) -> pd.DataFrame:
+    """The ``n`` rows of :func:`neuron_output_weights` with the highest score, the highest first; all if fewer.
+
+    Raises:
+        InputError: ``n`` is less than 1.
+    """
+    if n < 1:
+        raise InputError(f"cannot choose {n} candidates; choose at least 1")
+    return weights.nlargest(n, "score").reset_index(drop=True)
+
+
+@torch.no_grad()
+def neuron_ablation_effects(
+    model: NormfreeForCausalLM, sequences: torch.Tensor, neurons: pd.DataFrame, batch_size: int = 8
+) -> pd.DataFrame:
+    """What mean-ablation of single neurons does to the loss: in total, and with the final norm's std frozen.
+
+    A neuron's activation is replaced at all positions by its mean over the tokens of ``sequences``. The frozen effect
+    has each token's σ of the final norm at its value without the ablation, so that what is left is not mediated by it
+    (Stolfo et al., Section 3). Norms inside later blocks are never frozen. Without a final norm the two are equal.
+    One pass over the sequences a neuron.
+
+    Args:
+        model: a pre-norm decoder in evaluation mode.
+        sequences: int64 [n, T], T at least 2, no padding.
+        neurons: columns layer and neuron, such as :func:`confidence_neuron_candidates` has them.
+        batch_size: sequences a pass.
+
+    Returns:
+        layer, neuron, mean_activation, total_effect_nats and frozen_effect_nats (means of |loss ablated − loss| over
+        the n (T − 1) predicted tokens), total_change_nats and frozen_change_nats (means of loss ablated − loss) and
+        norm_mediated_share (1 − frozen_effect / total_effect; NaN for a neuron without effect).
+
+    Raises:
+        InputError: the model is of another kind, the sequences do not fit it, or there is no such neuron.
+    """
+    check_decoder(model)
+    check_predicting(model, sequences)
+    pairs = _chosen_neurons(model, neurons)
+    readout = Readout.of(model)
+    batches = sequences.to(model.device).split(batch_size)
+    means, losses, stds = _unablated(model, readout, batches)
+    projections = neuron_projections(model)
+    rows = []
+    for layer, neuron in pairs:
+        mean = means[layer][neuron]
+
+        def ablate(_: int, activations: torch.Tensor, neuron: int = neuron, mean: torch.Tensor = mean) -> torch.Tensor:
+            ablated = activations.clone()
+            ablated[..., neuron] = mean
+            return ablated
+
+        total, frozen = [], []
+        for batch, loss, std in zip(batches, losses, stds, strict=True):
+            with intercepted([projections[layer]], ablate):
+                (final,) = read_inputs(model, batch, [model.model.final_norm])
+            total.append(_losses(model, readout, final, readout.std(final), batch) - loss)
+            frozen.append(_losses(model, readout, final, std, batch) - loss)
+        changes, frozen_changes = torch.cat(total), torch.cat(frozen)
+        effect, frozen_effect = changes.abs().mean(), frozen_changes.abs().mean()
+        rows.append(
+            {
+                "layer": layer,
+                "neuron": neuron,
+                "mean_activation": mean.item(),
+                "total_effect_nats": effect.item(),
+                "frozen_effect_nats": frozen_effect.item(),
+                "total_change_nats": changes.mean().item(),
+                "frozen_change_nats": frozen_changes.mean().item(),
+                "norm_mediated_share": (1 - frozen_effect / effect).item(),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _chosen_layers(model: NormfreeForCausalLM, layers: Sequence[int] | None) -> list[int]:
+    n_layer = model.config.n_layer
+    for layer in layers or ():
+        if not -n_layer <= layer < n_layer:
+            raise InputError(f"there is no layer {layer}; the model has the layers 0 to {n_layer - 1}")
+    return sorted({layer % n_layer for layer in layers}) if layers else [n_layer - 1]
+
+
+def _chosen_neurons(model: NormfreeForCausalLM, neurons: pd.DataFrame) -> list[tuple[int, int]]:
+    if missing := [column for column in ("layer", "neuron") if column not in neurons.columns]:
+        raise InputError(f"the frame of neurons lacks {', '.join(missing)}; it needs the columns layer and neuron")
+    if neurons.empty:
+        raise InputError("there is no neuron to ablate; give at least one")
+    n_layer, n_inner = model.config.n_layer, model.config.n_inner
+    pairs = [(int(layer), int(neuron)) for layer, neuron in neurons[["layer", "neuron"]].to_numpy()]
+    for layer, neuron in pairs:
+        if not (0 <= layer < n_layer and 0 <= neuron < n_inner):
+            raise InputError(
+                f"there is no neuron {neuron} in layer {layer}; the model has the layers 0 to {n_layer - 1} with "
+                f"the neurons 0 to {n_inner - 1}"
+            )
+    return pairs
+
+
+def _null_space(unembedding: torch.Tensor, n_directions: int | None, is_centred: bool) -> torch.Tensor:
+    """The right singular vectors of the smallest singular values, float64 [n_embd, n_directions]."""
+    n_embd = unembedding.shape[1]
+    n_directions = max(1, ceil(NULL_SPACE_SHARE * n_embd)) if n_directions is None else n_directions
+    n_there = n_embd - is_centred
+    if not 1 <= n_directions <= n_there:
+        raise InputError(f"cannot take {n_directions} null directions of {n_there}; choose 1 to {n_there}")
+    gram = unembedding.T @ unembedding
+    if is_centred:
+        # The direction (1, ..., 1) moves from the smallest to the largest eigenvalue.
+        gram += 2 * gram.trace() / n_embd
+    return torch.linalg.eigh(gram).eigenvectors[:, :n_directions]
+
+
+def _variance_over_rows(unembedding: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
+    """The variance over the vocabulary of unembedding @ unit.T, without that matrix [vocab_size, n_inner]."""
+    centred = unembedding - unembedding.mean(dim=0)
+    covariance = centred.T @ centred / len(centred)
+    return ((unit @ covariance) * unit).sum(dim=-1)
+
+
+def _standardized(values: torch.Tensor) -> torch.Tensor:
+    """(values − mean) / std over the finite ones; NaN for the others."""
+    finite = values[values.isfinite()]
+    return torch.where(values.isfinite(), (values - finite.mean()) / finite.std(correction=0), np.nan)
+
+
+def _unablated(
+    model: NormfreeForCausalLM, readout: Readout, batches: Sequence[torch.Tensor]
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+    """Mean activations, float64 [n_inner] a layer; losses [n, T − 1] and stds [n, T, 1] a batch."""
+    projections = neuron_projections(model)
+    sums = [torch.zeros(model.config.n_inner, dtype=torch.float64, device=model.device) for _ in projections]
+    losses, stds = [], []
+    for batch in batches:
+        *activations, final = read_inputs(model, batch, [*projections, model.model.final_norm])
+        for total, each in zip(sums, activations, strict=True):
+            total += each.double().sum(dim=(0, 1))
+        stds.append(readout.std(final))
+        losses.append(_losses(model, readout, final, stds[-1], batch))
+    n_tokens = sum(batch.numel() for batch in batches)
+    return [total / n_tokens for total in sums], losses, stds
+
+
+def _losses(
+    model: NormfreeForCausalLM, readout: Readout, final: torch.Tensor, std: torch.Tensor, tokens: torch.Tensor
+) -> torch.Tensor:
+    """Loss of every predicted token, float64 [batch, T − 1], in nats, with the final norm's σ given."""
+    hidden = readout.normalized(final, std)[:, :-1].to(model.dtype)
+    logits = model.lm_head(hidden).float()
+    return torch.nn.functional.cross_entropy(logits.mT, tokens[:, 1:], reduction="none").double()

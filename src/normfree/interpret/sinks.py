@@ -1,0 +1,76 @@
+"""Attention sinks and the residual stream's std by position, of any transformers decoder: what norm removal changes."""
+
+from __future__ import annotations
+
+import pandas as pd
+import torch
+from transformers import PreTrainedModel
+
+from normfree.errors import InputError
+from normfree.interpret.attention_entropy import measure_attention_entropy
+from normfree.modeling.residual_stream import decoder_blocks
+
+SINK_THRESHOLD = 0.3
+"""The share of attention from which a head counts as a sink (Gu et al., "When Attention Sink Emerges", 2024)."""
+
+
+def attention_sinks(model: PreTrainedModel, sequences: torch.Tensor, batch_size: int = 8) -> pd.DataFrame:
+    """The mean attention that each head pays to the first token of ``sequences`` (int64 [n, T], no padding).
+
+    The mean is over all queries, the first, which sees nothing else, included.
+
+    Returns:
+        layer, head, sink_share, is_sink (``sink_share`` above 0.3; the mean of it over heads is Gu et al.'s sink
+        rate). A head with a NaN query has a NaN share, and is no sink.
+
+    Raises:
+        InputError: there is no token, or no attention layer of the model can be read.
+    """
+    _check(sequences)
+    heads = measure_attention_entropy(model, sequences, batch_size).heads
+    return heads[["layer", "head", "sink_share"]].assign(is_sink=heads["sink_share"] > SINK_THRESHOLD)
+
+
+@torch.no_grad()
+def residual_std_by_position(model: PreTrainedModel, sequences: torch.Tensor, batch_size: int = 8) -> pd.DataFrame:
+    """The std of the residual stream after each block, by position: over channels, then the mean over sequences.
+
+    It is what a LayerNorm would divide by, sqrt(mean((x − mean(x))²)), without its eps, in float64. NaN or Inf in a
+    token makes its mean so.
+
+    Args:
+        model: any transformers decoder; it stays in the mode it is in.
+        sequences: int64 [n, T], no padding.
+        batch_size: sequences a pass.
+
+    Returns:
+        layer, position (both from 0), residual_std (in the units of the stream); a row each.
+
+    Raises:
+        InputError: there is no token, or the model has no list of decoder blocks.
+    """
+    _check(sequences)
+    blocks = list(decoder_blocks(model).values())
+    sums = torch.zeros(len(blocks), sequences.shape[1], dtype=torch.float64)
+
+    def add(layer: int, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+        x = output[0] if isinstance(output, tuple) else output
+        sums[layer] += x.double().std(dim=-1, correction=0).sum(dim=0).cpu()
+
+    hooks = [
+        block.register_forward_hook(lambda module, inputs, output, layer=layer: add(layer, output))
+        for layer, block in enumerate(blocks)
+    ]
+    try:
+        for batch in sequences.split(batch_size):
+            model.base_model(input_ids=batch.to(model.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    index = pd.MultiIndex.from_product([range(size) for size in sums.shape], names=["layer", "position"])
+    return pd.DataFrame({"residual_std": (sums / len(sequences)).numpy().ravel()}, index=index).reset_index()
+
+
+def _check(sequences: torch.Tensor) -> None:
+    if sequences.ndim != 2 or not sequences.numel():
+        raise InputError(f"need token ids [n, T] with n and T at least 1, got {list(sequences.shape)}")

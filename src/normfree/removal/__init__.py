@@ -1,0 +1,7 @@
+"""LayerNorm removal: a trained model's norms taken out by fine-tuning, and folded away ("Transformers Don't Need
+LayerNorm at Inference Time", arXiv 2507.02559)."""
+
+from normfree.removal.fold import remove_norms
+from normfree.removal.gpt2 import to_gpt2
+
+__all__ = ["remove_norms", "to_gpt2"]
