@@ -1,0 +1,132 @@
+"""A model between its norms and none: norms on their way out put in, made constant by a schedule, and settled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.initialization import no_init_weights
+
+from normfree.errors import InputError
+from normfree.modeling import NormfreeConfig, NormfreeForCausalLM
+from normfree.modeling.blocks import Block
+from normfree.removal.fold import FOLDED
+from normfree.removal.removable import MIDWAY, SPECIAL_STD, RemovableNorm, SpecialTokens
+from normfree.removal.schedule import Part, Removal
+
+NORMS_TO_REMOVE = ("layernorm", "rmsnorm")
+READERS: dict[Part, tuple[str, int]] = {"ffn": ("ffn_norm", 0), "attention_qk": ("attention_norm", 0)}
+READERS["attention_v"] = ("attention_norm", 1)
+"""The norm of a block and the place of the reader in it, by part."""
+
+
+class Midway:
+    """``model``, its norms replaced in place by removable ones with the same weights: its function is the same.
+
+    Until the last removal its configuration's ``norm`` is one that no model can be loaded with, so that no checkpoint
+    from between is taken for a finished model.
+
+    Raises:
+        InputError: the model has no norms to remove, or not in pre placement.
+    """
+
+    def __init__(self, model: NormfreeForCausalLM, *, momentum: float) -> None:
+        check_removable(model.config)
+        self.model = model
+        self.original = {option: getattr(model.config, option) for option in ("norm", "final_norm")}
+        eos = model.config.eos_token_id
+        self.tokens = SpecialTokens([eos] if isinstance(eos, int) else eos)
+        self._momentum = momentum
+        for block in model.model.blocks:
+            assert isinstance(block, Block)
+            block.attention_norm = self._removable(block.attention_norm, n_reader=2)
+            block.ffn_norm = self._removable(block.ffn_norm, n_reader=1)
+        model.model.final_norm = self._removable(model.model.final_norm, n_reader=1)
+        model.config.norm = MIDWAY
+        self._hook = model.register_forward_pre_hook(self._see, with_kwargs=True)
+
+    def apply(self, removal: Removal) -> None:
+        """Makes a part constant, or ends the special treatment of some tokens.
+
+        Raises:
+            InputError: it is gone already, or no batch has been seen yet.
+        """
+        if removal.part == "end_of_text":
+            self.tokens.end_of_text = None
+        elif removal.part == "first_token":
+            self.tokens.includes_first = False
+        elif removal.layer is None:
+            self._norm("final_norm", None).make_constant(0)
+        else:
+            name, reader = READERS[removal.part]
+            self._norm(name, removal.layer).make_constant(reader)
+
+    def norms(self) -> Iterator[tuple[str, RemovableNorm]]:
+        """The removable norms by module name, in the model's order."""
+        for name, module in self.model.named_modules():
+            if isinstance(module, RemovableNorm):
+                yield name, module
+
+    def settled(self) -> NormfreeForCausalLM:
+        """The ``constant_std`` model that this has become, with weights of its own.
+
+        Raises:
+            InputError: a norm still divides by each token's own std, or some tokens by a std of their own.
+        """
+        left = [name for name, norm in self.norms() if not all(norm.is_constant)]
+        if left or self.tokens.includes_first or self.tokens.end_of_text is not None:
+            what = f"{len(left)} norms, {left[0]} first," if left else "special tokens"
+            raise InputError(f"the removal is not finished: {what} still have stds of their own; let the run go on")
+        options: dict[str, Any] = {name: getattr(self.model.config, name) for name in NormfreeConfig.option_names()}
+        constant = {name: FOLDED if norm != "none" else norm for name, norm in self.original.items()}
+        options |= constant | {"norm_is_centered": "rmsnorm" not in self.original.values()}
+        config = self.model.config
+        with torch.device(self.model.device), no_init_weights():
+            model: NormfreeForCausalLM = AutoModelForCausalLM.from_config(
+                NormfreeConfig(**options), dtype=self.model.dtype, attn_implementation=config._attn_implementation
+            )
+        weights = self.model.state_dict()
+        model.load_state_dict({name: each for name, each in weights.items() if not name.endswith(SPECIAL_STD)})
+        model.generation_config = self.model.generation_config
+        return model.train(self.model.training)
+
+    def _removable(self, norm: nn.Module, *, n_reader: int) -> nn.Module:
+        if not isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):
+            return norm
+        return RemovableNorm(norm, n_reader=n_reader, momentum=self._momentum, tokens=self.tokens)
+
+    def _norm(self, name: str, layer: int | None) -> RemovableNorm:
+        owner = self.model.model if layer is None else self.model.model.blocks[layer]
+        norm = getattr(owner, name)
+        assert isinstance(norm, RemovableNorm), "schedules are checked against the model"
+        return norm
+
+    def _see(self, model: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        self.tokens.see(options["input_ids"] if "input_ids" in options else args[0])
+
+
+def check_removable(config: NormfreeConfig) -> None:
+    """Whether a model of that configuration has norms that can be removed.
+
+    Raises:
+        InputError: it has none, is in post placement, or some are constant already.
+    """
+    names = {"norm": config.norm, "final_norm": config.final_norm}
+    if set(names.values()) == {"none"}:
+        raise InputError("the model has no norm to remove: its norm and final_norm are none")
+    if config.norm_placement != "pre":
+        raise InputError(
+            f"norms can be removed in pre placement, and the model's is {config.norm_placement!r}: there a norm acts "
+            "on the residual stream itself, not on what reads it"
+        )
+    for option, name in names.items():
+        if name not in (*NORMS_TO_REMOVE, "none"):
+            raise InputError(f"{option} {name!r} cannot be removed; allowed: {', '.join(NORMS_TO_REMOVE)}, none")
+    if len(set(names.values()) - {"none"}) > 1:
+        raise InputError(
+            f"norm {config.norm!r} and final_norm {config.final_norm!r} differ, and a model with constant stds is "
+            "centered everywhere or nowhere; only equal ones can be removed"
+        )

@@ -1,0 +1,118 @@
+"""A norm on its way out: it divides by each token's own std until it is told to divide by a constant."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from normfree.errors import InputError
+
+MIDWAY = "removable"
+"""The ``norm`` of a model whose norms are being removed; no configuration allows it."""
+STD = "std"
+SPECIAL_STD = "special_std"
+
+
+class SpecialTokens:
+    """Which tokens are divided by a std of their own, while there are any: the first of each sequence, and end-of-text.
+
+    The first token's residual stream is many times longer than that of all others in most trained models, so its std is
+    taken apart from theirs until the end of the removal (Section 3.2). All norms of a model share one of these, and
+    it is told the tokens before each forward pass.
+    """
+
+    def __init__(self, end_of_text: Sequence[int] | None) -> None:
+        self.includes_first = True
+        self.end_of_text = end_of_text
+        self.mask: Tensor | None = None
+
+    def see(self, input_ids: Tensor) -> None:
+        """Notes the special tokens of ``input_ids``, int64 [batch, T], whole sequences: bool [batch, T, 1]."""
+        mask = torch.zeros_like(input_ids, dtype=torch.bool)
+        for token in self.end_of_text or ():
+            mask |= input_ids == token
+        if self.includes_first:
+            mask[:, 0] = True
+        self.mask = mask[..., None]
+
+
+class RemovableNorm(nn.Module):
+    """A LayerNorm or RMSNorm with the weights it had, whose division can be made constant for one reader at a time.
+
+    While it trains, it keeps a running mean of its tokens' stds, ``std_r ← m · std_r + (1 - m) · mean std`` for every
+    reader r that still divides by each token's own; the special tokens apart. Once constant, a reader's std stays as it
+    is: it is no parameter. The first batch sets the mean, whatever the momentum m.
+
+    With ``keeps_own_std`` the last batch's stds, [batch, T, 1] with their gradient, stay in ``own_std``.
+
+    x is [batch, T, n_embd]; the result is that of :class:`~normfree.modeling.constant_std.ConstantStdNorm`.
+    """
+
+    std: Tensor
+    special_std: Tensor
+
+    def __init__(
+        self, norm: nn.LayerNorm | nn.RMSNorm, *, n_reader: int, momentum: float, tokens: SpecialTokens
+    ) -> None:
+        super().__init__()
+        self.is_centered = isinstance(norm, nn.LayerNorm)
+        self.weight = norm.weight
+        self.bias = norm.bias if isinstance(norm, nn.LayerNorm) else None
+        self.eps = norm.eps if norm.eps is not None else torch.finfo(norm.weight.dtype).eps
+        self.momentum = momentum
+        self.tokens = tokens
+        self.is_constant = [False] * n_reader
+        self.keeps_own_std = False
+        self.own_std: Tensor | None = None
+        unknown = torch.full((n_reader,), torch.nan, dtype=torch.float32, device=norm.weight.device)
+        self.register_buffer(STD, unknown)
+        self.register_buffer(SPECIAL_STD, unknown.clone())
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        centered = wide - wide.mean(dim=-1, keepdim=True) if self.is_centered else wide
+        own_std = (centered.square().mean(dim=-1, keepdim=True) + self.eps).sqrt()
+        if self.keeps_own_std:
+            self.own_std = own_std
+        if self.training and torch.is_grad_enabled():
+            self._update(own_std.detach())
+        readings = tuple(self._reading(centered, own_std, reader).to(x.dtype) for reader in range(len(self.std)))
+        return readings[0] if len(readings) == 1 else readings
+
+    def make_constant(self, reader: int) -> None:
+        """From now on ``reader`` divides by its running std.
+
+        Raises:
+            InputError: it already does, or no batch has been seen yet.
+        """
+        if self.is_constant[reader]:
+            raise InputError("a norm is removed twice; a schedule removes each once")
+        if not self.std[reader].isfinite():
+            raise InputError("a norm is removed before a batch has been seen; let the schedule begin after step 0")
+        self.is_constant[reader] = True
+
+    def _reading(self, centered: Tensor, own_std: Tensor, reader: int) -> Tensor:
+        std = self._constant_std(reader) if self.is_constant[reader] else own_std
+        scaled = centered / std * self.weight
+        return scaled if self.bias is None else scaled + self.bias
+
+    def _constant_std(self, reader: int) -> Tensor:
+        if self.tokens.mask is None or not self.special_std[reader].isfinite():
+            return self.std[reader]
+        return torch.where(self.tokens.mask, self.special_std[reader], self.std[reader])
+
+    @torch.no_grad()
+    def _update(self, own_std: Tensor) -> None:
+        mask = self.tokens.mask
+        special = torch.zeros_like(own_std, dtype=torch.bool) if mask is None else mask
+        for buffer, among in ((self.std, ~special), (self.special_std, special)):
+            n = among.sum()
+            if n == 0:
+                continue
+            mean = (own_std * among).sum() / n
+            for reader, is_constant in enumerate(self.is_constant):
+                if not is_constant:
+                    before = buffer[reader] if buffer[reader].isfinite() else mean
+                    buffer[reader] = self.momentum * before + (1 - self.momentum) * mean

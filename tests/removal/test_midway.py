@@ -1,0 +1,104 @@
+"""A model whose norms go one by one: its logits before, between and after, against the stock model's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from normfree import NormfreeConfig, NormfreeForCausalLM, from_hf, remove_norms
+from normfree.errors import InputError
+from normfree.removal.midway import Midway
+from normfree.removal.schedule import automatic_schedule
+
+from .models import STOCK, constant_std_of, stock, tokens
+
+
+def begun(name: str) -> Midway:
+    """Two training batches after its norms have been made removable."""
+    midway = Midway(from_hf(stock(name)).double(), momentum=0.5)
+    midway.model.train()
+    for _ in range(2):
+        midway.model(tokens(), labels=tokens())
+    midway.model.eval()
+    return midway
+
+
+def remove_all(midway: Midway) -> None:
+    for removal in automatic_schedule(3, 300).removals(midway_config(midway)):
+        midway.apply(removal)
+
+
+def midway_config(midway: Midway) -> NormfreeConfig:
+    options = {name: getattr(midway.model.config, name) for name in NormfreeConfig.option_names()}
+    return NormfreeConfig(**options | midway.original)
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_the_function_stays_until_the_first_removal(name: str) -> None:
+    with torch.no_grad():
+        expected = stock(name).double()(tokens()).logits
+        torch.testing.assert_close(
+            begun(name).model(tokens()).logits, expected, rtol=1e-5, atol=1e-5
+        )  # Llama's norm is float32
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_what_is_left_at_the_end_is_folded_away(name: str) -> None:
+    midway = begun(name)
+    remove_all(midway)
+    settled = midway.settled()
+    assert settled.config.norm == settled.config.final_norm == "constant_std"
+    with torch.no_grad():
+        expected = midway.model(tokens()).logits
+        torch.testing.assert_close(settled(tokens()).logits, expected, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(remove_norms(settled)(tokens()).logits, expected, rtol=1e-8, atol=1e-8)
+
+
+def test_only_the_readers_that_are_removed_change() -> None:
+    midway = begun("gpt2")
+    with torch.no_grad():
+        for removal in automatic_schedule(3, 300).removals(midway_config(midway)):
+            before = midway.model(tokens()).logits
+            midway.apply(removal)
+            after = midway.model(tokens()).logits
+            if removal.part == "end_of_text" and not (tokens() == 2).any():
+                assert torch.equal(before, after)
+            else:
+                assert not torch.equal(before, after), removal
+    assert all(all(norm.is_constant) for _, norm in midway.norms())
+
+
+def test_a_checkpoint_from_between_is_no_finished_model(tmp_path: Path) -> None:
+    midway = begun("gpt2")
+    midway.model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="unknown norm 'removable'"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"not finished: 7 norms, model.blocks.0.attention_norm first"):
+        midway.settled()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"norm": "none", "final_norm": "none"}, "has no norm to remove"),
+        ({"norm_placement": "post"}, "removed in pre placement, and the model's is 'post'"),
+        ({"norm": "layernorm", "final_norm": "rmsnorm"}, "differ"),
+        ({"norm": "constant_std"}, "norm 'constant_std' cannot be removed"),
+    ],
+)
+def test_models_without_norms_to_remove(options: dict[str, Any], message: str) -> None:
+    model = NormfreeForCausalLM(NormfreeConfig(vocab_size=9, n_positions=4, n_layer=1, n_head=1, n_embd=4, **options))
+    with pytest.raises(InputError, match=message):
+        Midway(model, momentum=0.0)
+
+
+def test_settled_models_are_those_of_the_other_tests() -> None:
+    midway = begun("llama")
+    remove_all(midway)
+    ours = {option: getattr(midway.settled().config, option) for option in NormfreeConfig.option_names()}
+    theirs = {option: getattr(constant_std_of("llama").config, option) for option in NormfreeConfig.option_names()}
+    assert ours == theirs

@@ -1,0 +1,110 @@
+"""A norm on its way out against NumPy: the stds it keeps, whom they divide, and the norm it was."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from normfree.errors import InputError
+from normfree.removal.removable import RemovableNorm, SpecialTokens
+
+WIDTH = 8
+
+
+def norm_of(kind: str) -> torch.nn.LayerNorm | torch.nn.RMSNorm:
+    generator = torch.Generator().manual_seed(0)
+    norm = (torch.nn.LayerNorm if kind == "layernorm" else torch.nn.RMSNorm)(WIDTH, eps=1e-5)
+    with torch.no_grad():
+        for parameter in norm.parameters():
+            parameter += torch.randn(parameter.shape, generator=generator)
+    return norm
+
+
+def removable(kind: str, *, momentum: float = 0.5, end_of_text: list[int] | None = None) -> RemovableNorm:
+    return RemovableNorm(norm_of(kind), n_reader=2, momentum=momentum, tokens=SpecialTokens(end_of_text))
+
+
+def batch(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = 1 + 3 * torch.randn(4, 6, WIDTH, generator=generator)
+    x[:, 0] *= 50
+    return x, torch.randint(3, (4, 6), generator=generator)
+
+
+def stds(kind: str, x: torch.Tensor) -> np.ndarray:
+    values = x.double().numpy()
+    centered = values - values.mean(-1, keepdims=True) if kind == "layernorm" else values
+    return np.sqrt((centered**2).mean(-1) + 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
+def test_it_is_the_norm_it_was(kind: str) -> None:
+    x, ids = batch(0)
+    module = removable(kind)
+    module.tokens.see(ids)
+    for reading in module(x):
+        torch.testing.assert_close(reading, norm_of(kind)(x))
+
+
+@pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
+def test_constant_readers_divide_by_the_running_mean_of_both_kinds_of_tokens(kind: str) -> None:
+    module = removable(kind, end_of_text=[2])
+    kept = {"ordinary": np.nan, "special": np.nan}
+    for seed in range(3):
+        x, ids = batch(seed)
+        special = (ids == 2).numpy()
+        special[:, 0] = True
+        for name, mask in (("ordinary", ~special), ("special", special)):
+            mean = stds(kind, x)[mask].mean()
+            kept[name] = mean if seed == 0 else 0.5 * kept[name] + 0.5 * mean
+        module.tokens.see(ids)
+        module(x)
+        if seed == 1:
+            module.make_constant(0)
+            frozen = dict(kept)
+    np.testing.assert_allclose(module.std.numpy(), [frozen["ordinary"], kept["ordinary"]], rtol=1e-5)
+    np.testing.assert_allclose(module.special_std.numpy(), [frozen["special"], kept["special"]], rtol=1e-5)
+
+    module.eval()
+    first, second = module(x)
+    torch.testing.assert_close(second, norm_of(kind)(x))
+    centered = x - x.mean(-1, keepdim=True) if kind == "layernorm" else x
+    divisor = torch.from_numpy(np.where(special, frozen["special"], frozen["ordinary"]))[..., None].float()
+    bias = module.bias if module.bias is not None else 0.0
+    torch.testing.assert_close(first, centered / divisor * module.weight + bias)
+
+    module.tokens.end_of_text, module.tokens.includes_first = None, False
+    module.tokens.see(ids)
+    uniform, _ = module(x)
+    torch.testing.assert_close(uniform, centered / torch.tensor(frozen["ordinary"]).float() * module.weight + bias)
+
+
+def test_stds_move_in_training_only_and_get_no_gradient() -> None:
+    module = removable("layernorm")
+    x, ids = batch(0)
+    module.tokens.see(ids)
+    module.eval()(x)
+    with torch.no_grad():
+        module.train()(x)
+    assert module.std.isnan().all()
+    with pytest.raises(InputError, match="before a batch has been seen"):
+        module.make_constant(0)
+    module(x)
+    module.make_constant(0)
+    with pytest.raises(InputError, match="removed twice"):
+        module.make_constant(0)
+    assert not module.std.requires_grad
+
+
+def test_the_gradient_of_a_constant_reader_is_that_of_a_linear_map() -> None:
+    module = removable("layernorm").double()
+    x, ids = batch(0)
+    module.tokens.see(ids)
+    module(x)
+    module.make_constant(0)
+    module.eval()
+    x = x.double().requires_grad_()
+    (gradient,) = torch.autograd.grad(module(x)[0][1, 2, 3], x)
+    (again,) = torch.autograd.grad(module(7 * x.detach().requires_grad_())[0].sum() * 0 + module(x * 2)[0][1, 2, 3], x)
+    torch.testing.assert_close(again, 2 * gradient, rtol=1e-5, atol=1e-7)

@@ -1,0 +1,104 @@
+"""Schedules against the steps that the paper's code has, and what a schedule must not say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from normfree import NormfreeConfig
+from normfree.errors import InputError
+from normfree.removal.schedule import (
+    BLOCK_PARTS,
+    SCHEDULES,
+    Removal,
+    RemovalSchedule,
+    Stage,
+    automatic_schedule,
+    load_schedule,
+)
+
+PUBLISHED = {"gpt2": (12, 300), "gpt2-medium": (24, 500), "gpt2-large": (36, 600), "gpt2-xl": (48, 800)}
+"""Layers, and optimizer steps of the published runs."""
+
+
+def config(n_layer: int = 2, **options: Any) -> NormfreeConfig:
+    return NormfreeConfig(n_layer=n_layer, n_embd=8, n_head=1, **{"eos_token_id": 0, **options})
+
+
+def test_gpt2_small_goes_at_the_published_steps() -> None:
+    expected = [Removal(20 + 2 * layer, "ffn", layer) for layer in range(12)]
+    expected += [Removal(44 + 2 * layer, "attention_qk", layer) for layer in range(12)]
+    expected += [Removal(68 + 3 * layer, "attention_v", layer) for layer in range(12)]
+    expected += [Removal(104, "final", None), Removal(106, "end_of_text", None), Removal(116, "first_token", None)]
+    assert load_schedule("gpt2").removals(config(12)) == expected
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_published_schedules_fit_their_models(name: str) -> None:
+    n_layer, n_step = PUBLISHED[name]
+    removals = load_schedule(name).removals(config(n_layer))
+    assert len(removals) == 3 * n_layer + 3
+    assert removals[-1].step < n_step
+
+
+@pytest.mark.parametrize("n_layer", [1, 6, 12, 48])
+@pytest.mark.parametrize("n_step", [30, 300, 5000])
+def test_automatic_schedules_have_the_shares_of_gpt2_small(n_layer: int, n_step: int) -> None:
+    removals = automatic_schedule(n_layer, n_step).removals(config(n_layer))
+    steps = [each.step for each in removals]
+    assert steps == sorted(steps)
+    assert steps[0] >= 1
+    assert abs(steps[-1] - max(116 * n_step / 300, 1)) <= 1
+    if (n_layer, n_step) == (12, 300):
+        assert removals == load_schedule("gpt2").removals(config(12))
+
+
+def test_models_without_some_of_the_parts() -> None:
+    automatic = automatic_schedule(2, 300).removals(config(eos_token_id=None))
+    assert [each.part for each in automatic[-3:]] == ["final", "end_of_text", "first_token"]
+    only_final = RemovalSchedule(stages=(Stage(part="final", after=3), Stage(part="first_token", after=2)))
+    removals = only_final.removals(config(norm="none", eos_token_id=None))
+    assert removals == [Removal(3, "final", None), Removal(5, "first_token", None)]
+
+
+def test_stretched_waits_longer_behind_a_step_only() -> None:
+    schedule = load_schedule("gpt2")
+    before = schedule.removals(config(12))
+    after = schedule.stretched(config(12), 30, 3.0).removals(config(12))
+    assert [each for each in after if each.step <= 30] == [each for each in before if each.step <= 30]
+    assert [each[1:] for each in after] == [each[1:] for each in before]
+    assert after[-1].step == 30 + 3 * (before[-1].step - 30)
+
+
+def stages(**changes: Any) -> list[dict[str, Any]]:
+    parts = [*BLOCK_PARTS, "final", "end_of_text", "first_token"]
+    return [{"part": part, "after": 2, **changes.get(part, {})} for part in parts]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"stages": [*stages(), {"part": "final", "after": 1}]}, "removes final twice"),
+        ({"stages": [*stages(), {"part": "ffn", "after": 1, "layers": [1]}]}, "removes ffn of layer 1 twice"),
+        ({"stages": stages(ffn={"layers": [1]})}, "never removes ffn of layer 0; add a stage"),
+        ({"stages": stages(ffn={"layers": [0, 1, 2]})}, "removes ffn of layer 2, which the model has not"),
+        ({"stages": stages()[:-1]}, "never removes first_token"),
+    ],
+)
+def test_a_schedule_removes_each_norm_once(content: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        RemovalSchedule.model_validate(content).removals(config())
+
+
+def test_files(tmp_path: Path) -> None:
+    path = tmp_path / "schedule.yaml"
+    path.write_text("stages:\n- {part: ffn, after: 2, gap: -1}\n")
+    with pytest.raises(InputError, match=r"schedule.yaml: stages.0.gap: .*greater than or equal to 0 \(given: -1\)"):
+        load_schedule(str(path))
+    path.write_text("stages: []\nmomentum: 1\n")
+    with pytest.raises(InputError, match=r"unknown option 'momentum' \(did you mean 'std_momentum'\?\)"):
+        load_schedule(str(path))
+    with pytest.raises(InputError, match=r"unknown removal schedule 'gpt2-smal'.*allowed: gpt2, gpt2-medium"):
+        load_schedule("gpt2-smal")
