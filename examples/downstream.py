@@ -21,13 +21,14 @@ from lm_eval.utils import make_table
 from transformers import PreTrainedTokenizerBase
 
 from normfree.errors import InputError
-from normfree.interpret import MeasuredModel, load_measured_model, tokenizer_of
+from normfree.interpret import tokenizer_of
+from normfree.training import LoadedModel, load_pretrained
 
 TASKS = Path(__file__).parent / "lm_eval"
 
 
 def evaluate(
-    measured: MeasuredModel,
+    measured: LoadedModel,
     tokenizer: PreTrainedTokenizerBase,
     tasks: list[str],
     *,
@@ -60,7 +61,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1)
     options = parser.parse_args()
     try:
-        measured = load_measured_model(options.model)
+        measured = load_pretrained(options.model)
         tokenizer = tokenizer_of(measured)
     except InputError as error:
         parser.error(str(error))

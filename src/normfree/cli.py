@@ -150,14 +150,14 @@ def entropy(
     Example: normfree entropy gpt2 --corpus installed-python --sequence-length 256
     """
     from normfree.interpret import (
-        load_measured_model,
         measure_attention_entropy,
         token_sequences,
         write_attention_entropy,
     )
     from normfree.report import headwise_entropy_heatmaps, save_figure
+    from normfree.training import load_pretrained
 
-    measured = load_measured_model(model)
+    measured = load_pretrained(model)
     tokens = token_sequences(
         measured,
         corpus=corpus,
@@ -193,6 +193,143 @@ def entropy(
     for module, reason in result.unreadable.items():
         console.print(f"not read: {module}: {reason}", highlight=False, soft_wrap=True)
     console.print(f"Files: {folder}", highlight=False, soft_wrap=True)
+
+
+@app.command("remove-norm")
+def remove_norm(
+    model: Annotated[str, typer.Argument(help="A Hub id, a model folder, or a run or checkpoint folder of ours.")],
+    corpus: Annotated[str | None, typer.Option(help="As for a study; default, for a run: its own.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="A tokenizer's name or folder; default: the model's.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for runs and models; default removal/MODEL.")] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(help="gpt2, gpt2-medium, gpt2-large, gpt2-xl or a YAML file; default: by depth and budget."),
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Fine-tuning budget, in tokens.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Fine-tuning budget, in optimizer steps.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the order of the data and of dropout.")] = 0,
+    vanilla: Annotated[bool, typer.Option(help="Also fine-tune with the norms kept, as a control.")] = True,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change any value, e.g. --set recipe.learning_rate=3e-4. Can be repeated."),
+    ] = None,
+    cache_dir: CacheDir = DEFAULT_CACHE_DIR,
+    json_: Json = False,
+) -> None:
+    """Take every LayerNorm or RMSNorm out of a trained model by fine-tuning, and export it without any.
+
+    A removal that was stopped goes on where it was when the same command is given again.
+
+    Example: normfree remove-norm studies/relu-revival-cpu/runs/sm-ln-g/seed-0
+    """
+    from normfree.data import prepare_data, same_data
+    from normfree.removal import remove
+    from normfree.removal.plan import plan
+    from normfree.removal.schedule import load_schedule
+    from normfree.training import StudyProgress, load_pretrained
+
+    if tokens is not None and steps is not None:
+        raise InputError("give --tokens or --steps, not both")
+    options = {"recipe.tokens": tokens, "recipe.steps": steps, "data.corpus": corpus, "data.tokenizer": tokenizer}
+    changes: dict[str, Any] = dict(_assignment(text) for text in set_ or [])
+    changes |= {option: value for option, value in options.items() if value is not None}
+    chosen = load_schedule(schedule) if schedule is not None else None
+    loaded = load_pretrained(model)
+    run = plan(loaded, changes=changes, seed=seed)
+    console = _console(json_)
+    if loaded.fingerprint is not None and run.data == loaded.data:
+        data = same_data(run.data, cache_dir, loaded.fingerprint, progress=console.is_terminal)
+    else:
+        data = prepare_data(run.data, cache_dir, progress=console.is_terminal)
+    name = Path(model).resolve().name if Path(model).exists() else model
+    folder = out or Path("removal") / name.replace("/", "--")
+    total = run.recipe.n_tokens(run.data.sequence_length) * (2 if vanilla else 1)
+    with StudyProgress(total, console=console, description="remove-norm") as progress:
+        result = remove(
+            run,
+            data,
+            folder,
+            chosen,
+            vanilla=vanilla,
+            callbacks=lambda variant, n_tokens: (progress.run(variant, n_tokens),),
+        )
+    if json_:
+        exports = {"norm_free": str(result.norm_free), "gpt2": str(result.gpt2) if result.gpt2 else None}
+        rows = json.loads(result.table.to_json(orient="records", double_precision=9))
+        print(json.dumps({"folder": str(folder), **exports, "table": rows}))
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("variant", "fine-tuning tokens", "loss, nats", "perplexity", "Δ loss"):
+        table.add_column(column, justify="left" if column == "variant" else "right")
+    for row in result.table.to_dict("records"):
+        numbers = (f"{row['eval_loss']:.4f}", f"{row['eval_ppl']:.2f}", f"{row['delta_loss']:+.4f}")
+        table.add_row(row["variant"], f"{row['finetuning_tokens']:,}", *numbers)
+    console.print(table)
+    console.print(f"Without norms: {result.norm_free}", highlight=False, soft_wrap=True)
+    if result.gpt2 is not None:
+        console.print(f"As a stock GPT-2: {result.gpt2}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def interpret(
+    models: Annotated[list[str], typer.Argument(help="Hub ids, model folders, or runs of ours; compared on one page.")],
+    corpus: Annotated[str | None, typer.Option(help="As for a study; default: the first run's own sequences.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="A tokenizer's name or folder; default: the first model's.")
+    ] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="T; default: the first model's.")] = None,
+    sequences: Annotated[int, typer.Option(help="Sequences to measure on.")] = 64,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="JSON lines with clean, corrupted, answer, wrong_answer; default: induction prompts."),
+    ] = None,
+    neurons: Annotated[int, typer.Option(help="Candidate confidence neurons to ablate.")] = 20,
+    out: Annotated[Path, typer.Option(help="Folder for CSV files, figures and the report.")] = Path("interpretation"),
+    cache_dir: CacheDir = DEFAULT_CACHE_DIR,
+    json_: Json = False,
+) -> None:
+    """Direct logit attribution, patching, confidence neurons and sinks, of models with and without norms.
+
+    Example: normfree interpret removal/seed-0/vanilla removal/seed-0/norm-free --corpus installed-python
+    """
+    from normfree.interpret import induction_pairs, read_prompts, token_sequences, tokenizer_of
+    from normfree.modeling import NormfreeForCausalLM, from_hf
+    from normfree.studies.interpretation import interpret as interpret_model
+    from normfree.studies.interpretation import write_interpretation
+    from normfree.training import load_pretrained
+
+    console = _console(json_)
+    loaded = {_model_name(each, models): load_pretrained(each) for each in models}
+    first = next(iter(loaded.values()))
+    tokens = token_sequences(
+        first,
+        corpus=corpus,
+        tokenizer=tokenizer,
+        sequence_length=sequence_length,
+        n_sequences=sequences,
+        cache_dir=cache_dir,
+    )
+    if prompts is not None:
+        pairs = read_prompts(prompts, tokenizer_of(first))
+    else:
+        pairs = induction_pairs(tokens, max(1, sequences // 2))
+    found = {}
+    for name, each in loaded.items():
+        model = each.model if isinstance(each.model, NormfreeForCausalLM) else from_hf(each.model)
+        with console.status(f"{name}: {len(tokens)} sequences, {len(pairs.answers)} prompts, {neurons} neurons"):
+            found[name] = interpret_model(model, tokens, pairs, n_neuron=neurons)
+    table = write_interpretation(found, out, f"normfree interpret {' '.join(models)}")
+    if json_:
+        rows = json.loads(table.to_json(orient="records", double_precision=9))
+        print(json.dumps({"folder": str(out), "summary": rows}))
+        return
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in table.columns:
+        shown.add_column(column.replace("_", " "), justify="left" if column == "model" else "right")
+    for row in table.to_dict("records"):
+        shown.add_row(*(value if isinstance(value, str) else f"{value:.3f}" for value in row.values()))
+    console.print(shown)
+    console.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -241,6 +378,16 @@ def _assignment(text: str) -> tuple[str, Any]:
         return name, yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise InputError(f"--set {name}: {value!r} is not a YAML value") from error
+
+
+def _model_name(source: str, among: list[str]) -> str:
+    """The last part of a path, or as many as tell it from the others; a Hub id as it is."""
+    if not Path(source).exists():
+        return source
+    parts = Path(source).resolve().parts
+    others = [Path(each).resolve().parts for each in among if each != source]
+    n = next(n for n in range(1, len(parts) + 1) if all(each[-n:] != parts[-n:] for each in others) or n == len(parts))
+    return "/".join(parts[-n:])
 
 
 def _seeds(text: str) -> list[int]:

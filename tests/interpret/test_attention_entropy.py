@@ -12,7 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from normfree.data import train_tokenizer
 from normfree.entropy import uniform_entropy_bound
 from normfree.errors import InputError
-from normfree.interpret import load_measured_model, measure_attention_entropy, token_sequences
+from normfree.interpret import measure_attention_entropy, token_sequences
+from normfree.training import load_pretrained
 from tests.data.made_up import document
 
 T, N_SEQUENCE, VOCABULARY = 24, 6, 300
@@ -65,7 +66,7 @@ def sequences_of(measured, corpus, tmp_path, n_sequences=N_SEQUENCE, tokenizer=N
 @torch.no_grad()
 def eager_attentions(folder, tokens):
     """Float64 [n_layer, n, n_head, T, T]."""
-    model = load_measured_model(str(folder)).model.double()
+    model = load_pretrained(str(folder)).model.double()
     model.set_attn_implementation("eager")
     return np.stack([each.numpy() for each in model(input_ids=tokens, output_attentions=True).attentions])
 
@@ -76,7 +77,7 @@ def test_command_agrees_with_the_models_own_attention_weights(name, models, corp
     arguments = ("--corpus", corpus, "--sequence-length", T, "--sequences", N_SEQUENCE, "--out", tmp_path / "out")
     code, out, err = normfree("entropy", models / name, *arguments, "--json")
     assert code == 0, err
-    tokens = sequences_of(load_measured_model(str(models / name)), corpus, tmp_path)
+    tokens = sequences_of(load_pretrained(str(models / name)), corpus, tmp_path)
     assert tokens.shape == (N_SEQUENCE, T)
     p = eager_attentions(models / name, tokens)
     entropy = -np.where(p > 0, p * np.log(np.where(p > 0, p, 1.0)), 0.0).sum(-1).mean((1, 3))
@@ -129,12 +130,12 @@ def test_measures_a_run_on_its_own_evaluation_sequences(tiny_run, data, normfree
     assert code == 0, err
     mine = [row["entropy_nats"] for row in json.loads(out)["heads"]]
     np.testing.assert_allclose(mine, result.head_entropy["entropy_nats"], rtol=0, atol=2e-6)
-    checkpoint = load_measured_model(str(tmp_path / "run")).checkpoint
-    assert load_measured_model(checkpoint).data == run.data
+    checkpoint = load_pretrained(str(tmp_path / "run")).checkpoint
+    assert load_pretrained(checkpoint).data == run.data
 
 
 def test_layers_that_cannot_be_read_are_named(models):
-    model = load_measured_model(str(models / "llama")).model
+    model = load_pretrained(str(models / "llama")).model
     layer = model.model.layers[1]
 
     class OwnAttention(torch.nn.Module):
@@ -148,7 +149,7 @@ def test_layers_that_cannot_be_read_are_named(models):
 
 
 def test_nan_is_counted_and_never_averaged_over(models):
-    model = load_measured_model(str(models / "llama")).model
+    model = load_pretrained(str(models / "llama")).model
     with torch.no_grad():
         model.model.layers[1].self_attn.q_proj.weight[:8] = torch.nan  # head 0, and all of layer 2 through the residual
     result = measure_attention_entropy(model, torch.randint(0, VOCABULARY, (2, T)))
@@ -195,7 +196,7 @@ def test_bad_input_is_one_line(model, arguments, says, models, corpus_folder, no
 
 
 def test_a_model_needs_a_corpus_and_a_fitting_tokenizer(models, corpus_folder, tmp_path):
-    measured = load_measured_model(str(models / "gpt2"))
+    measured = load_pretrained(str(models / "gpt2"))
     with pytest.raises(InputError, match="name a corpus"):
         sequences_of(measured, None, tmp_path)
     train_tokenizer((document(seed) for seed in range(40)), VOCABULARY + 20).save_pretrained(tmp_path / "larger")

@@ -18,7 +18,8 @@ from lm_eval.tasks import TaskManager
 
 from normfree import NormfreeConfig, NormfreeForCausalLM
 from normfree.data import PackedData
-from normfree.interpret import load_measured_model, tokenizer_of
+from normfree.interpret import tokenizer_of
+from normfree.training import load_pretrained
 from normfree.training.configuration import provenance
 
 ROOT = Path(__file__).parents[2]
@@ -114,7 +115,7 @@ def test_only_the_labelled_choice_is_valid_python_and_no_label_is_commoner():
 
 @pytest.mark.parametrize("batch_size", [1, 7])
 def test_scores_are_those_of_the_logits(example, model, data, run, batch_size):
-    measured = load_measured_model(str(run))
+    measured = load_pretrained(str(run))
     tokenizer = tokenizer_of(measured)
     results = example["evaluate"](measured, tokenizer, ["python_syntax"], batch_size=batch_size)
 

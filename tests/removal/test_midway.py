@@ -30,6 +30,7 @@ def begun(name: str) -> Midway:
 def remove_all(midway: Midway) -> None:
     for removal in automatic_schedule(3, 300).removals(midway_config(midway)):
         midway.apply(removal)
+    midway.finish()
 
 
 def midway_config(midway: Midway) -> NormfreeConfig:
@@ -78,7 +79,7 @@ def test_a_checkpoint_from_between_is_no_finished_model(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="unknown norm 'removable'"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"not finished: 7 norms, model.blocks.0.attention_norm first"):
-        midway.settled()
+        midway.finish()
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,9 @@ from normfree import NormfreeForCausalLM
 from normfree.data import PackedData
 from normfree.errors import InputError
 from normfree.training import RunConfig, RunResult, load_result, train
+from normfree.training.evaluation import perplexity, sequence_losses
 from normfree.training.records import LAYERS_FILE, METRICS_FILE
-from normfree.training.trainer import last_checkpoint, perplexity, sequence_losses
+from normfree.training.run_folder import last_checkpoint
 
 from .test_telemetry import BatchLog
 

@@ -1,27 +1,65 @@
-"""Reading finished models: what each head attends to, how signals propagate, what low precision costs."""
+"""Reading finished models: what heads attend to and write, how signals propagate, what low precision costs."""
 
 from normfree.interpret.attention_entropy import (
     AttentionEntropy,
-    MeasuredModel,
-    load_measured_model,
     measure_attention_entropy,
     token_sequences,
     tokenizer_of,
     write_attention_entropy,
 )
+from normfree.interpret.confidence_neurons import (
+    confidence_neuron_candidates,
+    neuron_ablation_effects,
+    neuron_output_weights,
+)
+from normfree.interpret.direct_logit_attribution import (
+    DirectAttributionErrors,
+    LogitAttribution,
+    direct_attribution_errors,
+    direct_effects,
+    direct_logit_attribution,
+    mean_final_std,
+)
+from normfree.interpret.patching import (
+    PatchingAgreement,
+    PromptPairs,
+    agreement,
+    logit_difference,
+    patch_heads,
+    patch_residual_stream,
+)
+from normfree.interpret.prompts import induction_pairs, read_prompts
 from normfree.interpret.quantization import PRECISIONS, check_quantization, quantization_cost, quantized
 from normfree.interpret.signal_propagation import measure_signal_propagation
+from normfree.interpret.sinks import attention_sinks, residual_std_by_position
 
 __all__ = [
     "PRECISIONS",
     "AttentionEntropy",
-    "MeasuredModel",
+    "DirectAttributionErrors",
+    "LogitAttribution",
+    "PatchingAgreement",
+    "PromptPairs",
+    "agreement",
+    "attention_sinks",
     "check_quantization",
-    "load_measured_model",
+    "confidence_neuron_candidates",
+    "direct_attribution_errors",
+    "direct_effects",
+    "direct_logit_attribution",
+    "induction_pairs",
+    "logit_difference",
+    "mean_final_std",
     "measure_attention_entropy",
     "measure_signal_propagation",
+    "neuron_ablation_effects",
+    "neuron_output_weights",
+    "patch_heads",
+    "patch_residual_stream",
     "quantization_cost",
     "quantized",
+    "read_prompts",
+    "residual_std_by_position",
     "token_sequences",
     "tokenizer_of",
     "write_attention_entropy",

@@ -12,41 +12,18 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from normfree.data import DataConfig, TokenBlocks, load_tokenizer, open_corpus, same_data
 from normfree.data.blocks import write_blocks
 from normfree.entropy import EntropyProbe, entropy_bands, uniform_entropy_bound
 from normfree.errors import InputError
 from normfree.files import write_text
-from normfree.training import load_run_config
-from normfree.training.configuration import CONFIG_FILE, PROVENANCE, read_yaml
-from normfree.training.run_folder import last_checkpoint
+from normfree.training import LoadedModel
 
 DEFAULT_SEQUENCE_LENGTH = 512
 NEARLY_ALL = 1 - 1e-9
 """Share of a corpus' documents to measure on: a finished model needs no others to be kept for training."""
-
-
-@dataclass(frozen=True)
-class MeasuredModel:
-    """A causal language model in evaluation mode, and where it came from.
-
-    source: what was asked for: a Hub id or a folder.
-    checkpoint: what was loaded; another folder than ``source`` for a run.
-    data: the data that a run was trained on, None for other models; ``fingerprint`` stands for its very tokens.
-    """
-
-    source: str
-    checkpoint: str
-    model: PreTrainedModel
-    data: DataConfig | None = None
-    fingerprint: str | None = None
-
-    @property
-    def n_positions(self) -> int | None:
-        """The longest sequence the model takes, if its configuration says so."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
 
 @dataclass(frozen=True)
@@ -84,46 +61,7 @@ class AttentionEntropy:
         }
 
 
-def load_measured_model(source: str) -> MeasuredModel:
-    """A model from the Hub, a folder of transformers' form, or a run or checkpoint folder of our own.
-
-    Only safetensors weights are read, and no remote code is run. On CUDA where there is a device.
-
-    Raises:
-        InputError: there is no such model, or it cannot be loaded so.
-    """
-    folder = Path(source)
-    checkpoint, run = source, None
-    if (folder / CONFIG_FILE).is_file():
-        newest = last_checkpoint(folder)
-        if newest is None:
-            raise InputError(f"run folder {source} has no finished checkpoint-* folder yet; let the run go on")
-        checkpoint, run = str(newest), folder
-    elif (folder / "config.json").is_file():
-        is_checkpoint = folder.name.startswith("checkpoint-") and (folder.parent / CONFIG_FILE).is_file()
-        run = folder.parent if is_checkpoint else None
-    elif folder.exists():
-        raise InputError(
-            f"{source} holds no model: neither transformers' config.json nor a run's {CONFIG_FILE}; "
-            "give a Hub id, a model folder, a run folder or a checkpoint folder"
-        )
-    try:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, use_safetensors=True, trust_remote_code=False)
-    except Exception as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(
-            f"cannot load model {checkpoint!r} ({reason}); give a Hub id or a folder of a causal language model "
-            "with safetensors weights"
-        ) from error
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = model.eval().to(device)
-    if run is None:
-        return MeasuredModel(source, checkpoint, model)
-    fingerprint = read_yaml(run / CONFIG_FILE)[PROVENANCE]["corpus_fingerprint"]
-    return MeasuredModel(source, checkpoint, model, load_run_config(run / CONFIG_FILE).data, fingerprint)
-
-
-def tokenizer_of(measured: MeasuredModel) -> PreTrainedTokenizerBase:
+def tokenizer_of(measured: LoadedModel) -> PreTrainedTokenizerBase:
     """The tokenizer saved with the model, as every checkpoint of a run has it.
 
     Raises:
@@ -137,7 +75,7 @@ def tokenizer_of(measured: MeasuredModel) -> PreTrainedTokenizerBase:
 
 
 def token_sequences(
-    measured: MeasuredModel,
+    measured: LoadedModel,
     *,
     corpus: str | None,
     tokenizer: str | None,
@@ -214,15 +152,13 @@ def write_attention_entropy(result: AttentionEntropy, folder: Path) -> None:
     write_text(folder / "layers.csv", result.layers.to_csv(index=False, na_rep="nan"))
 
 
-def _default_sequence_length(measured: MeasuredModel) -> int:
+def _default_sequence_length(measured: LoadedModel) -> int:
     if measured.data is not None:
         return measured.data.sequence_length
     return min(DEFAULT_SEQUENCE_LENGTH, measured.n_positions or DEFAULT_SEQUENCE_LENGTH)
 
 
-def _own_sequences(
-    measured: MeasuredModel, tokenizer: str | None, sequence_length: int, cache_dir: Path
-) -> torch.Tensor:
+def _own_sequences(measured: LoadedModel, tokenizer: str | None, sequence_length: int, cache_dir: Path) -> torch.Tensor:
     if measured.data is None or measured.fingerprint is None:
         raise InputError(f"{measured.source} is no run with data of its own; name a corpus to measure on")
     if tokenizer is not None:

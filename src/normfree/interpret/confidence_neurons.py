@@ -47,7 +47,8 @@ def neuron_output_weights(
         all has NaN in all but ``weight_norm``.
 
     Raises:
-        InputError: the model is of another kind, it has no such layer, or not so many directions.
+        InputError: the model is of another kind, its unembedding holds NaN or Inf, it has no such layer, or not so many
+            directions.
     """
     check_decoder(model)
     chosen = _chosen_layers(model, layers)
@@ -77,12 +78,14 @@ def neuron_output_weights(
 def confidence_neuron_candidates(weights: pd.DataFrame, n: int) -> pd.DataFrame:
     """The ``n`` rows of :func:`neuron_output_weights` with the highest score, the highest first; all if fewer.
 
+    A neuron without a score is none.
+
     Raises:
         InputError: ``n`` is less than 1.
     """
     if n < 1:
         raise InputError(f"cannot choose {n} candidates; choose at least 1")
-    return weights.nlargest(n, "score").reset_index(drop=True)
+    return weights.dropna(subset=["score"]).nlargest(n, "score").reset_index(drop=True)
 
 
 @torch.no_grad()
@@ -105,7 +108,7 @@ def neuron_ablation_effects(
     Returns:
         layer, neuron, mean_activation, total_effect_nats and frozen_effect_nats (means of |loss ablated − loss| over
         the n (T − 1) predicted tokens), total_change_nats and frozen_change_nats (means of loss ablated − loss) and
-        norm_mediated_share (1 − frozen_effect / total_effect; NaN for a neuron without effect).
+        norm_mediated_share (1 − frozen_effect / total_effect, negative where the norm dampens; NaN without effect).
 
     Raises:
         InputError: the model is of another kind, the sequences do not fit it, or there is no such neuron.
@@ -181,6 +184,10 @@ def _null_space(unembedding: torch.Tensor, n_directions: int | None, is_centred:
     if not 1 <= n_directions <= n_there:
         raise InputError(f"cannot take {n_directions} null directions of {n_there}; choose 1 to {n_there}")
     gram = unembedding.T @ unembedding
+    if not gram.isfinite().all():
+        raise InputError(
+            "the unembedding of the model holds NaN or Inf, so no direction is read least; use another model"
+        )
     if is_centred:
         # The direction (1, ..., 1) moves from the smallest to the largest eigenvalue.
         gram += 2 * gram.trace() / n_embd
@@ -222,5 +229,6 @@ def _losses(
 ) -> torch.Tensor:
     """Loss of every predicted token, float64 [batch, T − 1], in nats, with the final norm's σ given."""
     hidden = readout.normalized(final, std)[:, :-1].to(model.dtype)
-    logits = model.lm_head(hidden).float()
-    return torch.nn.functional.cross_entropy(logits.mT, tokens[:, 1:], reduction="none").double()
+    logits = model.lm_head(hidden).to(torch.promote_types(model.dtype, torch.float32))
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+    return losses.double().unflatten(0, (len(tokens), -1))

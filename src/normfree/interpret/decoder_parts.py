@@ -98,14 +98,14 @@ def read_inputs(
     model: NormfreeForCausalLM, input_ids: torch.Tensor, modules: Sequence[nn.Module]
 ) -> list[torch.Tensor]:
     """The inputs of ``modules`` when the decoder reads ``input_ids`` [batch, T]; the unembedding is not computed."""
-    inputs: list[torch.Tensor | None] = [None] * len(modules)
+    inputs: dict[int, torch.Tensor] = {}
 
     def keep(place: int, x: torch.Tensor) -> None:
         inputs[place] = x
 
     with intercepted(modules, keep):
         model.model(input_ids=input_ids.to(model.device), use_cache=False)
-    return [x for x in inputs if x is not None]
+    return [inputs[place] for place in range(len(modules))]
 
 
 def _blocks(model: NormfreeForCausalLM) -> list[Any]:

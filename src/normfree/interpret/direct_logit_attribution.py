@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 import torch
+from torch import nn
 
 from normfree.errors import InputError
 from normfree.interpret.decoder_parts import (
@@ -101,7 +102,7 @@ def direct_logit_attribution(
         targets: the tokens whose logits are attributed, int64 [batch, T].
         against: attribute the logits of ``targets`` less those of these tokens, int64 [batch, T].
         constant_std: freeze σ to this number for all tokens (see :func:`mean_final_std`) instead of each token's own;
-            the sum over components is then an approximation. No model without a final norm takes one.
+            the sum over components is then an approximation. Only for a model whose final norm has a std of its own.
         neurons: neurons and output bias of each MLP instead of the MLP as a whole.
 
     Raises:
@@ -145,7 +146,7 @@ def direct_attribution_errors(
     """How far attribution is from the measured direct effect, on the logits of the next tokens of ``sequences``.
 
     The normalized mean absolute error of a component is mean |attribution − effect| / mean |effect|, over all
-    predicted tokens. It is 0 in a model without a final norm, up to rounding.
+    predicted tokens. It is 0 in a model whose final norm has no std of its own, up to rounding.
 
     Args:
         model: a pre-norm decoder in evaluation mode.
@@ -192,7 +193,7 @@ def mean_final_std(model: NormfreeForCausalLM, sequences: torch.Tensor, batch_si
     treats it apart for that reason.
 
     Raises:
-        InputError: as :func:`direct_logit_attribution`; also for a model without a final norm.
+        InputError: as :func:`direct_logit_attribution`; also for a model whose final norm has no std of its own.
     """
     check_decoder(model)
     check_predicting(model, sequences)
@@ -219,8 +220,8 @@ def check_predicting(model: NormfreeForCausalLM, sequences: torch.Tensor) -> Non
 def _check_constant_std(readout: Readout, constant_std: float | None) -> None:
     if constant_std is None:
         return
-    if isinstance(readout.norm, torch.nn.Identity):
-        raise InputError("the model has no final norm, so there is no std to freeze; leave the constant std out")
+    if readout.is_linear:
+        raise InputError("the model's final norm has no std of its own to freeze; leave the constant std out")
     if not 0 < constant_std < float("inf"):
         raise InputError(f"the constant std is {constant_std}; it must be positive and finite")
 
@@ -274,25 +275,21 @@ def _contributions(
     std = readout.std(written.final) if constant_std is None else constant_std
     direction = readout.directions(targets, against) / std
 
-    def by_part(activations: torch.Tensor, projection: torch.nn.Linear, n_part: int) -> torch.Tensor:
+    def by_part(activations: torch.Tensor, projection: nn.Linear, n_part: int) -> torch.Tensor:
         # Reading the direction back through the projection keeps [batch, T, n_inner, n_embd] from being built.
         products = activations.double() * (direction @ projection.weight.double())
         return products.unflatten(-1, (n_part, -1)).sum(dim=-1).movedim(-1, 0)
 
     parts = [(written.embedding.double() * direction).sum(dim=-1)[None]]
-    layers = zip(
-        head_projections(model), written.heads, neuron_projections(model), written.neurons, strict=True
-    )
+    layers = zip(head_projections(model), written.heads, neuron_projections(model), written.neurons, strict=True)
     for o_proj, heads, down_proj, activations in layers:
         parts.append(by_part(heads, o_proj, model.config.n_head))
         if o_proj.bias is not None:
             parts.append((direction @ o_proj.bias.double())[None])
-        mlp = by_part(activations, down_proj, model.config.n_inner if neurons else 1)
-        if down_proj.bias is None:
-            parts.append(mlp)
-            continue
-        bias = (direction @ down_proj.bias.double())[None]
-        parts += [mlp, bias] if neurons else [mlp + bias]
+        mlp = [by_part(activations, down_proj, model.config.n_inner if neurons else 1)]
+        if down_proj.bias is not None:
+            mlp.append((direction @ down_proj.bias.double())[None])
+        parts += mlp if neurons else [torch.stack(mlp).sum(dim=0)]
     return torch.cat(parts)
 
 
@@ -321,4 +318,6 @@ def _outputs(model: NormfreeForCausalLM, written: _Written) -> Iterator[torch.Te
         if o_proj.bias is not None:
             yield o_proj.bias.double().expand_as(written.final)
         mlp = written.neurons[layer].double() @ down_proj.weight.double().T
-        yield mlp if down_proj.bias is None else mlp + down_proj.bias.double()
+        if down_proj.bias is not None:
+            mlp += down_proj.bias.double()
+        yield mlp

@@ -6,8 +6,6 @@ import copy
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import torch
 from torch import nn
@@ -15,7 +13,7 @@ from transformers import PreTrainedModel
 
 from normfree.errors import InputError, unknown_name
 from normfree.modeling.residual_stream import decoder_blocks
-from normfree.training.trainer import perplexity, sequence_losses
+from normfree.training.evaluation import evaluation_losses, perplexity
 
 FULL_PRECISION = "full_precision"
 INT8_WEIGHTS = "int8_weights"
@@ -91,9 +89,9 @@ def quantization_cost(model: PreTrainedModel, sequences: torch.Tensor, batch_siz
     """
     if sequences.ndim != 2 or sequences.shape[0] < 1 or sequences.shape[1] < 2:
         raise InputError(f"need token ids [n, T] with n at least 1 and T at least 2, got {list(sequences.shape)}")
-    losses = {FULL_PRECISION: _losses(model, sequences, batch_size).mean()}
+    losses = {FULL_PRECISION: evaluation_losses(model, sequences, batch_size).mean()}
     for scheme in SCHEMES:
-        losses[scheme] = _losses(quantized(model, scheme), sequences, batch_size).mean()
+        losses[scheme] = evaluation_losses(quantized(model, scheme), sequences, batch_size).mean()
     full = losses[FULL_PRECISION]
     return pd.DataFrame(
         {
@@ -104,15 +102,6 @@ def quantization_cost(model: PreTrainedModel, sequences: torch.Tensor, batch_siz
             "increase_percent": [100 * (perplexity(loss - full) - 1) for loss in losses.values()],
         }
     )
-
-
-def _losses(model: PreTrainedModel, sequences: torch.Tensor, batch_size: int) -> npt.NDArray[np.float64]:
-    """The mean loss of each sequence in nats."""
-    losses = []
-    for batch in sequences.split(batch_size):
-        tokens = batch.to(model.device)
-        losses.append(sequence_losses(model(input_ids=tokens, use_cache=False).logits, tokens).cpu())
-    return torch.cat(losses).double().numpy()
 
 
 def _quantize(module: nn.Module, scheme: str) -> None:

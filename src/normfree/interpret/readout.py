@@ -10,14 +10,15 @@ from torch import nn
 
 from normfree.errors import InputError
 from normfree.modeling import NormfreeForCausalLM
+from normfree.modeling.constant_std import ConstantStdNorm
 
 
 @dataclass(frozen=True)
 class Readout:
     """logits = W (g ⊙ C x / σ(x) + β) + b: final norm and unembedding of a model.
 
-    C takes the mean over channels off (LayerNorm) or nothing (RMSNorm, no norm); σ(x) is sqrt(mean((C x)²) + eps), or
-    1 where there is no norm. With σ held fixed, logits are linear in x.
+    C takes the mean over channels off (LayerNorm) or nothing (RMSNorm, no norm); σ(x) is sqrt(mean((C x)²) + eps), the
+    constant of a constant-std norm, or 1 where there is no norm. With σ held fixed, logits are linear in x.
 
     norm: the final norm itself, a copy in float64.
     gain, bias: g and β, float64 [n_embd]; ones and zeros where the norm has none.
@@ -38,13 +39,13 @@ class Readout:
         """The readout of ``model``.
 
         Raises:
-            InputError: its final norm is none of LayerNorm, RMSNorm and no norm.
+            InputError: its final norm is none of LayerNorm, RMSNorm, constant-std norm and no norm.
         """
         norm = deepcopy(model.model.final_norm).double()
-        if not isinstance(norm, (nn.LayerNorm, nn.RMSNorm, nn.Identity)):
+        if not isinstance(norm, (nn.LayerNorm, nn.RMSNorm, ConstantStdNorm, nn.Identity)):
             raise InputError(
                 f"cannot read logits through a final norm of the class {type(norm).__name__}; "
-                "use a model with final_norm 'layernorm', 'rmsnorm' or 'none'"
+                "use a model with final_norm 'layernorm', 'rmsnorm', 'constant_std' or 'none'"
             )
         head = model.lm_head
         zeros = torch.zeros(model.config.n_embd, dtype=torch.float64, device=head.weight.device)
@@ -53,15 +54,21 @@ class Readout:
             norm,
             zeros + 1 if gain is None else gain.detach(),
             zeros if bias is None else bias.detach(),
-            isinstance(norm, nn.LayerNorm),
+            isinstance(norm, nn.LayerNorm) or (isinstance(norm, ConstantStdNorm) and norm.is_centered),
             head.weight.detach(),
             zeros.new_zeros(len(head.weight)) if head.bias is None else head.bias.detach().double(),
         )
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether logits are linear in x: σ depends on no x."""
+        return isinstance(self.norm, (nn.Identity, ConstantStdNorm))
+
     def std(self, x: torch.Tensor) -> torch.Tensor:
         """σ of each token of ``x`` [..., n_embd]: float64 [..., 1]."""
-        if isinstance(self.norm, nn.Identity):
-            return torch.ones_like(x[..., :1], dtype=torch.float64)
+        if self.is_linear:
+            ones = torch.ones_like(x[..., :1], dtype=torch.float64)
+            return ones * self.norm.std if isinstance(self.norm, ConstantStdNorm) else ones
         eps = self.norm.eps
         assert isinstance(eps, float), "ours have a number there"
         return (self.centred(x.double()).square().mean(dim=-1, keepdim=True) + eps).sqrt()

@@ -3,5 +3,6 @@ LayerNorm at Inference Time", arXiv 2507.02559)."""
 
 from normfree.removal.fold import remove_norms
 from normfree.removal.gpt2 import to_gpt2
+from normfree.removal.removal import RemovalResult, remove
 
-__all__ = ["remove_norms", "to_gpt2"]
+__all__ = ["RemovalResult", "remove", "remove_norms", "to_gpt2"]

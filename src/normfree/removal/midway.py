@@ -14,7 +14,7 @@ from normfree.errors import InputError
 from normfree.modeling import NormfreeConfig, NormfreeForCausalLM
 from normfree.modeling.blocks import Block
 from normfree.removal.fold import FOLDED
-from normfree.removal.removable import MIDWAY, SPECIAL_STD, RemovableNorm, SpecialTokens
+from normfree.removal.removable import MIDWAY, RemovableNorm, SpecialTokens
 from normfree.removal.schedule import Part, Removal
 
 NORMS_TO_REMOVE = ("layernorm", "rmsnorm")
@@ -39,6 +39,7 @@ class Midway:
         self.original = {option: getattr(model.config, option) for option in ("norm", "final_norm")}
         eos = model.config.eos_token_id
         self.tokens = SpecialTokens([eos] if isinstance(eos, int) else eos)
+        self.gone: list[Removal] = []
         self._momentum = momentum
         for block in model.model.blocks:
             assert isinstance(block, Block)
@@ -54,6 +55,7 @@ class Midway:
         Raises:
             InputError: it is gone already, or no batch has been seen yet.
         """
+        self.gone.append(removal)
         if removal.part == "end_of_text":
             self.tokens.end_of_text = None
         elif removal.part == "first_token":
@@ -70,8 +72,8 @@ class Midway:
             if isinstance(module, RemovableNorm):
                 yield name, module
 
-    def settled(self) -> NormfreeForCausalLM:
-        """The ``constant_std`` model that this has become, with weights of its own.
+    def finish(self) -> None:
+        """Makes this a ``constant_std`` model in configuration and weights, once everything has been removed.
 
         Raises:
             InputError: a norm still divides by each token's own std, or some tokens by a std of their own.
@@ -80,16 +82,21 @@ class Midway:
         if left or self.tokens.includes_first or self.tokens.end_of_text is not None:
             what = f"{len(left)} norms, {left[0]} first," if left else "special tokens"
             raise InputError(f"the removal is not finished: {what} still have stds of their own; let the run go on")
-        options: dict[str, Any] = {name: getattr(self.model.config, name) for name in NormfreeConfig.option_names()}
-        constant = {name: FOLDED if norm != "none" else norm for name, norm in self.original.items()}
-        options |= constant | {"norm_is_centered": "rmsnorm" not in self.original.values()}
+        for _, norm in self.norms():
+            norm.forget_special_tokens()
+        for option, norm in self.original.items():
+            setattr(self.model.config, option, norm if norm == "none" else FOLDED)
+        self.model.config.norm_is_centered = "rmsnorm" not in self.original.values()
+
+    def settled(self) -> NormfreeForCausalLM:
+        """The ``constant_std`` model that this has become after :meth:`finish`, with weights of its own."""
         config = self.model.config
+        options: dict[str, Any] = {name: getattr(config, name) for name in NormfreeConfig.option_names()}
         with torch.device(self.model.device), no_init_weights():
             model: NormfreeForCausalLM = AutoModelForCausalLM.from_config(
                 NormfreeConfig(**options), dtype=self.model.dtype, attn_implementation=config._attn_implementation
             )
-        weights = self.model.state_dict()
-        model.load_state_dict({name: each for name, each in weights.items() if not name.endswith(SPECIAL_STD)})
+        model.load_state_dict(self.model.state_dict())
         model.generation_config = self.model.generation_config
         return model.train(self.model.training)
 

@@ -28,6 +28,11 @@ class SpecialTokens:
         self.end_of_text = end_of_text
         self.mask: Tensor | None = None
 
+    @property
+    def has_any(self) -> bool:
+        """Whether any tokens are special still."""
+        return self.includes_first or bool(self.end_of_text)
+
     def see(self, input_ids: Tensor) -> None:
         """Notes the special tokens of ``input_ids``, int64 [batch, T], whole sequences: bool [batch, T, 1]."""
         mask = torch.zeros_like(input_ids, dtype=torch.bool)
@@ -76,7 +81,7 @@ class RemovableNorm(nn.Module):
         own_std = (centered.square().mean(dim=-1, keepdim=True) + self.eps).sqrt()
         if self.keeps_own_std:
             self.own_std = own_std
-        if self.training and torch.is_grad_enabled():
+        if self.training and torch.is_grad_enabled() and not all(self.is_constant):
             self._update(own_std.detach())
         readings = tuple(self._reading(centered, own_std, reader).to(x.dtype) for reader in range(len(self.std)))
         return readings[0] if len(readings) == 1 else readings
@@ -93,13 +98,18 @@ class RemovableNorm(nn.Module):
             raise InputError("a norm is removed before a batch has been seen; let the schedule begin after step 0")
         self.is_constant[reader] = True
 
+    def forget_special_tokens(self) -> None:
+        """Drops the std of the special tokens, when there are none any more."""
+        if SPECIAL_STD in self._buffers:
+            del self._buffers[SPECIAL_STD]
+
     def _reading(self, centered: Tensor, own_std: Tensor, reader: int) -> Tensor:
         std = self._constant_std(reader) if self.is_constant[reader] else own_std
         scaled = centered / std * self.weight
         return scaled if self.bias is None else scaled + self.bias
 
     def _constant_std(self, reader: int) -> Tensor:
-        if self.tokens.mask is None or not self.special_std[reader].isfinite():
+        if not self.tokens.has_any or self.tokens.mask is None or not self.special_std[reader].isfinite():
             return self.std[reader]
         return torch.where(self.tokens.mask, self.special_std[reader], self.std[reader])
 

@@ -22,6 +22,12 @@ from normfree.report.html import (
 from normfree.report.hybrids import layer_entropy_by_configuration
 from normfree.report.instability import entropy_collapse, first_nonfinite
 from normfree.report.instability_dynamics import instability_dynamics
+from normfree.report.interpretability import (
+    attribution_error_heatmaps,
+    confidence_neurons,
+    patching_agreement,
+    residual_std_by_position,
+)
 from normfree.report.outlier_tables import PRECISION_NAMES, outlier_table, quantization_table
 from normfree.report.overload import perplexity_and_overload
 from normfree.report.published import (
@@ -68,7 +74,9 @@ __all__ = [
     "PublishedName",
     "Section",
     "Table",
+    "attribution_error_heatmaps",
     "band_shares",
+    "confidence_neurons",
     "entropy_collapse",
     "entropy_threshold_trajectories",
     "entropy_trajectory_distance",
@@ -88,11 +96,13 @@ __all__ = [
     "outlier_table",
     "paired_difference",
     "paper_style",
+    "patching_agreement",
     "perplexity_and_overload",
     "perplexity_table",
     "published_head_entropy",
     "quantization_table",
     "render_report",
+    "residual_std_by_position",
     "save_figure",
     "signal_propagation_dynamics",
     "signal_propagation_over_depth",

@@ -5,6 +5,7 @@ from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from normfree.report.frames import check_frame, in_order
 from normfree.report.style import INK, TWO_COLUMN, configuration_colours, paper_style
@@ -44,7 +45,9 @@ def perplexity_and_overload(curves: pd.DataFrame, *, changed: str, level: Mappin
             overload.axhline(100 * level["top_band"], **dashed)
         perplexity.set_yscale("log")
         perplexity.yaxis.set_major_formatter("{x:.0f}")
-        perplexity.yaxis.set_minor_formatter("{x:.0f}")
+        # powers of ten are too far apart for most ranges of perplexity
+        perplexity.yaxis.set_major_locator(MaxNLocator(6))
+        perplexity.yaxis.set_minor_locator(NullLocator())
         perplexity.set_ylabel("perplexity (log scale)")
         overload.set_ylabel("heads in the top quarter (%)")
         overload.set_ylim(0, 104)

@@ -17,7 +17,6 @@ from normfree.data import PackedData
 from normfree.interpret import (
     PRECISIONS,
     check_quantization,
-    load_measured_model,
     measure_signal_propagation,
     quantization_cost,
 )
@@ -38,7 +37,7 @@ from normfree.studies.frames import KEY, run_key
 from normfree.studies.page import Findings, StudyPage
 from normfree.studies.relu_revival import GELU, LAYERNORM_GELU, LAYERNORM_RELU, RELU, scale_limits
 from normfree.studies.study import Measurement, Study
-from normfree.training import RunResult
+from normfree.training import RunResult, load_pretrained
 from normfree.training.records import LAYERS_FILE, write_parquet
 from normfree.training.run_folder import last_checkpoint
 
@@ -73,7 +72,7 @@ def measure(result: RunResult, data: PackedData) -> None:
         columns = ("eval_loss", "eval_ppl", "increase_percent")
         quantization = pd.DataFrame({"precision": PRECISIONS, **dict.fromkeys(columns, np.nan)})
     else:
-        model = load_measured_model(str(checkpoint)).model
+        model = load_pretrained(str(checkpoint)).model
         sequences = torch.from_numpy(np.asarray(data.eval.tokens, dtype=np.int64))
         signal = measure_signal_propagation(model, sequences, BATCH_SIZE)
         quantization = quantization_cost(model, sequences, BATCH_SIZE)

@@ -2,8 +2,20 @@
 
 from normfree.training.configuration import RunConfig, load_run_config
 from normfree.training.objectives import OBJECTIVES
+from normfree.training.pretrained import LoadedModel, load_pretrained
 from normfree.training.progress import StudyProgress
 from normfree.training.recipe import Recipe
 from normfree.training.trainer import RunResult, load_result, train
 
-__all__ = ["OBJECTIVES", "Recipe", "RunConfig", "RunResult", "StudyProgress", "load_result", "load_run_config", "train"]
+__all__ = [
+    "OBJECTIVES",
+    "LoadedModel",
+    "Recipe",
+    "RunConfig",
+    "RunResult",
+    "StudyProgress",
+    "load_pretrained",
+    "load_result",
+    "load_run_config",
+    "train",
+]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from normfree.data import DataConfig, PackedData
 from normfree.errors import InputError, invalid_fields, unknown_name
@@ -27,7 +27,9 @@ class RunConfig(BaseModel):
 
     ``model`` holds options of :class:`~normfree.NormfreeConfig`. The vocabulary size and the token ids come from
     the tokenizer, ``n_positions`` from ``data.sequence_length``; none of them may stand in ``model``. Without an
-    ``objective`` it is plain cross-entropy; its ``kind`` is one of ``OBJECTIVES``.
+    ``objective`` it is plain cross-entropy; its ``kind`` is one of ``OBJECTIVES``. With ``start_from``, what
+    :func:`~normfree.training.load_pretrained` takes, the run goes on from that model's weights and architecture, and
+    ``model`` is empty.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -39,6 +41,15 @@ class RunConfig(BaseModel):
     data: DataConfig
     recipe: Recipe
     objective: SerializeAsAny[ObjectiveOptions] | None = None
+    start_from: str | None = None
+
+    @model_validator(mode="after")
+    def _check_start(self) -> RunConfig:
+        if self.start_from is not None and self.model:
+            raise ValueError(
+                f"a run that starts from a model has its architecture: model must be empty, not {self.model}"
+            )
+        return self
 
     @field_validator("objective", mode="before")
     @classmethod

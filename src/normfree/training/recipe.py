@@ -20,6 +20,9 @@ class Recipe(BaseModel):
     Weight decay acts on weights and, as in the public code, on learnable slopes (``decay_slopes``), never on norms and
     biases.
 
+    After its warm-up the learning rate falls to ``final_learning_rate_ratio`` of itself, along half a cosine or in a
+    straight line (to 0 only).
+
     A budget is given either in ``steps`` (optimizer steps) or in ``tokens``, which is rounded down to whole steps.
     ``batch_size`` counts the sequences of one optimizer step over all devices; a device holds
     ``micro_batch_size`` of them at a time and accumulates the rest.
@@ -34,6 +37,8 @@ class Recipe(BaseModel):
 
     learning_rate: float = Field(1e-3, gt=0)
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
+    learning_rate_decay: Literal["linear", "cosine"] = "linear"
+    final_learning_rate_ratio: float = Field(0.0, ge=0, lt=1)
     weight_decay: float = Field(0.1, ge=0)
     decay_slopes: bool = True
     adam_beta1: float = Field(0.9, ge=0, lt=1)
@@ -56,6 +61,11 @@ class Recipe(BaseModel):
         if self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"batch_size ({self.batch_size}) is not a multiple of micro_batch_size ({self.micro_batch_size})"
+            )
+        if self.learning_rate_decay == "linear" and self.final_learning_rate_ratio:
+            raise ValueError(
+                f"final_learning_rate_ratio ({self.final_learning_rate_ratio:g}) is for learning_rate_decay cosine; "
+                "linear decay goes to 0"
             )
         if (self.steps is None) == (self.tokens is None):
             raise ValueError("give the budget as steps or as tokens: exactly one of the two")
@@ -115,7 +125,7 @@ class Recipe(BaseModel):
             per_device_eval_batch_size=self.micro_batch_size,
             gradient_accumulation_steps=self.batch_size // (self.micro_batch_size * _n_processes()),
             learning_rate=self.learning_rate,
-            lr_scheduler_type="linear",
+            **self._decay(),
             warmup_steps=self.n_warmup_steps(sequence_length),
             weight_decay=self.weight_decay,
             adam_beta1=self.adam_beta1,
@@ -141,6 +151,12 @@ class Recipe(BaseModel):
             report_to="none",
             disable_tqdm=True,
         )
+
+    def _decay(self) -> dict[str, Any]:
+        if self.learning_rate_decay == "linear":
+            return {"lr_scheduler_type": "linear"}
+        rest = {"min_lr_rate": self.final_learning_rate_ratio}
+        return {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": rest}
 
 
 def _n_processes() -> int:

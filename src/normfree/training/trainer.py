@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
-from torch.nn.functional import cross_entropy
 from transformers import PrinterCallback, Trainer, TrainerCallback, default_data_collator, set_seed
 from transformers.utils.logging import disable_progress_bar
 
@@ -28,8 +27,11 @@ from normfree.training.configuration import (
     load_run_config,
     provenance,
 )
+from normfree.training.evaluation import perplexity, sequence_losses
 from normfree.training.half_precision import float16_on_cpu
+from normfree.training.objectives import Objective
 from normfree.training.objectives.trainer import ObjectiveTrainer
+from normfree.training.pretrained import starting_model
 from normfree.training.recipe import Recipe
 from normfree.training.records import RunRecords, write_parquet
 from normfree.training.run_folder import RESULTS_FILE, last_checkpoint
@@ -75,8 +77,17 @@ class NormfreeTrainer(ObjectiveTrainer):
             self._tr_loss.zero_()
 
 
+Intervention = Callable[[NormfreeForCausalLM], tuple[Objective, TrainerCallback]]
+"""Changes the model of a run in place before it trains, and gives the objective and the callback that go with it."""
+
+
 def train(
-    config: RunConfig, data: PackedData, folder: Path, *, callbacks: tuple[TrainerCallback, ...] = ()
+    config: RunConfig,
+    data: PackedData,
+    folder: Path,
+    *,
+    callbacks: tuple[TrainerCallback, ...] = (),
+    intervene: Intervention | None = None,
 ) -> RunResult:
     """Trains ``config`` in ``folder``, goes on from its last checkpoint, or returns what it finished earlier.
 
@@ -89,21 +100,25 @@ def train(
         InputError: the folder holds a run of another configuration, the data are too few for one batch, or the
             objective cannot be followed.
     """
-    vocab_size: int = data.statistics["vocab_size"]
-    model_config = config.build_model_config(vocab_size, data.tokenizer.eos_token_id)
+    if config.objective is not None and intervene is not None:
+        raise InputError(f"the objective {config.objective.kind} cannot be combined with another intervention")
     config.recipe.check(config.data.sequence_length)
     check_data(data, config.recipe)
     # transformers' own bars (one for each checkpoint) would break up ours.
     disable_progress_bar()
     is_finished = (folder / RESULTS_FILE).exists()
-    objective = None if is_finished else config.build_objective(model_config, folder)
-    _claim(folder, config, data)
     if is_finished:
+        _claim(folder, config, data)
         return load_result(folder)
 
     sequence_length = config.data.sequence_length
     set_seed(config.seed)
-    model = NormfreeForCausalLM(model_config)
+    model = _model(config, data)
+    objective = config.build_objective(model.config, folder)
+    if intervene is not None:
+        objective, callback = intervene(model)
+        callbacks = (callback, *callbacks)
+    _claim(folder, config, data)
     model.set_attn_implementation(config.recipe.attn_implementation)
     if config.recipe.gradient_checkpointing:
         # Renamed in transformers 5.23; both names work over the range we support.
@@ -140,6 +155,13 @@ def train(
         telemetry.detach()
 
 
+def _model(config: RunConfig, data: PackedData) -> NormfreeForCausalLM:
+    if config.start_from is not None:
+        return starting_model(config.start_from, data)
+    vocab_size: int = data.statistics["vocab_size"]
+    return NormfreeForCausalLM(config.build_model_config(vocab_size, data.tokenizer.eos_token_id))
+
+
 @contextlib.contextmanager
 def _deterministic() -> Iterator[None]:
     """On CUDA, kernels that add in a fixed order where there are any; on a CPU they all do."""
@@ -165,13 +187,6 @@ def check_data(data: PackedData, recipe: Recipe) -> None:
             f"the training split has {len(data.train)} sequences, fewer than one batch of {recipe.batch_size}; "
             "give a larger corpus, or lower recipe.batch_size"
         )
-
-
-@torch.no_grad()
-def sequence_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The mean next-token loss of each sequence in nats: float32 [batch], from logits [batch, T, vocab_size]."""
-    losses = cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none")
-    return losses.mean(dim=1)
 
 
 def load_result(folder: Path) -> RunResult:
@@ -263,11 +278,3 @@ def _measure(trainer: Trainer, config: RunConfig, data: PackedData, folder: Path
         write_text(folder / RESULTS_FILE, pd.DataFrame([row]).to_csv(index=False, na_rep="nan"))
     trainer.accelerator.wait_for_everyone()
     return load_result(folder)
-
-
-def perplexity(loss: float) -> float:
-    """exp of a loss in nats; infinite where a double cannot hold it, NaN for NaN."""
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf

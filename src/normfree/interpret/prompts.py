@@ -1,0 +1,89 @@
+"""Pairs of prompts for patching: made from text by induction, or written by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from normfree.errors import InputError
+from normfree.interpret.patching import PromptPairs
+
+FIELDS = ("clean", "corrupted", "answer", "wrong_answer")
+
+
+def induction_pairs(sequences: torch.Tensor, n: int, *, seed: int = 0) -> PromptPairs:
+    """``n`` prompts that end as an earlier part of them went on: ... A B ... A, whose answer is B.
+
+    Half of a sequence, and behind it one of its tokens A that stands there once; the answer is the token B behind A.
+    In the corrupted prompt the first B is another token C of the vocabulary in use, the wrong answer (the induction
+    task of Olsson et al., "In-context Learning and Induction Heads", 2022, on text).
+
+    Args:
+        sequences: int64 [m, T], T at least 8; each gives at most one pair.
+        n: pairs.
+        seed: of the choices of A and C.
+
+    Raises:
+        InputError: fewer than ``n`` sequences have a token that stands once in their first half.
+    """
+    generator = np.random.default_rng(seed)
+    vocabulary = np.unique(sequences.numpy())
+    found: list[tuple[Any, ...]] = []
+    for sequence in sequences[:, : sequences.shape[1] // 2].numpy():
+        tokens, counts = np.unique(sequence, return_counts=True)
+        places = np.flatnonzero(np.isin(sequence[:-1], tokens[counts == 1]))
+        others = np.setdiff1d(vocabulary, tokens)
+        if len(places) and len(others) and len(found) < n:
+            place = int(generator.choice(places))
+            changed = sequence.copy()
+            changed[place + 1] = generator.choice(others)
+            prompts = (np.append(each, sequence[place]) for each in (sequence, changed))
+            found.append((*prompts, sequence[place + 1], changed[place + 1]))
+    if len(found) < n:
+        raise InputError(
+            f"{len(sequences)} sequences of {sequences.shape[1]} tokens give {len(found)} induction prompts, not {n}; "
+            "give more or longer sequences, or prompts of your own with --prompts"
+        )
+    return PromptPairs(*(torch.from_numpy(np.asarray(each, dtype=np.int64)) for each in zip(*found, strict=True)))
+
+
+def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> PromptPairs:
+    """Pairs from a file of JSON lines, each with the texts ``clean``, ``corrupted``, ``answer`` and ``wrong_answer``.
+
+    Raises:
+        InputError: the file cannot be read, a line is not of that form, prompts have different numbers of tokens, or an
+            answer is not one token.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read prompts from {path}: {error}") from error
+    rows: dict[str, list[list[int]]] = {name: [] for name in FIELDS}
+    for number, line in enumerate(lines, start=1):
+        where = f"{path}, line {number}"
+        try:
+            content = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{where} is not JSON ({error}); give one object a line") from error
+        if not isinstance(content, dict) or any(not isinstance(content.get(name), str) for name in FIELDS):
+            raise InputError(f"{where}: each line is an object with the texts {', '.join(FIELDS)}")
+        for name in FIELDS:
+            rows[name].append(tokenizer(content[name], add_special_tokens=False)["input_ids"])
+        for name in FIELDS[2:]:
+            if len(rows[name][-1]) != 1:
+                raise InputError(f"{where}: {name} {content[name]!r} is {len(rows[name][-1])} tokens; give one token")
+        length = len(rows["clean"][0])
+        for name in FIELDS[:2]:
+            if len(rows[name][-1]) != length:
+                raise InputError(
+                    f"{where}: {name} has {len(rows[name][-1])} tokens and the first prompt {length}; give all the same"
+                )
+    if not rows["clean"]:
+        raise InputError(f"{path} has no prompts; give one object a line with {', '.join(FIELDS)}")
+    prompts = [torch.tensor(rows[name], dtype=torch.int64) for name in FIELDS[:2]]
+    return PromptPairs(*prompts, *(torch.tensor(rows[name], dtype=torch.int64)[:, 0] for name in FIELDS[2:]))

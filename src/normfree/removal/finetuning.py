@@ -1,0 +1,213 @@
+"""Fine-tuning while the norms go: a run of ours with a schedule, an auxiliary loss, and a watch on divergence."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from normfree.data import PackedData
+from normfree.errors import InputError
+from normfree.files import write_text
+from normfree.modeling import NormfreeConfig, NormfreeForCausalLM
+from normfree.removal.midway import Midway
+from normfree.removal.removable import RemovableNorm
+from normfree.removal.schedule import Removal, RemovalSchedule
+from normfree.training import RunConfig, RunResult, load_pretrained, train
+from normfree.training.objectives import Objective, Term
+from normfree.training.objectives.trainer import CROSS_ENTROPY
+from normfree.training.run_folder import last_checkpoint
+
+log = logging.getLogger(__name__)
+
+STD_LOSS = "residual_std_mismatch"
+REMOVAL_FILE = "removal.json"
+MAX_JUMP = 1.0
+"""Nats above the loss before the first removal at which a removal counts as diverged."""
+BASELINE_STEPS = 10
+STRETCH = 2.0
+MAX_STRETCHES = 3
+
+
+class StdLoss(Objective):
+    """cross-entropy + ``weight`` · mean over tokens of (s - m)², or plain cross-entropy with a weight of 0.
+
+    s is the std of a token before the final norm, m the mean of s over the tokens that are not special, taken as a
+    constant ("Transformers Don't Need LayerNorm at Inference Time", Section 3): all tokens are drawn to one std before
+    that std becomes a constant.
+    """
+
+    reads_entropy = False
+
+    def __init__(self, midway: Midway, weight: float) -> None:
+        super().__init__()
+        self.midway = midway
+        self.weight = weight
+        final = midway.model.model.final_norm
+        self.final = final if weight and isinstance(final, RemovableNorm) else None
+        if weight and self.final is None:
+            raise InputError(
+                "std_loss_weight pulls at the std before the final norm, which the model has not; set it to 0"
+            )
+        if self.final is not None:
+            self.final.keeps_own_std = True
+        self.term_names = (STD_LOSS,) if self.final is not None else ()
+
+    def terms(self, input_ids: Tensor, logits: Tensor, entropy: Tensor | None) -> dict[str, Term]:
+        if self.final is None:
+            return {}
+        own_std, special = self.final.own_std, self.midway.tokens.mask
+        assert own_std is not None, "the forward pass has been through the final norm"
+        assert special is not None, "and the model has been told the tokens"
+        ordinary = ~special
+        mean = (own_std.detach() * ordinary).sum() / ordinary.sum().clamp_min(1)
+        return {STD_LOSS: Term((own_std - mean).square().mean(), self.weight)}
+
+
+class DivergedError(Exception):
+    """The loss has jumped after ``removal``."""
+
+    def __init__(self, removal: Removal, loss: float, baseline: float) -> None:
+        super().__init__(f"{loss:.3f} nats after {removal.part}, layer {removal.layer}, from {baseline:.3f}")
+        self.removal = removal
+
+
+class RemoveNorms(TrainerCallback):
+    """Removes norms at the steps of ``removals``, and raises :class:`DivergedError` where the loss jumps after one."""
+
+    def __init__(self, midway: Midway, removals: list[Removal]) -> None:
+        self.midway = midway
+        self.removals = removals
+        self._before: deque[float] = deque(maxlen=BASELINE_STEPS)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """What was removed before the checkpoint that the run goes on from."""
+        self._remove(each for each in self.removals if each.step < state.global_step)
+        first = self.removals[0].step
+        entries = [each[CROSS_ENTROPY] for each in state.log_history if CROSS_ENTROPY in each and each["step"] <= first]
+        self._before.extend(entries)
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._remove(each for each in self.removals if each.step == state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        loss = (logs or {}).get(CROSS_ENTROPY)
+        if loss is None:
+            return
+        gone = [each for each in self.removals if each.step < state.global_step]
+        if not gone:
+            self._before.append(loss)
+            return
+        baseline = sum(self._before) / len(self._before) if self._before else math.nan
+        if not loss <= baseline + MAX_JUMP:
+            raise DivergedError(gone[-1], loss, baseline)
+
+    def _remove(self, removals: Any) -> None:
+        for removal in removals:
+            self.midway.apply(removal)
+        if all(each in self.midway.gone for each in self.removals):
+            self.midway.finish()
+
+
+def remove_by_finetuning(
+    run: RunConfig,
+    data: PackedData,
+    folder: Path,
+    schedule: RemovalSchedule,
+    model: NormfreeConfig,
+    *,
+    callbacks: tuple[TrainerCallback, ...] = (),
+) -> RunResult:
+    """Trains ``run``, which starts from a model of configuration ``model``, while ``schedule`` takes its norms out.
+
+    The last checkpoint in ``folder`` is then a model whose norms have constant stds. Where the loss rises by more than
+    ``MAX_JUMP`` nats after a removal, or is NaN, the run goes back to its last checkpoint before that removal, the
+    waits for all that follow are stretched by ``STRETCH``, and ``removal.json`` says so; at most ``MAX_STRETCHES``
+    times. A run that is stopped goes on with the stretched schedule.
+
+    Raises:
+        InputError: the schedule does not fit the model or the budget, or the removal diverges again and again.
+    """
+    path = folder / REMOVAL_FILE
+    stretches: list[dict[str, Any]] = json.loads(path.read_text())["stretches"] if path.exists() else []
+    for each in stretches:
+        schedule = schedule.stretched(model, each["step"], STRETCH)
+    while True:
+        check_fit(run, schedule, model)
+        try:
+            return _train(run, data, folder, schedule, model, callbacks)
+        except DivergedError as jump:
+            if len(stretches) == MAX_STRETCHES:
+                raise InputError(
+                    f"the removal has diverged {MAX_STRETCHES + 1} times, the last time at {jump}; give more steps, a "
+                    "lower learning rate, or another schedule"
+                ) from jump
+            step = _go_back(folder, jump.removal.step)
+            schedule = schedule.stretched(model, step, STRETCH)
+            stretches.append({"step": step, "jump": str(jump)})
+            write_text(path, json.dumps({"stretches": stretches}, indent=2))
+            log.warning("loss jumped: %s; back to step %d, later waits %g times as long", jump, step, STRETCH)
+
+
+def check_fit(run: RunConfig, schedule: RemovalSchedule, model: NormfreeConfig) -> None:
+    """Whether ``run`` can follow ``schedule`` with that model.
+
+    Raises:
+        InputError: the schedule does not fit the model, the budget has no step after its last removal, or the loss is
+            not logged at every step.
+    """
+    if run.recipe.logging_steps != 1:
+        raise InputError(
+            f"a removal watches the loss of every step; set recipe.logging_steps to 1, not {run.recipe.logging_steps}"
+        )
+    last, n_step = schedule.removals(model)[-1], run.recipe.n_steps(run.data.sequence_length)
+    if last.step >= n_step:
+        raise InputError(
+            f"the schedule's last removal ({last.part}) is at step {last.step}, and the budget ends after {n_step} "
+            "steps; give more tokens or steps, or a shorter schedule"
+        )
+
+
+def constant_std_model(folder: Path) -> NormfreeForCausalLM:
+    """The model of the finished removal in ``folder``; its norms divide by constants."""
+    model = load_pretrained(str(folder)).model
+    assert isinstance(model, NormfreeForCausalLM), "runs are of our models"
+    return model
+
+
+def _train(
+    run: RunConfig,
+    data: PackedData,
+    folder: Path,
+    schedule: RemovalSchedule,
+    model: NormfreeConfig,
+    callbacks: tuple[TrainerCallback, ...],
+) -> RunResult:
+    def intervene(to_change: NormfreeForCausalLM) -> tuple[Objective, TrainerCallback]:
+        midway = Midway(to_change, momentum=schedule.std_momentum)
+        return StdLoss(midway, schedule.std_loss_weight), RemoveNorms(midway, schedule.removals(model))
+
+    return train(run, data, folder, callbacks=callbacks, intervene=intervene)
+
+
+def _go_back(folder: Path, step: int) -> int:
+    """Forgets the checkpoints after ``step``; returns the step that the run goes on from, 0 for its beginning."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        if int(checkpoint.name.removeprefix("checkpoint-")) > step:
+            shutil.rmtree(checkpoint)
+    left = last_checkpoint(folder)
+    return int(left.name.removeprefix("checkpoint-")) if left is not None else 0

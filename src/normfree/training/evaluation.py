@@ -1,0 +1,39 @@
+"""Loss and perplexity of a model on whole sequences."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+
+@torch.no_grad()
+def sequence_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The mean next-token loss of each sequence in nats: float32 [batch], from logits [batch, T, vocab_size]."""
+    losses = cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none")
+    return losses.mean(dim=1)
+
+
+@torch.no_grad()
+def evaluation_losses(model: PreTrainedModel, sequences: torch.Tensor, batch_size: int = 8) -> NDArray[np.float64]:
+    """The mean next-token loss of each of ``sequences``, int64 [n, T] without padding, in nats: float64 [n].
+
+    The model stays in the mode and the precision it is in.
+    """
+    losses = []
+    for batch in sequences.split(batch_size):
+        tokens = batch.to(model.device)
+        losses.append(sequence_losses(model(input_ids=tokens, use_cache=False).logits, tokens).cpu())
+    return torch.cat(losses).double().numpy()
+
+
+def perplexity(loss: float) -> float:
+    """exp of a loss in nats; infinite where a double cannot hold it, NaN for NaN."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf

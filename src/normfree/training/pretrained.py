@@ -1,0 +1,99 @@
+"""Finished models to measure, or to go on from: of the Hub, of a folder, or of a run of our own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from normfree.data import DataConfig, PackedData
+from normfree.errors import InputError
+from normfree.modeling import NormfreeForCausalLM, from_hf
+from normfree.training.configuration import CONFIG_FILE, PROVENANCE, load_run_config, read_yaml
+from normfree.training.run_folder import last_checkpoint
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A causal language model in evaluation mode, and where it came from.
+
+    source: what was asked for: a Hub id or a folder.
+    checkpoint: what was loaded; another folder than ``source`` for a run.
+    data: the data that a run was trained on, None for other models; ``fingerprint`` stands for its very tokens.
+    """
+
+    source: str
+    checkpoint: str
+    model: PreTrainedModel
+    data: DataConfig | None = None
+    fingerprint: str | None = None
+
+    @property
+    def n_positions(self) -> int | None:
+        """The longest sequence the model takes, if its configuration says so."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def load_pretrained(source: str) -> LoadedModel:
+    """A model from the Hub, a folder of transformers' form, or a run or checkpoint folder of our own.
+
+    Only safetensors weights are read, and no remote code is run. On CUDA where there is a device.
+
+    Raises:
+        InputError: there is no such model, or it cannot be loaded so.
+    """
+    disable_progress_bar()  # of shards that load: one line each beside our own
+    folder = Path(source)
+    checkpoint, run = source, None
+    if (folder / CONFIG_FILE).is_file():
+        newest = last_checkpoint(folder)
+        if newest is None:
+            raise InputError(f"run folder {source} has no finished checkpoint-* folder yet; let the run go on")
+        checkpoint, run = str(newest), folder
+    elif (folder / "config.json").is_file():
+        is_checkpoint = folder.name.startswith("checkpoint-") and (folder.parent / CONFIG_FILE).is_file()
+        run = folder.parent if is_checkpoint else None
+    elif folder.exists():
+        raise InputError(
+            f"{source} holds no model: neither transformers' config.json nor a run's {CONFIG_FILE}; "
+            "give a Hub id, a model folder, a run folder or a checkpoint folder"
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, use_safetensors=True, trust_remote_code=False)
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(
+            f"cannot load model {checkpoint!r} ({reason}); give a Hub id or a folder of a causal language model "
+            "with safetensors weights"
+        ) from error
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.eval().to(device)
+    if run is None:
+        return LoadedModel(source, checkpoint, model)
+    fingerprint = read_yaml(run / CONFIG_FILE)[PROVENANCE]["corpus_fingerprint"]
+    return LoadedModel(source, checkpoint, model, load_run_config(run / CONFIG_FILE).data, fingerprint)
+
+
+def starting_model(source: str, data: PackedData) -> NormfreeForCausalLM:
+    """The model that a run goes on from: that of :func:`load_pretrained`, as one of ours.
+
+    Raises:
+        InputError: it cannot be loaded or converted, or is not one for these tokens.
+    """
+    loaded = load_pretrained(source).model
+    model = loaded if isinstance(loaded, NormfreeForCausalLM) else from_hf(loaded)
+    vocab_size, T = data.statistics["vocab_size"], data.train.sequence_length
+    if model.config.vocab_size < vocab_size:
+        raise InputError(
+            f"{source} has a vocabulary of {model.config.vocab_size} tokens, and the data one of {vocab_size}; give "
+            "its own tokenizer with data.tokenizer"
+        )
+    if model.config.n_positions < T:
+        raise InputError(
+            f"{source} has {model.config.n_positions} positions, fewer than the {T} tokens of a sequence; lower "
+            "data.sequence_length"
+        )
+    return model

@@ -1,0 +1,237 @@
+"""A removal from end to end on small trained models: tables, exports, stops, divergence, and bad input."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, TrainerCallback
+
+from normfree import NormfreeForCausalLM, from_hf
+from normfree.data import prepare_data
+from normfree.errors import InputError
+from normfree.removal import finetuning, remove
+from normfree.removal.finetuning import REMOVAL_FILE, StdLoss, remove_by_finetuning
+from normfree.removal.midway import Midway
+from normfree.removal.schedule import automatic_schedule
+from normfree.training import RunConfig
+
+from ..modeling.test_no_norm_op import NORMALIZING, ops_of
+from .models import STOCK, stock, tokens
+
+Command = Callable[..., tuple[int, str, str]]
+T, STEPS = 24, 16
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    words = np.random.default_rng(0).choice(["def", "return", "x", "y", "+", "for", "in", "range"], (400, 40))
+    for number, row in enumerate(words):
+        (folder / f"{number}.py").write_text(" ".join(row) + "\n")
+    return folder
+
+
+def run_from(model: str, corpus: Path, **recipe: Any) -> RunConfig:
+    options = {"steps": STEPS, "batch_size": 4, "micro_batch_size": 4, "precision": "fp32", "learning_rate": 1e-3}
+    every = {"logging_steps": 1, "telemetry_steps": 5, "save_steps": 4, "eval_steps": 100}
+    data = {"corpus": f"directory:{corpus}", "vocab_size": 270, "sequence_length": T, "eval_tokens": 20 * T}
+    return RunConfig.model_validate(
+        {
+            "model_name": "small",
+            "configuration": "any",
+            "model": {},
+            "data": data,
+            "recipe": options | every | recipe,
+            "start_from": model,
+        }
+    )
+
+
+@pytest.fixture(scope="module", params=list(STOCK))
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stock model whose vocabulary holds the corpus'."""
+    folder = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
+    small = STOCK[request.param]()
+    small.resize_token_embeddings(270)
+    small.save_pretrained(folder)
+    return folder
+
+
+def loss_of(model: Any, sequences: torch.Tensor) -> float:
+    with torch.no_grad():
+        logits = model.eval()(input_ids=sequences).logits.double()
+    return float(cross_entropy(logits[:, :-1].flatten(0, 1), sequences[:, 1:].flatten()))
+
+
+def test_from_a_stock_model_to_one_without_norms(model: Path, corpus: Path, tmp_path: Path) -> None:
+    run = run_from(str(model), corpus)
+    data = prepare_data(run.data, tmp_path / "cache")
+    result = remove(run, data, tmp_path / "out", None)
+    assert result.table["variant"].tolist() == ["original", "vanilla", "norm-free"]
+    assert result.table["finetuning_tokens"].tolist() == [0, STEPS * 4 * T, STEPS * 4 * T]
+
+    sequences = torch.from_numpy(np.asarray(data.eval.tokens, dtype=np.int64))
+    norm_free = AutoModelForCausalLM.from_pretrained(result.norm_free)
+    assert type(norm_free) is NormfreeForCausalLM
+    assert ops_of(norm_free) & NORMALIZING == set()
+    assert AutoTokenizer.from_pretrained(result.norm_free)("def x") == data.tokenizer("def x")
+    original = AutoModelForCausalLM.from_pretrained(model)
+    losses = result.table.set_index("variant")["eval_loss"]
+    np.testing.assert_allclose(losses["original"], loss_of(original, sequences), rtol=1e-5)
+    np.testing.assert_allclose(losses["norm-free"], loss_of(norm_free, sequences), rtol=1e-5)
+    assert losses["norm-free"] < losses["original"], "the corpus has eight words"
+
+    assert (result.gpt2 is not None) == (type(original) is GPT2LMHeadModel)
+    if result.gpt2 is not None:
+        exported = AutoModelForCausalLM.from_pretrained(result.gpt2)
+        assert type(exported) is GPT2LMHeadModel
+        np.testing.assert_allclose(loss_of(exported, sequences), losses["norm-free"], rtol=1e-4)
+    again = remove(run, data, tmp_path / "out", None)
+    pd.testing.assert_frame_equal(again.table, result.table)
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gpt2")
+    small = stock("gpt2")
+    small.resize_token_embeddings(270)
+    small.save_pretrained(folder)
+    return folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return finetuning.constant_std_model(folder).state_dict()
+
+
+def test_a_stopped_removal_goes_on_to_the_same_weights(gpt2: Path, corpus: Path, tmp_path: Path) -> None:
+    run = run_from(str(gpt2), corpus)
+    data = prepare_data(run.data, tmp_path / "cache")
+    config = from_hf(GPT2LMHeadModel.from_pretrained(gpt2)).config
+    schedule = automatic_schedule(3, STEPS)
+    remove_by_finetuning(run, data, tmp_path / "whole", schedule, config)
+    with pytest.raises(KeyboardInterrupt):
+        remove_by_finetuning(run, data, tmp_path / "parts", schedule, config, callbacks=(StopAt(6),))
+    remove_by_finetuning(run, data, tmp_path / "parts", schedule, config)
+    expected, actual = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert expected.keys() == actual.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, actual[name]), name
+
+
+def test_a_removal_that_diverges_goes_back_and_waits_longer(
+    gpt2: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a tolerance below zero the first removal is taken for a jump, until it is raised again."""
+    run = run_from(str(gpt2), corpus, steps=40)
+    data = prepare_data(run.data, tmp_path / "cache")
+    config = from_hf(GPT2LMHeadModel.from_pretrained(gpt2)).config
+    schedule = automatic_schedule(3, 40)
+    jumps = iter([-100.0])
+    monkeypatch.setattr(finetuning, "MAX_JUMP", -100.0)
+    back = finetuning._go_back
+
+    def go_back(folder: Path, step: int) -> int:
+        finetuning.MAX_JUMP = next(jumps) + 200  # type: ignore[attr-defined]
+        return back(folder, step)
+
+    monkeypatch.setattr(finetuning, "_go_back", go_back)
+    remove_by_finetuning(run, data, tmp_path / "run", schedule, config)
+    (stretch,) = json.loads((tmp_path / "run" / REMOVAL_FILE).read_text())["stretches"]
+    first = schedule.removals(config)[0].step
+    assert stretch["step"] <= first
+    assert f"after ffn, layer {0}" in stretch["jump"]
+    metrics = pd.read_parquet(tmp_path / "run" / "metrics.parquet")
+    losses = metrics[metrics["name"] == "cross_entropy_nats"]
+    assert losses["step"].tolist() == list(range(1, 41))
+
+
+def test_a_removal_that_never_settles_is_bad_input(
+    gpt2: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_from(str(gpt2), corpus)
+    data = prepare_data(run.data, tmp_path / "cache")
+    config = from_hf(GPT2LMHeadModel.from_pretrained(gpt2)).config
+    monkeypatch.setattr(finetuning, "MAX_JUMP", -100.0)
+    with pytest.raises(InputError, match=r"last removal \(first_token\) is at step \d+, and the budget ends after 16"):
+        remove_by_finetuning(run, data, tmp_path / "run", automatic_schedule(3, STEPS), config)
+
+
+def test_the_std_loss_in_float64() -> None:
+    midway = Midway(from_hf(stock("gpt2")).double(), momentum=0.0)
+    objective = StdLoss(midway, 0.5)
+    ids = tokens()
+    logits = midway.model(ids, output_hidden_states=False).logits
+    term = objective.terms(ids, logits, None)["residual_std_mismatch"]
+    with torch.no_grad():
+        streams: list[torch.Tensor] = []
+        hook = midway.model.model.blocks[-1].register_forward_hook(lambda _, inputs, output: streams.append(output))
+        midway.model(ids)
+        hook.remove()
+    x = streams[0].numpy()
+    std = np.sqrt(x.var(-1) + 1e-5)
+    special = (ids == 2).numpy()
+    special[:, 0] = True
+    expected = ((std - std[~special].mean()) ** 2).mean()
+    np.testing.assert_allclose(term.value.item(), expected, rtol=1e-10)
+    assert term.weight == 0.5
+    term.value.backward()
+    assert midway.model.model.blocks[0].ffn.down_proj.weight.grad.abs().sum() > 0
+    assert StdLoss(midway, 0.0).terms(ids, logits, None) == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--schedule", "gpt2", "--steps", "30"],
+            "last removal (first_token) is at step 53, and the budget ends after 30",
+        ),
+        (["--schedule", "gpt3"], "unknown removal schedule 'gpt3'"),
+        (["--schedule", "twice.yaml"], "the schedule removes final twice; name it once"),
+        (["--set", "recipe.learning_rates=1"], "unknown option 'recipe.learning_rates'"),
+        (["--set", "lr=1"], "unknown option 'lr'; allowed: data.OPTION, recipe.OPTION"),
+        (["--set", "recipe.logging_steps=2"], "set recipe.logging_steps to 1, not 2"),
+    ],
+)
+def test_bad_input_writes_nothing(
+    arguments: list[str], message: str, normfree: Command, gpt2: Path, corpus: Path, tmp_path: Path
+) -> None:
+    stage = "{part: final, after: 2}"
+    (tmp_path / "twice.yaml").write_text(f"stages: [{stage}, {stage}]")
+    size = ["--corpus", f"directory:{corpus}", "--tokenizer", "train", "--set", "data.vocab_size=270"]
+    size += ["--set", "data.sequence_length=24", "--set", "recipe.batch_size=4", "--set", "recipe.micro_batch_size=4"]
+    code, _, err = normfree("remove-norm", gpt2, *size, "--out", "out", *arguments)
+    assert (code, err.count("\n")) == (2, 1), err
+    assert message in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_that_cannot_be_removed_from(normfree: Command, gpt2: Path, corpus: Path, tmp_path: Path) -> None:
+    code, _, err = normfree("remove-norm", gpt2)
+    assert code == 2
+    assert "name a corpus to fine-tune on with --corpus" in err
+    free = from_hf(GPT2LMHeadModel.from_pretrained(gpt2))
+    free.config.norm = free.config.final_norm = "none"
+    free.save_pretrained(tmp_path / "free")
+    size = ["--corpus", f"directory:{corpus}", "--tokenizer", "train", "--set", "data.vocab_size=270"]
+    code, _, err = normfree("remove-norm", tmp_path / "free", *size, "--set", "data.sequence_length=24")
+    assert code == 2
+    assert "the model has no norm to remove" in err
