@@ -21,12 +21,9 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import random
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +31,7 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from interleaved import Call, interleaved, median_ratio
 from normfree import attention_entropy
 from normfree.entropy import BACKENDS, attention_and_entropy, select_backend
 from normfree.errors import InputError
@@ -42,10 +40,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOKENS = {"cpu": (128, 512, 1024, 2048, 4096, 8192, 16_384), "cuda": (128, 512, 1024, 2048, 4096, 16_384, 65_536)}
 EAGER_MATRICES = 4
 """Matrices [batch, n_head, T, T] in float32 that ``eager`` holds at once."""
-MIN_SECONDS = 0.05
-"""A variant is repeated in a round until it has run this long."""
-
-Call = Callable[[], Any]
 
 
 def eager_entropy(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -85,17 +79,6 @@ def available_backends(device: torch.device) -> list[str]:
     return names
 
 
-def seconds_a_call(call: Call, device: torch.device) -> float:
-    n_call = 0
-    start = time.perf_counter()
-    while n_call == 0 or time.perf_counter() - start < MIN_SECONDS:
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        n_call += 1
-    return (time.perf_counter() - start) / n_call
-
-
 def status_bytes(field: str) -> int:
     """A field of /proc/self/status, such as VmRSS or its high-water mark VmHWM."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -130,30 +113,23 @@ def peak_bytes(name: str, n_token: int, call: Call, device: torch.device) -> int
 
 def measured(n_token: int, arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     calls = variants(n_token, arguments, device)
-    for call in calls.values():
-        call()
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(arguments.rounds):
-        for name in random.sample(list(calls), len(calls)):
-            seconds[name].append(seconds_a_call(calls[name], device))
-
-    def median_ratio(slow: str, fast: str) -> float | None:
-        if slow not in seconds:
-            return None
-        return round(statistics.median(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True)), 3)
-
+    seconds = interleaved(calls, arguments.rounds, device)
     peaks = {name: peak_bytes(name, n_token, call, device) for name, call in calls.items()}
     return {
         "tokens": n_token,
         "milliseconds": {name: round(1000 * statistics.median(each), 4) for name, each in seconds.items()},
         "peak_mib": {name: round(peak / 2**20, 2) for name, peak in peaks.items()},
-        "eager_time_over": {name: median_ratio("eager", name) for name in calls if name.startswith("entropy")},
+        "eager_time_over": {
+            name: median_ratio(seconds["eager"], seconds[name]) if "eager" in seconds else None
+            for name in calls
+            if name.startswith("entropy")
+        },
         "eager_memory_over": {
             name: round(peaks["eager"] / max(peak, 1), 1) if "eager" in peaks else None
             for name, peak in peaks.items()
             if name.startswith("entropy")
         },
-        "attention_and_entropy_over_attention": median_ratio("attention + entropy", "attention"),
+        "attention_and_entropy_over_attention": median_ratio(seconds["attention + entropy"], seconds["attention"]),
     }
 
 

@@ -70,9 +70,10 @@ def write_interpretation(found: Mapping[str, Mapping[str, pd.DataFrame]], folder
     """Writes what :func:`interpret` found of each model, by name, into ``folder``: CSV files, figures, ``report.html``.
 
     Returns:
-        The summary, one row a model: model, attribution_nmae (median over the heads), patching_pearson, patching_nmae,
-        norm_mediated_share (median over the candidate neurons), sink_share (mean over the heads), first_token_std_ratio
-        (residual std after the last block: of the first token, over the median of all other positions).
+        The summary, one row a model: model, attribution_nmae (median over the heads), patching_pearson,
+        patching_nmae, norm_mediated_share (median over the candidate neurons that have any effect), sink_share (mean
+        over the heads), first_token_std_ratio (residual std after the last block: of the first token, over the median
+        of all other positions).
     """
     frames = {
         name: pd.concat([of_model[name].assign(model=model) for model, of_model in found.items()], ignore_index=True)
@@ -97,11 +98,11 @@ def _summary(of_model: Mapping[str, pd.DataFrame]) -> dict[str, float]:
     stds = of_model["residual_stds"]
     last = stds[stds["layer"] == stds["layer"].max()].set_index("position")["residual_std"]
     return {
-        "attribution_nmae": of_model["attribution_errors"]["nmae"].median(),
+        "attribution_nmae": of_model["attribution_errors"]["nmae"].median(skipna=False),
         "patching_pearson": patched.pearson,
         "patching_nmae": patched.nmae,
         "norm_mediated_share": of_model["neuron_effects"]["norm_mediated_share"].median(),
-        "sink_share": of_model["sinks"]["sink_share"].mean(),
+        "sink_share": of_model["sinks"]["sink_share"].mean(skipna=False),
         "first_token_std_ratio": float(last.iloc[0] / last.iloc[1:].median()),
     }
 

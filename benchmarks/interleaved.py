@@ -1,0 +1,43 @@
+"""Paired timings: variants that take turns in one process, so that a machine that slows down slows down all."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+MIN_SECONDS = 0.05
+"""A variant is repeated in a round until it has run this long."""
+
+Call = Callable[[], Any]
+
+
+def seconds_a_call(call: Call, device: torch.device) -> float:
+    """Mean seconds of a call, over at least ``MIN_SECONDS`` of them."""
+    start, n_call = time.perf_counter(), 0
+    while time.perf_counter() - start < MIN_SECONDS:
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        n_call += 1
+    return (time.perf_counter() - start) / n_call
+
+
+def interleaved(calls: Mapping[str, Call], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds a call of each variant in each round; a round runs every variant once, in a new random order."""
+    for call in calls.values():
+        call()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name in random.sample(list(calls), len(calls)):
+            seconds[name].append(seconds_a_call(calls[name], device))
+    return seconds
+
+
+def median_ratio(slow: list[float], fast: list[float]) -> float:
+    """The median over rounds of the ratio within a round."""
+    return round(statistics.median(a / b for a, b in zip(slow, fast, strict=True)), 3)
