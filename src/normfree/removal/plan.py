@@ -30,6 +30,7 @@ LARGE = {"batch_size": 512, "micro_batch_size": 8, "steps": PUBLISHED_STEPS}
 LARGE_SEQUENCE_LENGTH = 1024
 FROM_THE_RUN = ("batch_size", "micro_batch_size", "precision", "attn_implementation")
 CHECKPOINTS = 15
+EVALUATIONS = 3
 
 
 def plan(loaded: LoadedModel, *, changes: Mapping[str, Any], seed: int) -> RunConfig:
@@ -80,9 +81,10 @@ def plan(loaded: LoadedModel, *, changes: Mapping[str, Any], seed: int) -> RunCo
 
 
 def _with_checkpoints(run: RunConfig) -> RunConfig:
-    """Enough of them that a removal that diverges need not go back far."""
-    steps = max(1, run.recipe.n_steps(run.data.sequence_length) // CHECKPOINTS)
-    changed = {name: steps for name in ("save_steps", "eval_steps") if name not in run.recipe.model_fields_set}
+    """Enough of them that a removal that diverges need not go back far, and a few evaluations on the way."""
+    steps = run.recipe.n_steps(run.data.sequence_length)
+    every = {"save_steps": max(1, steps // CHECKPOINTS), "eval_steps": max(1, steps // EVALUATIONS)}
+    changed = {name: value for name, value in every.items() if name not in run.recipe.model_fields_set}
     return run.model_copy(update={"recipe": run.recipe.model_copy(update=changed)})
 
 

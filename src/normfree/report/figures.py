@@ -124,6 +124,10 @@ def _draw_bars(axes: Axes, places: np.ndarray, runs: np.ndarray, width: float, c
         )
 
 
+LONGEST_LEGEND = 5
+"""Configurations whose legend fits into the corner of the loss curves."""
+
+
 def evaluation_loss_curves(eval_curve: pd.DataFrame) -> Figure:
     """Evaluation loss over training tokens, a line per configuration (ReLU's Revival, Figure 2b).
 
@@ -142,7 +146,9 @@ def evaluation_loss_curves(eval_curve: pd.DataFrame) -> Figure:
     configurations = in_order(eval_curve["configuration"])
     colours = configuration_colours(configurations)
     with paper_style():
-        figure = Figure(figsize=(ONE_COLUMN, 2.25), layout="constrained")
+        # a legend of many lines would lie over them
+        is_long = len(configurations) > LONGEST_LEGEND
+        figure = Figure(figsize=(TWO_COLUMN if is_long else ONE_COLUMN, 2.25), layout="constrained")
         axes = figure.subplots()
         bottom, top = _loss_limits(eval_curve)
         several = False
@@ -172,7 +178,10 @@ def evaluation_loss_curves(eval_curve: pd.DataFrame) -> Figure:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_xlabel("training tokens" + (" (line: mean, band: range over seeds)" if several else ""))
         axes.set_ylabel("evaluation loss (nats per token)")
-        axes.legend(loc="upper right", handlelength=1.6)
+        if is_long:
+            figure.legend(loc="outside right upper", handlelength=1.6, ncols=1 + len(configurations) // 12)
+        else:
+            axes.legend(loc="upper right", handlelength=1.6)
     return figure
 
 
