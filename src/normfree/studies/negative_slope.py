@@ -132,8 +132,9 @@ def _table(page: StudyPage, runs: pd.DataFrame) -> Table:
             "Collapse: the step from which the mean entropy of a layer's heads stays below that share of uniform "
             f"attention's ({page.uniform_bound:.3f} nats), and in brackets all layers it happened to by the end. "
             "No threshold is given in the literature: two show how much it matters.",
-            "NaN entropies: readings (steps times layers) with a NaN head. They are not collapse. Entropy is computed "
-            "in float32 from queries and keys, so scores that overflow only in fp16 leave it finite.",
+            "NaN entropies: readings (steps times layers) with a NaN head. They are not collapse. Under eager "
+            "attention the entropy is that of the weights it made, NaN where its scores overflowed; under sdpa it is "
+            "computed in float32 from queries and keys, and scores that overflow only in fp16 leave it finite.",
         ],
     )
 
