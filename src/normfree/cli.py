@@ -293,7 +293,6 @@ def interpret(
     Example: normfree interpret removal/seed-0/vanilla removal/seed-0/norm-free --corpus installed-python
     """
     from normfree.interpret import induction_pairs, read_prompts, token_sequences, tokenizer_of
-    from normfree.modeling import NormfreeForCausalLM, from_hf
     from normfree.studies.interpretation import interpret as interpret_model
     from normfree.studies.interpretation import write_interpretation
     from normfree.training import load_pretrained
@@ -315,9 +314,8 @@ def interpret(
         pairs = induction_pairs(tokens, max(1, sequences // 2))
     found = {}
     for name, each in loaded.items():
-        model = each.model if isinstance(each.model, NormfreeForCausalLM) else from_hf(each.model)
         with console.status(f"{name}: {len(tokens)} sequences, {len(pairs.answers)} prompts, {neurons} neurons"):
-            found[name] = interpret_model(model, tokens, pairs, n_neuron=neurons)
+            found[name] = interpret_model(each.as_normfree(), tokens, pairs, n_neuron=neurons)
     table = write_interpretation(found, out, f"normfree interpret {' '.join(models)}")
     if json_:
         rows = json.loads(table.to_json(orient="records", double_precision=9))

@@ -184,9 +184,7 @@ def check_fit(run: RunConfig, schedule: RemovalSchedule, model: NormfreeConfig) 
 
 def constant_std_model(folder: Path) -> NormfreeForCausalLM:
     """The model of the finished removal in ``folder``; its norms divide by constants."""
-    model = load_pretrained(str(folder)).model
-    assert isinstance(model, NormfreeForCausalLM), "runs are of our models"
-    return model
+    return load_pretrained(str(folder)).as_normfree()
 
 
 def _train(

@@ -82,12 +82,11 @@ def remove(
 
     sequences = torch.from_numpy(np.asarray(data.eval.tokens, dtype=np.int64))
     losses = {ORIGINAL: _loss(original, sequences)}
+    del original  # each run loads it again, and trains beside whatever is still held
     if vanilla:
         control = run.model_copy(update={"configuration": VANILLA})
         train(control, data, folder / VANILLA, callbacks=callbacks(VANILLA, tokens))
-        kept = load_pretrained(str(folder / VANILLA)).model
-        assert isinstance(kept, NormfreeForCausalLM), "runs are of our models"
-        losses[VANILLA] = _loss(kept, sequences)
+        losses[VANILLA] = _loss(load_pretrained(str(folder / VANILLA)).as_normfree(), sequences)
     removing = run.model_copy(update={"configuration": NORM_FREE})
     remove_by_finetuning(removing, data, folder / "removal", schedule, config, callbacks=callbacks(NORM_FREE, tokens))
     constant = constant_std_model(folder / "removal")

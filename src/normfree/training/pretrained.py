@@ -36,6 +36,14 @@ class LoadedModel:
         """The longest sequence the model takes, if its configuration says so."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
+    def as_normfree(self) -> NormfreeForCausalLM:
+        """The model as one of ours: itself, or converted.
+
+        Raises:
+            InputError: it cannot be converted (see :func:`normfree.from_hf`).
+        """
+        return self.model if isinstance(self.model, NormfreeForCausalLM) else from_hf(self.model)
+
 
 def load_pretrained(source: str) -> LoadedModel:
     """A model from the Hub, a folder of transformers' form, or a run or checkpoint folder of our own.
@@ -83,8 +91,7 @@ def starting_model(source: str, data: PackedData) -> NormfreeForCausalLM:
     Raises:
         InputError: it cannot be loaded or converted, or is not one for these tokens.
     """
-    loaded = load_pretrained(source).model
-    model = loaded if isinstance(loaded, NormfreeForCausalLM) else from_hf(loaded)
+    model = load_pretrained(source).as_normfree()
     vocab_size, T = data.statistics["vocab_size"], data.train.sequence_length
     if model.config.vocab_size < vocab_size:
         raise InputError(
