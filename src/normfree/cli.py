@@ -241,6 +241,7 @@ def remove_norm(
         data = same_data(run.data, cache_dir, loaded.fingerprint, progress=console.is_terminal)
     else:
         data = prepare_data(run.data, cache_dir, progress=console.is_terminal)
+    del loaded  # the runs load it again
     name = Path(model).resolve().name if Path(model).exists() else model
     folder = out or Path("removal") / name.replace("/", "--")
     total = run.recipe.n_tokens(run.data.sequence_length) * (2 if vanilla else 1)

@@ -70,7 +70,8 @@ class EntropyProbe:
         model: any module that contains a transformers model, wrapped (DDP, PEFT) or not.
         count_nonfinite: also count NaN and infinite attention scores, as
             :func:`normfree.entropy.count_nonfinite_scores` does.
-        backend: as in :func:`normfree.entropy.attention_entropy`.
+        backend: as in :func:`normfree.entropy.attention_entropy`; "auto" also reads the weights that an eager attention
+            function hands back in float32.
 
     Raises:
         InputError: the model has no attention module, or the backend is unknown.

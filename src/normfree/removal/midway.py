@@ -1,14 +1,11 @@
-"""A model between its norms and none: norms on their way out put in, made constant by a schedule, and settled."""
+"""A model between its norms and none: norms on their way out put in, made constant by a schedule, and finished."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
-from transformers.initialization import no_init_weights
 
 from normfree.errors import InputError
 from normfree.modeling import NormfreeConfig, NormfreeForCausalLM
@@ -87,18 +84,6 @@ class Midway:
         for option, norm in self.original.items():
             setattr(self.model.config, option, norm if norm == "none" else FOLDED)
         self.model.config.norm_is_centered = "rmsnorm" not in self.original.values()
-
-    def settled(self) -> NormfreeForCausalLM:
-        """The ``constant_std`` model that this has become after :meth:`finish`, with weights of its own."""
-        config = self.model.config
-        options: dict[str, Any] = {name: getattr(config, name) for name in NormfreeConfig.option_names()}
-        with torch.device(self.model.device), no_init_weights():
-            model: NormfreeForCausalLM = AutoModelForCausalLM.from_config(
-                NormfreeConfig(**options), dtype=self.model.dtype, attn_implementation=config._attn_implementation
-            )
-        model.load_state_dict(self.model.state_dict())
-        model.generation_config = self.model.generation_config
-        return model.train(self.model.training)
 
     def _removable(self, norm: nn.Module, *, n_reader: int) -> nn.Module:
         if not isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):
