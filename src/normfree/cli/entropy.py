@@ -1,0 +1,78 @@
+"""``normfree entropy``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.table import Table
+
+from normfree.cli.options import DEFAULT_CACHE_DIR, CacheDir, Json, open_console
+
+
+def entropy(
+    model: Annotated[str, typer.Argument(help="A Hub id, a model folder, or a run or checkpoint folder of ours.")],
+    corpus: Annotated[
+        str | None,
+        typer.Option(help="As for a study; default, for a run: its own evaluation sequences."),
+    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="A tokenizer's name or folder; default: the model's.")] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="T; default: the run's, or 512 or the model's positions.")
+    ] = None,
+    sequences: Annotated[int, typer.Option(help="Sequences to measure on.")] = 32,
+    out: Annotated[Path | None, typer.Option(help="Folder for CSV and figures; default entropy/MODEL.")] = None,
+    cache_dir: CacheDir = DEFAULT_CACHE_DIR,
+    json_: Json = False,
+) -> None:
+    """Measure the attention entropy of every head of a model: a table, a CSV file a head and layer, a heatmap.
+
+    Example: normfree entropy gpt2 --corpus installed-python --sequence-length 256
+    """
+    from normfree.interpret import (
+        measure_attention_entropy,
+        token_sequences,
+        write_attention_entropy,
+    )
+    from normfree.report import headwise_entropy_heatmaps, save_figure
+    from normfree.training import load_pretrained
+
+    measured = load_pretrained(model)
+    tokens = token_sequences(
+        measured,
+        corpus=corpus,
+        tokenizer=tokenizer,
+        sequence_length=sequence_length,
+        n_sequences=sequences,
+        cache_dir=cache_dir,
+    )
+    console = open_console(json_)
+    with console.status(f"{len(tokens)} sequences of {tokens.shape[1]} tokens"):
+        result = measure_attention_entropy(measured.model, tokens)
+    name = Path(model).resolve().name if Path(model).exists() else model
+    folder = out or Path("entropy") / name.replace("/", "--")
+    write_attention_entropy(result, folder)
+    frame = result.heads.assign(model=name, context_length=result.sequence_length, configuration=name, seed=0)
+    save_figure(headwise_entropy_heatmaps(frame, maximum=result.uniform_bound), folder, "headwise_entropy")
+    if json_:
+        print(json.dumps({"folder": str(folder), **result.summary()}))
+        return
+    console.print(
+        f"{name}: attention entropy in nats over {result.n_sequences} sequences of {result.sequence_length} tokens; "
+        f"uniform attention has {result.uniform_bound:.3f}",
+        highlight=False,
+    )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("layer", "mean", "min", "max", "share of uniform", "sink share", "heads in top band"):
+        table.add_column(column, justify="right")
+    for row in result.layers.to_dict("records"):
+        nats = (f"{row[column]:.3f}" for column in ("mean_nats", "min_nats", "max_nats"))
+        shares = (f"{100 * row[column]:.1f} %" for column in ("share_of_uniform", "sink_share"))
+        table.add_row(str(row["layer"]), *nats, *shares, f"{row['top_band_heads']} of {row['n_head']}")
+    console.print(table)
+    for module, reason in result.unreadable.items():
+        console.print(f"not read: {module}: {reason}", highlight=False, soft_wrap=True)
+    console.print(f"Files: {folder}", highlight=False, soft_wrap=True)

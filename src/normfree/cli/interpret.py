@@ -1,0 +1,82 @@
+"""``normfree interpret``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.table import Table
+
+from normfree.cli.options import DEFAULT_CACHE_DIR, CacheDir, Json, open_console
+
+
+def interpret(
+    models: Annotated[list[str], typer.Argument(help="Hub ids, model folders, or runs of ours; compared on one page.")],
+    corpus: Annotated[str | None, typer.Option(help="As for a study; default: the first run's own sequences.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="A tokenizer's name or folder; default: the first model's.")
+    ] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="T; default: the first model's.")] = None,
+    sequences: Annotated[int, typer.Option(help="Sequences to measure on.")] = 64,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="JSON lines with clean, corrupted, answer, wrong_answer; default: induction prompts."),
+    ] = None,
+    neurons: Annotated[int, typer.Option(help="Candidate confidence neurons to ablate.")] = 20,
+    out: Annotated[Path, typer.Option(help="Folder for CSV files, figures and the report.")] = Path("interpretation"),
+    cache_dir: CacheDir = DEFAULT_CACHE_DIR,
+    json_: Json = False,
+) -> None:
+    """Direct logit attribution, patching, confidence neurons and sinks, of models with and without norms.
+
+    Example: normfree interpret removal/seed-0/vanilla removal/seed-0/norm-free --corpus installed-python
+    """
+    from normfree.interpret import induction_pairs, read_prompts, token_sequences, tokenizer_of
+    from normfree.studies.interpretation import interpret as interpret_model
+    from normfree.studies.interpretation import write_interpretation
+    from normfree.training import load_pretrained
+
+    console = open_console(json_)
+    loaded = {model_name(each, models): load_pretrained(each) for each in models}
+    first = next(iter(loaded.values()))
+    tokens = token_sequences(
+        first,
+        corpus=corpus,
+        tokenizer=tokenizer,
+        sequence_length=sequence_length,
+        n_sequences=sequences,
+        cache_dir=cache_dir,
+    )
+    if prompts is not None:
+        pairs = read_prompts(prompts, tokenizer_of(first))
+    else:
+        pairs = induction_pairs(tokens, max(1, sequences // 2))
+    found = {}
+    for name, each in loaded.items():
+        with console.status(f"{name}: {len(tokens)} sequences, {len(pairs.answers)} prompts, {neurons} neurons"):
+            found[name] = interpret_model(each.as_normfree(), tokens, pairs, n_neuron=neurons)
+    table = write_interpretation(found, out, f"normfree interpret {' '.join(models)}")
+    if json_:
+        rows = json.loads(table.to_json(orient="records", double_precision=9))
+        print(json.dumps({"folder": str(out), "summary": rows}))
+        return
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in table.columns:
+        shown.add_column(column.replace("_", " "), justify="left" if column == "model" else "right")
+    for row in table.to_dict("records"):
+        shown.add_row(*(value if isinstance(value, str) else f"{value:.3f}" for value in row.values()))
+    console.print(shown)
+    console.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def model_name(source: str, among: list[str]) -> str:
+    """The last part of a path, or as many as tell it from the others; a Hub id as it is."""
+    if not Path(source).exists():
+        return source
+    parts = Path(source).resolve().parts
+    others = [Path(each).resolve().parts for each in among if each != source]
+    n = next(n for n in range(1, len(parts) + 1) if all(each[-n:] != parts[-n:] for each in others) or n == len(parts))
+    return "/".join(parts[-n:])

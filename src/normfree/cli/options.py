@@ -1,0 +1,39 @@
+"""What several commands have in common: options, and the console."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+
+from normfree.errors import InputError
+
+CacheDir = Annotated[Path, typer.Option(help="Where tokenized corpora are kept and found again.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, to standard output.")]
+LOG_WIDTH = 110
+DEFAULT_CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "normfree"
+
+
+def open_console(json_: bool) -> Console:
+    """Progress and tables; beside JSON they go to standard error. A log file is as wide as the tables."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # its warnings would break up the progress bars
+    console = Console(stderr=json_)
+    if not console.is_terminal:
+        console.width = LOG_WIDTH
+    return console
+
+
+def assignment(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise InputError(f"--set {text!r} is not of the form NAME=VALUE, e.g. --set model.n_layer=4")
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {name}: {value!r} is not a YAML value") from error

@@ -1,0 +1,89 @@
+"""``normfree remove-norm``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.table import Table
+
+from normfree.cli.options import DEFAULT_CACHE_DIR, CacheDir, Json, assignment, open_console
+from normfree.errors import InputError
+
+
+def remove_norm(
+    model: Annotated[str, typer.Argument(help="A Hub id, a model folder, or a run or checkpoint folder of ours.")],
+    corpus: Annotated[str | None, typer.Option(help="As for a study; default, for a run: its own.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="A tokenizer's name or folder; default: the model's.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for runs and models; default removal/MODEL.")] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(help="gpt2, gpt2-medium, gpt2-large, gpt2-xl or a YAML file; default: by depth and budget."),
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Fine-tuning budget, in tokens.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Fine-tuning budget, in optimizer steps.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the order of the data and of dropout.")] = 0,
+    vanilla: Annotated[bool, typer.Option(help="Also fine-tune with the norms kept, as a control.")] = True,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change any value, e.g. --set recipe.learning_rate=3e-4. Can be repeated."),
+    ] = None,
+    cache_dir: CacheDir = DEFAULT_CACHE_DIR,
+    json_: Json = False,
+) -> None:
+    """Take every LayerNorm or RMSNorm out of a trained model by fine-tuning, and export it without any.
+
+    A removal that was stopped goes on where it was when the same command is given again.
+
+    Example: normfree remove-norm studies/relu-revival-cpu/runs/sm-ln-g/seed-0
+    """
+    from normfree.data import prepare_data, same_data
+    from normfree.removal import remove
+    from normfree.removal.plan import plan
+    from normfree.removal.schedule import load_schedule
+    from normfree.training import StudyProgress, load_pretrained
+
+    if tokens is not None and steps is not None:
+        raise InputError("give --tokens or --steps, not both")
+    options = {"recipe.tokens": tokens, "recipe.steps": steps, "data.corpus": corpus, "data.tokenizer": tokenizer}
+    changes: dict[str, Any] = dict(assignment(text) for text in set_ or [])
+    changes |= {option: value for option, value in options.items() if value is not None}
+    chosen = load_schedule(schedule) if schedule is not None else None
+    loaded = load_pretrained(model)
+    run = plan(loaded, changes=changes, seed=seed)
+    console = open_console(json_)
+    if loaded.fingerprint is not None and run.data == loaded.data:
+        data = same_data(run.data, cache_dir, loaded.fingerprint, progress=console.is_terminal)
+    else:
+        data = prepare_data(run.data, cache_dir, progress=console.is_terminal)
+    del loaded  # the runs load it again
+    name = Path(model).resolve().name if Path(model).exists() else model
+    folder = out or Path("removal") / name.replace("/", "--")
+    total = run.recipe.n_tokens(run.data.sequence_length) * (2 if vanilla else 1)
+    with StudyProgress(total, console=console, description="remove-norm") as progress:
+        result = remove(
+            run,
+            data,
+            folder,
+            chosen,
+            vanilla=vanilla,
+            callbacks=lambda variant, n_tokens: (progress.run(variant, n_tokens),),
+        )
+    if json_:
+        exports = {"norm_free": str(result.norm_free), "gpt2": str(result.gpt2) if result.gpt2 else None}
+        rows = json.loads(result.table.to_json(orient="records", double_precision=9))
+        print(json.dumps({"folder": str(folder), **exports, "table": rows}))
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("variant", "fine-tuning tokens", "loss, nats", "perplexity", "Δ loss"):
+        table.add_column(column, justify="left" if column == "variant" else "right")
+    for row in result.table.to_dict("records"):
+        numbers = (f"{row['eval_loss']:.4f}", f"{row['eval_ppl']:.2f}", f"{row['delta_loss']:+.4f}")
+        table.add_row(row["variant"], f"{row['finetuning_tokens']:,}", *numbers)
+    console.print(table)
+    console.print(f"Without norms: {result.norm_free}", highlight=False, soft_wrap=True)
+    if result.gpt2 is not None:
+        console.print(f"As a stock GPT-2: {result.gpt2}", highlight=False, soft_wrap=True)

@@ -1,0 +1,44 @@
+"""``normfree train``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from normfree.cli.options import DEFAULT_CACHE_DIR, CacheDir, Json, open_console
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="A run's YAML file, such as the config.yaml of an earlier run.")],
+    out: Annotated[Path, typer.Option(help="Run folder.")],
+    cache_dir: CacheDir = DEFAULT_CACHE_DIR,
+    json_: Json = False,
+) -> None:
+    """Train one configuration. A run that was stopped goes on from its last checkpoint.
+
+    Example: normfree train studies/relu-revival-cpu/runs/sm-r/seed-0/config.yaml --out runs/again
+    """
+    from normfree.data import prepare_data
+    from normfree.training import StudyProgress, load_run_config
+    from normfree.training import train as train_run
+
+    run = load_run_config(config)
+    console = open_console(json_)
+    data = prepare_data(run.data, cache_dir, progress=console.is_terminal)
+    n_tokens = run.recipe.n_tokens(run.data.sequence_length)
+    label = f"{run.configuration} seed {run.seed}"
+    with StudyProgress(n_tokens, console=console, description=run.model_name) as progress:
+        result = train_run(run, data, out, callbacks=(progress.run(label, n_tokens),))
+    if json_:
+        print(json.dumps({"folder": str(out), **result.row}))
+        return
+    row = result.row
+    console.print(
+        f"{label}: evaluation loss {row['eval_loss']:.4f} nats per token, perplexity {row['eval_ppl']:.2f} "
+        f"({row['status']}); {out}",
+        highlight=False,
+        soft_wrap=True,
+    )
