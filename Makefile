@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: study test check format clean
+.PHONY: study test check format private clean
 
 # glibc's allocator returns large buffers to the system and asks for them again in every step; keeping them makes a
 # training step on the CPU a fifth faster. Other allocators ignore the two settings.
@@ -14,11 +14,21 @@ study: .venv/.installed
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
 
+# Hundreds of kills and thousands of made-up inputs, where `make test` has a few; an hour or more.
+nightly: .venv/.installed-dev
+	NORMFREE_NIGHTLY=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s tests/faults
+
 check: .venv/.installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Known holes in what is installed (asks PyPI's advisories, so it needs the network), and secrets in what is tracked;
+# the hashes of commits are none.
+audit: .venv/.installed-dev
+	git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook --exclude-secrets '^[0-9a-f]{40}$$'
+	$(BIN)/pip-audit --local --skip-editable
 
 format: .venv/.installed-dev
 	$(BIN)/ruff check --fix
@@ -37,5 +47,17 @@ format: .venv/.installed-dev
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
+# What `normfree private-cost` measures with has an environment of its own: SPU needs Python 3.10 or 3.11, and an old JAX.
+private: .venv-private/.installed
+
+.venv-private/.installed: src/normfree/private/engine/requirements.txt
+	@set -e; for each in $(ENGINE_PYTHON) python3.11 python3.10 python3 $(BIN)/python; do \
+	  if "$$each" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 12))' 2>/dev/null; then \
+	    "$$each" -m venv .venv-private; exit 0; fi; done; \
+	echo "the secure-computation engine needs Python 3.10 or 3.11, and there is none on PATH; install one, or say" \
+	  "which with: make private ENGINE_PYTHON=/path/to/python3.11" >&2; exit 2
+	.venv-private/bin/python -m pip install --quiet --requirement $<
+	touch $@
+
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .venv .venv-private .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -14,27 +14,30 @@ MIN_SECONDS = 0.05
 """A variant is repeated in a round until it has run this long."""
 
 Call = Callable[[], Any]
+Clock = Callable[[], float]
 
 
-def seconds_a_call(call: Call, device: torch.device) -> float:
+def seconds_a_call(call: Call, device: torch.device, clock: Clock = time.perf_counter) -> float:
     """Mean seconds of a call, over at least ``MIN_SECONDS`` of them."""
-    start, n_call = time.perf_counter(), 0
-    while time.perf_counter() - start < MIN_SECONDS:
+    start, n_call = clock(), 0
+    while clock() - start < MIN_SECONDS:
         call()
         if device.type == "cuda":
             torch.cuda.synchronize()
         n_call += 1
-    return (time.perf_counter() - start) / n_call
+    return (clock() - start) / n_call
 
 
-def interleaved(calls: Mapping[str, Call], rounds: int, device: torch.device) -> dict[str, list[float]]:
+def interleaved(
+    calls: Mapping[str, Call], rounds: int, device: torch.device, clock: Clock = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds a call of each variant in each round; a round runs every variant once, in a new random order."""
     for call in calls.values():
         call()
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name in random.sample(list(calls), len(calls)):
-            seconds[name].append(seconds_a_call(calls[name], device))
+            seconds[name].append(seconds_a_call(calls[name], device, clock))
     return seconds
 
 

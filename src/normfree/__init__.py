@@ -4,8 +4,9 @@ from normfree.quiet import quiet_imports
 
 with quiet_imports():
     from normfree.entropy import EntropyProbe, attention_entropy, entropy_bands
-    from normfree.modeling import NormfreeConfig, NormfreeForCausalLM, from_hf
+    from normfree.modeling import NormfreeConfig, NormfreeForCausalLM, from_hf, sparse_decode
     from normfree.removal import remove_norms
+    from normfree.sparsity import statistical_topk
 
 __all__ = [
     "EntropyProbe",
@@ -15,5 +16,7 @@ __all__ = [
     "entropy_bands",
     "from_hf",
     "remove_norms",
+    "sparse_decode",
+    "statistical_topk",
 ]
 __version__ = "0.1.0"

@@ -14,6 +14,14 @@ class InputError(ValueError):
     """
 
 
+class RunFailedError(Exception):
+    """A run that could not go on, through no fault of its input: a full disk, a loss that is no number.
+
+    The message is one line that says what happened, what is kept and how to go on. The command line prints it alone
+    and exits with code 1.
+    """
+
+
 def unknown_name(kind: str, name: object, allowed: Iterable[str]) -> InputError:
     """An error for ``name`` not being one of ``allowed``, with the nearest allowed name as a suggestion."""
     names = [str(each) for each in allowed]

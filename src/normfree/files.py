@@ -1,6 +1,8 @@
-"""Writing a file whole or not at all."""
+"""Writing a file or a folder whole or not at all, and knowing it again."""
 
+import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +28,42 @@ def written_whole(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def folder_written_whole(path: Path) -> Iterator[Path]:
+    """Yields a temporary folder beside ``path`` that takes its place if the ``with`` block ends without error.
+
+    A folder that is at ``path`` stays until then. Whoever is stopped in between leaves a hidden folder, never half of
+    one at ``path``.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as beside:
+        temporary, old = Path(beside) / "new", Path(beside) / "old"
+        temporary.mkdir()
+        yield temporary
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes ``text`` whole or not at all, in UTF-8."""
     with written_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_unfinished(path: Path) -> bool:
+    """Whether ``path`` is what :func:`written_whole` leaves when its process is killed."""
+    return re.fullmatch(r"\..+\.[a-z0-9_]{8}(\.\w+)?", path.name) is not None and path.is_file()
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes such files from ``folder`` and the folders in it; for the one process that writes there."""
+    for path in (*folder.glob(".*"), *folder.glob("*/.*")):
+        if is_unfinished(path):
+            path.unlink()

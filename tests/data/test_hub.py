@@ -129,6 +129,32 @@ def test_revision_and_configuration_are_passed_on(fake_hub):
     assert fake_hub.calls[-1] == ("a/b", None, None, COMMIT, True)
 
 
+def test_c4_is_its_english_configuration_with_its_own_validation_split(fake_hub, tmp_path):
+    """The corpus of the LLaMA presets: rows of text, timestamp and url, streamed."""
+    train, validation = ([f"page {seed}: {document(seed)}" for seed in seeds] for seeds in (range(60), range(55, 65)))
+    fake_hub.splits["allenai/c4"] = {
+        split: datasets.Dataset.from_list(
+            [{"text": text, "timestamp": "2019-04-25T12:57:54Z", "url": "https://example.org"} for text in texts]
+        ).to_iterable_dataset()
+        for split, texts in (("train", train), ("validation", validation))
+    }
+    config = DataConfig(
+        corpus="hf:allenai/c4:en",
+        vocab_size=300,
+        sequence_length=32,
+        cut="packed",
+        train_tokens=3200,
+        eval_tokens=640,
+    )
+    corpus = open_corpus(config)
+    assert fake_hub.calls == [("allenai/c4", "en", None, COMMIT, True)]
+    assert corpus.fingerprint == f"hub:allenai/c4@{COMMIT}:en"
+    assert list(corpus.documents("eval")) == validation
+    assert set(corpus.documents("train")) == set(train[:55])
+    data = prepare_data(config, tmp_path)
+    assert (len(data.train), len(data.eval)) == (100, 20)
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [

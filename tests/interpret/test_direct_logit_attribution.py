@@ -234,8 +234,26 @@ def test_bad_input(change, message):
         direct_logit_attribution(**{"model": gpt2(), "input_ids": tokens(2, T), "targets": tokens(2, T), **change})
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"norm": "dyt"}, {"norm": "layernorm_scaling"}, {"norm": "none", "qk_norm": True}, {"scale_embeddings": True}],
+    ids=str,
+)
+def test_contributions_add_up_whatever_the_norms_of_the_blocks_are(options):
+    model = decoder(**{"norm": "rmsnorm", "final_norm": "rmsnorm", **options})
+    sequences = tokens(2, T)
+    found = direct_logit_attribution(model, sequences, sequences)
+    expected = model(sequences).logits.gather(-1, sequences[..., None])[..., 0]
+    torch.testing.assert_close(found.contributions.sum(0) + found.constant, expected, rtol=0, atol=2e-5)
+
+
 def test_models_that_cannot_be_taken_apart():
     sequences = tokens(2, T)
+    for placement in ("sandwich", "hybrid", "hybrid_star", "mix", "deepnorm"):
+        with pytest.raises(InputError, match=f"norm_placement is '{placement}'"):
+            direct_logit_attribution(decoder(norm="layernorm", norm_placement=placement), sequences, sequences)
+    with pytest.raises(InputError, match="final norm of the class DynamicTanh"):
+        direct_logit_attribution(decoder(norm="dyt", final_norm="dyt"), sequences, sequences)
     post = decoder(norm="layernorm", norm_placement="post")
     with pytest.raises(InputError, match=r"norm_placement is 'post'.*use a model with norm_placement 'pre'"):
         direct_logit_attribution(post, sequences, sequences)

@@ -41,10 +41,16 @@ def perturb(model: NormfreeForCausalLM, std: float = 0.2) -> NormfreeForCausalLM
     return model
 
 
-def norm(name: str, weights: Weights, prefix: str, eps: float, x: Array) -> Array:
+def norm(name: str, weights: Weights, prefix: str, eps: float, x: Array, layer: int | None = None) -> Array:
+    """``layer`` counts from 0."""
     if name == "none":
         return x
+    if name.endswith("_scaling"):
+        assert layer is not None
+        return norm(name.removesuffix("_scaling"), weights, prefix, eps, x) / np.sqrt(layer + 1)
     gain = weights[f"{prefix}.weight"]
+    if name == "dyt":
+        return gain * np.tanh(weights[f"{prefix}.alpha"].item() * x) + weights[f"{prefix}.bias"]
     if name == "rmsnorm":
         return gain * x / np.sqrt((x**2).mean(-1, keepdims=True) + eps)
     assert name == "layernorm"
@@ -73,13 +79,19 @@ def rotate(x: Array, theta: float, fraction: float) -> Array:
 def attention(config: NormfreeConfig, weights: Weights, prefix: str, x: Array) -> Array:
     """Causal softmax attention, head by head and query by query."""
     query, key, value = (linear(weights, f"{prefix}.{each}_proj", x) for each in "qkv")
+
+    def normalized(projection: str, x: Array) -> Array:
+        is_hybrid = config.norm_placement.startswith("hybrid")
+        name = config.norm if is_hybrid else config.qk_norm if projection in "qk" else "none"
+        return norm(name, weights, f"{prefix}.{projection}_norm", config.norm_eps, x)
+
     width = config.head_dim
     heads = []
     for head in range(config.n_head):
         shared = head * config.n_kv_head // config.n_head
-        q = query[:, head * width : (head + 1) * width]
-        k = key[:, shared * width : (shared + 1) * width]
-        v = value[:, shared * width : (shared + 1) * width]
+        q = normalized("q", query[:, head * width : (head + 1) * width])
+        k = normalized("k", key[:, shared * width : (shared + 1) * width])
+        v = normalized("v", value[:, shared * width : (shared + 1) * width])
         if config.position == "rotary":
             theta = config.rope_parameters["rope_theta"]
             fraction = config.rope_parameters.get("partial_rotary_factor", 1.0)
@@ -112,20 +124,38 @@ def block(config: NormfreeConfig, weights: Weights, prefix: str, layer: int, x: 
     def ffn(x: Array) -> Array:
         return feed_forward(config, weights, f"{prefix}ffn", layer, x)
 
+    def norm_of(name: str, x: Array) -> Array:
+        return norm(config.norm, weights, f"{prefix}{name}", config.norm_eps, x, layer)
+
     def norm_1(x: Array) -> Array:
-        return norm(config.norm, weights, f"{prefix}attention_norm", config.norm_eps, x)
+        return norm_of("attention_norm", x)
 
     def norm_2(x: Array) -> Array:
-        return norm(config.norm, weights, f"{prefix}ffn_norm", config.norm_eps, x)
+        return norm_of("ffn_norm", x)
 
+    placement = config.norm_placement
+    if placement == "mix":
+        placement = "post" if layer < config.n_post_layer else "pre"
+    if placement == "hybrid_star":
+        placement = "pre" if layer == 0 else "hybrid"
     if config.parallel_residual:
         return x + attend(norm_1(x)) + ffn(norm_2(x))
-    if config.norm_placement == "pre":
+    if placement == "pre":
         h = x + attend(norm_1(x))
         return h + ffn(norm_2(h))
-    assert config.norm_placement == "post"
-    h = norm_1(x + attend(x))
-    return norm_2(h + ffn(h))
+    if placement == "post":
+        h = norm_1(x + attend(x))
+        return norm_2(h + ffn(h))
+    if placement == "sandwich":
+        h = x + norm_of("attention_output_norm", attend(norm_1(x)))
+        return h + norm_of("ffn_output_norm", ffn(norm_2(h)))
+    if placement == "deepnorm":
+        alpha = (2 * config.n_layer) ** (1 / 4)
+        h = norm_1(alpha * x + attend(x))
+        return norm_2(alpha * h + ffn(h))
+    assert placement == "hybrid"
+    h = x + attend(x)
+    return norm_2(h) + ffn(norm_2(h))
 
 
 def logits(config: NormfreeConfig, weights: Weights, input_ids: NDArray[np.int64]) -> Array:
@@ -133,6 +163,8 @@ def logits(config: NormfreeConfig, weights: Weights, input_ids: NDArray[np.int64
     x = weights["model.embed_tokens.weight"][input_ids]
     if config.position == "learned":
         x = x + weights["model.embed_positions.weight"][: len(input_ids)]
+    if config.scale_embeddings:
+        x = x * weights["model.embedding_scale"]
     for layer in range(config.n_layer):
         x = block(config, weights, f"model.blocks.{layer}.", layer, x)
     x = norm(config.final_norm, weights, "model.final_norm", config.norm_eps, x)

@@ -19,13 +19,34 @@ ARRANGEMENTS: dict[str, dict[str, Any]] = {
     "pre": {"norm_placement": "pre"},
     "post": {"norm_placement": "post"},
     "parallel": {"norm_placement": "pre", "parallel_residual": True},
+    "mix": {"norm_placement": "mix"},
+    "sandwich": {"norm_placement": "sandwich"},
+    "deepnorm": {"norm_placement": "deepnorm"},
+    "hybrid": {"norm_placement": "hybrid"},
+    "hybrid_star": {"norm_placement": "hybrid_star"},
 }
+NORMED = ("layernorm", "rmsnorm", "dyt")
+PRE_ONLY = ("none", "layernorm_scaling", "rmsnorm_scaling")
 DECODERS: dict[str, dict[str, Any]] = {
     "gpt2": {"activation": "gelu_tanh"},
     "untied": {"tie_word_embeddings": False},
     "qk-bias-relu": {"attention_bias": "qk", "activation": "relu", "norm": "none", "mlp_bias": False},
     "nothing-normalized": {"norm": "none", "final_norm": "none"},
     "post-without-final-norm": {"norm_placement": "post", "final_norm": "none"},
+    "layernorm-scaling": {"norm": "layernorm_scaling"},
+    "dyt-with-two-alphas": {
+        "norm": "dyt",
+        "final_norm": "dyt",
+        "dyt_alpha": 0.2,
+        "dyt_attention_alpha": 0.8,
+        "scale_embeddings": True,
+    },
+    "mix-of-three": {"norm_placement": "mix", "n_layer": 3, "n_post_layer": 2},
+    "deepnorm": {"norm_placement": "deepnorm", "n_layer": 3, "final_norm": "none"},
+    "sandwich": {"norm_placement": "sandwich", "norm": "rmsnorm", "final_norm": "rmsnorm"},
+    "hybrid-star-grouped": {**PYTHIA, "norm_placement": "hybrid_star", "n_kv_head": 2, "norm": "rmsnorm"},
+    "qk-norm-without-other-norms": {**PYTHIA, "qk_norm": "rmsnorm", "norm": "none", "final_norm": "none"},
+    "scaled-embeddings": {"scale_embeddings": True},
     "pythia": {**PYTHIA, "parallel_residual": True, "tie_word_embeddings": False},
     "grouped-gated": {
         **PYTHIA,
@@ -58,11 +79,18 @@ def test_every_placement_is_tested() -> None:
     assert {options["norm_placement"] for options in ARRANGEMENTS.values()} == set(PLACEMENTS)
 
 
-@pytest.mark.parametrize("norm", ["none", "layernorm", "rmsnorm"])
-@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+@pytest.mark.parametrize(
+    ("arrangement", "norm", "qk_norm"),
+    [
+        *((arrangement, norm, "none") for arrangement in ARRANGEMENTS for norm in NORMED),
+        *((arrangement, norm, "none") for arrangement in ("pre", "parallel") for norm in PRE_ONLY),
+        *((arrangement, "layernorm", "rmsnorm") for arrangement in ARRANGEMENTS if "hybrid" not in arrangement),
+        ("pre", "none", "layernorm"),
+    ],
+)
 @torch.no_grad()
-def test_block_equation(arrangement: str, norm: str) -> None:
-    model = build({**ARRANGEMENTS[arrangement], "norm": norm})
+def test_block_equation(arrangement: str, norm: str, qk_norm: str) -> None:
+    model = build({**ARRANGEMENTS[arrangement], "norm": norm, "qk_norm": qk_norm})
     x = torch.randn(2, 9, 16, dtype=torch.float64)
     for layer, block in enumerate(model.model.blocks):
         actual = block(x).numpy()

@@ -16,6 +16,8 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 from transformers.activations import ACT2FN
 
@@ -56,6 +58,20 @@ def llama(**options: Any) -> LlamaForCausalLM:
         "max_position_embeddings": 64,
     }
     return perturbed(LlamaForCausalLM(LlamaConfig(**{**sizes, **options})))
+
+
+def qwen3(**options: Any) -> Qwen3ForCausalLM:
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 12,
+        "max_position_embeddings": 64,
+    }
+    return perturbed(Qwen3ForCausalLM(Qwen3Config(**{**sizes, **options})))
 
 
 def perturbed(model: PreTrainedModel) -> Any:
@@ -125,8 +141,11 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
             ),
         },
     ),
+    "qwen3": (qwen3, {}),
+    "qwen3-tied-biased": (qwen3, {"tie_word_embeddings": True, "attention_bias": True, "rms_norm_eps": 1e-2}),
+    "qwen3-yarn": (qwen3, rope("yarn", factor=4.0, original_max_position_embeddings=16)),
 }
-EACH_ARCHITECTURE = ["gpt2", "gpt_neox", "llama"]
+EACH_ARCHITECTURE = ["gpt2", "gpt_neox", "llama", "qwen3"]
 
 
 def build(name: str) -> PreTrainedModel:
@@ -263,6 +282,7 @@ def test_rotary_frequencies_rounded_by_a_cast_are_kept() -> None:
         (gpt2(embd_pdrop=0.1, attn_pdrop=0.2, resid_pdrop=0.3), (0.1, 0.2, 0.3)),
         (gpt_neox(hidden_dropout=0.1, attention_dropout=0.2), (0.1, 0.2, 0.1)),
         (llama(attention_dropout=0.2), (0.0, 0.2, 0.0)),
+        (qwen3(attention_dropout=0.2), (0.0, 0.2, 0.0)),
     ],
     ids=EACH_ARCHITECTURE,
 )
@@ -306,6 +326,11 @@ def test_activation_names_stand_for_the_same_function(name: str) -> None:
         (lambda: llama(hidden_act="hardswish"), "unknown hidden_act 'hardswish'"),
         (lambda: llama(**rope("default", partial_rotary_factor=0.5)), "partial_rotary_factor = 0.5"),
         (lambda: gpt2(resid_pdrop=1.0), "residual_dropout is 1.0"),
+        (lambda: qwen3(**rope("default", partial_rotary_factor=0.5)), "which Qwen3ForCausalLM does not follow"),
+        (
+            lambda: qwen3(use_sliding_window=True, sliding_window=4, max_window_layers=1),
+            r"layer_types = \['full_attention', 'sliding_attention', 'sliding_attention'\] has no counterpart",
+        ),
     ],
 )
 def test_options_without_counterpart_are_refused_by_name(model: Any, message: str) -> None:
@@ -317,7 +342,7 @@ def test_options_without_counterpart_are_refused_by_name(model: Any, message: st
 def test_other_classes_are_refused_by_name() -> None:
     sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 1}
     mistral = MistralForCausalLM(MistralConfig(vocab_size=8, intermediate_size=8, **sizes))
-    allowed = "allowed: GPT2LMHeadModel, GPTNeoXForCausalLM, LlamaForCausalLM"
+    allowed = "allowed: GPT2LMHeadModel, GPTNeoXForCausalLM, LlamaForCausalLM, Qwen3ForCausalLM"
     with pytest.raises(InputError, match=f"cannot convert a MistralForCausalLM; {allowed}"):
         from_hf(mistral)
     with pytest.raises(InputError, match=f"cannot convert a GPT2Model; {allowed}"):

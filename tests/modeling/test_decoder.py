@@ -13,17 +13,29 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from normfree import NormfreeConfig, NormfreeForCausalLM
 from normfree.modeling import NormfreeModel
 from normfree.modeling.activations import ACTIVATIONS
-from normfree.modeling.norms import NORMS
+from normfree.modeling.blocks import PLACEMENTS
+from normfree.modeling.norms import NORMS, SCALED_NORMS
 
 from . import reference
 
 SIZES = {"vocab_size": 19, "n_positions": 32, "n_layer": 3, "n_head": 4, "n_embd": 16}
 GLOBAL_SLOPE = {"activation": "learnable_leaky_relu", "slope_sharing": "global"}
+NORMS_OF_EVERY_PLACEMENT = ("layernorm", "rmsnorm", "dyt")
 ARRANGEMENTS: dict[str, dict[str, Any]] = {
     "pre": {},
     "post": {"norm_placement": "post"},
     "parallel": {"parallel_residual": True, "tie_word_embeddings": False},
     "norm-free": {"norm": "none", "final_norm": "none", **GLOBAL_SLOPE},
+    "norm-free-with-qk-norm": {"norm": "none", "final_norm": "none", "qk_norm": True},
+    **{
+        f"{placement}-{norm}": {"norm": norm, "norm_placement": placement}
+        for placement in PLACEMENTS
+        for norm in NORMS
+        if (placement, norm) not in {("pre", "layernorm"), ("post", "layernorm"), ("pre", "constant_std")}
+        and (placement == "pre" or norm in NORMS_OF_EVERY_PLACEMENT)
+    },
+    "dyt-everywhere": {"norm": "dyt", "final_norm": "dyt", "dyt_attention_alpha": 0.8, "scale_embeddings": True},
+    "qk-norm-scaling": {"norm": "rmsnorm_scaling", "final_norm": "rmsnorm", "qk_norm": "layernorm", "n_kv_head": 2},
     "grouped-gated": {"n_kv_head": 2, "ffn": "gated", "norm": "rmsnorm", "activation": "silu"},
 }
 
@@ -78,7 +90,7 @@ def test_cached_generation_equals_uncached(arrangement: str, position: str) -> N
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
 def test_gradient_checkpointing_changes_no_gradient(arrangement: str) -> None:
-    model = build(residual_dropout=0.1, attention_dropout=0.1, **ARRANGEMENTS[arrangement]).train()
+    model = build(residual_dropout=0.1, attention_dropout=0.1, **ARRANGEMENTS[arrangement]).double().train()
 
     def gradients() -> dict[str, torch.Tensor]:
         model.zero_grad()
@@ -100,7 +112,22 @@ def test_gradient_checkpointing_changes_no_gradient(arrangement: str) -> None:
     assert plain.keys() == checkpointed.keys()
     for name, gradient in plain.items():
         assert gradient.abs().sum() > 0 or "k_proj.bias" in name, name
-        torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-5, atol=1e-8, msg=name)
+        torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+def test_a_training_step_in_bf16_autocast(arrangement: str, implementation: str) -> None:
+    """Heads are normalized in bf16, residual streams in float32: what comes out of norms may be of either dtype."""
+    model = build(**ARRANGEMENTS[arrangement]).train()
+    model.set_attn_implementation(implementation)
+    expected = model(tokens(), labels=tokens()).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = model(tokens(), labels=tokens()).loss
+    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=0)
+    actual.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -108,8 +135,25 @@ def test_gradient_checkpointing_changes_no_gradient(arrangement: str) -> None:
 )
 def test_training_step_compiles_without_graph_breaks(arrangement: str, position: str) -> None:
     """``fullgraph=True`` raises at the first graph break."""
+    check_compiled_step(build(position=position, residual_dropout=0.1, **ARRANGEMENTS[arrangement]), "aot_eager")
+
+
+@pytest.mark.parametrize(
+    "arrangement",
+    [
+        *(each for each in ARRANGEMENTS if each.startswith("pre-")),
+        *(f"{placement}-rmsnorm" for placement in PLACEMENTS if placement != "pre"),
+        *("dyt-everywhere", "hybrid-dyt", "norm-free-with-qk-norm"),
+    ],
+)
+def test_every_norm_and_placement_is_traced_without_graph_breaks(arrangement: str) -> None:
+    n_layer = 2 if arrangement.startswith(("mix", "hybrid_star")) else 1
+    check_compiled_step(build(**{**ARRANGEMENTS[arrangement], "n_layer": n_layer}), "eager")
+
+
+def check_compiled_step(model: NormfreeForCausalLM, backend: str) -> None:
     torch.compiler.reset()
-    model = build(position=position, residual_dropout=0.1, **ARRANGEMENTS[arrangement]).train()
+    model.train()
 
     def step(ids: torch.Tensor) -> torch.Tensor:
         return model(ids, labels=ids, use_cache=False).loss
@@ -117,7 +161,7 @@ def test_training_step_compiles_without_graph_breaks(arrangement: str, position:
     torch.manual_seed(7)
     expected = step(tokens())
     torch.manual_seed(7)
-    actual = torch.compile(step, fullgraph=True, backend="aot_eager")(tokens())
+    actual = torch.compile(step, fullgraph=True, backend=backend)(tokens())
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=0)
     actual.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
@@ -170,13 +214,14 @@ def initial_weights(**options: Any) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in weights.items() if "norm" not in name and "slope" not in name}
 
 
-def test_initial_weights_depend_on_neither_norm_nor_activation() -> None:
+def test_initial_weights_depend_on_neither_norm_nor_placement_nor_activation() -> None:
     expected = initial_weights()
     for options in (
         *({"norm": name} for name in NORMS),
-        *({"final_norm": name} for name in NORMS),
+        *({"final_norm": name} for name in NORMS if name not in SCALED_NORMS),
         *({"activation": name} for name in ACTIVATIONS),
-        {"norm_placement": "post"},
+        *({"norm_placement": name} for name in PLACEMENTS if name != "deepnorm"),
+        {"qk_norm": True},
         {"parallel_residual": True},
         GLOBAL_SLOPE,
     ):
@@ -213,6 +258,35 @@ def test_statistics_of_the_initial_weights(ffn: str, scale_residual_init: bool) 
             n = parameter.numel()
             assert abs(parameter.std().item() / std - 1) < 5 / (2 * n) ** 0.5, name
             assert abs(parameter.mean().item()) < 5 * std / n**0.5, name
+
+
+@pytest.mark.parametrize("n_layer", [2, 3, 32])
+@pytest.mark.parametrize("ffn", ["dense", "gated"])
+def test_deepnorm_starts_values_output_and_ffn_beta_times_as_large(ffn: str, n_layer: int) -> None:
+    """β = (8 N)^-¼ (DeepNet, Figure 2); from the same draws, so the other weights are the same."""
+    expected = initial_weights(ffn=ffn, n_layer=n_layer)
+    actual = initial_weights(ffn=ffn, n_layer=n_layer, norm_placement="deepnorm")
+    assert actual.keys() == expected.keys()
+    n_scaled = 0
+    for name, tensor in expected.items():
+        if name.endswith("proj.weight") and "q_proj" not in name and "k_proj" not in name:
+            n_scaled += 1
+            tensor = tensor / (8 * n_layer) ** (1 / 4)
+        torch.testing.assert_close(actual[name], tensor, rtol=1e-6, atol=0, msg=name)
+    assert n_scaled == n_layer * (5 if ffn == "gated" else 4)
+
+
+def test_deepnorm_loads_weights_as_they_were_saved(tmp_path: Path) -> None:
+    model = build(norm_placement="deepnorm")
+    model.save_pretrained(tmp_path)
+    loaded = NormfreeForCausalLM.from_pretrained(tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_scaled_embeddings_start_at_the_root_of_the_width() -> None:
+    assert build(scale_embeddings=True).model.embedding_scale.tolist() == [4.0]
+    assert build().model.embedding_scale is None
 
 
 def test_default_configuration_has_the_parameters_of_gpt2_small() -> None:

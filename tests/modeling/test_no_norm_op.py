@@ -74,10 +74,18 @@ def test_no_normalization_op(options: dict[str, Any], implementation: str, posit
     assert found & NORMALIZING == set()
 
 
-def test_no_normalization_op_in_post_placement_with_a_global_slope() -> None:
-    slope = {"activation": "learnable_leaky_relu", "slope_sharing": "global"}
-    found = ops(norm="none", final_norm="none", norm_placement="post", **slope)
-    assert found & NORMALIZING == set()
+@pytest.mark.parametrize(
+    "options",
+    [{"activation": "learnable_leaky_relu", "slope_sharing": "global"}, {"scale_embeddings": True}],
+    ids=["global-slope", "scaled-embeddings"],
+)
+def test_no_normalization_op_with_learned_numbers(options: dict[str, Any]) -> None:
+    assert ops(norm="none", final_norm="none", **options) & NORMALIZING == set()
+
+
+def test_dynamic_tanh_is_no_normalization() -> None:
+    """It takes no statistic and divides by nothing: it bounds."""
+    assert ops(norm="dyt", final_norm="dyt") & NORMALIZING == set()
 
 
 @pytest.mark.parametrize(
@@ -93,6 +101,21 @@ def test_no_normalization_op_in_post_placement_with_a_global_slope() -> None:
 )
 def test_the_same_check_finds_every_norm(norm: str, final_norm: str, expected: set[str]) -> None:
     assert ops(norm=norm, final_norm=final_norm) & NORMALIZING == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"norm": "layernorm_scaling"}, {"native_layer_norm"}),
+        ({"norm": "rmsnorm_scaling"}, {"mean", "rsqrt"}),
+        ({"norm": "none", "qk_norm": "rmsnorm"}, {"mean", "rsqrt"}),
+        ({"norm": "none", "qk_norm": "layernorm"}, {"native_layer_norm"}),
+        ({"norm": "rmsnorm", "norm_placement": "hybrid"}, {"mean", "rsqrt"}),
+        ({"norm": "layernorm", "norm_placement": "sandwich"}, {"native_layer_norm"}),
+    ],
+)
+def test_the_same_check_finds_norms_in_every_place(options: dict[str, Any], expected: set[str]) -> None:
+    assert ops(final_norm="none", **options) & NORMALIZING == expected
 
 
 @pytest.mark.parametrize(

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from normfree import NormfreeConfig
-from normfree.modeling.norms import NORMS, build_final_norm, build_norm
+from normfree import NormfreeConfig, NormfreeForCausalLM
+from normfree.modeling.norms import NORMS, build_final_norm, build_head_norm, build_norm
 
 from . import reference
 
-KNOWN = ("none", "layernorm", "rmsnorm")
+KNOWN = ("none", "layernorm", "rmsnorm", "layernorm_scaling", "rmsnorm_scaling", "dyt")
 
 
-def config(name: str, eps: float = 1e-5) -> NormfreeConfig:
-    return NormfreeConfig(n_embd=12, n_head=1, n_layer=2, norm=name, final_norm=name, norm_eps=eps)
+def config(name: str, eps: float = 1e-5, **options: Any) -> NormfreeConfig:
+    final_norm = name.removesuffix("_scaling")
+    return NormfreeConfig(n_embd=12, n_head=1, n_layer=5, norm=name, final_norm=final_norm, norm_eps=eps, **options)
 
 
 def test_every_norm_has_a_reference() -> None:
@@ -30,22 +33,92 @@ def test_every_norm_has_a_reference() -> None:
     scale=st.sampled_from([1e-3, 1.0, 1e3]),
     shift=st.sampled_from([-10.0, 0.0, 3.0]),
     eps=st.sampled_from([1e-6, 1e-5, 1e-1]),
+    layer=st.integers(0, 4),
 )
-def test_values(name: str, seed: int, scale: float, shift: float, eps: float) -> None:
+def test_values(name: str, seed: int, scale: float, shift: float, eps: float, layer: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = scale * torch.randn(2, 3, 12, generator=generator, dtype=torch.float64) + shift
-    for module in (build_norm(config(name, eps), layer=1), build_final_norm(config(name, eps))):
+    of_block = build_norm(config(name, eps), layer, "ffn")
+    for kind, module in ((name, of_block), (name.removesuffix("_scaling"), build_final_norm(config(name, eps)))):
         module.double()
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter += torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             actual = module(x).numpy()
         weights = {f"norm.{key}": value for key, value in reference.weights_of(module).items()}
-        expected = reference.norm(name, weights, "norm", eps, x.numpy())
+        expected = reference.norm(kind, weights, "norm", eps, x.numpy(), layer)
         np.testing.assert_allclose(actual, expected, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("none", []), ("layernorm", [1, 0]), ("rmsnorm", [1])])
-def test_gains_start_at_one_and_biases_at_zero(name: str, parameters: list[float]) -> None:
-    module = build_norm(config(name), layer=0)
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("none", []),
+        ("layernorm", [1, 0]),
+        ("rmsnorm", [1]),
+        ("layernorm_scaling", [1, 0]),
+        ("rmsnorm_scaling", [1]),
+        ("dyt", [0.5, 1, 0]),
+    ],
+)
+def test_gains_start_at_one_biases_at_zero_and_alpha_at_a_half(name: str, parameters: list[float]) -> None:
+    module = build_norm(config(name), 0, "ffn")
     assert [set(each.tolist()) for each in module.parameters()] == [{value} for value in parameters]
+
+
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+def test_scaling_in_the_first_layer_is_the_plain_norm_and_a_half_in_the_fourth(norm: str) -> None:
+    x = torch.randn(3, 12, dtype=torch.float64)
+    plain = build_norm(config(norm), 0, "attention").double()
+    first, fourth = (build_norm(config(f"{norm}_scaling"), layer, "attention").double() for layer in (0, 3))
+    torch.testing.assert_close(first(x), plain(x), rtol=1e-12, atol=0)
+    torch.testing.assert_close(fourth(x), plain(x) / 2, rtol=1e-12, atol=0)
+
+
+def test_scaling_has_the_gradients_of_the_scaled_output() -> None:
+    x = torch.randn(3, 12, dtype=torch.float64)
+    weight = torch.randn(3, 12, dtype=torch.float64)
+    plain = build_norm(config("layernorm"), 0, "ffn").double()
+    scaled = build_norm(config("layernorm_scaling"), 2, "ffn").double()
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    (weight * plain(inputs[0]) / np.sqrt(3)).sum().backward()
+    (weight * scaled(inputs[1])).sum().backward()
+    torch.testing.assert_close(inputs[1].grad, inputs[0].grad, rtol=1e-10, atol=1e-12)
+    for ours, theirs in zip(scaled.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "attention", "other"),
+    [
+        ({}, 0.5, 0.5),
+        ({"dyt_alpha": 0.2}, 0.2, 0.2),
+        ({"dyt_alpha": 0.2, "dyt_attention_alpha": 0.8}, 0.8, 0.2),
+        ({"dyt_attention_alpha": 0.8}, 0.8, 0.5),
+    ],
+)
+def test_dyt_starts_at_the_configured_alphas(options: dict[str, float], attention: float, other: float) -> None:
+    model = NormfreeForCausalLM(config("dyt", **options, vocab_size=19, n_positions=4))
+    alphas = {name: parameter.item() for name, parameter in model.named_parameters() if name.endswith(".alpha")}
+    assert len(alphas) == 11
+    for name, alpha in alphas.items():
+        assert alpha == pytest.approx(attention if ".attention_norm." in name else other), name
+
+
+def test_dyt_bounds_what_it_gives_and_keeps_the_sign() -> None:
+    """|tanh| < 1: whatever comes in, at most the gain comes out."""
+    norm = build_norm(config("dyt"), 0, "ffn")
+    x = torch.tensor([[-1e30, -1.0, -1e-8, 0.0, 1e-8, 1.0, 1e30, 5.0, -5.0, 2.0, -2.0, 0.5]])
+    y = norm(x)
+    assert y.abs().max() <= 1
+    assert torch.equal(y.sign(), x.sign())
+
+
+@pytest.mark.parametrize("projection", ["q", "k", "v"])
+def test_head_norms_are_as_wide_as_a_head(projection: str) -> None:
+    hybrid = config("rmsnorm", norm_placement="hybrid", head_dim=7)
+    assert [each.shape for each in build_head_norm(hybrid, 1, projection).parameters()] == [(7,)]
+    qk = config("none", qk_norm="layernorm", head_dim=7)
+    expected = [] if projection == "v" else [(7,), (7,)]
+    assert [each.shape for each in build_head_norm(qk, 1, projection).parameters()] == expected
+    assert not list(build_head_norm(config("layernorm"), 1, projection).parameters())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, TrainerCallback
 
 from normfree import NormfreeForCausalLM, from_hf
-from normfree.data import prepare_data
+from normfree.data import PackedData, prepare_data
 from normfree.errors import InputError
-from normfree.removal import finetuning, remove
-from normfree.removal.finetuning import REMOVAL_FILE, StdLoss, remove_by_finetuning
+from normfree.removal import finetuning, removal, remove
+from normfree.removal.finetuning import REMOVAL_FILE, RemovalDivergedError, StdLoss, remove_by_finetuning
 from normfree.removal.midway import Midway
-from normfree.removal.schedule import automatic_schedule
-from normfree.training import RunConfig
+from normfree.removal.plan import plan
+from normfree.removal.schedule import automatic_schedule, load_schedule
+from normfree.training import RunConfig, train
+from normfree.training.lora import LoraOptions
 
 from ..modeling.test_no_norm_op import NORMALIZING, ops_of
 from .models import STOCK, stock, tokens
@@ -174,6 +177,102 @@ def test_a_removal_that_never_settles_is_bad_input(
         remove_by_finetuning(run, data, tmp_path / "run", automatic_schedule(3, STEPS), config)
 
 
+def test_a_removal_that_diverged_for_good_leaves_a_table(
+    gpt2: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_from(str(gpt2), corpus)
+    data = prepare_data(run.data, tmp_path / "cache")
+    monkeypatch.setattr(finetuning, "MAX_JUMP", -100.0)
+    with pytest.raises(RemovalDivergedError, match="after a jump of the loss"):
+        remove(run, data, tmp_path / "out", None, vanilla=False)
+    table = pd.read_csv(tmp_path / "out" / "removal.csv").set_index("variant")
+    assert np.isfinite(table.loc["original", "eval_loss"])
+    assert np.isnan(table.loc["norm-free", ["eval_loss", "eval_ppl", "delta_loss"]].to_numpy(dtype=float)).all()
+    assert not (tmp_path / "out" / "norm-free").exists()
+
+
+def test_low_rank_changes_go_into_plain_exports(gpt2: Path, corpus: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    run = run_from(str(gpt2), corpus).model_copy(update={"lora": LoraOptions(rank=4)})
+    data = prepare_data(run.data, tmp_path / "cache")
+    result = remove(run, data, tmp_path / "out", None)
+    losses = result.table.set_index("variant")["eval_loss"]
+    sequences = torch.from_numpy(np.asarray(data.eval.tokens, dtype=np.int64))
+    assert result.gpt2 is not None
+    for folder in (result.norm_free, result.gpt2):
+        exported = AutoModelForCausalLM.from_pretrained(folder)
+        assert not any("lora" in name for name in exported.state_dict())
+        np.testing.assert_allclose(loss_of(exported, sequences), losses["norm-free"], rtol=1e-4)
+    assert losses["norm-free"] < losses["original"], "the corpus has eight words"
+    start = from_hf(GPT2LMHeadModel.from_pretrained(gpt2)).state_dict()
+    for folder in (tmp_path / "out" / "removal", tmp_path / "out" / "vanilla"):
+        end = weights(folder)
+        assert torch.equal(end["model.embed_tokens.weight"], start["model.embed_tokens.weight"]), "frozen"
+        up = end["model.blocks.0.ffn.up_proj.weight"] - start["model.blocks.0.ffn.up_proj.weight"]
+        assert torch.linalg.matrix_rank(up.double(), rtol=1e-4) == 4
+
+
+def test_a_stopped_removal_with_low_rank_changes_goes_on_to_the_same_weights(
+    gpt2: Path, corpus: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft")
+    run = run_from(str(gpt2), corpus).model_copy(update={"lora": LoraOptions(rank=2, alpha=8)})
+    data = prepare_data(run.data, tmp_path / "cache")
+    config = from_hf(GPT2LMHeadModel.from_pretrained(gpt2)).config
+    schedule = automatic_schedule(3, STEPS)
+    remove_by_finetuning(run, data, tmp_path / "whole", schedule, config)
+    with pytest.raises(KeyboardInterrupt):
+        remove_by_finetuning(run, data, tmp_path / "parts", schedule, config, callbacks=(StopAt(6),))
+    with pytest.raises(InputError, match="removable"):
+        weights(tmp_path / "parts")
+    remove_by_finetuning(run, data, tmp_path / "parts", schedule, config)
+    expected, actual = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert expected.keys() == actual.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, actual[name]), name
+
+
+def test_the_folder_says_when_each_norm_went_and_keeps_to_its_schedule(
+    gpt2: Path, corpus: Path, tmp_path: Path
+) -> None:
+    run = run_from(str(gpt2), corpus)
+    data = prepare_data(run.data, tmp_path / "cache")
+    schedule = automatic_schedule(3, STEPS)
+    result = remove(run, data, tmp_path / "out", schedule, vanilla=False)
+    assert load_schedule(str(tmp_path / "out" / "schedule.yaml")) == schedule
+    removals = json.loads((tmp_path / "out" / "removal" / REMOVAL_FILE).read_text())["removals"]
+    config = from_hf(GPT2LMHeadModel.from_pretrained(gpt2)).config
+    assert [tuple(each.values()) for each in removals] == [tuple(each) for each in schedule.removals(config)]
+    with pytest.raises(InputError, match=r"holds a removal by another schedule"):
+        remove(run, data, tmp_path / "out", schedule.model_copy(update={"std_loss_weight": 0.5}), vanilla=False)
+    assert result.norm_free.is_dir()
+
+
+def test_an_export_that_is_killed_leaves_nothing_at_its_place(
+    gpt2: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_from(str(gpt2), corpus)
+    data = prepare_data(run.data, tmp_path / "cache")
+
+    class Tokenizer:
+        def save_pretrained(self, folder: Path) -> None:
+            assert list(folder.glob("*.safetensors")), "the weights are written before the tokenizer"
+            raise KeyboardInterrupt
+
+    export = removal._export
+
+    def interrupted(model: Any, data: Any, folder: Path) -> None:
+        export(model, replace(data, tokenizer=Tokenizer()), folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(removal, "_export", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            remove(run, data, tmp_path / "out", None, vanilla=False)
+    assert not {"norm-free", "gpt2", "removal.csv"} & {path.name for path in (tmp_path / "out").iterdir()}
+    result = remove(run, data, tmp_path / "out", None, vanilla=False)
+    assert AutoTokenizer.from_pretrained(result.norm_free)("def x") == data.tokenizer("def x")
+
+
 def test_the_std_loss_in_float64() -> None:
     midway = Midway(from_hf(stock("gpt2")).double(), momentum=0.0)
     objective = StdLoss(midway, 0.5)
@@ -209,6 +308,10 @@ def test_the_std_loss_in_float64() -> None:
         (["--set", "recipe.learning_rates=1"], "unknown option 'recipe.learning_rates'"),
         (["--set", "lr=1"], "unknown option 'lr'; allowed: data.OPTION, recipe.OPTION"),
         (["--set", "recipe.logging_steps=2"], "set recipe.logging_steps to 1, not 2"),
+        (["--set", "lora.alpha=2"], "unknown option 'lora.alpha'; allowed: data.OPTION, recipe.OPTION"),
+        (["--lora", "2", "--set", "lora.dropout=1"], "unknown option 'lora.dropout'"),
+        (["--lora", "0"], "Invalid value for '--lora'"),
+        (["--tokens", "9", "--steps", "9"], "give --tokens or --steps, not both"),
     ],
 )
 def test_bad_input_writes_nothing(
@@ -222,6 +325,20 @@ def test_bad_input_writes_nothing(
     assert (code, err.count("\n")) == (2, 1), err
     assert message in err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_of_ours_takes_another_tokenizer_with_its_vocabulary(
+    tiny_run: Callable[..., RunConfig], data: PackedData, tmp_path: Path
+) -> None:
+    train(tiny_run(), data, tmp_path / "run")
+    planned = plan(str(tmp_path / "run"), changes={}, seed=3)
+    assert (planned.run.data, planned.run.seed) == (tiny_run().data, 3)
+    assert planned.fingerprint == data.fingerprint, "on the very tokens it was trained on"
+    changed = plan(str(tmp_path / "run"), changes={"data.tokenizer": "gpt2"}, seed=0)
+    assert (changed.run.data.tokenizer, changed.fingerprint) == ("gpt2", None)
+    assert changed.run.recipe.batch_size == tiny_run().recipe.batch_size
+    low_rank = plan(str(tmp_path / "run"), changes={"lora.alpha": 3}, seed=0, lora_rank=6)
+    assert low_rank.run.lora == LoraOptions(rank=6, alpha=3)
 
 
 def test_models_that_cannot_be_removed_from(normfree: Command, gpt2: Path, corpus: Path, tmp_path: Path) -> None:

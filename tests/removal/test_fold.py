@@ -113,6 +113,16 @@ def test_a_folded_reader_is_the_formula(
 def test_what_cannot_be_folded_is_named() -> None:
     with pytest.raises(InputError, match=r"norm 'layernorm' divides by each token's own std.*remove-norm"):
         remove_norms(from_hf(stock("gpt2")))
+    sizes = {"vocab_size": 9, "n_positions": 4, "n_layer": 1, "n_head": 1, "n_embd": 4}
+    for options, message in (
+        ({"norm": "dyt"}, "norm 'dyt' is a tanh and no division by a std"),
+        ({"norm": "none", "final_norm": "dyt"}, "final_norm 'dyt' is a tanh"),
+        ({"norm": "rmsnorm_scaling"}, r"norm 'rmsnorm_scaling' divides.*1/sqrt\(layer\) could be folded, but"),
+        ({"norm": "constant_std", "qk_norm": "rmsnorm"}, "qk_norm 'rmsnorm' divides each query and key"),
+        ({"norm": "layernorm", "norm_placement": "hybrid"}, "norm 'layernorm' divides by each token's own std"),
+    ):
+        with pytest.raises(InputError, match=message):
+            remove_norms(NormfreeForCausalLM(NormfreeConfig(**sizes, **options)))
     free = remove_norms(constant_std_of("gpt2"))
     with pytest.raises(InputError, match="no norm to remove"):
         remove_norms(free)

@@ -9,10 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
+from normfree import from_hf
 from normfree.errors import InputError
 from normfree.removal import remove_norms, to_gpt2
 
-from .models import constant_std_of, tokens
+from .models import constant_std, constant_std_of, stock, tokens
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -44,6 +45,8 @@ def test_the_residual_stream_is_that_of_the_folded_model() -> None:
         (lambda: constant_std_of("gpt_neox"), "parallel_residual = True"),
         (lambda: constant_std_of("llama"), "norm_is_centered = False"),
         (lambda: constant_std_of("gpt2").half(), "float16 cannot hold"),
+        (lambda: constant_std(from_hf(stock("gpt2")), qk_norm="layernorm"), "qk_norm = 'layernorm' has no counterpart"),
+        (lambda: constant_std(from_hf(stock("gpt2")), scale_embeddings=True), "scale_embeddings = True has no"),
     ],
 )
 def test_what_gpt2_cannot_be_is_named(model: Any, message: str) -> None:

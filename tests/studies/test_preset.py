@@ -1,9 +1,12 @@
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from normfree import NormfreeForCausalLM
+from normfree import NormfreeConfig, NormfreeForCausalLM
 from normfree.errors import InputError
+from normfree.report import load_published
 from normfree.studies import load_preset, preset_names
 from normfree.studies.relu_revival import GELU, LAYERNORM_GELU, STUDY
 from normfree.studies.study import run_config
@@ -16,8 +19,62 @@ SHIPPED = [
 ]
 
 
+DEPTH = ["depth-12", "depth-24", "depth-48", "depth-96"]
+LLAMA = ["llama-130m", "llama-1b", "llama-250m", "llama-350m", "llama-60m"]
+REMOVAL = ["removal-cpu", "removal-scaling-cpu", "removal-smoke"]
+
+
 def test_the_shipped_presets_are_listed() -> None:
-    assert preset_names() == SHIPPED
+    assert preset_names() == sorted([*SHIPPED, *DEPTH, *LLAMA, *REMOVAL])
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "learning_rate", "n_parameters"),
+    [
+        # Sizes: the public code's configurations. Parameters with its vocabulary of 32,000.
+        ("llama-60m", (8, 8, 512, 1376), 1e-3, 58_073_600),
+        ("llama-130m", (12, 12, 768, 2048), 1e-3, 134_105_856),
+        ("llama-250m", (24, 16, 768, 2560), 1e-3, 247_370_496),
+        ("llama-350m", (24, 16, 1024, 2736), 5e-4, 367_969_280),
+        ("llama-1b", (24, 32, 2048, 5461), 5e-4, 1_339_082_752),
+    ],
+)
+def test_the_llama_presets_are_those_of_the_curse_of_depth(
+    name: str, sizes: tuple[int, ...], learning_rate: float, n_parameters: int
+) -> None:
+    preset = load_preset(name)
+    config = NormfreeConfig(**preset.model, vocab_size=32_000, n_positions=preset.data.sequence_length)
+    assert (config.n_layer, config.n_head, config.n_embd, config.n_inner) == sizes
+    with torch.device("meta"):
+        assert NormfreeForCausalLM(config).num_parameters() == n_parameters
+        assert LlamaForCausalLM(_llama_config(config)).num_parameters() == n_parameters
+    assert (preset.data.corpus, preset.data.sequence_length) == ("hf:allenai/c4:en", 256)
+    recipe = preset.recipe
+    assert (recipe.learning_rate, recipe.batch_size, recipe.weight_decay) == (learning_rate, 512, 0.0)
+    published = load_published("curse_of_depth_table1")
+    tokens = set(published.loc[published["model"] == preset.model_name, "training_tokens_billion"] * 1e9)
+    assert {recipe.tokens} == ({1.1e9} if name == "llama-60m" else tokens)
+
+
+def _llama_config(config: NormfreeConfig) -> LlamaConfig:
+    """Hugging Face's LLaMA of that size."""
+    return LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.n_embd,
+        intermediate_size=config.n_inner,
+        num_hidden_layers=config.n_layer,
+        num_attention_heads=config.n_head,
+        tie_word_embeddings=False,
+    )
+
+
+@pytest.mark.parametrize("name", DEPTH)
+def test_the_depth_presets_differ_in_their_depth_only(name: str) -> None:
+    preset, first = load_preset(name), load_preset(DEPTH[0])
+    assert preset.n_layer == int(name.removeprefix("depth-"))
+    assert {**preset.model, "n_layer": None} == {**first.model, "n_layer": None}
+    assert (preset.data, preset.recipe) == (first.data, first.recipe)
+    assert preset.recipe.n_steps(preset.data.sequence_length) == 500
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -76,6 +133,9 @@ def test_a_changed_tokenizer_takes_its_vocabulary_with_it() -> None:
         ({"recipe.learning_rate": "fast"}, "recipe.learning_rate: Input should be a valid number"),
         ({"seeds": []}, "seeds"),
         ({"seeds": [1, 1]}, "seeds must be different"),
+        ({"removal": {"learning_rates": []}}, "removal.learning_rates: Tuple should have at least 1 item"),
+        ({"removal": {"budget_shares": [0.1, 0.1]}}, "removal.budget_shares: they must be different"),
+        ({"removal": {"budget_shares": [0.0]}}, "removal.budget_shares.0: Input should be greater than 0"),
     ],
 )
 def test_bad_changes_are_refused(changes: dict[str, object], message: str) -> None:

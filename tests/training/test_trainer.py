@@ -15,8 +15,8 @@ from transformers import AutoTokenizer, TrainerCallback, set_seed
 from normfree import NormfreeForCausalLM
 from normfree.data import PackedData
 from normfree.errors import InputError
-from normfree.training import RunConfig, RunResult, load_result, train
-from normfree.training.evaluation import perplexity, sequence_losses
+from normfree.training import RunConfig, RunResult, load_pretrained, load_result, train
+from normfree.training.evaluation import evaluation_losses, perplexity, sequence_losses
 from normfree.training.records import LAYERS_FILE, METRICS_FILE
 from normfree.training.run_folder import last_checkpoint
 
@@ -313,3 +313,15 @@ def test_every_checkpoint_has_its_tokenizer(
         assert tokenizer.get_vocab() == data.tokenizer.get_vocab()
         text = "def f(x):\n    return x ** 2  # é"
         assert tokenizer(text)["input_ids"] == data.tokenizer(text)["input_ids"]
+
+
+def test_every_evaluation_sequence_counts_also_those_of_a_last_smaller_batch(
+    data: PackedData, tiny_run: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    run = tiny_run(steps=1, batch_size=5, micro_batch_size=5)
+    assert len(data.eval) % 5
+    result = train(run, data, tmp_path / "run")
+    assert result.row["eval_sequences"] == len(data.eval)
+    model = load_pretrained(str(tmp_path / "run")).model
+    expected = [evaluation_losses(model, data.eval[i]["input_ids"][None])[0] for i in range(len(data.eval))]
+    np.testing.assert_allclose(result.sequence_losses["loss_nats"], expected, rtol=1e-5)

@@ -1,30 +1,61 @@
-"""The command line: ``normfree COMMAND``. Exit codes: 0 done, 1 the run failed, 2 bad input, 130 interrupted.
+"""The command line: ``normfree COMMAND``.
+
+Exit codes: 0 done, 1 the run failed or what was checked does not hold, 2 bad input, 128 + N stopped by signal N (130
+Ctrl-C, 143 SIGTERM).
 
 A new command is one file with one function, and its name in ``COMMANDS``.
 """
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
+import shlex
 import sys
+import traceback
 
 import typer
 
+from normfree.cli.depth import depth
 from normfree.cli.entropy import entropy
+from normfree.cli.finetune import finetune
 from normfree.cli.interpret import interpret
+from normfree.cli.private_cost import private_cost
+from normfree.cli.prune_layers import prune_layers
 from normfree.cli.remove_norm import remove_norm
 from normfree.cli.report import report
 from normfree.cli.study import study
+from normfree.cli.to_spark import to_spark
 from normfree.cli.train import train
-from normfree.errors import InputError
+from normfree.cli.verify import verify
+from normfree.errors import InputError, RunFailedError
+from normfree.signals import Interrupted, stopping_cleanly
 
 # A study never needs the hub unless it names a corpus or a tokenizer there; nor does it ever report usage to it.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 # Deterministic matrix products on CUDA need this set before the first one.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-INTERRUPTED = 130
-COMMANDS = (study, train, entropy, remove_norm, interpret, report)
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+"""Errors of the operating system that another folder mends; after others the same command may do."""
+TRACEBACK = "NORMFREE_TRACEBACK"
+"""The environment variable that asks for the trace of an error that nobody foresaw."""
+GO_ON = "the same command goes on from the last checkpoint"
+COMMANDS = (
+    study,
+    train,
+    finetune,
+    entropy,
+    remove_norm,
+    interpret,
+    depth,
+    prune_layers,
+    to_spark,
+    private_cost,
+    report,
+    verify,
+)
 
 app = typer.Typer(
     name="normfree",
@@ -39,15 +70,32 @@ for _command in COMMANDS:
 
 
 def main() -> None:
-    """Runs the command line, turning bad input into one line and exit code 2."""
+    """Runs the command line. Whatever happens is told in one line, with an exit code that says of what kind it is."""
+    warnings = logging.StreamHandler()
+    warnings.setFormatter(logging.Formatter("normfree: %(message)s"))
+    logging.getLogger("normfree").addHandler(warnings)
     try:
-        code = app(standalone_mode=False)
+        with stopping_cleanly():
+            code = app(standalone_mode=False)
     except InputError as error:
         _fail(str(error), 2)
+    except RunFailedError as error:
+        _fail(str(error), 1)
     except typer.TyperException as error:
         _fail(f"{error.format_message()} (see: normfree --help)", 2)
-    if code == INTERRUPTED:
-        _fail("interrupted; the same command goes on from the last checkpoint", INTERRUPTED)
+    except Interrupted as stop:
+        _fail(f"{stop}; {GO_ON}: {shlex.join(['normfree', *sys.argv[1:]])}", 128 + stop.signal)
+    except OSError as error:
+        is_bad_place = error.errno in NOT_WRITABLE
+        advice = "give another folder" if is_bad_place else f"when that is mended, {GO_ON}"
+        where = f" {error.filename}" if error.filename is not None else ""
+        _fail(f"cannot use{where}: {error.strerror or error}; {advice}", 2 if is_bad_place else 1)
+    except Exception as error:
+        if TRACEBACK in os.environ:
+            traceback.print_exc()
+        _fail(f"failed ({type(error).__name__}: {error}); {GO_ON}; {TRACEBACK}=1 shows where it failed", 1)
+    finally:
+        logging.getLogger("normfree").removeHandler(warnings)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -29,7 +29,22 @@ def open_console(json_: bool) -> Console:
     return console
 
 
-def assignment(text: str) -> tuple[str, Any]:
+def changes(
+    assignments: list[str] | None, *, tokens: int | None, steps: int | None, corpus: str | None, tokenizer: str | None
+) -> dict[str, Any]:
+    """What the options and ``--set`` change, by dotted name; an option goes before a ``--set`` of the same name.
+
+    Raises:
+        InputError: both kinds of budget are given, or a ``--set`` is not of the form NAME=VALUE.
+    """
+    if tokens is not None and steps is not None:
+        raise InputError("give --tokens or --steps, not both")
+    options = {"recipe.tokens": tokens, "recipe.steps": steps, "data.corpus": corpus, "data.tokenizer": tokenizer}
+    given = {option: value for option, value in options.items() if value is not None}
+    return dict(_assignment(text) for text in assignments or []) | given
+
+
+def _assignment(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise InputError(f"--set {text!r} is not of the form NAME=VALUE, e.g. --set model.n_layer=4")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich import box
 from rich.table import Table
 
-from normfree.cli.options import DEFAULT_CACHE_DIR, CacheDir, Json, assignment, open_console
-from normfree.errors import InputError
+from normfree.cli.options import DEFAULT_CACHE_DIR, CacheDir, Json, changes, open_console
+from normfree.locks import locked
 
 
 def remove_norm(
@@ -26,6 +26,10 @@ def remove_norm(
     tokens: Annotated[int | None, typer.Option(help="Fine-tuning budget, in tokens.")] = None,
     steps: Annotated[int | None, typer.Option(help="Fine-tuning budget, in optimizer steps.")] = None,
     seed: Annotated[int, typer.Option(help="Of the order of the data and of dropout.")] = 0,
+    lora: Annotated[
+        int | None,
+        typer.Option(min=1, help="Train low-rank changes of this rank, and the norms; the other weights are frozen."),
+    ] = None,
     vanilla: Annotated[bool, typer.Option(help="Also fine-tune with the norms kept, as a control.")] = True,
     set_: Annotated[
         list[str] | None,
@@ -40,30 +44,21 @@ def remove_norm(
 
     Example: normfree remove-norm studies/relu-revival-cpu/runs/sm-ln-g/seed-0
     """
-    from normfree.data import prepare_data, same_data
     from normfree.removal import remove
     from normfree.removal.plan import plan
     from normfree.removal.schedule import load_schedule
-    from normfree.training import StudyProgress, load_pretrained
+    from normfree.training import StudyProgress
 
-    if tokens is not None and steps is not None:
-        raise InputError("give --tokens or --steps, not both")
-    options = {"recipe.tokens": tokens, "recipe.steps": steps, "data.corpus": corpus, "data.tokenizer": tokenizer}
-    changes: dict[str, Any] = dict(assignment(text) for text in set_ or [])
-    changes |= {option: value for option, value in options.items() if value is not None}
+    wanted = changes(set_, tokens=tokens, steps=steps, corpus=corpus, tokenizer=tokenizer)
     chosen = load_schedule(schedule) if schedule is not None else None
-    loaded = load_pretrained(model)
-    run = plan(loaded, changes=changes, seed=seed)
+    planned = plan(model, changes=wanted, seed=seed, lora_rank=lora)
     console = open_console(json_)
-    if loaded.fingerprint is not None and run.data == loaded.data:
-        data = same_data(run.data, cache_dir, loaded.fingerprint, progress=console.is_terminal)
-    else:
-        data = prepare_data(run.data, cache_dir, progress=console.is_terminal)
-    del loaded  # the runs load it again
+    data = planned.prepare_data(cache_dir, progress=console.is_terminal)
+    run = planned.run
     name = Path(model).resolve().name if Path(model).exists() else model
     folder = out or Path("removal") / name.replace("/", "--")
     total = run.recipe.n_tokens(run.data.sequence_length) * (2 if vanilla else 1)
-    with StudyProgress(total, console=console, description="remove-norm") as progress:
+    with locked(folder), StudyProgress(total, console=console, description="remove-norm") as progress:
         result = remove(
             run,
             data,

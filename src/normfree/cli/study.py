@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from normfree.cli.options import DEFAULT_CACHE_DIR, CacheDir, Json, assignment, open_console
+from normfree.cli.options import DEFAULT_CACHE_DIR, CacheDir, Json, changes, open_console
 from normfree.cli.report import write_report
 from normfree.errors import InputError
+from normfree.locks import locked
 
 
 def study(
@@ -48,22 +49,20 @@ def study(
     if all_ and name != "relu-revival":
         raise InputError(f"--all is for relu-revival, not for {name}; leave it out")
     name = f"{name}-all" if all_ else name
-    if tokens is not None and steps is not None:
-        raise InputError("give --tokens or --steps, not both")
-    options = {"recipe.tokens": tokens, "recipe.steps": steps, "data.corpus": corpus, "data.tokenizer": tokenizer}
-    changes: dict[str, Any] = dict(assignment(text) for text in set_ or [])
-    changes |= {option: value for option, value in options.items() if value is not None}
+    wanted = changes(set_, tokens=tokens, steps=steps, corpus=corpus, tokenizer=tokenizer)
 
     def changed(preset: Preset) -> Preset:
-        return preset.with_changes(**changes)
+        return preset.with_changes(**wanted)
 
     chosen_seeds = _seeds(seeds) if seeds is not None else None
     console = open_console(json_)
     folder = out or Path("studies") / f"{name}-{Path(preset).stem}"
-    begun = begin(name, folder, preset, changed)
-    console.print(f"Study {name}, preset {Path(preset).stem}: {load_preset(preset).description}", highlight=False)
-    begun.run(chosen_seeds, tune_lr=tune_lr, cache_dir=cache_dir, console=console)
-    write_report(begun, console, json_=json_)
+    begin(name, folder, preset, changed)  # a folder that is refused is not even locked
+    with locked(folder):
+        begun = begin(name, folder, preset, changed)
+        console.print(f"Study {name}, preset {Path(preset).stem}: {load_preset(preset).description}", highlight=False)
+        begun.run(chosen_seeds, tune_lr=tune_lr, cache_dir=cache_dir, console=console)
+        write_report(begun, console, json_=json_)
 
 
 def _seeds(text: str) -> list[int]:

@@ -19,15 +19,24 @@ def train(
 ) -> None:
     """Train one configuration. A run that was stopped goes on from its last checkpoint.
 
+    The config.yaml of an earlier run also says which tokens it was trained on: the same are used, or the run is
+    refused. Without its `provenance` the corpus is taken as it is now.
+
     Example: normfree train studies/relu-revival-cpu/runs/sm-r/seed-0/config.yaml --out runs/again
     """
-    from normfree.data import prepare_data
+    from normfree.data import prepare_data, same_data
     from normfree.training import StudyProgress, load_run_config
     from normfree.training import train as train_run
+    from normfree.training.run_folder import CONFIG_FILE, recorded
 
     run = load_run_config(config)
     console = open_console(json_)
-    data = prepare_data(run.data, cache_dir, progress=console.is_terminal)
+    # A run that has begun goes on with its own tokens, and one that is done again has those of the first time.
+    fingerprint = recorded(out / CONFIG_FILE, "corpus_fingerprint") or recorded(config, "corpus_fingerprint")
+    if fingerprint is None:
+        data = prepare_data(run.data, cache_dir, progress=console.is_terminal)
+    else:
+        data = same_data(run.data, cache_dir, fingerprint, progress=console.is_terminal)
     n_tokens = run.recipe.n_tokens(run.data.sequence_length)
     label = f"{run.configuration} seed {run.seed}"
     with StudyProgress(n_tokens, console=console, description=run.model_name) as progress:

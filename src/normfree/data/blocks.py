@@ -13,6 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from normfree.data.tokenizer import vocabulary_size
 
+NOT_PREDICTED = -100
+"""The label of a token that is not predicted, for transformers as for torch."""
 BATCH_BYTES = 2**20
 """Documents are tokenized together up to this size: enough for every core, little wasted at a cap."""
 
@@ -48,12 +50,15 @@ class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
     """A memory-mapped ``.npy`` file of tokens, [n_blocks, T], uint16 or uint32, as a map-style data set.
 
     An item is ``{"input_ids": int64 [T], "labels": int64 [T]}``, both the same tokens: causal LMs shift the
-    labels themselves. Workers get the path, not the tokens.
+    labels themselves. With ``predicted_path``, a file of bool [n_blocks, T], labels of the other tokens are -100.
+    Workers get the paths, not the tokens.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, predicted_path: Path | None = None) -> None:
         self.path = path
+        self.predicted_path = predicted_path
         self.tokens: NDArray[np.unsignedinteger] = np.load(path, mmap_mode="r")
+        self.predicted: NDArray[np.bool_] | None = None if predicted_path is None else np.load(predicted_path)
 
     @property
     def sequence_length(self) -> int:
@@ -64,15 +69,23 @@ class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
         return len(self.tokens)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        input_ids = torch.from_numpy(np.asarray(self.tokens[index], np.int64))
-        return {"input_ids": input_ids, "labels": input_ids.clone()}
+        return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, torch.Tensor]]:
         input_ids = torch.from_numpy(np.asarray(self.tokens[indices], np.int64))
-        return [{"input_ids": ids, "labels": labels} for ids, labels in zip(input_ids, input_ids.clone(), strict=True)]
+        all_labels = input_ids.clone()
+        if self.predicted is not None:
+            all_labels[torch.from_numpy(~self.predicted[indices])] = NOT_PREDICTED
+        return [{"input_ids": ids, "labels": labels} for ids, labels in zip(input_ids, all_labels, strict=True)]
 
-    def __reduce__(self) -> tuple[type[Self], tuple[Path]]:
-        return type(self), (self.path,)
+    def n_predicted(self) -> NDArray[np.int64]:
+        """Tokens of each block that a causal LM has to predict: all but the first, or those that are marked."""
+        if self.predicted is None:
+            return np.full(len(self), self.sequence_length - 1)
+        return self.predicted[:, 1:].sum(axis=1, dtype=np.int64)
+
+    def __reduce__(self) -> tuple[type[Self], tuple[Path, Path | None]]:
+        return type(self), (self.path, self.predicted_path)
 
 
 class _BlockWriter:
@@ -133,7 +146,7 @@ def write_blocks(
         report: Called with the number of tokens written so far.
     """
     T = sequence_length
-    dtype: np.dtype[np.unsignedinteger] = np.dtype(np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32)
+    dtype = token_dtype(tokenizer)
     most = None if max_tokens is None else max_tokens // T * T
     statistics = SplitStatistics()
     remainder = np.empty(0, dtype)
@@ -160,6 +173,11 @@ def write_blocks(
                 statistics.dropped_tokens = len(remainder)
     statistics.blocks = statistics.tokens // T
     return statistics
+
+
+def token_dtype(tokenizer: PreTrainedTokenizerBase) -> np.dtype[np.unsignedinteger]:
+    """uint16 if every token id fits, else uint32."""
+    return np.dtype(np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32)
 
 
 def _tokenize(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, list[int]]]:

@@ -21,7 +21,7 @@ class DataConfig(BaseModel):
     """A corpus, a tokenizer, and how the tokens are cut into blocks.
 
     corpus:
-        ``installed-python``, ``directory:PATH[:GLOB]``, ``file:PATH``, ``codeparrot`` or
+        ``installed-python``, ``directory:PATH[:GLOB]``, ``file:PATH``, ``pairs:PATH``, ``codeparrot`` or
         ``hf:NAME[@REVISION][:CONFIGURATION]`` (see :mod:`normfree.data.corpus`).
     tokenizer:
         ``train`` for a byte-level BPE trained on the train split, otherwise the name or the folder of a

@@ -6,6 +6,7 @@ from normfree.data.configuration import DataConfig
 from normfree.data.documents import Corpus
 from normfree.data.hub import codeparrot, hub
 from normfree.data.local import directory, installed_python, text_file
+from normfree.data.pairs import prompt_completion_pairs
 from normfree.errors import unknown_name
 
 CORPORA: dict[str, Callable[[str, DataConfig], Corpus]] = {
@@ -14,6 +15,7 @@ CORPORA: dict[str, Callable[[str, DataConfig], Corpus]] = {
     "file": text_file,
     "codeparrot": codeparrot,
     "hf": hub,
+    "pairs": prompt_completion_pairs,
 }
 """Kinds: what stands before the first colon -> a function of what stands after it, and the config."""
 

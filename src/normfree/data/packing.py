@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -28,8 +29,11 @@ from normfree.data.blocks import SplitStatistics, TokenBlocks, write_blocks
 from normfree.data.configuration import DataConfig
 from normfree.data.corpus import open_corpus
 from normfree.data.documents import Corpus, Split
+from normfree.data.pairs import PairCorpus, write_pairs
 from normfree.data.tokenizer import load_tokenizer, train_tokenizer, vocabulary_size
 from normfree.errors import InputError
+from normfree.files import sha256
+from normfree.locks import locked, remove_abandoned
 
 log = logging.getLogger(__name__)
 
@@ -81,18 +85,14 @@ def prepare_data(config: DataConfig, cache_dir: Path, *, progress: bool = False)
         tokenizer = None if config.tokenizer == "train" else load_tokenizer(config.tokenizer)
         fingerprint = _fingerprint(config, corpus, tokenizer)
         folder = cache_dir / fingerprint
+        _remove_abandoned(folder)
         if folder.exists():
             damage = _damage(folder)
             if damage is None:
                 return _open(folder)
             log.warning("prepared data in %s is damaged (%s); building it again", folder, damage)
-        building = cache_dir / f".{fingerprint}.{uuid.uuid4().hex}"
-        building.mkdir(parents=True)
-        try:
+        with _built_in_place(folder) as building:
             _build(building, config, corpus, tokenizer, fingerprint, start)
-            _move_into_place(building, folder)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
     return _open(folder)
 
 
@@ -102,13 +102,20 @@ def same_data(config: DataConfig, cache_dir: Path, fingerprint: str, *, progress
     Raises:
         InputError: they are not in the cache, and the corpus cannot be used or gives others now.
     """
-    if (cache_dir / fingerprint).exists():
-        return load_packed_data(cache_dir / fingerprint)
+    if not re.fullmatch("[0-9a-f]{16}", fingerprint):
+        raise InputError(
+            f"corpus fingerprint {fingerprint!r} is not 16 hexadecimal digits; restore it, or leave it out"
+        )
+    folder = cache_dir / fingerprint
+    _remove_abandoned(folder)
+    if folder.exists() and _damage(folder) is None:
+        return _open(folder)
     data = prepare_data(config, cache_dir, progress=progress)
     if data.fingerprint != fingerprint:
         raise InputError(
             f"the tokens {fingerprint} are not in {cache_dir}, and corpus {config.corpus} has changed since they were "
-            f"made (now {data.fingerprint}); give the cache they are in with --cache-dir, or begin in another folder"
+            f"made (now {data.fingerprint}); give the cache they are in with --cache-dir, or begin in another folder, "
+            "without the provenance of an earlier run"
         )
     return data
 
@@ -130,11 +137,16 @@ def _open(folder: Path) -> PackedData:
     return PackedData(
         folder=folder,
         fingerprint=record["fingerprint"],
-        train=TokenBlocks(folder / "train.npy"),
-        eval=TokenBlocks(folder / "eval.npy"),
+        train=_blocks(folder, "train"),
+        eval=_blocks(folder, "eval"),
         tokenizer=load_tokenizer(str(folder / "tokenizer")),
         statistics=record["statistics"],
     )
+
+
+def _blocks(folder: Path, split: Split) -> TokenBlocks:
+    predicted = folder / f"{split}_predicted.npy"
+    return TokenBlocks(folder / f"{split}.npy", predicted if predicted.exists() else None)
 
 
 def _fingerprint(config: DataConfig, corpus: Corpus, tokenizer: PreTrainedTokenizerBase | None) -> str:
@@ -168,15 +180,26 @@ def _build(
     caps = {"train": config.train_tokens, "eval": config.eval_tokens}
     splits = {}
     for split in SPLITS:
-        splits[split] = write_blocks(
-            folder / f"{split}.npy",
-            corpus.documents(split),
-            tokenizer,
-            sequence_length=config.sequence_length,
-            separator=_separator(tokenizer, config),
-            max_tokens=caps[split],
-            report=start(f"packing {split} tokens", caps[split]),
-        )
+        report = start(f"packing {split} tokens", caps[split])
+        if isinstance(corpus, PairCorpus):
+            splits[split] = write_pairs(
+                folder / f"{split}.npy",
+                folder / f"{split}_predicted.npy",
+                corpus.pairs(split),
+                tokenizer,
+                sequence_length=config.sequence_length,
+                max_tokens=caps[split],
+            )
+        else:
+            splits[split] = write_blocks(
+                folder / f"{split}.npy",
+                corpus.documents(split),
+                tokenizer,
+                sequence_length=config.sequence_length,
+                separator=_separator(tokenizer, config),
+                max_tokens=caps[split],
+                report=report,
+            )
         _check_not_empty(split, splits[split], config)
     statistics: dict[str, Any] = {
         split: {**dataclasses.asdict(each), "bytes_per_token": each.bytes_per_token} for split, each in splits.items()
@@ -192,11 +215,12 @@ def _build(
             "vocab_size": vocabulary_size(tokenizer),
         },
         "files": {
-            path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
             for path in sorted(folder.rglob("*"))
             if path.is_file()
         },
     }
+    record["sha256"] = _own_sha256(record)
     (folder / "data.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
@@ -223,6 +247,27 @@ def _check_not_empty(split: Split, statistics: SplitStatistics, config: DataConf
     )
 
 
+@contextmanager
+def _built_in_place(folder: Path) -> Iterator[Path]:
+    """A folder beside ``folder`` that takes its place."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    with locked(beside):
+        building = beside / "new"
+        building.mkdir()
+        try:
+            yield building
+            _move_into_place(building, folder)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Removes what killed processes left beside ``folder``."""
+    for left in folder.parent.glob(f".{folder.name}.*"):
+        remove_abandoned(left)
+
+
 def _move_into_place(building: Path, folder: Path) -> None:
     if folder.exists() and _damage(folder) is not None:
         shutil.rmtree(folder)
@@ -237,26 +282,30 @@ def _move_into_place(building: Path, folder: Path) -> None:
 def _damage(folder: Path) -> str | None:
     """What is wrong with a prepared folder, None if nothing is."""
     try:
-        files = json.loads((folder / "data.json").read_text(encoding="utf-8"))["files"]
-        expected = {name: (int(each["bytes"]), str(each["sha256"])) for name, each in files.items()}
+        record = json.loads((folder / "data.json").read_text(encoding="utf-8"))
+        expected = {name: (int(each["bytes"]), str(each["sha256"])) for name, each in record["files"].items()}
+        # Folders of an older version do not have it.
+        if record.get("sha256", _own_sha256(record)) != _own_sha256(record):
+            return "data.json is not as it was written"
     except OSError as error:
         return f"data.json cannot be read: {error.strerror}"
     except (ValueError, TypeError, KeyError, AttributeError):
         return "data.json is not as it was written"
-    for name, (n_bytes, sha256) in expected.items():
+    for name, (n_bytes, digest) in expected.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != n_bytes:
             return f"{name} has {path.stat().st_size} bytes, {n_bytes} were written"
-        if _sha256(path) != sha256:
+        if sha256(path) != digest:
             return f"{name} is not as it was written: its SHA-256 differs"
     return None
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _own_sha256(record: dict[str, Any]) -> str:
+    """Of all else in ``data.json``."""
+    rest = {name: value for name, value in record.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager

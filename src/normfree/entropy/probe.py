@@ -235,10 +235,9 @@ class EntropyProbe:
         with torch.no_grad():
             try:
                 attention = read_call(call)
+                self._record(row, attention, n_cached, is_causal=getattr(call.module, "is_causal", True))
             except UnreadableCallError as reason:
                 self._refused[row] = str(reason)
-                return
-            self._record(row, attention, n_cached, is_causal=getattr(call.module, "is_causal", True))
 
     def _record(self, row: int, attention: Attention, n_cached: int | None, *, is_causal: bool) -> None:
         q, k = attention.q, attention.k
@@ -250,6 +249,8 @@ class EntropyProbe:
         materialised = None
         if attention.weights is not None and self._backend == "auto":
             materialised = weights_entropy_and_sink(attention.weights, visibility)
+        if attention.selects and materialised is None:
+            raise UnreadableCallError("it attends to selected keys, and handed back no float32 distribution over them")
         entropy, share = materialised or attention_entropy_and_sink(q, k, attention.scale, visibility, self._backend)
         if row not in self._statistics:
             self._statistics[row] = LayerStatistics.zeros(q.shape[1], start + q.shape[2], q.device)

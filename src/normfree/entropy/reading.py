@@ -32,6 +32,9 @@ REFUSED_ARGUMENTS = {
 }
 """Arguments of an attention call that change the attention weights, and the reason to name."""
 
+SELECTING_ARGUMENTS = ("n_active",)
+"""Arguments of an attention call that say how many keys it attends to, chosen by a rule of its own."""
+
 
 class UnreadableCallError(Exception):
     """The attention weights of a call are not known from its queries, keys and mask; the message says why."""
@@ -42,7 +45,8 @@ class Attention:
     """One attention in our own conventions: the arguments of :func:`normfree.entropy.attention_entropy`.
 
     ``weights`` are those it attended with, float32 or float64 [batch, n_head, n_query, n_key], where its function has
-    made them and handed them back.
+    made them and handed them back. With ``selects`` it attends to some of the visible keys only, and its weights alone
+    say with which distribution.
     """
 
     q: Tensor
@@ -52,6 +56,7 @@ class Attention:
     attention_mask: Tensor | None
     sliding_window: int | None
     weights: Tensor | None
+    selects: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,7 @@ def read_call(call: InterfaceCall) -> Attention:
         attention_mask=masking.attention_mask,
         sliding_window=masking.sliding_window,
         weights=_weights(call),
+        selects=any(call.others.get(name) is not None for name in SELECTING_ARGUMENTS),
     )
 
 

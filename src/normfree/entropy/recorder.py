@@ -72,7 +72,10 @@ class EntropyRecorder:
     def _observe(self, call: InterfaceCall) -> None:
         if call.module in self._names:
             try:
-                self._read[call.module] = read_call(call)
+                attention = read_call(call)
+                if attention.selects:
+                    raise UnreadableCallError("it attends to selected keys, not to all that queries and keys speak of")
+                self._read[call.module] = attention
             except UnreadableCallError as reason:
                 self._refused[call.module] = str(reason)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -77,11 +78,20 @@ def weights_entropy_and_sink(weights: Tensor, visibility: Visibility) -> tuple[T
         rows = slice(start, min(start + n_row, n_query))
         p = weights[:, :, rows, visibility.columns(rows)]
         # ln is several times slower where it meets zeros, and p ln p is nothing at the smallest normal number
-        parts.append(-p.clamp_min(tiny).log_().mul_(p).sum(-1))
+        parts.append(-_log_(p.clamp_min(tiny)).mul_(p).sum(-1))
     entropy = torch.cat(parts, dim=-1)
     sink = visibility.first_key().expand(*weights.shape[:2])[..., None, None]
     share = weights.gather(-1, sink.expand(-1, -1, weights.shape[2], -1))[..., 0]
     return entropy.masked_fill(visibility.counts == 0, torch.nan).float(), share.float()
+
+
+def _log_(x: Tensor) -> Tensor:
+    """ln of x, in place."""
+    if x.device.type != "cpu":
+        return x.log_()
+    values = x.numpy()
+    np.log(values, out=values)  # vectorized: a third of the time of torch's
+    return x
 
 
 def reference_kernel(q: Tensor, k: Tensor, scale: float, visibility: Visibility) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,16 @@ from normfree.interpret.confidence_neurons import (
     neuron_ablation_effects,
     neuron_output_weights,
 )
+from normfree.interpret.depth import (
+    DepthMeasurement,
+    EffectiveDepth,
+    effective_depth,
+    fit_growth,
+    measure_angular_distance,
+    measure_depth,
+    most_similar_block,
+    write_depth,
+)
 from normfree.interpret.direct_logit_attribution import (
     DirectAttributionErrors,
     LogitAttribution,
@@ -29,6 +39,7 @@ from normfree.interpret.patching import (
     patch_residual_stream,
 )
 from normfree.interpret.prompts import induction_pairs, read_prompts
+from normfree.interpret.pruning import export_pruned, prune_layers
 from normfree.interpret.quantization import PRECISIONS, check_quantization, quantization_cost, quantized
 from normfree.interpret.signal_propagation import measure_signal_propagation
 from normfree.interpret.sinks import attention_sinks, residual_std_by_position
@@ -36,7 +47,9 @@ from normfree.interpret.sinks import attention_sinks, residual_std_by_position
 __all__ = [
     "PRECISIONS",
     "AttentionEntropy",
+    "DepthMeasurement",
     "DirectAttributionErrors",
+    "EffectiveDepth",
     "LogitAttribution",
     "PatchingAgreement",
     "PromptPairs",
@@ -47,15 +60,22 @@ __all__ = [
     "direct_attribution_errors",
     "direct_effects",
     "direct_logit_attribution",
+    "effective_depth",
+    "export_pruned",
+    "fit_growth",
     "induction_pairs",
     "logit_difference",
     "mean_final_std",
+    "measure_angular_distance",
     "measure_attention_entropy",
+    "measure_depth",
     "measure_signal_propagation",
+    "most_similar_block",
     "neuron_ablation_effects",
     "neuron_output_weights",
     "patch_heads",
     "patch_residual_stream",
+    "prune_layers",
     "quantization_cost",
     "quantized",
     "read_prompts",
@@ -63,4 +83,5 @@ __all__ = [
     "token_sequences",
     "tokenizer_of",
     "write_attention_entropy",
+    "write_depth",
 ]

@@ -29,8 +29,9 @@ def check_decoder(model: NormfreeForCausalLM) -> None:
         raise InputError(f"cannot take a {type(model).__name__} apart; convert it with normfree.from_hf first")
     if model.config.norm_placement != "pre":
         raise InputError(
-            f"norm_placement is {model.config.norm_placement!r}: its norms stand on the residual stream, which is then "
-            "no sum of what the blocks write; use a model with norm_placement 'pre'"
+            f"norm_placement is {model.config.norm_placement!r}: its norms stand on the residual stream or on what is "
+            "written into it, which is then no sum of what heads and neurons write; use a model with norm_placement "
+            "'pre'"
         )
     if model.training:
         raise InputError("the model is in training mode; call model.eval() first")

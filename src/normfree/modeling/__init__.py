@@ -2,6 +2,8 @@
 
 from normfree.modeling.configuration import NormfreeConfig
 from normfree.modeling.convert import from_hf
+from normfree.modeling.convert_spark import to_spark
 from normfree.modeling.decoder import NormfreeForCausalLM, NormfreeModel
+from normfree.modeling.spark_decode import sparse_decode
 
-__all__ = ["NormfreeConfig", "NormfreeForCausalLM", "NormfreeModel", "from_hf"]
+__all__ = ["NormfreeConfig", "NormfreeForCausalLM", "NormfreeModel", "from_hf", "sparse_decode", "to_spark"]

@@ -16,7 +16,11 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 
+from normfree.errors import InputError
+from normfree.modeling.norms import build_head_norm
 from normfree.modeling.residual import ResidualProjection
+from normfree.modeling.spark_attention import rotate_parts, spark_attention_forward
+from normfree.sparsity import TOPKS
 
 if TYPE_CHECKING:
     from normfree.modeling.configuration import NormfreeConfig
@@ -52,9 +56,15 @@ def eager_attention_forward(
 
 
 class SoftmaxAttention(nn.Module):
-    """Multi-head softmax attention with optional grouped keys and rotary positions (ReLU's Revival, Eq. 2 and 3)."""
+    """Multi-head softmax attention with optional grouped keys and rotary positions (ReLU's Revival, Eq. 2 and 3).
+
+    Queries and keys, or queries, keys and values may be normalized over head_dim, each head alone with gains that all
+    heads of a layer share, before positions rotate them and before they enter the cache.
+    """
 
     is_causal = True
+    implementation: str | None = None
+    """The one name of transformers' implementations that it has; None: those of transformers."""
 
     def __init__(self, config: NormfreeConfig, layer: int) -> None:
         super().__init__()
@@ -68,6 +78,9 @@ class SoftmaxAttention(nn.Module):
         self.k_proj = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, bias="k" in biased)
         self.v_proj = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, bias="v" in biased)
         self.o_proj = ResidualProjection(config.n_head * config.head_dim, config.n_embd, bias="o" in biased)
+        self.q_norm = build_head_norm(config, layer, "q")
+        self.k_norm = build_head_norm(config, layer, "k")
+        self.v_norm = build_head_norm(config, layer, "v")
 
     def forward(
         self,
@@ -81,20 +94,47 @@ class SoftmaxAttention(nn.Module):
 
         ``x`` may be a pair: what queries and keys are made from, and what values are.
         """
-        x, value_input = x if isinstance(x, tuple) else (x, x)
-        head_shape = (*x.shape[:-1], -1, self.head_dim)
-        query = self.q_proj(x).view(head_shape).transpose(1, 2)
-        key = self.k_proj(x).view(head_shape).transpose(1, 2)
-        value = self.v_proj(value_input).view(head_shape).transpose(1, 2)
-        if position_embeddings is not None:
-            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        query, key, value = self.project(x, position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+        output, weights = self.attend(query, key, value, attention_mask, **kwargs)
+        return self.o_proj(output.flatten(2)), weights
 
+    def project(
+        self,
+        x: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values [batch, heads, T, head_dim], normalized and rotated: what a cache stores."""
+        x, value_input = x if isinstance(x, tuple) else (x, x)
+        head_shape = (*x.shape[:-1], -1, self.head_dim)
+        query = self.q_norm(self.q_proj(x).view(head_shape)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(x).view(head_shape)).transpose(1, 2)
+        value = self.v_norm(self.v_proj(value_input).view(head_shape)).transpose(1, 2)
+        if position_embeddings is not None:
+            query, key = self.rotate(query, key, position_embeddings)
+        return query, key, value
+
+    def rotate(
+        self, query: torch.Tensor, key: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotary positions put into query and key [batch, heads, T, head_dim]."""
+        rotated: tuple[torch.Tensor, torch.Tensor] = apply_rotary_pos_emb(query, key, *position_embeddings)
+        return rotated
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Output [batch, n_query, n_head, head_dim], and the weights if they are materialised."""
         attend: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        output, weights = attend(
+        return attend(
             self,
             query,
             key,
@@ -104,10 +144,71 @@ class SoftmaxAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.o_proj(output.reshape(*x.shape[:-1], -1)), weights
 
 
-ATTENTIONS: dict[str, Callable[[NormfreeConfig, int], nn.Module]] = {"softmax": SoftmaxAttention}
+class SparkAttention(SoftmaxAttention):
+    """Attention to the k keys that the first r dimensions of query and key choose ("Spark Transformer", Section 2).
+
+    (softmax(Top-k_{−∞}(q[:r] K[:r]ᵀ / √r)) ⊙ softplus(q[r:] K[r:]ᵀ / √(head_dim − r))) V, with the projections, the
+    cache and so the parameters of softmax attention. Each part is rotated by itself (:func:`rotate_parts`). The paper
+    gives the equation without the two scales, and says nothing of rotary positions that we found.
+
+    There is one implementation, ``eager``; the model refuses others. The weights it hands back are the softmax, which
+    is a distribution, so :class:`normfree.EntropyProbe` reads the entropy of that.
+    """
+
+    implementation = "eager"
+
+    def __init__(self, config: NormfreeConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.predictor_dim = config.spark_sizes.attention_predictor_dim
+        self.n_active = config.spark_sizes.attention_active
+        assert config.topk is not None, "the configuration sets it for spark"
+        self.select = TOPKS[config.topk].mask
+        self.scaling = self.predictor_dim**-0.5
+        self.gate_scaling = (self.head_dim - self.predictor_dim) ** -0.5
+
+    def rotate(
+        self, query: torch.Tensor, key: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return rotate_parts(query, key, position_embeddings, self.predictor_dim)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self.config._attn_implementation != self.implementation:
+            # Masks are made for the implementation that the configuration names.
+            raise InputError(
+                f"attention spark has the implementation {self.implementation} only, and the configuration names "
+                f"{self.config._attn_implementation!r}; use model.set_attn_implementation({self.implementation!r})"
+            )
+        r = self.predictor_dim
+        # Through the interface, where probes listen; "eager" is the function of this module.
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.implementation, spark_attention_forward)
+        attended: tuple[torch.Tensor, torch.Tensor] = attend(
+            self,
+            query[..., :r],
+            key[..., :r],
+            value,
+            attention_mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            gate_query=query[..., r:],
+            gate_key=key[..., r:],
+            gate_scaling=self.gate_scaling,
+            n_active=self.n_active,
+            select=self.select,
+            **kwargs,
+        )
+        return attended
+
+
+ATTENTIONS: dict[str, type[SoftmaxAttention]] = {"softmax": SoftmaxAttention, "spark": SparkAttention}
 
 
 def build_attention(config: NormfreeConfig, layer: int) -> nn.Module:

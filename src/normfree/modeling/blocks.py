@@ -6,6 +6,7 @@ A new placement is one subclass of ``Block`` and one line in ``PLACEMENTS``. A b
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from normfree.modeling.attention import build_attention
 from normfree.modeling.feedforward import build_feed_forward
 from normfree.modeling.norms import build_norm
+from normfree.modeling.residual import INITIAL_SCALE
 
 if TYPE_CHECKING:
     from normfree.modeling.configuration import NormfreeConfig
@@ -25,9 +27,9 @@ class Block(GradientCheckpointingLayer):
 
     def __init__(self, config: NormfreeConfig, layer: int) -> None:
         super().__init__()
-        self.attention_norm = build_norm(config, layer, n_reader=2)
+        self.attention_norm = build_norm(config, layer, "attention")
         self.attention = build_attention(config, layer)
-        self.ffn_norm = build_norm(config, layer)
+        self.ffn_norm = build_norm(config, layer, "ffn")
         self.ffn = build_feed_forward(config, layer)
         self.dropout = nn.Dropout(config.residual_dropout)
 
@@ -59,10 +61,81 @@ class PostNormBlock(Block):
         return self.ffn_norm(x + self.dropout(self.ffn(x)))
 
 
-PLACEMENTS: dict[str, type[Block]] = {"pre": PreNormBlock, "post": PostNormBlock}
+class SandwichNormBlock(Block):
+    """h = x + Norm(Attention(Norm(x)));  y = h + Norm(FFN(Norm(h)))  (CogView, Ding et al. 2021, Section 2.4; Gemma 2).
+
+    All four norms have gains of their own.
+    """
+
+    def __init__(self, config: NormfreeConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.attention_output_norm = build_norm(config, layer, "attention")
+        self.ffn_output_norm = build_norm(config, layer, "ffn")
+
+    def forward(self, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        x = x + self.dropout(self.attention_output_norm(self.attention(self.attention_norm(x), **kwargs)[0]))
+        return x + self.dropout(self.ffn_output_norm(self.ffn(self.ffn_norm(x))))
+
+
+class DeepNormBlock(Block):
+    """h = Norm(α x + Attention(x));  y = Norm(α h + FFN(h)),  α = (2 N)^¼ for N layers  (DeepNet, Wang et al. 2022).
+
+    Values, attention output and feed-forward network start β = (8 N)^-¼ times as large as elsewhere. Both constants
+    are those of a decoder without encoder (Figure 2).
+    """
+
+    def __init__(self, config: NormfreeConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.alpha = (2 * config.n_layer) ** 0.25
+        beta = (8 * config.n_layer) ** -0.25
+        for projection in (self.attention.v_proj, self.attention.o_proj, *self.ffn.modules()):
+            if isinstance(projection, nn.Linear):
+                setattr(projection, INITIAL_SCALE, beta)
+
+    def forward(self, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        x = self.attention_norm(self.alpha * x + self.dropout(self.attention(x, **kwargs)[0]))
+        return self.ffn_norm(self.alpha * x + self.dropout(self.ffn(x)))
+
+
+class HybridNormBlock(Block):
+    """h = x + Attention(x), its queries, keys and values normalized;  y = Norm(h) + FFN(Norm(h))  (HybridNorm).
+
+    "HybridNorm: Towards Stable and Efficient Transformer Training via Hybrid Normalization" (Zhuo et al. 2025):
+    QKV-Norm in attention and Post-Norm around the feed-forward network, which the paper writes, and its code computes,
+    with the norm on both of the paths that leave h. The last block's output is thus not normalized: the paper keeps a
+    final norm.
+    """
+
+    def __init__(self, config: NormfreeConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.attention_norm = nn.Identity()  # the norms of attention are inside it
+
+    def forward(self, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        x = self.ffn_norm(x + self.dropout(self.attention(x, **kwargs)[0]))
+        return x + self.dropout(self.ffn(x))
+
+
+def _mixed(config: NormfreeConfig, layer: int) -> type[Block]:
+    """Post-Norm in the first ``n_post_layer`` blocks, Pre-Norm in the others (Mix-LN, Li et al. 2024)."""
+    assert config.n_post_layer is not None, "the configuration sets it for mix"
+    return PostNormBlock if layer < config.n_post_layer else PreNormBlock
+
+
+PLACEMENTS: dict[str, Callable[[NormfreeConfig, int], type[Block]]] = {
+    "pre": lambda config, layer: ParallelPreNormBlock if config.parallel_residual else PreNormBlock,
+    "post": lambda config, layer: PostNormBlock,
+    "mix": _mixed,
+    "sandwich": lambda config, layer: SandwichNormBlock,
+    "deepnorm": lambda config, layer: DeepNormBlock,
+    "hybrid": lambda config, layer: HybridNormBlock,
+    # HybridNorm*: the first block has Pre-Norm before attention and feed-forward network as well as QKV-Norm.
+    "hybrid_star": lambda config, layer: PreNormBlock if layer == 0 else HybridNormBlock,
+}
+
+QKV_NORM_PLACEMENTS = ("hybrid", "hybrid_star")
+"""Placements that normalize queries, keys and values inside attention."""
 
 
 def build_block(config: NormfreeConfig, layer: int) -> Block:
     """Block ``layer`` (from 0)."""
-    block = ParallelPreNormBlock if config.parallel_residual else PLACEMENTS[config.norm_placement]
-    return block(config, layer)
+    return PLACEMENTS[config.norm_placement](config, layer)(config, layer)

@@ -12,14 +12,16 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 from normfree.errors import InputError, unknown_name
 from normfree.modeling.activations import ACTIVATIONS, LEAKY_ACTIVATIONS
 from normfree.modeling.attention import ATTENTIONS, BIASED_PROJECTIONS
-from normfree.modeling.blocks import PLACEMENTS
+from normfree.modeling.blocks import PLACEMENTS, QKV_NORM_PLACEMENTS
 from normfree.modeling.feedforward import FEED_FORWARDS
-from normfree.modeling.norms import NORMS
+from normfree.modeling.norms import NORMS, SCALED_NORMS
+from normfree.modeling.spark_sizes import SparkSizes, check_spark_rotation, settle_spark_options
 
 ROPE_TYPES = ("default", *ROPE_INIT_FUNCTIONS)
 ROPE_PARAMETERS = (*RopeParameters.__annotations__, "type")
 SLOPE_SHARINGS = ("layer", "global")
 POSITIONS = ("learned", "rotary")
+QK_NORMS = ("none", "layernorm", "rmsnorm")
 
 
 @strict
@@ -31,23 +33,36 @@ class NormfreeConfig(PreTrainedConfig):
         heads; default ``n_head``), ``n_embd``, ``head_dim`` (default ``n_embd / n_head``), ``n_inner`` (width of the
         feed-forward network; default ``4 n_embd``).
     Norms
-        ``norm`` (in the blocks) and ``final_norm`` (before the unembedding): ``none | layernorm | rmsnorm |
-        constant_std``; ``norm_is_centered`` (constant_std only): whether it stands for a LayerNorm, which takes the
-        mean away, or for an RMSNorm;
-        ``norm_placement``: ``pre | post``; ``norm_eps``; ``parallel_residual``: attention and feed-forward network
-        read the same input (pre placement only).
+        ``norm`` (in the blocks) and ``final_norm`` (before the unembedding): ``none | layernorm | rmsnorm | dyt |
+        constant_std``, and for ``norm`` ``layernorm_scaling | rmsnorm_scaling`` (times 1/sqrt(layer), layers from 1);
+        ``norm_eps``; ``dyt_alpha``: initial α of dyt, default 0.5, and ``dyt_attention_alpha``: another one for the
+        norms of attention, default the same; ``norm_is_centered`` (constant_std only): whether it stands for a
+        LayerNorm, which takes the mean away, or for an RMSNorm;
+        ``norm_placement``: ``pre | post | mix | sandwich | deepnorm | hybrid | hybrid_star``; ``n_post_layer``: blocks
+        in post placement, from the first (mix only; default a quarter of them, at least 1); ``parallel_residual``:
+        attention and feed-forward network read the same input (pre placement only);
+        ``qk_norm``: norm of queries and keys over head_dim, ``none | layernorm | rmsnorm`` (also ``False`` for
+        ``none``, ``True`` for the kind that ``norm`` is, RMSNorm where that has none); the hybrid placements have a
+        QKV-norm of the kind of ``norm`` instead.
     Feed-forward network
-        ``ffn``: ``dense | gated``; ``activation``: a name, or a list of ``n_layer`` names; ``negative_slope``: fixed
-        (``leaky_relu``) or initial (``learnable_leaky_relu``) slope, default 0.01, and ``slope_sharing``: one learnable
-        slope per ``layer`` or one ``global`` parameter; ``mlp_bias``.
+        ``ffn``: ``dense | gated | spark``; ``activation``: a name, or a list of ``n_layer`` names;
+        ``negative_slope``: fixed (``leaky_relu``) or initial (``learnable_leaky_relu``) slope, default 0.01, and
+        ``slope_sharing``: one learnable slope per ``layer`` or one ``global`` parameter; ``mlp_bias``.
     Attention and positions
-        ``attention``: ``softmax``; ``attention_bias``: which projections have a bias, ``none | qk | qkv | all`` (also
-        ``False``, ``True`` for ``none``, ``all``); ``position``: ``learned | rotary``; ``rope_parameters``:
-        transformers' dictionary (``rope_type``, ``rope_theta``, ``partial_rotary_factor``, ...), rotary only.
+        ``attention``: ``softmax | spark``; ``attention_bias``: which projections have a bias, ``none | qk | qkv |
+        all`` (also ``False``, ``True`` for ``none``, ``all``); ``position``: ``learned | rotary``;
+        ``rope_parameters``: transformers' dictionary (``rope_type``, ``rope_theta``, ``partial_rotary_factor``, ...),
+        rotary only.
+    Sparsity (``ffn`` or ``attention`` spark), each a count, or a float: a share
+        ``ffn_active``: neurons computed for a token, default 0.08 of ``n_inner``; ``ffn_predictor_dim``: dimensions of
+        ``n_embd`` that choose them, default half; ``attention_active``: keys that a query attends to at most, default
+        256 (a share is one of ``n_positions``); ``attention_predictor_dim``: dimensions of ``head_dim`` that choose
+        them, default half; ``topk``: ``statistical | exact``.
     Initialisation and dropout
         N(0, ``initializer_range``) for every weight; ``scale_residual_init`` divides that of the projections into the
-        residual stream by sqrt(2 ``n_layer``) (GPT-2). ``embedding_dropout``, ``attention_dropout``,
-        ``residual_dropout``: 0 by default.
+        residual stream by sqrt(2 ``n_layer``) (GPT-2); the deepnorm placement scales its own. ``scale_embeddings``:
+        the embeddings times one learned number, at first sqrt(``n_embd``) (the LLaMA models of "Transformers without
+        Normalization"). ``embedding_dropout``, ``attention_dropout``, ``residual_dropout``: 0 by default.
 
     Raises:
         InputError: a value that is not allowed, or an option that means nothing beside the others.
@@ -75,17 +90,22 @@ class NormfreeConfig(PreTrainedConfig):
         head_dim: int
         n_inner: int
         attention_bias: str
+        qk_norm: str
     else:
         n_kv_head: int | None = None
         head_dim: int | None = None
         n_inner: int | None = None
         attention_bias: str | bool = "all"
+        qk_norm: str | bool = "none"
 
     norm: str = "layernorm"
     norm_placement: str = "pre"
     final_norm: str = "layernorm"
     norm_eps: float | int = 1e-5
     norm_is_centered: bool = True
+    dyt_alpha: float | int | None = None
+    dyt_attention_alpha: float | int | None = None
+    n_post_layer: int | None = None
     parallel_residual: bool = False
 
     ffn: str = "dense"
@@ -94,12 +114,19 @@ class NormfreeConfig(PreTrainedConfig):
     slope_sharing: str | None = None
     mlp_bias: bool = True
 
+    ffn_active: float | int | None = None
+    ffn_predictor_dim: float | int | None = None
+    attention_active: float | int | None = None
+    attention_predictor_dim: float | int | None = None
+    topk: str | None = None
+
     attention: str = "softmax"
     position: str = "learned"
     rope_parameters: dict[str, Any] | None = None
 
     initializer_range: float | int = 0.02
     scale_residual_init: bool = False
+    scale_embeddings: bool = False
     embedding_dropout: float | int = 0.0
     attention_dropout: float | int = 0.0
     residual_dropout: float | int = 0.0
@@ -114,6 +141,8 @@ class NormfreeConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.attention_bias, bool):
             self.attention_bias = "all" if self.attention_bias else "none"
+        if isinstance(self.qk_norm, bool):
+            self.qk_norm = self._qk_norm_like_norm() if self.qk_norm else "none"
         self._check_names()
         self._check_sizes()
         self._check_options()
@@ -127,6 +156,13 @@ class NormfreeConfig(PreTrainedConfig):
             self.negative_slope = 0.01
         if "learnable_leaky_relu" in self.activations and self.slope_sharing is None:
             self.slope_sharing = "layer"
+        if "dyt" in (self.norm, self.final_norm):
+            self.dyt_alpha = 0.5 if self.dyt_alpha is None else self.dyt_alpha
+            if self.norm == "dyt" and self.dyt_attention_alpha is None:
+                self.dyt_attention_alpha = self.dyt_alpha
+        if self.norm_placement == "mix" and self.n_post_layer is None:
+            self.n_post_layer = max(1, self.n_layer // 4)
+        settle_spark_options(self)
         super().__post_init__(**kwargs)
 
     def convert_rope_params_to_dict(self, **kwargs: Any) -> dict[str, Any]:
@@ -142,6 +178,18 @@ class NormfreeConfig(PreTrainedConfig):
     def activations(self) -> list[str]:
         """The activation of each layer: ``n_layer`` names."""
         return [self.activation] * self.n_layer if isinstance(self.activation, str) else list(self.activation)
+
+    @property
+    def spark_sizes(self) -> SparkSizes:
+        """The sizes of the sparse layers, as counts; for models that have one."""
+        return SparkSizes.of(self)
+
+    @property
+    def head_norms(self) -> dict[str, str]:
+        """The norm over head_dim of each projection (q, k, v) that has one."""
+        if self.norm_placement in QKV_NORM_PLACEMENTS:
+            return dict.fromkeys("qkv", self.norm)
+        return {} if self.qk_norm == "none" else dict.fromkeys("qk", self.qk_norm)
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> "NormfreeConfig":
@@ -168,6 +216,7 @@ class NormfreeConfig(PreTrainedConfig):
             ("norm", NORMS),
             ("final_norm", NORMS),
             ("norm_placement", PLACEMENTS),
+            ("qk_norm", QK_NORMS),
             ("ffn", FEED_FORWARDS),
             ("attention", ATTENTIONS),
             ("attention_bias", BIASED_PROJECTIONS),
@@ -210,9 +259,10 @@ class NormfreeConfig(PreTrainedConfig):
         for option in ("embedding_dropout", "attention_dropout", "residual_dropout"):
             if not 0 <= getattr(self, option) < 1:
                 raise InputError(f"{option} is {getattr(self, option)}; it must be in [0, 1)")
-        for option in ("norm_eps", "initializer_range"):
-            if not 0 < getattr(self, option) < inf:
-                raise InputError(f"{option} is {getattr(self, option)}; it must be positive and finite")
+        for option in ("norm_eps", "initializer_range", "dyt_alpha", "dyt_attention_alpha"):
+            value = getattr(self, option)
+            if value is not None and not 0 < value < inf:
+                raise InputError(f"{option} is {value}; it must be positive and finite")
         if self.negative_slope is not None and not isfinite(self.negative_slope):
             raise InputError(f"negative_slope is {self.negative_slope}; it must be finite")
 
@@ -230,16 +280,60 @@ class NormfreeConfig(PreTrainedConfig):
             )
         if self.rope_parameters and self.position != "rotary":
             raise InputError(f"rope_parameters mean nothing with position {self.position!r}; use position: rotary")
-        names_of_norms = (self.norm, self.final_norm)
-        if not self.norm_is_centered and "constant_std" not in names_of_norms:
+        self._check_norms()
+        self._check_placement()
+
+    def _check_norms(self) -> None:
+        names = (self.norm, self.final_norm)
+        if self.final_norm in SCALED_NORMS:
+            raise InputError(
+                f"final_norm {self.final_norm!r} means nothing: the final norm is in no layer; "
+                f"use {self.final_norm.removesuffix('_scaling')}"
+            )
+        if not self.norm_is_centered and "constant_std" not in names:
             raise InputError(
                 f"norm_is_centered means nothing for norm {self.norm!r} and final_norm {self.final_norm!r}; "
                 "leave it out, or use constant_std"
             )
-        if self.norm == "constant_std" and self.norm_placement != "pre":
-            raise InputError(f"norm constant_std is defined for norm_placement pre only, not {self.norm_placement!r}")
-        if self.parallel_residual and self.norm_placement != "pre":
-            raise InputError(f"parallel_residual is defined for norm_placement pre only, not {self.norm_placement!r}")
+        if self.dyt_alpha is not None and "dyt" not in names:
+            raise InputError(
+                f"dyt_alpha means nothing for norm {self.norm!r} and final_norm {self.final_norm!r}; "
+                "leave it out, or use dyt"
+            )
+        if self.dyt_attention_alpha is not None and self.norm != "dyt":
+            raise InputError(f"dyt_attention_alpha means nothing for norm {self.norm!r}; leave it out, or use dyt")
+
+    def _check_placement(self) -> None:
+        placement = self.norm_placement
+        if placement != "pre":
+            if self.norm == "none":
+                raise InputError(f"norm_placement {placement!r} means nothing for norm 'none'; leave it out")
+            if self.norm in ("constant_std", *SCALED_NORMS):
+                raise InputError(f"norm {self.norm} is defined for norm_placement pre only, not {placement!r}")
+            if self.parallel_residual:
+                raise InputError(f"parallel_residual is defined for norm_placement pre only, not {placement!r}")
+        if placement == "mix":
+            n_post_layer = 1 if self.n_post_layer is None else self.n_post_layer
+            if not 1 <= n_post_layer < self.n_layer:
+                raise InputError(
+                    f"n_post_layer is {n_post_layer} of n_layer = {self.n_layer}; mix has both kinds of blocks: "
+                    "it must be from 1 to n_layer - 1"
+                )
+        elif self.n_post_layer is not None:
+            raise InputError(f"n_post_layer means nothing for norm_placement {placement!r}; leave it out, or use mix")
+        if placement in QKV_NORM_PLACEMENTS and self.qk_norm != "none":
+            raise InputError(
+                f"qk_norm means nothing for norm_placement {placement!r}, which normalizes queries, keys and values "
+                "itself; leave it out"
+            )
+        if placement == "deepnorm" and self.scale_residual_init:
+            raise InputError(
+                "scale_residual_init means nothing for norm_placement 'deepnorm', which scales the initial weights "
+                "itself; leave it out"
+            )
+
+    def _qk_norm_like_norm(self) -> str:
+        return "layernorm" if self.norm in ("layernorm", "layernorm_scaling") else "rmsnorm"
 
     def _check_rope_parameters(self, parameters: dict[str, Any]) -> None:
         for name in parameters:
@@ -258,6 +352,7 @@ class NormfreeConfig(PreTrainedConfig):
                 f"rotary positions turn pairs of dimensions, but partial_rotary_factor {fraction} names {rotated} of "
                 f"the head_dim = {self.head_dim}; use an even head_dim and a factor in (0, 1]"
             )
+        check_spark_rotation(self, rotated)
         try:
             self.validate_rope()
         except (KeyError, ValueError) as error:

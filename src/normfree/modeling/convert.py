@@ -1,4 +1,4 @@
-"""Hugging Face's GPT-2, GPT-NeoX and Llama models as configurations of our decoder, with the same logits.
+"""Hugging Face's GPT-2, GPT-NeoX, Llama and Qwen3 models as configurations of our decoder, with the same logits.
 
 A new architecture is one function from the model to its configuration and its weights, under our names, and
 one line in ``CONVERTERS``.
@@ -17,6 +17,7 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaForCausalLM,
     PreTrainedModel,
+    Qwen3ForCausalLM,
 )
 from transformers.initialization import no_init_weights
 
@@ -47,7 +48,8 @@ def from_hf(model: PreTrainedModel) -> NormfreeForCausalLM:
     """A Hugging Face causal language model as one of ours, with the same logits.
 
     Args:
-        model: a ``GPT2LMHeadModel``, ``GPTNeoXForCausalLM`` or ``LlamaForCausalLM``; it is left as it is.
+        model: a ``GPT2LMHeadModel``, ``GPTNeoXForCausalLM``, ``LlamaForCausalLM`` or ``Qwen3ForCausalLM``; it is left
+            as it is.
 
     Returns:
         A model with copies of the weights, of the same dtype, on the same device, in the same (training or
@@ -172,15 +174,27 @@ def _convert_gpt_neox(model: Any) -> Converted:
 
 def _convert_llama(model: Any) -> Converted:
     """Llama (Touvron et al. 2023; grouped queries and scaled rotary frequencies from later versions)."""
+    return _converted_llama(model, mlp_bias=model.config.mlp_bias)
+
+
+def _convert_qwen3(model: Any) -> Converted:
+    """Qwen3 (Yang et al. 2025): Llama's architecture with an RMSNorm over each head's queries and keys."""
+    _require(model.config, layer_types=["full_attention"] * model.config.num_hidden_layers)
+    return _converted_llama(model, mlp_bias=False, qk_norm="rmsnorm")
+
+
+def _converted_llama(model: Any, **options: Any) -> Converted:
+    """Llama's architecture, and ``options`` of ours that it leaves open."""
     hf = model.config
     rotated = hf.rope_parameters.get("partial_rotary_factor", 1.0)
     if rotated != 1.0:
         raise InputError(
-            f"from_hf: rope_parameters has partial_rotary_factor = {rotated}, which Llama does not follow: "
-            "it rotates whole heads; only 1.0 can be converted"
+            f"from_hf: rope_parameters has partial_rotary_factor = {rotated}, which {type(model).__name__} does not "
+            "follow: it rotates whole heads; only 1.0 can be converted"
         )
     config = NormfreeConfig(
         **_shared_options(model),
+        **options,
         n_kv_head=hf.num_key_value_heads,
         head_dim=hf.head_dim,
         n_inner=hf.intermediate_size,
@@ -189,7 +203,6 @@ def _convert_llama(model: Any) -> Converted:
         norm_eps=hf.rms_norm_eps,
         ffn="gated",
         activation=_activation("hidden_act", hf.hidden_act),
-        mlp_bias=hf.mlp_bias,
         attention_bias=hf.attention_bias,
         position="rotary",
         rope_parameters=deepcopy(hf.rope_parameters),
@@ -210,6 +223,7 @@ CONVERTERS: dict[type[PreTrainedModel], Callable[[Any], Converted]] = {
     GPT2LMHeadModel: _convert_gpt2,
     GPTNeoXForCausalLM: _convert_gpt_neox,
     LlamaForCausalLM: _convert_llama,
+    Qwen3ForCausalLM: _convert_qwen3,
 }
 
 

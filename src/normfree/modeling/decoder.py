@@ -15,13 +15,14 @@ from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbeddin
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from normfree.errors import InputError
 from normfree.modeling.activations import LearnableLeakyReLU
-from normfree.modeling.attention import SoftmaxAttention
+from normfree.modeling.attention import ATTENTIONS, SoftmaxAttention
 from normfree.modeling.blocks import Block, build_block
 from normfree.modeling.configuration import NormfreeConfig
 from normfree.modeling.constant_std import ConstantStdNorm
-from normfree.modeling.norms import build_final_norm
-from normfree.modeling.residual import ResidualProjection
+from normfree.modeling.norms import DynamicTanh, build_final_norm
+from normfree.modeling.residual import INITIAL_SCALE, ResidualProjection
 
 
 class NormfreePreTrainedModel(PreTrainedModel):
@@ -42,10 +43,10 @@ class NormfreePreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """N(0, initializer_range) for weights, zero for biases, one for gains, the configured slope for slopes.
+        """N(0, initializer_range) for weights, zero for biases, one for gains, the configured value for slopes and α.
 
-        Norms and activations draw no random numbers: with one seed, configurations that differ only in them start
-        from the same weights.
+        Norms, placements and activations draw no random numbers: with one seed, configurations that differ only in
+        them start from the same weights, some of them β times as large with DeepNorm.
         """
         super()._init_weights(module)
         if isinstance(module, ConstantStdNorm):
@@ -53,11 +54,32 @@ class NormfreePreTrainedModel(PreTrainedModel):
             init.ones_(module.std)
             if module.bias is not None:
                 init.zeros_(module.bias)
+        if isinstance(module, DynamicTanh):
+            init.constant_(module.alpha, module.initial_alpha)
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        if isinstance(module, NormfreeModel) and module.embedding_scale is not None:
+            init.constant_(module.embedding_scale, self.config.n_embd**0.5)
+        scale = getattr(module, INITIAL_SCALE, None)
+        if isinstance(module, nn.Linear) and scale and not getattr(module.weight, "_is_hf_initialized", False):
+            module.weight.mul_(scale)
         if isinstance(module, LearnableLeakyReLU):
             init.constant_(module.negative_slope, module.initial_slope)
         if isinstance(module, ResidualProjection) and self.config.scale_residual_init:
             std = self.config.initializer_range / (2 * self.config.n_layer) ** 0.5
             init.normal_(module.weight, std=std)
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        """transformers' check, for attention that has one implementation only."""
+        only = ATTENTIONS[self.config.attention].implementation
+        if only is None:
+            return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+        if attn_implementation not in (None, only):
+            raise InputError(
+                f"attention {self.config.attention} has the implementation {only} only, not {attn_implementation!r}; "
+                f"leave attn_implementation out, or use {only}"
+            )
+        return only
 
 
 class NormfreeModel(NormfreePreTrainedModel):
@@ -69,6 +91,7 @@ class NormfreeModel(NormfreePreTrainedModel):
         self.embed_positions = nn.Embedding(config.n_positions, config.n_embd) if config.position == "learned" else None
         # It reads only what every rotary configuration of transformers has.
         self.rotary_embedding = GPTNeoXRotaryEmbedding(cast(Any, config)) if config.position == "rotary" else None
+        self.embedding_scale = nn.Parameter(torch.full((1,), config.n_embd**0.5)) if config.scale_embeddings else None
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
         self.blocks = nn.ModuleList([build_block(config, layer) for layer in range(config.n_layer)])
         self.final_norm = build_final_norm(config)
@@ -129,6 +152,8 @@ class NormfreeModel(NormfreePreTrainedModel):
         position_embeddings = None
         if self.embed_positions is not None:
             x = x + self.embed_positions(position_ids)
+        if self.embedding_scale is not None:
+            x = x * self.embedding_scale.to(x.dtype)
         if self.rotary_embedding is not None:
             position_embeddings = self.rotary_embedding(x, position_ids)
         x = self.embedding_dropout(x)

@@ -13,6 +13,7 @@ from torch import nn
 
 from normfree.modeling.activations import build_activation
 from normfree.modeling.residual import ResidualProjection
+from normfree.modeling.spark_feedforward import SparkFeedForward
 
 if TYPE_CHECKING:
     from normfree.modeling.configuration import NormfreeConfig
@@ -48,6 +49,7 @@ class GatedFeedForward(nn.Module):
 FEED_FORWARDS: dict[str, Callable[[NormfreeConfig, int], nn.Module]] = {
     "dense": DenseFeedForward,
     "gated": GatedFeedForward,
+    "spark": SparkFeedForward,
 }
 
 

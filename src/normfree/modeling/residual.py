@@ -1,8 +1,14 @@
-"""What writes into the residual stream."""
+"""What writes into the residual stream, and how large weights start."""
 
 from __future__ import annotations
 
 from torch import nn
+
+INITIAL_SCALE = "initial_scale"
+"""The attribute of a linear map whose weights start that many times as large as others.
+
+It stands at the map itself: transformers hands no module without weights of its own to ``_init_weights``.
+"""
 
 
 class ResidualProjection(nn.Linear):

@@ -79,6 +79,10 @@ class DivergedError(Exception):
         self.removal = removal
 
 
+class RemovalDivergedError(InputError):
+    """The loss has jumped again and again, or its removals, put further apart, do not fit the budget any more."""
+
+
 class RemoveNorms(TrainerCallback):
     """Removes norms at the steps of ``removals``, and raises :class:`DivergedError` where the loss jumps after one."""
 
@@ -137,22 +141,27 @@ def remove_by_finetuning(
     The last checkpoint in ``folder`` is then a model whose norms have constant stds. Where the loss rises by more than
     ``MAX_JUMP`` nats after a removal, or is NaN, the run goes back to its last checkpoint before that removal, the
     waits for all that follow are stretched by ``STRETCH``, and ``removal.json`` says so; at most ``MAX_STRETCHES``
-    times. A run that is stopped goes on with the stretched schedule.
+    times. A run that is stopped goes on with the stretched schedule. When it is done, ``removal.json`` has all removals
+    as they were: step, part, layer.
 
     Raises:
-        InputError: the schedule does not fit the model or the budget, or the removal diverges again and again.
+        RemovalDivergedError: the removal diverges again and again.
+        InputError: the schedule does not fit the model or the budget.
     """
     path = folder / REMOVAL_FILE
     stretches: list[dict[str, Any]] = json.loads(path.read_text())["stretches"] if path.exists() else []
     for each in stretches:
         schedule = schedule.stretched(model, each["step"], STRETCH)
     while True:
-        check_fit(run, schedule, model)
         try:
-            return _train(run, data, folder, schedule, model, callbacks)
+            check_fit(run, schedule, model)
+        except InputError as error:
+            raise (RemovalDivergedError(f"after a jump of the loss {error}") if stretches else error) from error
+        try:
+            result = _train(run, data, folder, schedule, model, callbacks)
         except DivergedError as jump:
             if len(stretches) == MAX_STRETCHES:
-                raise InputError(
+                raise RemovalDivergedError(
                     f"the removal has diverged {MAX_STRETCHES + 1} times, the last time at {jump}; give more steps, a "
                     "lower learning rate, or another schedule"
                 ) from jump
@@ -161,6 +170,10 @@ def remove_by_finetuning(
             stretches.append({"step": step, "jump": str(jump)})
             write_text(path, json.dumps({"stretches": stretches}, indent=2))
             log.warning("loss jumped: %s; back to step %d, later waits %g times as long", jump, step, STRETCH)
+        else:
+            removals = [each._asdict() for each in schedule.removals(model)]
+            write_text(path, json.dumps({"stretches": stretches, "removals": removals}, indent=2))
+            return result
 
 
 def check_fit(run: RunConfig, schedule: RemovalSchedule, model: NormfreeConfig) -> None:

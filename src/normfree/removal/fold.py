@@ -20,6 +20,7 @@ from normfree.modeling import NormfreeConfig, NormfreeForCausalLM
 from normfree.modeling.attention import BIASED_PROJECTIONS
 from normfree.modeling.blocks import Block
 from normfree.modeling.constant_std import ConstantStdNorm
+from normfree.modeling.norms import SCALED_NORMS
 
 FOLDED = "constant_std"
 
@@ -36,13 +37,33 @@ def remove_norms(model: NormfreeForCausalLM) -> NormfreeForCausalLM:
         final norm had one. Weights are folded in float64.
 
     Raises:
-        InputError: a norm still divides by each token's own std, or there is no norm to remove.
+        InputError: a norm still divides by each token's own std, or is no division, or stands inside attention; or
+            there is no norm to remove.
     """
     config = model.config
     norms = {"norm": config.norm, "final_norm": config.final_norm}
+    if config.qk_norm != "none":
+        raise InputError(
+            f"qk_norm {config.qk_norm!r} divides each query and key by its own std, which no weight can hold; "
+            "use a model without qk_norm"
+        )
+    if config.ffn == "spark":
+        raise InputError(
+            "ffn 'spark' reads the residual stream in two parts, and the weights of neither can hold a norm of the "
+            "whole; use a model with ffn dense or gated"
+        )
     if set(norms.values()) == {"none"}:
         raise InputError("the model has no norm to remove: its norm and final_norm are none")
     for option, name in norms.items():
+        if name == "dyt":
+            raise InputError(
+                f"{option} 'dyt' is a tanh and no division by a std: no weight can hold it, and nothing removes it"
+            )
+        if name in SCALED_NORMS:
+            raise InputError(
+                f"{option} {name!r} divides by each token's own std, which no weight can hold; its constant "
+                "1/sqrt(layer) could be folded, but norm removal takes plain layernorm and rmsnorm only"
+            )
         if name not in (FOLDED, "none"):
             raise InputError(
                 f"{option} {name!r} divides by each token's own std, which no weight can hold; "

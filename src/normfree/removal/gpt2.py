@@ -36,6 +36,8 @@ def to_gpt2(model: NormfreeForCausalLM) -> GPT2LMHeadModel:
         "final_norm": FOLDED,
         "norm_is_centered": True,
         "parallel_residual": False,
+        "qk_norm": "none",
+        "scale_embeddings": False,
         "ffn": "dense",
         "position": "learned",
         "attention": "softmax",

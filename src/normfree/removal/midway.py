@@ -10,6 +10,7 @@ from torch import nn
 from normfree.errors import InputError
 from normfree.modeling import NormfreeConfig, NormfreeForCausalLM
 from normfree.modeling.blocks import Block
+from normfree.modeling.norms import SCALED_NORMS
 from normfree.removal.fold import FOLDED
 from normfree.removal.removable import MIDWAY, RemovableNorm, SpecialTokens
 from normfree.removal.schedule import Part, Removal
@@ -104,7 +105,8 @@ def check_removable(config: NormfreeConfig) -> None:
     """Whether a model of that configuration has norms that can be removed.
 
     Raises:
-        InputError: it has none, is in post placement, or some are constant already.
+        InputError: it has none, or some that are constant already, of another kind, in another placement than pre, or
+            inside attention.
     """
     names = {"norm": config.norm, "final_norm": config.final_norm}
     if set(names.values()) == {"none"}:
@@ -112,11 +114,22 @@ def check_removable(config: NormfreeConfig) -> None:
     if config.norm_placement != "pre":
         raise InputError(
             f"norms can be removed in pre placement, and the model's is {config.norm_placement!r}: there a norm acts "
-            "on the residual stream itself, not on what reads it"
+            "on the residual stream or on what is written into it, not only on what reads it"
+        )
+    if config.qk_norm != "none":
+        raise InputError(
+            f"qk_norm {config.qk_norm!r} cannot be removed: it divides each query and key by its own std; "
+            "use a model without qk_norm"
+        )
+    if config.ffn == "spark":
+        raise InputError(
+            "norms cannot be removed before ffn 'spark': it reads the residual stream in two parts, and the weights of "
+            "neither can hold a norm of the whole; use a model with ffn dense or gated"
         )
     for option, name in names.items():
         if name not in (*NORMS_TO_REMOVE, "none"):
-            raise InputError(f"{option} {name!r} cannot be removed; allowed: {', '.join(NORMS_TO_REMOVE)}, none")
+            hint = " (the constant 1/sqrt(layer) is not folded yet)" if name in SCALED_NORMS else ""
+            raise InputError(f"{option} {name!r} cannot be removed{hint}; allowed: {', '.join(NORMS_TO_REMOVE)}, none")
     if len(set(names.values()) - {"none"}) > 1:
         raise InputError(
             f"norm {config.norm!r} and final_norm {config.final_norm!r} differ, and a model with constant stds is "

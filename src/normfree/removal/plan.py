@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from normfree.data import PackedData, prepare_data, same_data
 from normfree.errors import InputError, invalid_fields, unknown_name
-from normfree.training import LoadedModel, RunConfig
-from normfree.training.configuration import CONFIG_FILE, load_run_config
+from normfree.training import RunConfig, load_pretrained
+from normfree.training.configuration import with_changes
 
 PUBLISHED_STEPS = 300
 SHARE_OF_TRAINING = 0.05
@@ -33,51 +35,68 @@ CHECKPOINTS = 15
 EVALUATIONS = 3
 
 
-def plan(loaded: LoadedModel, *, changes: Mapping[str, Any], seed: int) -> RunConfig:
-    """The run that takes the norms out of ``loaded``: fine-tuning that starts from it.
+@dataclass(frozen=True)
+class Plan:
+    """A fine-tuning run that starts from a model, and the very tokens it has to be of, for a model that is a run."""
+
+    run: RunConfig
+    fingerprint: str | None
+
+    def prepare_data(self, cache_dir: Path, *, progress: bool) -> PackedData:
+        """The run's tokens.
+
+        Raises:
+            InputError: the corpus cannot be used, or has changed and the tokens of the run are no longer in the cache.
+        """
+        if self.fingerprint is None:
+            return prepare_data(self.run.data, cache_dir, progress=progress)
+        return same_data(self.run.data, cache_dir, self.fingerprint, progress=progress)
+
+
+def plan(source: str, *, changes: Mapping[str, Any], seed: int, lora_rank: int | None = None) -> Plan:
+    """How the norms of the model ``source`` are taken out: by fine-tuning that starts from it.
 
     A run of ours is fine-tuned on the data it was trained on, in batches of the same size, for ``SHARE_OF_TRAINING`` of
     its tokens; any other model on the corpus that ``changes`` name, with its own tokenizer, for ``PUBLISHED_STEPS`` of
-    512 sequences. ``changes`` set any value, by its dotted name: ``data.corpus``, ``recipe.steps``.
+    512 sequences. ``changes`` set any value, by its dotted name: ``data.corpus``, ``recipe.steps``, and with a
+    ``lora_rank`` ``lora.alpha``.
 
     Raises:
-        InputError: no corpus is named for a model that is no run, or a name or value is wrong.
+        InputError: the model cannot be loaded, no corpus is named for one that is no run, or a name or value is wrong.
     """
-    data: dict[str, Any] = {} if loaded.data is None else loaded.data.model_dump(exclude_unset=True)
+    loaded = load_pretrained(source)
+    trained = loaded.run
     recipe: dict[str, Any] = RECIPE | LARGE
-    if loaded.data is None:
-        data |= {
-            "tokenizer": loaded.checkpoint,
-            "sequence_length": min(LARGE_SEQUENCE_LENGTH, loaded.n_positions or 512),
-        }
+    if trained is None:
+        length = min(LARGE_SEQUENCE_LENGTH, loaded.n_positions or 512)
+        data: dict[str, Any] = {"tokenizer": loaded.checkpoint, "sequence_length": length}
     else:
-        trained = load_run_config(_run_folder(loaded) / CONFIG_FILE).recipe
-        recipe |= {name: getattr(trained, name) for name in FROM_THE_RUN}
-        recipe["steps"] = max(1, round(SHARE_OF_TRAINING * trained.n_steps(loaded.data.sequence_length)))
+        data = trained.data.model_dump(exclude_unset=True)
+        recipe |= {name: getattr(trained.recipe, name) for name in FROM_THE_RUN}
+        recipe["steps"] = max(1, round(SHARE_OF_TRAINING * trained.recipe.n_steps(trained.data.sequence_length)))
     sections = {"data": data, "recipe": recipe}
-    for name, value in changes.items():
+    if lora_rank is not None:
+        sections["lora"] = {"rank": lora_rank}
+    for name in changes:
         section, _, option = name.partition(".")
         if section not in sections or not option:
             raise unknown_name("option", name, [f"{each}.OPTION" for each in sections])
-        sections[section][option] = value
-        if name == "recipe.tokens":
-            recipe.pop("steps", None)
-    if loaded.data is None and "corpus" not in data:
-        raise InputError(f"{loaded.source} is no run with data of its own; name a corpus to fine-tune on with --corpus")
+    sections = with_changes(sections, changes)
+    if trained is None and "corpus" not in sections["data"]:
+        raise InputError(f"{source} is no run with data of its own; name a corpus to fine-tune on with --corpus")
     content = {
-        "model_name": loaded.source,
+        "model_name": source,
         "configuration": "removal",
         "seed": seed,
         "model": {},
-        "data": data,
-        "recipe": recipe,
-        "start_from": str(Path(loaded.source).resolve()) if Path(loaded.source).exists() else loaded.source,
+        "start_from": str(Path(source).resolve()) if Path(source).exists() else source,
+        **sections,
     }
     try:
         run = RunConfig.model_validate(content)
     except ValidationError as error:
         raise invalid_fields("remove-norm", error, RunConfig) from error
-    return _with_checkpoints(run)
+    return Plan(_with_checkpoints(run), loaded.fingerprint if run.data == loaded.data else None)
 
 
 def _with_checkpoints(run: RunConfig) -> RunConfig:
@@ -86,8 +105,3 @@ def _with_checkpoints(run: RunConfig) -> RunConfig:
     every = {"save_steps": max(1, steps // CHECKPOINTS), "eval_steps": max(1, steps // EVALUATIONS)}
     changed = {name: value for name, value in every.items() if name not in run.recipe.model_fields_set}
     return run.model_copy(update={"recipe": run.recipe.model_copy(update=changed)})
-
-
-def _run_folder(loaded: LoadedModel) -> Path:
-    source = Path(loaded.source)
-    return source if (source / CONFIG_FILE).is_file() else source.parent

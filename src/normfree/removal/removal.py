@@ -4,29 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import nan
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from transformers import TrainerCallback
+import yaml
+from transformers import PreTrainedModel, TrainerCallback
 
 from normfree.data import PackedData
 from normfree.errors import InputError
-from normfree.files import write_text
+from normfree.files import folder_written_whole, write_text
 from normfree.modeling import NormfreeForCausalLM
-from normfree.removal.finetuning import check_fit, constant_std_model, remove_by_finetuning
+from normfree.removal.finetuning import (
+    RemovalDivergedError,
+    check_fit,
+    constant_std_model,
+    remove_by_finetuning,
+)
 from normfree.removal.fold import remove_norms
 from normfree.removal.gpt2 import to_gpt2
 from normfree.removal.midway import check_removable
-from normfree.removal.schedule import RemovalSchedule, automatic_schedule
+from normfree.removal.schedule import RemovalSchedule, automatic_schedule, load_schedule
 from normfree.training import RunConfig, load_pretrained, train
 from normfree.training.evaluation import evaluation_losses, perplexity
 from normfree.training.pretrained import starting_model
+from normfree.training.trainer import check_data
 
 TABLE_FILE = "removal.csv"
 NORM_FREE_FOLDER = "norm-free"
 GPT2_FOLDER = "gpt2"
+REMOVAL_FOLDER = "removal"
+SCHEDULE_FILE = "schedule.yaml"
 ORIGINAL, VANILLA, NORM_FREE = "original", "vanilla", "norm-free"
 
 Callbacks = Callable[[str, int], tuple[TrainerCallback, ...]]
@@ -58,9 +68,11 @@ def remove(
 ) -> RemovalResult:
     """Takes the norms out of the model that ``run`` starts from, and compares what is left with it.
 
-    ``folder`` then holds the runs ``vanilla`` (the same tokens with the norms kept) and ``removal``, the model without
-    norms in ``norm-free`` and, where GPT-2's architecture can hold it, ``gpt2``; and ``removal.csv``. Every variant is
-    measured on all evaluation sequences in float32. What is finished is not done again.
+    ``folder`` then holds the runs ``vanilla`` (the same tokens with the norms kept) and ``removal``, the schedule it
+    began with in ``schedule.yaml``, the model without norms in ``norm-free`` and, where GPT-2's architecture can hold
+    it, ``gpt2``; and ``removal.csv``. Every variant is measured on all evaluation sequences in float32. What is
+    finished is not done again. A removal that diverges for good leaves a ``removal.csv`` too; its loss without norms is
+    NaN.
 
     Args:
         run: its ``start_from`` is the model; its ``configuration`` is replaced.
@@ -68,16 +80,22 @@ def remove(
         vanilla: whether to train the control.
 
     Raises:
-        InputError: the model has no norms to remove, the schedule does not fit, or the removal diverged for good; in
-            the first two cases nothing is written.
+        RemovalDivergedError: the removal diverged for good.
+        InputError: the model has no norms to remove, the schedule does not fit, or ``folder`` holds a removal by
+            another schedule. Nothing is written.
     """
     assert run.start_from is not None, "there is a model to start from"
+    if run.lora is not None:
+        run.lora.check()
+    run.recipe.check(run.data.sequence_length)
+    check_data(data, run.recipe)
     original = starting_model(run.start_from, data)
     config = original.config
     check_removable(config)
     T = run.data.sequence_length
     schedule = automatic_schedule(config.n_layer, run.recipe.n_steps(T)) if schedule is None else schedule
     check_fit(run, schedule, config)
+    _claim(folder, schedule)
     tokens = run.recipe.n_tokens(T)
 
     sequences = torch.from_numpy(np.asarray(data.eval.tokens, dtype=np.int64))
@@ -88,23 +106,38 @@ def remove(
         train(control, data, folder / VANILLA, callbacks=callbacks(VANILLA, tokens))
         losses[VANILLA] = _loss(load_pretrained(str(folder / VANILLA)).as_normfree(), sequences)
     removing = run.model_copy(update={"configuration": NORM_FREE})
-    remove_by_finetuning(removing, data, folder / "removal", schedule, config, callbacks=callbacks(NORM_FREE, tokens))
-    constant = constant_std_model(folder / "removal")
+    place, following = folder / REMOVAL_FOLDER, callbacks(NORM_FREE, tokens)
+    try:
+        remove_by_finetuning(removing, data, place, schedule, config, callbacks=following)
+    except RemovalDivergedError:
+        _write_table(losses | {NORM_FREE: nan}, tokens, folder)
+        raise
+    constant = constant_std_model(place)
     norm_free = remove_norms(constant)
     losses[NORM_FREE] = _loss(norm_free, sequences)
-    norm_free.save_pretrained(folder / NORM_FREE_FOLDER)
-    data.tokenizer.save_pretrained(folder / NORM_FREE_FOLDER)
-    result = RemovalResult(_table(losses, tokens), folder / NORM_FREE_FOLDER, _export_gpt2(constant, data, folder))
-    write_text(folder / TABLE_FILE, result.table.to_csv(index=False, na_rep="nan"))
-    return result
+    _export(norm_free, data, folder / NORM_FREE_FOLDER)
+    gpt2 = _export_gpt2(constant, data, folder / GPT2_FOLDER)
+    return RemovalResult(_write_table(losses, tokens, folder), folder / NORM_FREE_FOLDER, gpt2)
 
 
 def _loss(model: NormfreeForCausalLM, sequences: torch.Tensor) -> float:
     return float(evaluation_losses(model.eval(), sequences).mean())
 
 
-def _table(losses: dict[str, float], tokens: int) -> pd.DataFrame:
-    return pd.DataFrame(
+def _claim(folder: Path, schedule: RemovalSchedule) -> None:
+    """Makes ``folder`` that of a removal by ``schedule``, or checks that it already is."""
+    path = folder / SCHEDULE_FILE
+    if not path.exists():
+        write_text(path, yaml.safe_dump(schedule.model_dump(mode="json", exclude_none=True), sort_keys=False))
+    elif load_schedule(str(path)) != schedule:
+        raise InputError(
+            f"{folder} holds a removal by another schedule ({SCHEDULE_FILE}); give another folder with --out, or that "
+            "schedule with --schedule"
+        )
+
+
+def _write_table(losses: dict[str, float], tokens: int, folder: Path) -> pd.DataFrame:
+    table = pd.DataFrame(
         {
             "variant": variant,
             "finetuning_tokens": 0 if variant == ORIGINAL else tokens,
@@ -114,6 +147,8 @@ def _table(losses: dict[str, float], tokens: int) -> pd.DataFrame:
         }
         for variant, loss in losses.items()
     )
+    write_text(folder / TABLE_FILE, table.to_csv(index=False, na_rep="nan"))
+    return table
 
 
 def _export_gpt2(model: NormfreeForCausalLM, data: PackedData, folder: Path) -> Path | None:
@@ -121,6 +156,11 @@ def _export_gpt2(model: NormfreeForCausalLM, data: PackedData, folder: Path) -> 
         exported = to_gpt2(model)
     except InputError:
         return None
-    exported.save_pretrained(folder / GPT2_FOLDER)
-    data.tokenizer.save_pretrained(folder / GPT2_FOLDER)
-    return folder / GPT2_FOLDER
+    _export(exported, data, folder)
+    return folder
+
+
+def _export(model: PreTrainedModel, data: PackedData, folder: Path) -> None:
+    with folder_written_whole(folder) as temporary:
+        model.save_pretrained(temporary)
+        data.tokenizer.save_pretrained(temporary)

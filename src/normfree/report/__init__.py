@@ -1,5 +1,12 @@
 """Tables, figures and a self-contained HTML page from the data frames of a study."""
 
+from normfree.report.depth import (
+    angular_distance_heatmaps,
+    jacobian_distance_and_gradient_norms,
+    residual_variance_over_depth,
+    skipped_layer_losses,
+)
+from normfree.report.depth_tables import DEPTH_SUMMARY, depth_table
 from normfree.report.figures import (
     evaluation_loss_curves,
     headwise_entropy_distribution,
@@ -43,6 +50,7 @@ from normfree.report.signal_propagation import (
     signal_propagation_over_depth,
 )
 from normfree.report.slopes import negative_slope_trajectories, slope_under_decay_only
+from normfree.report.spark import active_neurons, sparsity_table
 from normfree.report.statistics import (
     BAND_LABELS,
     BANDS,
@@ -60,6 +68,7 @@ from normfree.report.trajectories import entropy_trajectory_distance, trajectory
 __all__ = [
     "BANDS",
     "BAND_LABELS",
+    "DEPTH_SUMMARY",
     "PRECISION_NAMES",
     "PUBLISHED_NAMES",
     "SIGNAL_STATISTICS",
@@ -74,9 +83,12 @@ __all__ = [
     "PublishedName",
     "Section",
     "Table",
+    "active_neurons",
+    "angular_distance_heatmaps",
     "attribution_error_heatmaps",
     "band_shares",
     "confidence_neurons",
+    "depth_table",
     "entropy_collapse",
     "entropy_threshold_trajectories",
     "entropy_trajectory_distance",
@@ -86,6 +98,7 @@ __all__ = [
     "headwise_entropy_distribution",
     "headwise_entropy_heatmaps",
     "instability_dynamics",
+    "jacobian_distance_and_gradient_norms",
     "layer_entropy_by_configuration",
     "layerwise_entropy_dynamics",
     "load_published",
@@ -103,10 +116,13 @@ __all__ = [
     "quantization_table",
     "render_report",
     "residual_std_by_position",
+    "residual_variance_over_depth",
     "save_figure",
     "signal_propagation_dynamics",
     "signal_propagation_over_depth",
+    "skipped_layer_losses",
     "slope_under_decay_only",
+    "sparsity_table",
     "table_notes",
     "to_console",
     "to_markdown",

@@ -12,6 +12,7 @@ PublishedName = Literal[
     "relu_revival_figure1_headwise_entropy",
     "ln_removal_gpt2_cross_entropy",
     "curse_of_depth_table1",
+    "spark_transformer_claims",
 ]
 PUBLISHED_NAMES: tuple[PublishedName, ...] = get_args(PublishedName)
 

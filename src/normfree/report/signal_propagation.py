@@ -127,10 +127,10 @@ def _draw_configurations(axes: Axes, frame: pd.DataFrame, over: str, panel: _Pan
             axes.fill_between(whole.index, low, high, color=colours[configuration], alpha=0.2, lw=0)
     axes.set_ylabel(panel.label)
     if panel.is_logarithmic:
-        _logarithmic(axes)
+        logarithmic_axis(axes)
 
 
-def _logarithmic(axes: Axes) -> None:
+def logarithmic_axis(axes: Axes) -> None:
     """A logarithmic scale whose ticks are plain numbers, also over less than a decade."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from normfree.errors import InputError
 from normfree.files import write_text
+from normfree.locks import holds_nothing
 from normfree.report import Callout, Paragraph, Section, formatted, render_report, write_report
 from normfree.report import Table as TableBlock
 from normfree.report.tables import table_notes
@@ -74,7 +75,7 @@ class CollectionFolder:
             there = read_yaml(path / COLLECTION_FILE).get("collection")
             if there != collection.name:
                 raise InputError(f"{path} holds another collection ({there}); give another folder with --out")
-        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+        elif path.exists() and (not path.is_dir() or not holds_nothing(path)):
             raise InputError(
                 f"{path} exists and is no collection ({COLLECTION_FILE} is missing); give another with --out"
             )

@@ -10,9 +10,9 @@ import pandas as pd
 from normfree.report.frames import NONFINITE_COUNTS, THRESHOLDS
 from normfree.studies.study import Study
 from normfree.training import RunResult, load_run_config
-from normfree.training.configuration import CONFIG_FILE
 from normfree.training.objectives.entropy_regularization import THRESHOLD
 from normfree.training.records import LAYERS_FILE, METRICS_FILE
+from normfree.training.run_folder import CONFIG_FILE
 
 KEY = ("model", "context_length", "configuration", "seed")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from rich.console import Console
 
 from normfree.data import PackedData
 from normfree.interpret import (
@@ -55,7 +56,7 @@ def check() -> None:
     check_quantization(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def measure(result: RunResult, data: PackedData) -> None:
+def measure(result: RunResult, data: PackedData, console: Console) -> None:
     """Measures the final weights of a run on all its evaluation sequences, unless its folder has it already.
 
     Leaves ``signal_propagation.parquet`` (see :func:`~normfree.interpret.measure_signal_propagation`) and
@@ -74,8 +75,9 @@ def measure(result: RunResult, data: PackedData) -> None:
     else:
         model = load_pretrained(str(checkpoint)).model
         sequences = torch.from_numpy(np.asarray(data.eval.tokens, dtype=np.int64))
-        signal = measure_signal_propagation(model, sequences, BATCH_SIZE)
-        quantization = quantization_cost(model, sequences, BATCH_SIZE)
+        with console.status(f"Measuring {result.row['configuration']} seed {result.row['seed']}"):
+            signal = measure_signal_propagation(model, sequences, BATCH_SIZE)
+            quantization = quantization_cost(model, sequences, BATCH_SIZE)
     write_parquet(signal, signal_path)
     write_parquet(quantization, quantization_path)
 
@@ -204,5 +206,5 @@ STUDY = Study(
     baseline=LAYERNORM_GELU.label,
     configurations=lambda preset: (LAYERNORM_GELU, LAYERNORM_RELU, GELU, RELU),
     describe=describe,
-    measurement=Measurement(check, measure),
+    measurement=lambda preset: Measurement(check, measure),
 )

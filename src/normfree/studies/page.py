@@ -261,7 +261,9 @@ class StudyPage:
             "How it was made",
             [
                 KeyValues(facts),
-                Paragraph("All configurations start from the same weights and see the same batches in the same order."),
+                Paragraph(
+                    "Models of one shape start from the same weights, and all see the same batches in the same order."
+                ),
                 Code(command),
                 Callout(limits, "warning"),
                 Paragraph("The whole configuration:"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -12,7 +12,7 @@ from normfree.data import DataConfig
 from normfree.errors import InputError, invalid_fields, unknown_name
 from normfree.modeling import NormfreeConfig
 from normfree.training import Recipe
-from normfree.training.configuration import read_yaml
+from normfree.training.configuration import read_yaml, with_changes
 
 _FOLDER = files("normfree") / "presets"
 
@@ -26,11 +26,32 @@ class PublishedColumn(BaseModel):
     context_length: int
 
 
+class RemovalOptions(BaseModel):
+    """At which budgets and learning rates the studies of norm removal fine-tune.
+
+    budget_shares: of the tokens that a model was trained on.
+    learning_rates: each variant is reported at the best of them.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    budget_shares: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(0.02, 0.05), min_length=1)
+    learning_rates: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(1e-4, 3e-4, 1e-3), min_length=1)
+
+    @field_validator("*")
+    @classmethod
+    def _check_different(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        if len(set(values)) < len(values):
+            raise ValueError("they must be different")
+        return values
+
+
 class Preset(BaseModel):
     """What all configurations of a study share: the model's sizes, the data, the recipe and the seeds.
 
     ``columns`` names the presets (itself among them) whose results make the columns of the paper's Table 2 at this
-    scale; a file of the user's own is named by its path, from the folder of the file that names it.
+    scale; a file of the user's own is named by its path, from the folder of the file that names it. ``removal`` is for
+    the studies of norm removal alone.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -40,6 +61,7 @@ class Preset(BaseModel):
     published: PublishedColumn | None = None
     seeds: list[int] = Field(default=[0], min_length=1)
     columns: list[str] = []
+    removal: RemovalOptions | None = None
     model: dict[str, Any]
     data: DataConfig
     recipe: Recipe
@@ -62,22 +84,7 @@ class Preset(BaseModel):
         Raises:
             InputError: a name is unknown or a value is not allowed.
         """
-        content = self.model_dump(exclude_unset=True)
-        for name, value in changes.items():
-            *sections, option = name.split(".")
-            section = content
-            for each in sections:
-                if not isinstance(section.get(each), dict):
-                    raise unknown_name("section", each, [key for key in content if isinstance(content[key], dict)])
-                section = section[each]
-            section[option] = value
-            if name == "recipe.tokens":
-                section.pop("steps", None)
-            elif name == "recipe.steps":
-                section.pop("tokens", None)
-            elif name == "data.tokenizer" and value != "train":
-                section.pop("vocab_size", None)
-        return _validated(content, "the changed preset")
+        return _validated(with_changes(self.model_dump(exclude_unset=True), changes), "the changed preset")
 
 
 def preset_names() -> list[str]:

@@ -8,17 +8,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from normfree.errors import unknown_name
+from normfree.errors import InputError, unknown_name
 from normfree.studies import (
+    curse_of_depth,
     distillation,
     entropy_regularization,
     hybrid_activations,
     learnable_slopes,
     negative_slope,
+    norm_removal,
+    norm_removal_scaling,
     outliers,
     paper,
     relu_revival,
     scaling,
+    spark,
 )
 from normfree.studies.collection import COLLECTION_FILE, CollectionFolder
 from normfree.studies.page import StudyPage
@@ -36,6 +40,11 @@ STUDIES = {
         hybrid_activations.STUDY,
         entropy_regularization.STUDY,
         distillation.STUDY,
+        norm_removal.STUDY,
+        norm_removal_scaling.STUDY,
+        curse_of_depth.STUDY,
+        spark.STUDY,
+        spark.CURVE,
         paper.FIGURES,
         scaling.SIZES,
         scaling.CONTEXT,
@@ -69,11 +78,18 @@ def open_folder(path: Path) -> StudyPage | CollectionFolder:
         name = str(content.get("collection"))
         if name not in COLLECTIONS:
             raise unknown_name("collection", name, COLLECTIONS)
-        members = [path / str(each) for each in content.get("members", [])]
+        members = [path / _member(path, str(each)) for each in content.get("members", [])]
         pages = [_open_study(each) for each in members if (each / STUDY_FILE).exists()]
         if pages:
             return CollectionFolder(path, COLLECTIONS[name], pages)
     return _open_study(path)
+
+
+def _member(path: Path, name: str) -> str:
+    """The name of a folder in a collection, which is to be written into."""
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise InputError(f"{path / COLLECTION_FILE}: the member {name!r} names no folder in it; restore the file")
+    return name
 
 
 def _open_study(path: Path) -> StudyPage:

@@ -14,10 +14,11 @@ from rich.console import Console
 from normfree.data import PackedData, prepare_data, same_data
 from normfree.errors import InputError, unknown_name
 from normfree.files import write_text
+from normfree.locks import holds_nothing
 from normfree.studies.preset import Preset
 from normfree.training import Recipe, RunConfig, RunResult, StudyProgress, load_result, load_run_config, train
-from normfree.training.configuration import CONFIG_FILE, read_yaml
-from normfree.training.run_folder import RESULTS_FILE
+from normfree.training.configuration import read_yaml
+from normfree.training.run_folder import CONFIG_FILE, RESULTS_FILE
 from normfree.training.trainer import check_data
 
 if TYPE_CHECKING:
@@ -60,11 +61,12 @@ class Measurement:
     """What a study measures of each finished run, on the study's data, beyond what every training measures.
 
     ``check`` is asked before anything is trained, and raises an InputError where this machine cannot measure.
-    ``measure`` leaves what it found in the run's folder, where the report reads it, and skips what is there.
+    ``measure`` leaves what it found in the run's folder, where the report reads it, and skips what is there; it shows
+    its progress on the console.
     """
 
     check: Callable[[], None]
-    measure: Callable[[RunResult, PackedData], None]
+    measure: Callable[[RunResult, PackedData, Console], None]
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ class Study:
     """What is compared, and what is shown of it.
 
     ``baseline`` is the label that the others are measured against. ``configurations`` come from the preset, because
-    some studies have one for each layer. ``describe`` makes the study's own part of the report.
+    some studies have one for each layer, and so does the ``measurement``. ``describe`` makes the study's own part of
+    the report.
     """
 
     name: str
@@ -80,7 +83,7 @@ class Study:
     baseline: str
     configurations: Callable[[Preset], tuple[Configuration, ...]]
     describe: Callable[[StudyPage], Findings]
-    measurement: Measurement | None = None
+    measurement: Callable[[Preset], Measurement] | None = None
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ class StudyFolder:
                     "with other options); give another folder with --out, or the same options"
                 )
             return there
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and (not path.is_dir() or not holds_nothing(path)):
             raise InputError(f"{path} exists and is no study folder ({STUDY_FILE} is missing); give another with --out")
         return cls(path, study.name, preset_name, preset)
 
@@ -184,8 +187,9 @@ def run_study(
             run.objective.check(run.recipe)
     _check_teachers(configurations, preset, seeds, tune_lr=tune_lr)
     preset.recipe.check(preset.data.sequence_length)
-    if study.measurement is not None:
-        study.measurement.check()
+    measurement = study.measurement(preset) if study.measurement is not None else None
+    if measurement is not None:
+        measurement.check()
     data = folder.prepare_data(cache_dir, progress=console.is_terminal)
     check_data(data, preset.recipe)
     folder.claim(data)
@@ -208,10 +212,9 @@ def run_study(
                 continue
             run = run_config(preset, configuration, seed, learning_rate=rate)
             _train(run, data, folder.path / "tuned" / configuration.slug / f"seed-{seed}", progress)
-    if study.measurement is not None:
-        with console.status("Measuring the trained models"):
-            for result in folder.results("runs"):
-                study.measurement.measure(result, data)
+    if measurement is not None:
+        for result in folder.results("runs"):
+            measurement.measure(result, data, console)
 
 
 def best_learning_rates(folder: StudyFolder) -> dict[str, float]:

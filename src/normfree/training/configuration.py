@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import platform
 from collections.abc import Mapping
@@ -15,11 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationErr
 from normfree.data import DataConfig, PackedData
 from normfree.errors import InputError, invalid_fields, unknown_name
 from normfree.modeling import NormfreeConfig
+from normfree.training.lora import LoraOptions
 from normfree.training.objectives import OBJECTIVES, Objective, ObjectiveOptions
 from normfree.training.recipe import Recipe
-
-CONFIG_FILE = "config.yaml"
-PROVENANCE = "provenance"
+from normfree.training.run_folder import PROVENANCE
 
 
 class RunConfig(BaseModel):
@@ -29,7 +29,7 @@ class RunConfig(BaseModel):
     the tokenizer, ``n_positions`` from ``data.sequence_length``; none of them may stand in ``model``. Without an
     ``objective`` it is plain cross-entropy; its ``kind`` is one of ``OBJECTIVES``. With ``start_from``, what
     :func:`~normfree.training.load_pretrained` takes, the run goes on from that model's weights and architecture, and
-    ``model`` is empty.
+    ``model`` is empty; with ``lora`` too, most of those weights stay as they are and low-rank changes of them train.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -42,6 +42,7 @@ class RunConfig(BaseModel):
     recipe: Recipe
     objective: SerializeAsAny[ObjectiveOptions] | None = None
     start_from: str | None = None
+    lora: LoraOptions | None = None
 
     @model_validator(mode="after")
     def _check_start(self) -> RunConfig:
@@ -49,6 +50,8 @@ class RunConfig(BaseModel):
             raise ValueError(
                 f"a run that starts from a model has its architecture: model must be empty, not {self.model}"
             )
+        if self.start_from is None and self.lora is not None:
+            raise ValueError("lora changes the weights of a model that there is: give start_from, or leave lora out")
         return self
 
     @field_validator("objective", mode="before")
@@ -119,6 +122,33 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold a YAML mapping of options, not {type(content).__name__}")
     return content
+
+
+def with_changes(content: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``content`` with some values changed, by their dotted names: ``recipe.tokens``.
+
+    What a change makes meaningless goes: one kind of budget where the other is given, and the size of the vocabulary
+    where a tokenizer is named.
+
+    Raises:
+        InputError: a name's section is none of ``content``.
+    """
+    changed = copy.deepcopy(dict(content))
+    for name, value in changes.items():
+        *sections, option = name.split(".")
+        section = changed
+        for each in sections:
+            if not isinstance(section.get(each), dict):
+                raise unknown_name("section", each, [key for key in changed if isinstance(changed[key], dict)])
+            section = section[each]
+        section[option] = value
+        if name == "recipe.tokens":
+            section.pop("steps", None)
+        elif name == "recipe.steps":
+            section.pop("tokens", None)
+        elif name == "data.tokenizer" and value != "train":
+            section.pop("vocab_size", None)
+    return changed
 
 
 def load_run_config(path: Path) -> RunConfig:

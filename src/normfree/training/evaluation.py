@@ -10,12 +10,19 @@ from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from normfree.data.blocks import NOT_PREDICTED
+
 
 @torch.no_grad()
 def sequence_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The mean next-token loss of each sequence in nats: float32 [batch], from logits [batch, T, vocab_size]."""
-    losses = cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none")
-    return losses.mean(dim=1)
+    """The mean next-token loss of each sequence in nats: float32 [batch], from logits [batch, T, vocab_size].
+
+    Tokens whose label is -100 are not predicted; NaN for a sequence of nothing else.
+    """
+    targets = labels[:, 1:]
+    losses = cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, reduction="none")
+    is_predicted = targets != NOT_PREDICTED
+    return losses.mean(dim=1) if is_predicted.all() else losses.sum(dim=1) / is_predicted.sum(dim=1)
 
 
 @torch.no_grad()

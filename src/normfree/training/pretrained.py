@@ -12,8 +12,8 @@ from transformers.utils.logging import disable_progress_bar
 from normfree.data import DataConfig, PackedData
 from normfree.errors import InputError
 from normfree.modeling import NormfreeForCausalLM, from_hf
-from normfree.training.configuration import CONFIG_FILE, PROVENANCE, load_run_config, read_yaml
-from normfree.training.run_folder import last_checkpoint
+from normfree.training.configuration import RunConfig, load_run_config, read_yaml
+from normfree.training.run_folder import CONFIG_FILE, PROVENANCE, last_checkpoint
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,19 @@ class LoadedModel:
 
     source: what was asked for: a Hub id or a folder.
     checkpoint: what was loaded; another folder than ``source`` for a run.
-    data: the data that a run was trained on, None for other models; ``fingerprint`` stands for its very tokens.
+    run: the run of ours that made it, None for other models; ``fingerprint`` stands for the very tokens it had.
     """
 
     source: str
     checkpoint: str
     model: PreTrainedModel
-    data: DataConfig | None = None
+    run: RunConfig | None = None
     fingerprint: str | None = None
+
+    @property
+    def data(self) -> DataConfig | None:
+        """The data that a run was trained on, None for other models."""
+        return None if self.run is None else self.run.data
 
     @property
     def n_positions(self) -> int | None:
@@ -82,7 +87,7 @@ def load_pretrained(source: str) -> LoadedModel:
     if run is None:
         return LoadedModel(source, checkpoint, model)
     fingerprint = read_yaml(run / CONFIG_FILE)[PROVENANCE]["corpus_fingerprint"]
-    return LoadedModel(source, checkpoint, model, load_run_config(run / CONFIG_FILE).data, fingerprint)
+    return LoadedModel(source, checkpoint, model, load_run_config(run / CONFIG_FILE), fingerprint)
 
 
 def starting_model(source: str, data: PackedData) -> NormfreeForCausalLM:

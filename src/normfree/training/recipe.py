@@ -13,6 +13,8 @@ from transformers import TrainingArguments
 
 from normfree.errors import InputError
 
+OnNonfinite = Literal["record", "halt", "rewind"]
+
 
 class Recipe(BaseModel):
     """The training recipe; the defaults are those of ReLU's Revival and of its public code.
@@ -26,6 +28,10 @@ class Recipe(BaseModel):
     A budget is given either in ``steps`` (optimizer steps) or in ``tokens``, which is rounded down to whole steps.
     ``batch_size`` counts the sequences of one optimizer step over all devices; a device holds
     ``micro_batch_size`` of them at a time and accumulates the rest.
+
+    ``on_nonfinite`` says what follows a loss or a gradient that is NaN or infinite: ``record`` goes on and records it,
+    ``halt`` stops the run, ``rewind`` goes back to the last checkpoint and past the batches that led there, at most
+    ``max_rewinds`` times in a run. Weights that are not finite never get into a checkpoint.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -55,6 +61,9 @@ class Recipe(BaseModel):
     logging_steps: int = Field(10, ge=1)
     eval_steps: int = Field(500, ge=1)
     save_steps: int = Field(500, ge=1)
+
+    on_nonfinite: OnNonfinite = "record"
+    max_rewinds: int = Field(3, ge=1)
 
     @model_validator(mode="after")
     def _check_batch(self) -> Recipe:
@@ -103,10 +112,10 @@ class Recipe(BaseModel):
             InputError: the budget is smaller than a step, or the batch does not divide over the processes.
         """
         self.n_steps(sequence_length)
-        if self.batch_size % (self.micro_batch_size * _n_processes()):
+        if self.batch_size % (self.micro_batch_size * n_processes()):
             raise InputError(
                 f"recipe.batch_size ({self.batch_size}) is not a multiple of micro_batch_size "
-                f"({self.micro_batch_size}) times the {_n_processes()} processes; change one of them"
+                f"({self.micro_batch_size}) times the {n_processes()} processes; change one of them"
             )
 
     def training_arguments(self, folder: Path, sequence_length: int, seed: int) -> TrainingArguments:
@@ -123,7 +132,7 @@ class Recipe(BaseModel):
             max_steps=steps,
             per_device_train_batch_size=self.micro_batch_size,
             per_device_eval_batch_size=self.micro_batch_size,
-            gradient_accumulation_steps=self.batch_size // (self.micro_batch_size * _n_processes()),
+            gradient_accumulation_steps=self.batch_size // (self.micro_batch_size * n_processes()),
             learning_rate=self.learning_rate,
             **self._decay(),
             warmup_steps=self.n_warmup_steps(sequence_length),
@@ -159,5 +168,11 @@ class Recipe(BaseModel):
         return {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": rest}
 
 
-def _n_processes() -> int:
+def is_main_process() -> bool:
+    """Whether this is the one of them that writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def n_processes() -> int:
+    """Processes that train one model together, as their launcher says."""
     return int(os.environ.get("WORLD_SIZE", "1"))

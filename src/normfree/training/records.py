@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from normfree.errors import InputError
 from normfree.files import written_whole
 
 METRICS_FILE = "metrics.parquet"
@@ -75,9 +76,23 @@ def write_parquet(table: pd.DataFrame, path: Path) -> None:
         table.to_parquet(temporary, index=False)
 
 
+def read_parquet(path: Path) -> pd.DataFrame:
+    """The table in ``path``.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ValueError) as error:  # what pyarrow raises for a damaged file is a ValueError
+        raise InputError(
+            f"{path} cannot be read: it is missing or damaged; restore it, or run again elsewhere"
+        ) from error
+
+
 def _read(path: Path, columns: dict[str, str]) -> pd.DataFrame:
     if path.exists():
-        return pd.read_parquet(path).astype(columns)
+        return read_parquet(path).astype(columns)
     return pd.DataFrame({name: pd.Series(dtype=dtype) for name, dtype in columns.items()})
 
 

@@ -1,15 +1,120 @@
-"""What marks a run folder as finished, and where its trained weights are."""
+"""What marks a run folder as finished, and which of its checkpoints are whole."""
 
 from __future__ import annotations
 
+import json
+import logging
+import re
 from pathlib import Path
+from typing import Any
+
+import yaml
+
+from normfree.files import sha256, write_text
+
+log = logging.getLogger(__name__)
 
 RESULTS_FILE = "results.csv"
 """Written last: its presence says that the run is finished."""
+CONFIG_FILE = "config.yaml"
+PROVENANCE = "provenance"
+RUN = "run"
+"""In the provenance: what the run's checkpoints know it by."""
+MANIFEST_FILE = "checkpoint.json"
+"""In each checkpoint: the run it belongs to, its step, and the size and SHA-256 of all its other files."""
+STATE_FILE = "trainer_state.json"
+"""The Trainer's own, with the step in it."""
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in ``folder``, damaged ones too, in the order of their steps."""
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number of optimizer steps before the checkpoint."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint in ``folder`` that was written whole, if there is one."""
-    # The Trainer writes its own state after everything else.
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    return max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+    """The newest checkpoint in ``folder`` that is as it was written; the log says what is wrong with newer ones."""
+    for checkpoint in reversed(checkpoints(folder)):
+        problem = damage(checkpoint)
+        if problem is None:
+            return checkpoint
+        log.warning("%s cannot be used and is passed over: %s", checkpoint, problem)
+    return None
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, None if nothing is.
+
+    One without a manifest, of an older version of this program, is taken for whole if the Trainer's state, which is
+    written last, is there, says the right step, and the model is one of ours.
+    """
+    if not (checkpoint / MANIFEST_FILE).exists():
+        return _damage_without_manifest(checkpoint)
+    try:
+        manifest = json.loads((checkpoint / MANIFEST_FILE).read_text(encoding="utf-8"))
+        run, step = manifest["run"], manifest["step"]
+        files = {str(name): (int(each["bytes"]), str(each["sha256"])) for name, each in manifest["files"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return f"{MANIFEST_FILE} is not as it was written"
+    if step != step_of(checkpoint):
+        return f"it is of step {step}"
+    if run != run_identity(checkpoint.parent):
+        return "it belongs to another run"
+    for name, (n_bytes, digest) in files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != n_bytes:
+            return f"{name} has {path.stat().st_size} bytes, {n_bytes} were written"
+        if sha256(path) != digest:
+            return f"{name} is not as it was written: its SHA-256 differs"
+    return None
+
+
+def write_manifest(checkpoint: Path, run: str | None) -> None:
+    """Writes ``checkpoint.json`` over all that lies in ``checkpoint``, a checkpoint of ``run``."""
+    files = {
+        path.relative_to(checkpoint).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(checkpoint.rglob("*"))
+        if path.is_file()
+    }
+    content = {"run": run, "step": step_of(checkpoint), "files": files}
+    write_text(checkpoint / MANIFEST_FILE, json.dumps(content, indent=2) + "\n")
+
+
+def run_identity(folder: Path) -> str | None:
+    """What stands for the configuration and the data of the run in ``folder``, as it was written down when it began."""
+    return recorded(folder / CONFIG_FILE, RUN)
+
+
+def recorded(config_path: Path, name: str) -> str | None:
+    """An entry of the provenance in a run's ``config.yaml``, None where the file has none."""
+    try:
+        content = yaml.safe_load(config_path.read_text(encoding="utf-8"))
+        value = content[PROVENANCE][name]
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError):
+        return None
+    return str(value)
+
+
+def _damage_without_manifest(checkpoint: Path) -> str | None:
+    step, model_type = (
+        _entry(checkpoint / name, entry) for name, entry in ((STATE_FILE, "global_step"), ("config.json", "model_type"))
+    )
+    if step is None:
+        return f"it was not written to its end ({STATE_FILE} is missing or damaged)"
+    if step != step_of(checkpoint):
+        return f"it is of step {step}"
+    return None if model_type == "normfree" else f"it is of another program (model type {model_type})"
+
+
+def _entry(path: Path, name: str) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get(name)
+    except (OSError, ValueError, AttributeError):
+        return None

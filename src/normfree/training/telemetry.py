@@ -16,6 +16,7 @@ from normfree.entropy import EntropyProbe
 from normfree.modeling import NormfreeForCausalLM
 from normfree.modeling.activations import LearnableLeakyReLU
 from normfree.modeling.residual_stream import ResidualStreamProbe
+from normfree.modeling.sparsity_probe import SparsityProbe
 from normfree.training.objectives import Objective
 from normfree.training.objectives.trainer import CROSS_ENTROPY
 from normfree.training.records import RunRecords
@@ -36,6 +37,7 @@ LearnedValue = tuple[int, int | None, str, float]
 class _Probes:
     entropy: EntropyProbe
     residual: ResidualStreamProbe
+    sparsity: SparsityProbe
     attached: contextlib.ExitStack
 
 
@@ -46,7 +48,8 @@ class Telemetry(TrainerCallback):
     training step (all its micro-batches, all processes): ``entropy_nats`` by head (ReLU's Revival, Eq. 8, mean over
     query positions and sequences), ``scores_nan_count`` and ``scores_inf_count`` (attention scores),
     what :meth:`ResidualStreamProbe.by_layer` reads of the residual stream after the block (``residual_rms``,
-    ``residual_kurtosis``, ``residual_max_over_median``, ``token_cosine_similarity``, NaN and Inf counts ...), and
+    ``residual_kurtosis``, ``residual_max_over_median``, ``token_cosine_similarity``, NaN and Inf counts ...), what
+    :meth:`SparsityProbe.by_layer` reads (``active_share`` of the neurons; ``attended_keys`` of sparse attention), and
     ``negative_slope`` where it is learned, and what the objective learns of each head: these also of the final weights.
     """
 
@@ -148,18 +151,21 @@ class Telemetry(TrainerCallback):
             entropy = stack.enter_context(EntropyProbe(model, count_nonfinite=True))
             residual = ResidualStreamProbe(model)
             stack.callback(residual.close)
+            sparsity = stack.enter_context(SparsityProbe(model))
             self._learned = self._learned_values(model)
-            self._probes = _Probes(entropy, residual, stack.pop_all())
+            self._probes = _Probes(entropy, residual, sparsity, stack.pop_all())
 
     def _record_layers(self, step: int, probes: _Probes) -> None:
         probes.entropy.reduce()
         probes.residual.reduce()
+        probes.sparsity.reduce()
         entropy = probes.entropy.per_head().tolist()
         scores_nan, scores_inf = probes.entropy.nonfinite()
         by_layer = {
             "scores_nan_count": scores_nan.sum(dim=1),
             "scores_inf_count": scores_inf.sum(dim=1),
             **probes.residual.by_layer(),
+            **probes.sparsity.by_layer(),
         }
         for layer, heads in enumerate(entropy):
             for head, value in enumerate(heads):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-import yaml
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, default_data_collator, set_seed
 from transformers.utils.logging import disable_progress_bar
 
@@ -20,22 +21,33 @@ from normfree.data import PackedData
 from normfree.entropy import EntropyProbe
 from normfree.errors import InputError
 from normfree.files import write_text
+from normfree.locks import locked
 from normfree.modeling import NormfreeForCausalLM
-from normfree.training.configuration import (
-    CONFIG_FILE,
-    RunConfig,
-    load_run_config,
-    provenance,
-)
+from normfree.signals import deferred
+from normfree.training.checkpointing import CheckpointingTrainer, StopWhenTold
+from normfree.training.claim import check_claim, claim
+from normfree.training.configuration import RunConfig
 from normfree.training.evaluation import perplexity, sequence_losses
 from normfree.training.half_precision import float16_on_cpu
+from normfree.training.lora import Adapters
+from normfree.training.nonfinite import (
+    Batches,
+    NonfiniteError,
+    NonfiniteWatch,
+    RecordRewinds,
+    SkippingSampler,
+    halted,
+    load_rewinds,
+    save_rewinds,
+)
 from normfree.training.objectives import Objective
-from normfree.training.objectives.trainer import ObjectiveTrainer
 from normfree.training.pretrained import starting_model
-from normfree.training.recipe import Recipe
-from normfree.training.records import RunRecords, write_parquet
-from normfree.training.run_folder import RESULTS_FILE, last_checkpoint
+from normfree.training.recipe import Recipe, is_main_process, n_processes
+from normfree.training.records import RunRecords, read_parquet, write_parquet
+from normfree.training.run_folder import RESULTS_FILE, last_checkpoint, step_of
 from normfree.training.telemetry import Telemetry, all_finite
+
+log = logging.getLogger(__name__)
 
 SEQUENCE_LOSSES_FILE = "sequence_losses.parquet"
 HEAD_ENTROPY_FILE = "head_entropy.parquet"
@@ -46,7 +58,7 @@ class RunResult:
     """What a finished run measured on the evaluation tokens, as read back from its folder.
 
     row: one row of ``results.csv``.
-    sequence_losses: sequence, loss_nats (mean over the T - 1 predicted tokens).
+    sequence_losses: sequence, loss_nats (mean over its predicted tokens).
     head_entropy: layer, head, entropy_nats.
     """
 
@@ -56,25 +68,80 @@ class RunResult:
     head_entropy: pd.DataFrame
 
 
-class NormfreeTrainer(ObjectiveTrainer):
+class NormfreeTrainer(CheckpointingTrainer):
     """The Trainer with an objective, and with a say in whether weight decay pulls learnable slopes towards zero.
 
-    Its logged loss is finite again after a step whose loss was not.
+    Its logged loss is finite again after a step whose loss was not. With ``adapters`` a checkpoint is a model without
+    them, that loads like any other, and has them beside it to go on from. ``watch`` sees every loss, and ``order`` is
+    used in place of the Trainer's own order of the training sequences.
     """
 
-    def __init__(self, *, decay_slopes: bool, **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        decay_slopes: bool,
+        adapters: Adapters | None = None,
+        watch: NonfiniteWatch | None = None,
+        order: SkippingSampler | None = None,
+        **options: Any,
+    ) -> None:
         self.decay_slopes = decay_slopes
+        self.adapters = adapters
+        self.watch = watch
+        self.order = order
         super().__init__(**options)
+        if watch is not None:
+            watch.trainer = self
+
+    def training_step(self, *inputs: Any, **options: Any) -> torch.Tensor:
+        loss = super().training_step(*inputs, **options)
+        if self.watch is not None:
+            self.watch.see(loss)
+        return loss
+
+    def _get_train_sampler(self, *arguments: Any) -> Any:
+        return super()._get_train_sampler(*arguments) if self.order is None else self.order
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         names: list[str] = super().get_decay_parameter_names(model)
         return [name for name in names if self.decay_slopes or not name.endswith(".negative_slope")]
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """All sequences: what is dropped of a last, smaller batch is dropped in training only."""
+        with self._keeping_the_last_batch():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
+        with self._keeping_the_last_batch():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextlib.contextmanager
+    def _keeping_the_last_batch(self) -> Iterator[None]:
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            yield
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs, start_time)
         if "loss" in logs:
             # The Trainer takes the sum it has logged away from itself, and NaN - NaN is NaN in every later step.
             self._tr_loss.zero_()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.adapters is None:
+            super()._save(output_dir, state_dict)
+            return
+        super()._save(output_dir, self.adapters.plain_state())
+        if self.args.should_save:
+            self.adapters.save(Path(output_dir or str(self.args.output_dir)))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        if self.adapters is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self.adapters.load(Path(resume_from_checkpoint))
 
 
 Intervention = Callable[[NormfreeForCausalLM], tuple[Objective, TrainerCallback]]
@@ -93,12 +160,14 @@ def train(
 
     The folder then holds ``config.yaml``, ``metrics.parquet``, ``layers.parquet``, ``sequence_losses.parquet``,
     ``head_entropy.parquet``, the last checkpoints, and ``results.csv``, whose presence says that the run is
-    finished. A run whose weights stop being finite goes on to its end, with its last good checkpoint kept, and has
-    the status ``diverged``.
+    finished. What becomes of a run whose loss stops being finite, ``recipe.on_nonfinite`` says: with ``record`` it goes
+    on to its end, with its last good checkpoint kept, and has the status ``diverged``.
 
     Raises:
-        InputError: the folder holds a run of another configuration, the data are too few for one batch, or the
-            objective cannot be followed.
+        InputError: the folder holds a run of another configuration or is in use by another process, the data are too
+            few for one batch, or the objective cannot be followed.
+        RunFailedError: a checkpoint cannot be written, or the loss or a gradient is not finite and the run may not go
+            on.
     """
     if config.objective is not None and intervene is not None:
         raise InputError(f"the objective {config.objective.kind} cannot be combined with another intervention")
@@ -106,32 +175,55 @@ def train(
     check_data(data, config.recipe)
     # transformers' own bars (one for each checkpoint) would break up ours.
     disable_progress_bar()
-    is_finished = (folder / RESULTS_FILE).exists()
-    if is_finished:
-        _claim(folder, config, data)
+    check_claim(folder, config, data)
+    if (folder / RESULTS_FILE).exists():
+        return load_result(folder)
+    with locked(folder) if is_main_process() else contextlib.nullcontext():
+        # Another process may have finished it before the lock was ours.
+        while not (folder / RESULTS_FILE).exists():
+            try:
+                return _train(config, data, folder, callbacks, intervene)
+            except NonfiniteError as error:
+                _go_around(config, data, folder, error)
         return load_result(folder)
 
+
+def _train(
+    config: RunConfig,
+    data: PackedData,
+    folder: Path,
+    callbacks: tuple[TrainerCallback, ...],
+    intervene: Intervention | None,
+) -> RunResult:
     sequence_length = config.data.sequence_length
     set_seed(config.seed)
     model = _model(config, data)
+    adapters = Adapters(model, config.lora) if config.lora is not None else None
     objective = config.build_objective(model.config, folder)
     if intervene is not None:
         objective, callback = intervene(model)
         callbacks = (callback, *callbacks)
-    _claim(folder, config, data)
+    claim(folder, config, data)
     model.set_attn_implementation(config.recipe.attn_implementation)
     if config.recipe.gradient_checkpointing:
         # Renamed in transformers 5.23; both names work over the range we support.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    records, rewinds = RunRecords(folder), load_rewinds(folder)
+    tokens_per_step = config.recipe.batch_size * sequence_length
     telemetry = Telemetry(
-        RunRecords(folder),
+        records,
         telemetry_steps=config.recipe.telemetry_steps,
-        tokens_per_step=config.recipe.batch_size * sequence_length,
+        tokens_per_step=tokens_per_step,
         objective=objective,
     )
+    halts = config.recipe.on_nonfinite != "record"
+    watch = NonfiniteWatch(records, scaled=config.recipe.precision == "fp16") if halts else None
     trainer = NormfreeTrainer(
         objective=objective,
         decay_slopes=config.recipe.decay_slopes,
+        adapters=adapters,
+        watch=watch,
+        order=SkippingSampler(_batches(config, data), rewinds, config.seed) if rewinds else None,
         model=model,
         args=config.recipe.training_arguments(folder, sequence_length, config.seed),
         train_dataset=data.train,
@@ -139,7 +231,14 @@ def train(
         # With it every checkpoint has its tokenizer. The blocks are whole: there is nothing to pad.
         processing_class=data.tokenizer,
         data_collator=default_data_collator,
-        callbacks=[telemetry, *callbacks],
+        # What asks for a checkpoint, or for none, comes before the telemetry, which flushes its tables for one.
+        callbacks=[
+            StopWhenTold(),
+            *([watch] if watch is not None else []),
+            telemetry,
+            RecordRewinds(records, rewinds, tokens_per_step),
+            *callbacks,
+        ],
         preprocess_logits_for_metrics=sequence_losses,
     )
     trainer.remove_callback(PrinterCallback)
@@ -148,11 +247,36 @@ def train(
         if checkpoint is not None:
             trainer.load_objective(checkpoint)
         with float16_on_cpu(trainer):
-            with _deterministic():
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            with _deterministic(), deferred():
+                if checkpoint is not None and step_of(checkpoint) >= trainer.args.max_steps:
+                    trainer.load_finished(checkpoint)
+                else:
+                    trainer.train_from(checkpoint)
+            if adapters is not None:
+                adapters.merge()
             return _measure(trainer, config, data, folder)
     finally:
         telemetry.detach()
+
+
+def _batches(config: RunConfig, data: PackedData) -> Batches:
+    recipe = config.recipe
+    return Batches(len(data.train), recipe.micro_batch_size * n_processes(), recipe.batch_size)
+
+
+def _go_around(config: RunConfig, data: PackedData, folder: Path, error: NonfiniteError) -> None:
+    """Notes that the run is to go back to its last checkpoint and past the batches that led to ``error``.
+
+    Raises:
+        RunFailedError: it may not, or no longer.
+    """
+    recipe, rewinds, checkpoint = config.recipe, load_rewinds(folder), last_checkpoint(folder)
+    if recipe.on_nonfinite == "halt" or len(rewinds) == recipe.max_rewinds:
+        raise halted(error, checkpoint, recipe.on_nonfinite, len(rewinds)) from error
+    step = step_of(checkpoint) if checkpoint is not None else 0
+    rewind = _batches(config, data).rewind(error.step, step)
+    save_rewinds(folder, [*rewinds, rewind])
+    log.warning("%s; back to step %d, without the %d sequences that led there", error, step, rewind.skipped)
 
 
 def _model(config: RunConfig, data: PackedData) -> NormfreeForCausalLM:
@@ -193,51 +317,23 @@ def load_result(folder: Path) -> RunResult:
     """What the finished run in ``folder`` measured.
 
     Raises:
-        InputError: the folder holds no finished run.
+        InputError: the folder holds no finished run, or one of its files cannot be read.
     """
     if not (folder / RESULTS_FILE).exists():
         raise InputError(f"{folder} holds no finished run ({RESULTS_FILE} is missing); train it first")
-    table = pd.read_csv(folder / RESULTS_FILE, keep_default_na=False, na_values=["nan"])
+    try:
+        table = pd.read_csv(folder / RESULTS_FILE, keep_default_na=False, na_values=["nan"])
+        row = {str(name): column.tolist()[0] for name, column in table.items()}
+    except (ValueError, IndexError) as error:
+        raise InputError(
+            f"{folder / RESULTS_FILE} cannot be read; delete it and give the run's command again to measure it anew"
+        ) from error
     return RunResult(
         folder=folder,
-        row={str(name): column.tolist()[0] for name, column in table.items()},
-        sequence_losses=pd.read_parquet(folder / SEQUENCE_LOSSES_FILE),
-        head_entropy=pd.read_parquet(folder / HEAD_ENTROPY_FILE),
+        row=row,
+        sequence_losses=read_parquet(folder / SEQUENCE_LOSSES_FILE),
+        head_entropy=read_parquet(folder / HEAD_ENTROPY_FILE),
     )
-
-
-def _claim(folder: Path, config: RunConfig, data: PackedData) -> None:
-    """Makes ``folder`` the folder of this run, or checks that it already is.
-
-    Raises:
-        InputError: it holds a run of another configuration or other data, or something that is no run.
-    """
-    path = folder / CONFIG_FILE
-    if path.exists():
-        differences = _differences(load_run_config(path).model_dump(mode="json"), config.model_dump(mode="json"))
-        fingerprint = yaml.safe_load(path.read_text(encoding="utf-8"))["provenance"]["corpus_fingerprint"]
-        if fingerprint != data.fingerprint:
-            differences.append(f"corpus fingerprint: {fingerprint} there, {data.fingerprint} asked for")
-        if differences:
-            raise InputError(
-                f"{folder} holds a run of another configuration ({'; '.join(differences)}); "
-                "give another output folder, or the same options"
-            )
-        return
-    if folder.exists() and any(folder.iterdir()):
-        raise InputError(f"{folder} is not empty and holds no run ({CONFIG_FILE} is missing); give another folder")
-    write_text(path, config.to_yaml(provenance(data)))
-
-
-def _differences(there: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for name in sorted(there.keys() | asked.keys()):
-        old, new = there.get(name), asked.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found.extend(_differences(old, new, f"{prefix}{name}."))
-        elif old != new:
-            found.append(f"{prefix}{name}: {old!r} there, {new!r} asked for")
-    return found
 
 
 def _measure(trainer: Trainer, config: RunConfig, data: PackedData, folder: Path) -> RunResult:
@@ -251,8 +347,12 @@ def _measure(trainer: Trainer, config: RunConfig, data: PackedData, folder: Path
     head_entropy = pd.DataFrame(
         {"layer": layers.ravel(), "head": heads.ravel(), "entropy_nats": entropy.ravel().astype(np.float64)}
     )
-    # A NaN sequence makes the mean NaN: a model that fails on some text has no perplexity on it.
-    eval_loss = float(losses.mean())
+    # Sequences of prompts only have no loss. Any other NaN makes the mean NaN: a model that fails on some text has no
+    # perplexity on it.
+    n_predicted = data.eval.n_predicted()
+    sequence, weights = np.flatnonzero(n_predicted), n_predicted[n_predicted > 0]
+    losses = losses[sequence]
+    eval_loss = float(losses.mean() if len(set(weights)) == 1 else np.average(losses, weights=weights))
     n_tokens = config.recipe.n_tokens(config.data.sequence_length)
     row = {
         "model": config.model_name,
@@ -271,7 +371,7 @@ def _measure(trainer: Trainer, config: RunConfig, data: PackedData, folder: Path
     }
     if trainer.is_world_process_zero():
         write_parquet(
-            pd.DataFrame({"sequence": np.arange(len(losses)), "loss_nats": losses}),
+            pd.DataFrame({"sequence": sequence, "loss_nats": losses}),
             folder / SEQUENCE_LOSSES_FILE,
         )
         write_parquet(head_entropy, folder / HEAD_ENTROPY_FILE)

@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 
 from normfree.data import PackedData
 from normfree.training import RunConfig, train
-from normfree.training.configuration import CONFIG_FILE
+from normfree.training.run_folder import CONFIG_FILE
 
 from .test_entropy_regularization import metric, regularized, thresholds
 

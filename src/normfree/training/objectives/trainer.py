@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from normfree.data.blocks import NOT_PREDICTED
 from normfree.entropy import EntropyRecorder
 from normfree.files import written_whole
 from normfree.training.objectives.objective import Objective
@@ -84,7 +85,7 @@ class ObjectiveTrainer(Trainer):
             entropy = recorder.per_head() if recorder is not None else None
             terms = objective.terms(inputs["input_ids"], outputs.logits, entropy)
         assert num_items_in_batch is not None, "counted wherever there are labels"
-        n_predicted = inputs["labels"][:, 1:].numel()
+        n_predicted = (inputs["labels"][:, 1:] != NOT_PREDICTED).sum()
         share = n_predicted * self.accelerator.num_processes / num_items_in_batch
         loss = objective.cross_entropy_weight * cross_entropy
         self._add(CROSS_ENTROPY, cross_entropy)

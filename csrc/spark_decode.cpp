@@ -1,0 +1,451 @@
+// Kernels of sparse decode on the CPU (Spark Transformer, arXiv 2506.06644, Sections 2.1 and 2.2), and the dense
+// products they are compared with.
+//
+// Everything is made of two products with the rows of a matrix: dots with a vector (dot_rows) and a weighted sum of
+// rows (sum_rows). A dense product takes all rows, a sparse one a list of them; nothing else differs, so a comparison
+// of the two compares the bytes that are read and not the care that was taken.
+//
+// The vectors are those of GCC and Clang, so one source serves AVX-512, AVX2, NEON and machines without any: it is
+// compiled once for each (hatch_build.py) and Python takes the library that fits the CPU. Plain C functions on plain
+// pointers: the library depends on neither Python nor torch.
+//
+// Matrices are row-major, float32 (type 0) or bfloat16 (type 1); vectors, sums and results are float32.
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_thread_num() { return 0; }
+static int omp_get_num_threads() { return 1; }
+#endif
+
+namespace {
+
+typedef float Floats __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+
+struct bfloat16 {
+    uint16_t bits;
+};
+
+constexpr int64_t BLOCK = 32;        // elements that are loaded together
+constexpr int64_t ROWS = 8;          // rows that are read together
+constexpr int64_t TILE = 512;        // columns of a group of rows that stay in the first-level cache for all vectors
+constexpr int64_t CHUNK = 256;       // keys of attention that one thread scores at a time
+
+inline float widen(float x) { return x; }
+
+inline float widen(bfloat16 x) {
+    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+    float wide;
+    std::memcpy(&wide, &bits, sizeof wide);
+    return wide;
+}
+
+inline Floats load(const float* from) {
+    Floats vector;
+    std::memcpy(&vector, from, sizeof vector);
+    return vector;
+}
+
+inline void store(float* to, Floats vector) { std::memcpy(to, &vector, sizeof vector); }
+
+// A block of 32 elements as two vectors. Those of bfloat16 are the even and the odd elements: a shift and a mask, where
+// elements in order would need slower instructions. Vectors that meet such blocks are kept in the same order.
+struct Block {
+    Floats first, second;
+};
+
+inline Block load_block(const float* from) { return {load(from), load(from + 16)}; }
+
+inline Block load_block(const bfloat16* from) {
+    Words pairs;
+    std::memcpy(&pairs, from, sizeof pairs);
+    const Words even = pairs << 16, odd = pairs & 0xffff0000u;
+    Block block;
+    std::memcpy(&block.first, &even, sizeof even);
+    std::memcpy(&block.second, &odd, sizeof odd);
+    return block;
+}
+
+inline int64_t place_in_block(int64_t i, const float*) { return i; }
+inline int64_t place_in_block(int64_t i, const bfloat16*) { return i / 2 + (i % 2) * 16; }
+
+// The blocks of a vector in the order of load_block; what is left over stays as it is.
+template <class T>
+void to_block_order(const float* from, float* to, int64_t dim) {
+    const int64_t whole = dim / BLOCK * BLOCK;
+    for (int64_t i = 0; i < dim; ++i) {
+        const int64_t place = i % BLOCK;
+        to[i < whole ? i - place + place_in_block(place, static_cast<const T*>(nullptr)) : i] = from[i];
+    }
+}
+
+template <class T>
+void from_block_order(const float* from, float* to, int64_t dim) {
+    const int64_t whole = dim / BLOCK * BLOCK;
+    for (int64_t i = 0; i < dim; ++i) {
+        const int64_t place = i % BLOCK;
+        to[i] = from[i < whole ? i - place + place_in_block(place, static_cast<const T*>(nullptr)) : i];
+    }
+}
+
+inline float sum(Floats x) {
+    for (int half = 8; half; half /= 2)
+        for (int i = 0; i < half; ++i) x[i] += x[i + half];
+    return x[0];
+}
+
+struct Range {
+    int64_t start, stop;
+};
+
+// The part of n units, in steps of `step`, that this thread works on.
+inline Range part(int64_t n, int64_t step, int64_t thread, int64_t n_thread) {
+    const int64_t steps = (n + step - 1) / step;
+    const int64_t start = steps * thread / n_thread * step, stop = steps * (thread + 1) / n_thread * step;
+    return {start < n ? start : n, stop < n ? stop : n};
+}
+
+template <class T>
+struct Rows {
+    const T* data;
+    int64_t stride;
+    const int32_t* list;  // null: all rows in order
+
+    const T* operator[](int64_t i) const { return data + (list ? list[i] : i) * stride; }
+};
+
+// Dots of N rows with `vector` (in block order). The rows of `next` are asked for while these are read.
+template <int N, class T>
+inline void dot_group(const T* const* rows, const T* const* next, const float* vector, int64_t dim, float* out) {
+    Floats first[N] = {}, second[N] = {};
+    const int64_t whole = dim / BLOCK * BLOCK;
+    for (int64_t i = 0; i < whole; i += BLOCK) {
+        const Floats a = load(vector + i), b = load(vector + i + 16);
+        for (int row = 0; row < N; ++row) {
+            if (next) {
+                __builtin_prefetch(next[row] + i, 0, 2);
+                if (sizeof(T) == 4) __builtin_prefetch(next[row] + i + 16, 0, 2);
+            }
+            const Block block = load_block(rows[row] + i);
+            first[row] += block.first * a;
+            second[row] += block.second * b;
+        }
+    }
+    for (int row = 0; row < N; ++row) {
+        float rest = 0;
+        for (int64_t i = whole; i < dim; ++i) rest += widen(rows[row][i]) * vector[i];
+        out[row] = sum(first[row] + second[row]) + rest;
+    }
+}
+
+// out[v][i] = rows[i] · vectors[v] for rows start to stop.
+template <class T>
+void dot_rows(Rows<T> rows, Range range, const float* vectors, int64_t n_vector, int64_t dim, float* out,
+              int64_t out_stride) {
+    constexpr int64_t GROUP = 4;
+    const T *group[GROUP], *next[GROUP];
+    int64_t i = range.start;
+    for (; i + GROUP <= range.stop; i += GROUP) {
+        for (int64_t row = 0; row < GROUP; ++row) {
+            group[row] = rows[i + row];
+            next[row] = rows[i + GROUP + row < range.stop ? i + GROUP + row : i + row];
+        }
+        dot_group<GROUP>(group, next, vectors, dim, out + i);
+        for (int64_t v = 1; v < n_vector; ++v)
+            dot_group<GROUP, T>(group, nullptr, vectors + v * dim, dim, out + v * out_stride + i);
+    }
+    for (; i < range.stop; ++i) {
+        group[0] = rows[i];
+        for (int64_t v = 0; v < n_vector; ++v)
+            dot_group<1, T>(group, nullptr, vectors + v * dim, dim, out + v * out_stride + i);
+    }
+}
+
+// sums += Σ weights[row] · rows[row] for N rows and `width` columns, sums in block order.
+template <int N, class T>
+inline void sum_group(const T* const* rows, const T* const* next, const float* weights, int64_t width, float* sums) {
+    const int64_t whole = width / BLOCK * BLOCK;
+    for (int64_t c = 0; c < whole; c += BLOCK) {
+        Floats first = load(sums + c), second = load(sums + c + 16);
+        for (int row = 0; row < N; ++row) {
+            if (next) {
+                __builtin_prefetch(next[row] + c, 0, 2);
+                if (sizeof(T) == 4) __builtin_prefetch(next[row] + c + 16, 0, 2);
+            }
+            const Block block = load_block(rows[row] + c);
+            first += block.first * weights[row];
+            second += block.second * weights[row];
+        }
+        store(sums + c, first);
+        store(sums + c + 16, second);
+    }
+    for (int64_t c = whole; c < width; ++c)
+        for (int row = 0; row < N; ++row) sums[c] += widen(rows[row][c]) * weights[row];
+}
+
+// sums[v][c] += Σ_i weights[v][i] · rows[i][c] for columns start to stop, which begins a block.
+template <class T>
+void sum_rows(Rows<T> rows, int64_t n_row, Range columns, const float* weights, int64_t weight_stride,
+              int64_t n_vector, float* sums, int64_t sum_stride) {
+    const T *group[ROWS], *next[ROWS];
+    for (int64_t i = 0; i < n_row; i += ROWS) {
+        const int64_t n = n_row - i < ROWS ? n_row - i : ROWS;
+        for (int64_t start = columns.start; start < columns.stop; start += TILE) {
+            const int64_t width = columns.stop - start < TILE ? columns.stop - start : TILE;
+            for (int64_t row = 0; row < n; ++row) {
+                group[row] = rows[i + row] + start;
+                next[row] = i + ROWS + row < n_row ? rows[i + ROWS + row] + start : group[row];
+            }
+            for (int64_t v = 0; v < n_vector; ++v) {
+                const float* w = weights + v * weight_stride + i;
+                float* s = sums + v * sum_stride + start;
+                if (n == ROWS && v == 0)
+                    sum_group<ROWS>(group, next, w, width, s);
+                else if (n == ROWS)
+                    sum_group<ROWS, T>(group, nullptr, w, width, s);
+                else
+                    for (int64_t row = 0; row < n; ++row) sum_group<1, T>(group + row, nullptr, w + row, width, s);
+            }
+        }
+    }
+}
+
+// mean + std · quantile of n numbers; with ±inf or NaN among them, NaN.
+double threshold(const float* x, int64_t n, double quantile) {
+    double total = 0, squares = 0;
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = 0; i < n; ++i) total += x[i];
+    const double mean = total / n;
+#pragma omp simd reduction(+ : squares)
+    for (int64_t i = 0; i < n; ++i) squares += (x[i] - mean) * (x[i] - mean);
+    return mean + std::sqrt(squares / n) * quantile;
+}
+
+template <class T>
+struct FeedForward {
+    const T *predictor, *rest;
+    int64_t n, r, rest_dim, n_inner;
+    double quantile;
+};
+
+template <class T>
+void active_neurons(const FeedForward<T>& ffn, const float* q, const float* predictor_bias, const float* rest_bias,
+                    float* scores, int32_t* indices, float* excess, float* multipliers, int32_t* counts, int threads) {
+    const int64_t n = ffn.n, r = ffn.r, rest_dim = ffn.rest_dim, n_inner = ffn.n_inner, dim = r + rest_dim;
+    std::vector<float> rest_q(n * rest_dim), sums(n * n_inner);
+    for (int64_t v = 0; v < n; ++v) to_block_order<T>(q + v * dim + r, rest_q.data() + v * rest_dim, rest_dim);
+#pragma omp parallel num_threads(threads)
+    {
+        const int64_t thread = omp_get_thread_num(), n_thread = omp_get_num_threads();
+        sum_rows<T>({ffn.predictor, n_inner, nullptr}, r, part(n_inner, BLOCK, thread, n_thread), q, dim, n,
+                    sums.data(), n_inner);
+#pragma omp barrier
+#pragma omp for
+        for (int64_t v = 0; v < n; ++v) {
+            float* x = scores + v * n_inner;
+            from_block_order<T>(sums.data() + v * n_inner, x, n_inner);
+            if (predictor_bias)
+                for (int64_t i = 0; i < n_inner; ++i) x[i] += predictor_bias[i];
+            const bool keeps_all = std::isinf(ffn.quantile);
+            const double theta = keeps_all ? 0 : threshold(x, n_inner, ffn.quantile);
+            int32_t count = 0;
+            for (int64_t i = 0; i < n_inner; ++i) {
+                indices[v * n_inner + count] = static_cast<int32_t>(i);
+                excess[v * n_inner + count] = static_cast<float>(x[i] - theta);
+                count += keeps_all || x[i] > theta;
+            }
+            counts[v] = std::isnan(theta) ? -1 : count;
+        }
+        for (int64_t v = 0; v < n; ++v) {
+            const Range range = part(counts[v] < 0 ? 0 : counts[v], 4, thread, n_thread);
+            const int32_t* list = indices + v * n_inner;
+            float* products = multipliers + v * n_inner;
+            dot_rows<T>({ffn.rest, rest_dim, list}, range, rest_q.data() + v * rest_dim, 1, rest_dim, products, 0);
+            if (rest_bias)
+                for (int64_t i = range.start; i < range.stop; ++i) products[i] += rest_bias[list[i]];
+        }
+    }
+}
+
+template <class T>
+void weighted_rows(const T* matrix, int64_t n, int64_t n_row, int64_t dim, const int32_t* indices,
+                   const int32_t* counts, const float* weights, float* out, int threads) {
+    std::vector<float> sums(n * dim);
+    const bool is_dense = indices == nullptr;
+#pragma omp parallel num_threads(threads)
+    {
+        const Range columns = part(dim, BLOCK, omp_get_thread_num(), omp_get_num_threads());
+        if (is_dense)
+            sum_rows<T>({matrix, dim, nullptr}, n_row, columns, weights, n_row, n, sums.data(), dim);
+        else
+            for (int64_t v = 0; v < n; ++v)
+                sum_rows<T>({matrix, dim, indices + v * n_row}, counts[v], columns, weights + v * n_row, 0, 1,
+                            sums.data() + v * dim, 0);
+    }
+    for (int64_t v = 0; v < n; ++v) from_block_order<T>(sums.data() + v * dim, out + v * dim, dim);
+}
+
+template <class T>
+void all_dots(const T* matrix, int64_t n, int64_t n_row, int64_t dim, const float* vectors, float* out, int threads) {
+    std::vector<float> ordered(n * dim);
+    for (int64_t v = 0; v < n; ++v) to_block_order<T>(vectors + v * dim, ordered.data() + v * dim, dim);
+#pragma omp parallel num_threads(threads)
+    dot_rows<T>({matrix, dim, nullptr}, part(n_row, 4, omp_get_thread_num(), omp_get_num_threads()), ordered.data(),
+                n, dim, out, n_row);
+}
+
+struct AttentionShape {
+    int64_t batch, n_kv_head, group, n_key, r, rest_dim, value_dim;
+    // of the sequence and of the key and value head, in elements
+    int64_t predictor_batch, predictor_head, rest_batch, rest_head, value_batch, value_head;
+};
+
+inline float softplus(float x) { return x > 20.0f ? x : std::log1p(std::exp(x)); }
+
+// `normal_quantile`: Φ⁻¹(1 - k / m) for m = 0 .. n_key visible keys, -inf where all are kept.
+template <class T>
+void attend(const AttentionShape& s, const T* predictor, const T* rest, const T* value, const float* q,
+            const uint8_t* visible, const double* normal_quantile, double predictor_scale, double rest_scale,
+            float* scores, int32_t* counts, float* out, int threads) {
+    const int64_t head_dim = s.r + s.rest_dim, n_head = s.n_kv_head * s.group;
+    const int64_t n_chunk = (s.n_key + CHUNK - 1) / CHUNK;
+    std::vector<float> predictor_q(s.batch * n_head * s.r), rest_q(s.batch * n_head * s.rest_dim);
+    for (int64_t i = 0; i < s.batch * n_head; ++i) {
+        to_block_order<T>(q + i * head_dim, predictor_q.data() + i * s.r, s.r);
+        to_block_order<T>(q + i * head_dim + s.r, rest_q.data() + i * s.rest_dim, s.rest_dim);
+    }
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for collapse(3)
+        for (int64_t b = 0; b < s.batch; ++b)
+            for (int64_t h = 0; h < s.n_kv_head; ++h)
+                for (int64_t chunk = 0; chunk < n_chunk; ++chunk) {
+                    const int64_t first = (b * s.n_kv_head + h) * s.group, start = chunk * CHUNK;
+                    const Range range = {start, start + CHUNK < s.n_key ? start + CHUNK : s.n_key};
+                    dot_rows<T>({predictor + b * s.predictor_batch + h * s.predictor_head, s.r, nullptr}, range,
+                                predictor_q.data() + first * s.r, s.group, s.r, scores + first * s.n_key, s.n_key);
+                }
+        std::vector<int32_t> kept(s.n_key);
+        std::vector<float> seen(s.n_key), weights(s.n_key), products(s.n_key), sums(s.value_dim);
+#pragma omp for
+        for (int64_t i = 0; i < s.batch * n_head; ++i) {
+            const int64_t b = i / n_head, h = i % n_head / s.group;
+            const uint8_t* mask = visible ? visible + b * s.n_key : nullptr;
+            float* x = scores + i * s.n_key;
+            float* result = out + i * s.value_dim;
+            int64_t n_seen = 0;
+            for (int64_t key = 0; key < s.n_key; ++key)
+                if (!mask || mask[key]) seen[n_seen++] = static_cast<float>(x[key] * predictor_scale);
+            // the largest is always kept; with a NaN or an infinity among them, as with k keys or fewer, all are
+            const double quantile = normal_quantile[n_seen];
+            const double theta = std::isinf(quantile) ? quantile : threshold(seen.data(), n_seen, quantile);
+            float greatest = -std::numeric_limits<float>::infinity();
+            for (int64_t position = 0; position < n_seen; ++position)
+                greatest = seen[position] > greatest ? seen[position] : greatest;
+            int64_t n_kept = 0, position = 0;
+            for (int64_t key = 0; key < s.n_key; ++key) {
+                if (mask && !mask[key]) continue;
+                const float score = seen[position++];
+                if (!(score <= theta) || score == greatest) {
+                    kept[n_kept] = static_cast<int32_t>(key);
+                    weights[n_kept++] = score;
+                }
+            }
+            counts[i] = static_cast<int32_t>(n_kept);
+            dot_rows<T>({rest + b * s.rest_batch + h * s.rest_head, s.rest_dim, kept.data()}, {0, n_kept},
+                        rest_q.data() + i * s.rest_dim, 1, s.rest_dim, products.data(), 0);
+            double total = 0;
+            for (int64_t j = 0; j < n_kept; ++j) {
+                const float weight = std::exp(weights[j] - greatest);
+                total += weight;
+                weights[j] = weight * softplus(static_cast<float>(products[j] * rest_scale));
+            }
+            for (int64_t c = 0; c < s.value_dim; ++c) sums[c] = 0;
+            sum_rows<T>({value + b * s.value_batch + h * s.value_head, s.value_dim, kept.data()}, n_kept,
+                        {0, s.value_dim}, weights.data(), 0, 1, sums.data(), 0);
+            from_block_order<T>(sums.data(), result, s.value_dim);
+            for (int64_t c = 0; c < s.value_dim; ++c) result[c] = static_cast<float>(result[c] / total);
+        }
+    }
+}
+
+}  // namespace
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// What the functions below take: one more for each change of it. Python compares it with its own number.
+EXPORT int normfree_interface() { return 1; }
+
+// 1 where the library was compiled with OpenMP.
+EXPORT int normfree_is_parallel() {
+#ifdef _OPENMP
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+// The first half of a sparse FFN, for n queries q [n, r + rest_dim]: predictor [r, n_inner], rest [n_inner, rest_dim].
+// Of each query, the neurons above the threshold: counts [n] (-1: the threshold is NaN), and in the first counts[v]
+// places of row v of [n, n_inner] their indices, score - threshold, and K2ᵀ q; later places are undefined. The biases
+// may be null; scores [n, n_inner] are those before the threshold.
+EXPORT void normfree_active_neurons(int type, const void* predictor, const void* rest, int64_t n, int64_t r,
+                                    int64_t rest_dim, int64_t n_inner, double quantile, const float* q,
+                                    const float* predictor_bias, const float* rest_bias,
+                                    float* scores, int32_t* indices, float* excess, float* multipliers,
+                                    int32_t* counts, int threads) {
+    const auto run = [&](auto element) {
+        using T = decltype(element);
+        const FeedForward<T> ffn = {static_cast<const T*>(predictor), static_cast<const T*>(rest), n, r, rest_dim,
+                                    n_inner, quantile};
+        active_neurons<T>(ffn, q, predictor_bias, rest_bias, scores, indices, excess, multipliers, counts, threads);
+    };
+    type == 0 ? run(float()) : run(bfloat16());
+}
+
+// out[v] = Σ_i weights[v, i] · matrix[indices[v, i]]: matrix [n_row, dim], weights and indices [n, n_row], of which the
+// first counts[v] places count. All rows where indices and counts are null.
+EXPORT void normfree_weighted_rows(int type, const void* matrix, int64_t n, int64_t n_row, int64_t dim,
+                                   const int32_t* indices, const int32_t* counts, const float* weights, float* out,
+                                   int threads) {
+    const auto run = [&](auto element) {
+        using T = decltype(element);
+        weighted_rows<T>(static_cast<const T*>(matrix), n, n_row, dim, indices, counts, weights, out, threads);
+    };
+    type == 0 ? run(float()) : run(bfloat16());
+}
+
+// out[v, i] = matrix[i] · vectors[v], matrix [n_row, dim]: the dense product.
+EXPORT void normfree_all_dots(int type, const void* matrix, int64_t n, int64_t n_row, int64_t dim,
+                              const float* vectors, float* out, int threads) {
+    const auto run = [&](auto element) {
+        using T = decltype(element);
+        all_dots<T>(static_cast<const T*>(matrix), n, n_row, dim, vectors, out, threads);
+    };
+    type == 0 ? run(float()) : run(bfloat16());
+}
+
+// Sparse attention of one query a head: q [batch, n_kv_head · group, r + rest_dim], out [.., value_dim], counts [..]
+// the keys that were kept; scores [.., n_key] is room to work in. Strides in elements, shape[7..12]: of sequence and
+// head of predictor keys, rest keys and values, whose tokens are contiguous rows. visible [batch, n_key] may be null.
+EXPORT void normfree_attend(int type, const void* predictor, const void* rest, const void* value, const int64_t* shape,
+                            const float* q, const uint8_t* visible, const double* normal_quantile,
+                            double predictor_scale, double rest_scale, float* scores, int32_t* counts,
+                            float* out, int threads) {
+    const AttentionShape s = {shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], shape[6],
+                              shape[7], shape[8], shape[9], shape[10], shape[11], shape[12]};
+    const auto run = [&](auto element) {
+        using T = decltype(element);
+        attend<T>(s, static_cast<const T*>(predictor), static_cast<const T*>(rest), static_cast<const T*>(value), q,
+                  visible, normal_quantile, predictor_scale, rest_scale, scores, counts, out, threads);
+    };
+    type == 0 ? run(float()) : run(bfloat16());
+}

@@ -1,0 +1,91 @@
+"""``normfree depth``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.table import Table
+
+from normfree.cli.interpret import model_name
+from normfree.cli.options import DEFAULT_CACHE_DIR, CacheDir, Json, open_console
+from normfree.errors import InputError
+
+
+def depth(
+    models: Annotated[list[str], typer.Argument(help="Hub ids, model folders, or runs of ours; compared on one page.")],
+    corpus: Annotated[str | None, typer.Option(help="As for a study; default: the first run's own sequences.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="A tokenizer's name or folder; default: the first model's.")
+    ] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="T; default: the first model's.")] = None,
+    sequences: Annotated[int, typer.Option(help="Sequences to measure on.")] = 32,
+    probes: Annotated[int, typer.Option(help="Random vectors a sequence for each Jacobian.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences in memory at once.")] = 8,
+    out: Annotated[Path, typer.Option(help="Folder for CSV files, figures and the report.")] = Path("depth"),
+    cache_dir: CacheDir = DEFAULT_CACHE_DIR,
+    json_: Json = False,
+) -> None:
+    """Which layers of a model do little: variance, skipped layers, angular distance, Jacobians, gradients.
+
+    Works on any causal language model of transformers. See docs/depth.md for what each number means.
+
+    Example: normfree depth openai-community/gpt2 --corpus file:text.txt --sequence-length 256
+    """
+    from normfree.interpret import measure_depth, token_sequences
+    from normfree.studies.depth import write_depth_page
+    from normfree.training import load_pretrained
+
+    if len(set(models)) < len(models):
+        raise InputError("a model is named twice; name each once")
+    console = open_console(json_)
+    measured = load_pretrained(models[0])
+    tokens = token_sequences(
+        measured,
+        corpus=corpus,
+        tokenizer=tokenizer,
+        sequence_length=sequence_length,
+        n_sequences=sequences,
+        cache_dir=cache_dir,
+    )
+    found = {}
+    for source in models:
+        if measured.source != source:
+            measured = load_pretrained(source)  # one model at a time in memory
+        name = model_name(source, models)
+        with console.status(f"{name}: {len(tokens)} sequences of {tokens.shape[1]} tokens"):
+            found[name] = measure_depth(measured.model, tokens, n_probe=probes, batch_size=batch_size)
+    table = write_depth_page(found, out, f"normfree depth {' '.join(models)}")
+    if json_:
+        frames = {name: each.frames() for name, each in found.items()}
+        rows = {
+            name: {key: json.loads(frame.to_json(orient="records", double_precision=9)) for key, frame in each.items()}
+            for name, each in frames.items()
+        }
+        print(json.dumps({"folder": str(out), "models": rows}))
+        return
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    columns = {
+        "layers": "{n_layer}",
+        "loss, nats": "{loss_nats:.3f}",
+        "effective depth": "{effective_depth:.2f} ± {effective_depth_standard_error:.2f}",
+        "deep half": "{deep_half_share:.1%}",
+        "variance grows": "{variance_growth}",
+        "last / first": "{variance_ratio:.3g}",
+    }
+    shown.add_column("model")
+    for column in columns:
+        shown.add_column(column, justify="right", no_wrap=True)
+    for row in table.to_dict("records"):
+        values = {str(key): value for key, value in row.items()}
+        shown.add_row(str(row["model"]), *(form.format(**values) for form in columns.values()))
+    console.print(shown)
+    for row in table[table["nonfinite_entries"] > 0].to_dict("records"):
+        console.print(
+            f"{row['model']}: {row['nonfinite_entries']:,} entries of the residual stream are NaN or infinite",
+            highlight=False,
+        )
+    console.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True)

@@ -1,0 +1,99 @@
+"""``normfree prune-layers``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from normfree.cli.options import DEFAULT_CACHE_DIR, CacheDir, Json, open_console
+from normfree.errors import InputError
+
+
+def prune_layers(
+    model: Annotated[str, typer.Argument(help="A Hub id, a model folder, or a run or checkpoint folder of ours.")],
+    out: Annotated[Path, typer.Option(help="Folder for the pruned model; must not hold anything yet.")],
+    drop: Annotated[str | None, typer.Option(help="Layers to drop, counted from 0, e.g. 8,9,10.")] = None,
+    drop_last: Annotated[int | None, typer.Option(help="Drop so many of the last layers.")] = None,
+    drop_similar: Annotated[
+        int | None,
+        typer.Option(help="Drop so many consecutive layers, those across which the angular distance is smallest."),
+    ] = None,
+    corpus: Annotated[
+        str | None, typer.Option(help="For --drop-similar, as for a study; default, for a run: its own sequences.")
+    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="A tokenizer's name or folder; default: the model's.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="T, for --drop-similar; default: the model's.")] = None,
+    sequences: Annotated[int, typer.Option(help="Sequences for --drop-similar.")] = 32,
+    cache_dir: CacheDir = DEFAULT_CACHE_DIR,
+    json_: Json = False,
+) -> None:
+    """Export a model without some of its layers, for transformers to load.
+
+    Example: normfree prune-layers openai-community/gpt2 --drop 8,9,10 --out gpt2-without-8-9-10
+    """
+    from normfree.interpret import (
+        export_pruned,
+        measure_angular_distance,
+        most_similar_block,
+        token_sequences,
+        tokenizer_of,
+    )
+    from normfree.modeling.residual_stream import decoder_blocks
+    from normfree.training import load_pretrained
+
+    if sum(choice is not None for choice in (drop, drop_last, drop_similar)) != 1:
+        raise InputError("give exactly one of --drop, --drop-last and --drop-similar")
+    if drop_similar is None and (corpus is not None or sequence_length is not None):
+        raise InputError("--corpus and --sequence-length are for --drop-similar; leave them out")
+    chosen = _numbers(drop) if drop is not None else []
+    console = open_console(json_)
+    loaded = load_pretrained(model)
+    n_layer = len(decoder_blocks(loaded.model))
+    if drop_last is not None:
+        if not 0 < drop_last < n_layer:
+            raise InputError(f"cannot drop the last {drop_last} of {n_layer} layers; drop 1 to {n_layer - 1}")
+        chosen = list(range(n_layer - drop_last, n_layer))
+    if drop_similar is not None:
+        tokens = token_sequences(
+            loaded,
+            corpus=corpus,
+            tokenizer=tokenizer,
+            sequence_length=sequence_length,
+            n_sequences=sequences,
+            cache_dir=cache_dir,
+        )
+        chosen = most_similar_block(measure_angular_distance(loaded.model, tokens), drop_similar)
+    try:
+        reader = tokenizer_of(loaded)
+    except InputError:
+        reader = None  # a model without one is as good
+    pruned = export_pruned(loaded.model, chosen, out, source=model, tokenizer=reader)
+    result = {
+        "folder": str(out),
+        "dropped_layers": sorted(chosen),
+        "n_layer": n_layer - len(chosen),
+        "parameters": pruned.num_parameters(),
+        "parameters_before": loaded.model.num_parameters(),
+        "tokenizer": reader is not None,
+    }
+    if json_:
+        print(json.dumps(result))
+        return
+    console.print(
+        f"Dropped {len(chosen)} of {n_layer} layers ({', '.join(map(str, sorted(chosen)))}): "
+        f"{result['parameters_before']:,} parameters before, {result['parameters']:,} now"
+        + ("" if reader is not None else "; no tokenizer was saved with the model"),
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(f"Model: {out}", highlight=False, soft_wrap=True)
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"--drop {text!r} is not a comma-separated list of layers, such as 8,9,10") from error

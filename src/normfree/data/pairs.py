@@ -1,0 +1,119 @@
+"""Pairs of a prompt and its completion, for supervised fine-tuning: only the completion is predicted."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from normfree.data.blocks import SplitStatistics, token_dtype
+from normfree.data.configuration import DataConfig
+from normfree.data.documents import Split
+from normfree.data.local import LocalCorpus
+from normfree.errors import InputError
+
+FIELDS = ("prompt", "completion")
+
+
+class Pair(NamedTuple):
+    """What the model is given, and what it is to say."""
+
+    prompt: str
+    completion: str
+
+
+class PairCorpus(LocalCorpus):
+    """Pairs in the order and the splits of a :class:`~normfree.data.local.LocalCorpus` of their texts."""
+
+    def pairs(self, split: Split) -> Iterator[Pair]:
+        """The pairs of a split.
+
+        Raises:
+            InputError: there are none.
+        """
+        return (Pair(*json.loads(document)) for document in super().documents(split))
+
+    def documents(self, split: Split) -> Iterator[str]:
+        """The texts of the pairs, prompt and completion in one."""
+        return ("".join(pair) for pair in self.pairs(split))
+
+
+def prompt_completion_pairs(argument: str, config: DataConfig) -> PairCorpus:
+    """``pairs:PATH``: a file of JSON lines with the texts ``prompt`` and ``completion``."""
+    path = Path(argument).expanduser()
+    if not argument or not path.is_file():
+        raise InputError(f"corpus {config.corpus!r}: no file {argument!r}; write pairs:PATH")
+    if config.cut != "packed":
+        raise InputError(f"corpus {config.corpus!r}: pairs are shorter than a sequence; set data.cut to packed")
+    try:
+        content = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"corpus {config.corpus!r}: cannot read {argument!r}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"corpus {config.corpus!r}: not a text file (byte {error.start} is not UTF-8)") from error
+    return PairCorpus(_documents(content, config.corpus), config)
+
+
+def write_pairs(
+    path: Path,
+    predicted_path: Path,
+    pairs: Iterator[Pair],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    sequence_length: int,
+    max_tokens: int | None = None,
+) -> SplitStatistics:
+    """Write pairs as blocks of tokens [n, T], and which of them are predicted, bool [n, T].
+
+    Pair follows pair: the prompt, the completion and an end-of-text token, cut wherever a block is full; the last
+    remainder is dropped. Completions and their end-of-text tokens are predicted. All pairs are held in memory.
+
+    Raises:
+        InputError: the tokenizer has no end-of-text token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise InputError("the tokenizer has no end-of-text token to end completions with; use another one")
+    statistics = SplitStatistics()
+    tokens: list[int] = []
+    predicted: list[bool] = []
+    most = None if max_tokens is None else max_tokens // sequence_length * sequence_length
+    for pair in pairs:
+        prompt, completion = (_tokens(text, tokenizer) for text in pair)
+        statistics.documents += 1
+        statistics.bytes += sum(len(text.encode("utf-8")) for text in pair)
+        statistics.document_tokens += len(prompt) + len(completion)
+        tokens += [*prompt, *completion, tokenizer.eos_token_id]
+        predicted += [False] * len(prompt) + [True] * (len(completion) + 1)
+        if most is not None and len(tokens) >= most:
+            del tokens[most:], predicted[most:]
+            break
+    statistics.blocks, statistics.dropped_tokens = divmod(len(tokens), sequence_length)
+    statistics.tokens = statistics.blocks * sequence_length
+    shape = statistics.blocks, sequence_length
+    np.save(path, np.asarray(tokens[: statistics.tokens], token_dtype(tokenizer)).reshape(shape))
+    np.save(predicted_path, np.asarray(predicted[: statistics.tokens], np.bool_).reshape(shape))
+    return statistics
+
+
+def _documents(content: str, corpus: str) -> Iterator[bytes]:
+    """Each pair as the JSON array of its two texts."""
+    for number, line in enumerate(content.split("\n"), start=1):
+        where = f"corpus {corpus!r}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{where}: not JSON ({error.msg}); give one JSON object a line") from error
+        if not isinstance(row, dict) or any(not isinstance(row.get(name), str) for name in FIELDS):
+            raise InputError(f"{where}: give an object with the texts {' and '.join(FIELDS)}")
+        if not row["completion"]:
+            raise InputError(f"{where}: the completion is empty; there is nothing to predict")
+        yield json.dumps([row[name] for name in FIELDS]).encode("utf-8")
+
+
+def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    return ids

@@ -1,0 +1,71 @@
+"""One number for how many layers a model uses, from what each costs when it is skipped.
+
+Csordás et al. ("Do Language Models Use Their Depth Efficiently?", 2025) and Hu et al. ("What Affects the Effective
+Depth of Large Language Models?", 2025) read effective depth off where curves change along the layers. The number here
+is ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from normfree.interpret.depth.averages import FloatArray
+
+USEFUL_SHARE = 0.01
+"""A layer counts as useful from this share of the largest increase on."""
+
+
+@dataclass(frozen=True)
+class EffectiveDepth:
+    """How many layers carry a model's loss; see :func:`effective_depth`.
+
+    effective_depth: the participation ratio, in layers, from 1 (one layer carries all) to n_layer (all carry alike).
+    standard_error: of it, over sequences (delete-one jackknife); NaN for a single sequence.
+    useful_layers: layers whose increase is at least 1 % of the largest one.
+    deep_half_share: the part of all increases that the deeper half, the last n_layer // 2 layers, has.
+    """
+
+    effective_depth: float
+    standard_error: float
+    useful_layers: float
+    deep_half_share: float
+
+
+def effective_depth(loss_increases: FloatArray) -> EffectiveDepth:
+    """The participation ratio (Σ_l d_l)² / Σ_l d_l² of the increases d of the loss when each layer alone is skipped.
+
+    d_l is the mean over sequences; negative means count as 0. The ratio is the inverse Simpson index of the shares
+    d_l / Σ d, the number of equal shares that are as concentrated (Hill, "Diversity and Evenness", 1973, N₂). It is 0
+    where no layer costs anything, and all is NaN where an increase is not finite.
+
+    Args:
+        loss_increases: by layer and sequence, nats, [n_layer, n_sequence].
+    """
+    if not np.isfinite(loss_increases).all():
+        return EffectiveDepth(np.nan, np.nan, np.nan, np.nan)
+    n_layer, n = loss_increases.shape
+    error = np.nan
+    if n > 1:
+        without_one = (loss_increases.sum(axis=1, keepdims=True) - loss_increases) / (n - 1)
+        replicates = np.array([_participation_ratio(each) for each in without_one.T])
+        error = float(np.sqrt((n - 1) * replicates.var()))
+    increases = np.clip(loss_increases.mean(axis=1), 0, None)
+    largest, total = float(increases.max()), float(increases.sum())
+    deep = float(increases[n_layer - n_layer // 2 :].sum())
+    return EffectiveDepth(
+        _participation_ratio(increases),
+        error,
+        float((increases >= USEFUL_SHARE * largest).sum()) if largest else 0.0,
+        deep / total if total else np.nan,
+    )
+
+
+def _participation_ratio(increases: FloatArray) -> float:
+    clipped = np.clip(increases, 0, None)
+    largest = clipped.max()
+    if largest == 0:
+        return 0.0
+    relative = clipped / largest  # squares of any finite increase stay in range
+    return float(relative.sum() ** 2 / np.square(relative).sum())

@@ -1,0 +1,177 @@
+"""A model without some of its layers, as a model of its own.
+
+Gromov et al., "The Unreasonable Ineffectiveness of the Deeper Layers", 2024, without their healing by fine-tuning.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
+
+from normfree.errors import InputError
+from normfree.files import folder_written_whole, write_text
+from normfree.interpret.depth.block_calls import record
+from normfree.modeling import NormfreeConfig
+from normfree.modeling.norms import SCALED_NORMS
+from normfree.modeling.residual_stream import decoder_blocks
+
+PRUNING_FILE = "pruning.json"
+"""In a pruned model's folder: what it was made from, and which of its layers are left."""
+
+_N_LAYER = "num_hidden_layers"
+_CHECK_TOKENS = 16
+
+
+def check_layers(layers: Sequence[int], n_layer: int) -> list[int]:
+    """The layers of 0 ... ``n_layer`` - 1 that are left without ``layers``, in order.
+
+    Raises:
+        InputError: ``layers`` are none, all, out of range, or name one twice.
+    """
+    for layer in layers:
+        if not 0 <= layer < n_layer:
+            raise InputError(f"there is no layer {layer} to drop; the model has layers 0 to {n_layer - 1}")
+        if layers.count(layer) > 1:
+            raise InputError(f"layer {layer} is named twice among those to drop; name each once")
+    if not 0 < len(layers) < n_layer:
+        raise InputError(f"cannot drop {len(layers)} of {n_layer} layers; drop 1 to {n_layer - 1} of them")
+    return [layer for layer in range(n_layer) if layer not in layers]
+
+
+def prune_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
+    """``model`` without the decoder blocks ``layers`` (from 0), built anew so that its layers count from 0.
+
+    The two share their weights. Options of the configuration that are lists of ``n_layer`` entries keep those of the
+    layers that are left.
+
+    Raises:
+        InputError: the layers do not fit (see :func:`check_layers`), or one that is left would mean something else at
+            its new place: a norm scaled by depth, DeepNorm, an architecture whose blocks differ by index. What no name
+            tells is found by comparing the logits with those of ``model`` with the blocks skipped.
+    """
+    blocks = list(decoder_blocks(model))
+    kept = check_layers(layers, len(blocks))
+    pruned = _built(model, _pruned_config(model.config, kept, len(blocks)), blocks, kept)
+    _check_same(model, layers, pruned)
+    return pruned
+
+
+def export_pruned(
+    model: PreTrainedModel,
+    layers: Sequence[int],
+    folder: Path,
+    *,
+    source: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> PreTrainedModel:
+    """Writes :func:`prune_layers` of ``model`` to ``folder``, whole or not at all, and returns it loaded from there.
+
+    The folder holds config.json, safetensors weights, the tokenizer if one is given, and ``pruning.json``.
+
+    Raises:
+        InputError: as :func:`prune_layers`; or the folder exists and is not empty; or what was written does not load.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists and is not empty; name another folder for the pruned model")
+    pruned = prune_layers(model, layers)
+    record_ = {
+        "source": source,
+        "n_layer": len(decoder_blocks(model)),
+        "dropped_layers": sorted(layers),
+        "kept_layers": check_layers(layers, len(decoder_blocks(model))),
+    }
+    with folder_written_whole(folder) as temporary:
+        pruned.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        write_text(temporary / PRUNING_FILE, json.dumps(record_, indent=2) + "\n")
+        reloaded = AutoModelForCausalLM.from_pretrained(temporary, use_safetensors=True, trust_remote_code=False)
+        _check_same(model, layers, _on(model, reloaded.eval()))
+    return reloaded
+
+
+def _built(model: PreTrainedModel, config: PreTrainedConfig, blocks: list[str], kept: list[int]) -> PreTrainedModel:
+    state = model.state_dict()
+    places = {f"{blocks[old]}.": f"{blocks[new]}." for new, old in enumerate(kept)}
+    for name in blocks:
+        of_block = {key: state.pop(key) for key in [key for key in state if key.startswith(f"{name}.")]}
+        if f"{name}." in places:
+            # Names of later blocks are still to be taken out: the new ones wait apart.
+            state |= {f"\0{places[f'{name}.']}{key.removeprefix(f'{name}.')}": of_block[key] for key in of_block}
+    state = {key.removeprefix("\0"): value for key, value in state.items()}
+    with no_init_weights():
+        pruned = type(model)(config)
+    try:
+        pruned.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise InputError(
+            f"the weights of {type(model).__name__} without these layers do not fit its own class: its layers are not "
+            "of one kind; drop others"
+        ) from error
+    pruned.tie_weights()
+    pruned.generation_config = deepcopy(model.generation_config)
+    pruned.train(model.training)
+    return _on(model, pruned)
+
+
+def _on(model: PreTrainedModel, other: PreTrainedModel) -> PreTrainedModel:
+    """``other`` on the device of ``model``."""
+    torch.nn.Module.to(other, model.device)
+    return other
+
+
+def _pruned_config(config: PreTrainedConfig, kept: list[int], n_layer: int) -> PreTrainedConfig:
+    text = config.get_text_config()
+    if isinstance(text, NormfreeConfig):
+        _check_places(text, kept)
+    options = config.to_dict()
+    of_text = options
+    if text is not config:
+        of_text = next(options[name] for name in options if getattr(config, name, None) is text)
+    for name, value in of_text.items():
+        if isinstance(value, list) and len(value) == n_layer and not name.endswith(("_token_id", "_token_ids")):
+            of_text[name] = [value[layer] for layer in kept]
+    of_text[text.attribute_map.get(_N_LAYER, _N_LAYER)] = len(kept)
+    if getattr(text, "n_post_layer", None) is not None:
+        of_text["n_post_layer"] = sum(layer < text.n_post_layer for layer in kept)
+    options["dtype"] = config.dtype
+    return type(config).from_dict(options)
+
+
+def _check_places(config: NormfreeConfig, kept: list[int]) -> None:
+    """What the places of our own blocks mean, by name."""
+    moved = next((layer for place, layer in enumerate(kept) if place != layer), None)
+    if config.norm in SCALED_NORMS and moved is not None:
+        raise InputError(
+            f"norm {config.norm!r} scales by the index of the layer, and layer {moved} would move to another one; "
+            "drop layers from the end only"
+        )
+    if config.norm_placement == "deepnorm":
+        raise InputError("norm_placement 'deepnorm' scales by the number of layers; none can be dropped")
+    if config.norm_placement == "hybrid_star" and kept[0] != 0:
+        raise InputError("norm_placement 'hybrid_star' has another kind of block first; keep layer 0")
+    if config.norm_placement == "mix" and kept[0] >= (config.n_post_layer or 0):
+        raise InputError("norm_placement 'mix' has at least one post-norm layer; keep one of the first")
+
+
+@torch.no_grad()
+def _check_same(model: PreTrainedModel, layers: Sequence[int], pruned: PreTrainedModel) -> None:
+    config: Any = model.config.get_text_config()
+    n_token = min(_CHECK_TOKENS, getattr(config, "max_position_embeddings", None) or _CHECK_TOKENS)
+    tokens = torch.randint(0, config.vocab_size, (2, n_token), generator=torch.Generator().manual_seed(0))
+    expected = record(model, tokens).logits_without(layers)
+    logits = pruned(input_ids=tokens.to(pruned.device), use_cache=False).logits
+    size = float(expected[expected.isfinite()].abs().max()) if expected.isfinite().any() else 1.0
+    tolerance = max(1e-3, 4 * torch.finfo(expected.dtype).eps)
+    if not torch.allclose(logits, expected, rtol=tolerance, atol=tolerance * size, equal_nan=True):
+        raise InputError(
+            f"{type(model).__name__} computes something else with its layers renumbered than with these skipped: what "
+            "a layer does depends on its index; drop layers from the end, or others"
+        )

@@ -1,0 +1,75 @@
+"""Ctrl-C and SIGTERM: noted while a model trains, so that it can save itself first, and obeyed at once elsewhere."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(BaseException):
+    """The process was told to stop by ``signal``; like KeyboardInterrupt it is no error that anyone handles."""
+
+    def __init__(self, signal_: signal.Signals) -> None:
+        super().__init__(f"stopped by {signal_.name}")
+        self.signal = signal_
+
+
+class _Request:
+    """What this process was told; signals belong to the process, and so does this."""
+
+    noted: signal.Signals | None = None
+    is_deferred = False
+
+
+@contextmanager
+def stopping_cleanly() -> Iterator[None]:
+    """While active, SIGINT and SIGTERM raise :class:`Interrupted`, or are noted (see :func:`deferred`).
+
+    A second signal raises it in any case. What was there before is there again afterwards. Only the main thread of a
+    process gets signals: in another one this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {each: signal.signal(each, _note) for each in SIGNALS}
+    try:
+        yield
+    finally:
+        _Request.noted = None
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """While active, a first signal is noted for :func:`requested`; at the end of the block it is obeyed."""
+    before, _Request.is_deferred = _Request.is_deferred, True
+    try:
+        yield
+    finally:
+        _Request.is_deferred = before
+    if _Request.noted is not None:
+        raise Interrupted(_Request.noted)
+
+
+def requested() -> bool:
+    """Whether a signal was noted."""
+    return _Request.noted is not None
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    is_second = _Request.noted is not None
+    _Request.noted = signal.Signals(number)
+    if is_second or not _Request.is_deferred:
+        raise Interrupted(_Request.noted)
+    print(
+        f"normfree: {_Request.noted.name}: saving a checkpoint after this step (once more to stop at once)",
+        file=sys.stderr,
+        flush=True,
+    )

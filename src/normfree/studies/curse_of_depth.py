@@ -1,0 +1,177 @@
+"""The Curse of Depth (Sun et al., 2025): norms and their placements on equal tokens, and what deep layers then do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from rich.console import Console
+
+from normfree.data import PackedData
+from normfree.errors import InputError
+from normfree.interpret import measure_depth, write_depth
+from normfree.report import Block, Callout, Section, Table, depth_table, evaluation_loss_curves, load_published
+from normfree.studies.depth import depth_sections
+from normfree.studies.frames import eval_curve_frame, run_key
+from normfree.studies.outliers import final_checkpoint
+from normfree.studies.page import FIGURES_FOLDER, Findings, StudyPage
+from normfree.studies.preset import Preset
+from normfree.studies.study import Configuration, Measurement, Study
+from normfree.training import RunResult, load_pretrained
+
+DYNAMIC_TANH = {"norm": "dyt", "final_norm": "dyt", "dyt_alpha": 1.0, "scale_embeddings": True}
+"""As in its paper's language models: α at first that of their smallest width, 1,024, and scaled embeddings."""
+PRE_LN, LNS = "Pre-LN", "LayerNorm Scaling"
+FOLDER = "depth"
+"""In a run's folder: the frames of :class:`~normfree.interpret.DepthMeasurement` as CSV files."""
+SEQUENCES = 32
+"""Evaluation sequences that the diagnostics are read on."""
+
+
+def configurations(preset: Preset) -> tuple[Configuration, ...]:
+    """The methods of the paper's Table 1, HybridNorm, Dynamic Tanh and no norm in the blocks; all of the preset's kind.
+
+    Raises:
+        InputError: the preset's ``model.norm`` is no LayerNorm and no RMSNorm.
+    """
+    kind = str(preset.model.get("norm", "layernorm"))
+    if kind not in ("layernorm", "rmsnorm"):
+        raise InputError(
+            f"curse-of-depth places the norm of its preset in many ways: model.norm must be layernorm or rmsnorm, "
+            f"not {kind!r}"
+        )
+    scaling: dict[str, Any] = {"norm": f"{kind}_scaling"}
+    return (
+        Configuration(PRE_LN, {"norm": kind}),
+        Configuration("Post-LN", {"norm": kind, "norm_placement": "post"}),
+        Configuration("Mix-LN", {"norm": kind, "norm_placement": "mix"}),
+        Configuration("DeepNorm", {"norm": kind, "norm_placement": "deepnorm"}),
+        Configuration("HybridNorm", {"norm": kind, "norm_placement": "hybrid"}),
+        Configuration(LNS, scaling),
+        Configuration(f"{LNS}, scaled init", {**scaling, "scale_residual_init": True}),
+        Configuration("Dynamic Tanh", DYNAMIC_TANH),
+        Configuration("No norm", {"norm": "none"}),
+    )
+
+
+def measure(result: RunResult, data: PackedData, console: Console) -> None:
+    """Leaves the diagnostics of a run's final weights in its folder; a run that diverged has none."""
+    folder, checkpoint = result.folder / FOLDER, final_checkpoint(result)
+    if (folder / "summary.csv").exists() or checkpoint is None:
+        return
+    tokens = torch.from_numpy(np.asarray(data.eval.tokens[:SEQUENCES], dtype=np.int64))
+    with console.status(f"Measuring {result.row['configuration']} seed {result.row['seed']}"):
+        found = measure_depth(load_pretrained(str(checkpoint)).model, tokens)
+    write_depth(found.frames(), folder)
+
+
+def describe(page: StudyPage) -> Findings:
+    """The published table, the diagnostics, and whether the deep half of the layers matters more with the scaling."""
+    measured = [each for each in page.results if (each.folder / FOLDER / "summary.csv").exists()]
+    without = [each for each in page.results if each not in measured]
+    sections = [
+        Section(
+            "Training",
+            [
+                page.figure(
+                    "evaluation-loss",
+                    evaluation_loss_curves(eval_curve_frame(page.results)),
+                    "Evaluation loss over training.",
+                ),
+                _published_table(),
+            ],
+        )
+    ]
+    lead = _lead(page)
+    if measured:
+        frames = _frames(measured)
+        blocks: list[Block] = [
+            Table(
+                depth_table(frames["summary"]),
+                f"Diagnostics of the trained models on {SEQUENCES} evaluation sequences.",
+                notes=_NOTES,
+            )
+        ]
+        sections += [Section("How the layers are used", blocks), *depth_sections(frames, page.path / FIGURES_FOLDER)]
+        lead += " " + _deep_half(frames["summary"])
+    if without:
+        names = ", ".join(f"{each.row['configuration']} seed {each.row['seed']}" for each in without)
+        told = f"Without diagnostics, because they diverged or are not measured yet: {names}."
+        sections.append(Section("Missing", [Callout(told, "warning")]))
+    return Findings(lead, sections, _limits(page))
+
+
+def _frames(results: list[RunResult]) -> dict[str, pd.DataFrame]:
+    """Each frame of the diagnostics over all runs, with configuration and seed."""
+    names = sorted(path.stem for path in (results[0].folder / FOLDER).glob("*.csv"))
+    return {
+        name: pd.concat(
+            [
+                pd.read_csv(each.folder / FOLDER / f"{name}.csv").assign(
+                    configuration=run_key(each)["configuration"], seed=run_key(each)["seed"]
+                )
+                for each in results
+            ],
+            ignore_index=True,
+        )
+        for name in names
+    }
+
+
+def _published_table() -> Table:
+    published = load_published("curse_of_depth_table1")
+    shown = published.pivot_table(
+        index=["model", "training_tokens_billion"], columns="method", values="eval_ppl", sort=False
+    ).reset_index()
+    shown = shown.rename(columns={"model": "Model", "training_tokens_billion": "Tokens, billions"})
+    return Table(
+        shown,
+        "Published: evaluation perplexity on C4 (The Curse of Depth, Table 1). Not measured by Normfree.",
+        formats=dict.fromkeys(shown.columns[2:], ",.2f") | {"Tokens, billions": ".1f"},
+    )
+
+
+def _limits(page: StudyPage) -> str:
+    tokens = page.results[0].row["tokens"]
+    least = load_published("curse_of_depth_table1")["training_tokens_billion"].min()
+    return (
+        f"These runs saw {tokens / (1e9 * least):.2%} of the {least:g} billion tokens of the paper's smallest model. "
+        "Perplexities are comparable only between rows of one table: another tokenizer or corpus changes them. All "
+        "methods have one learning rate; with --tune-lr each gets its own."
+    )
+
+
+def _lead(page: StudyPage) -> str:
+    """The order of the methods, whatever it is."""
+    table = page.table[["configuration", "eval_ppl"]]
+    finite = table.dropna().sort_values("eval_ppl")
+    ranked = ", ".join(f"{row['configuration']} {row['eval_ppl']:.1f}" for _, row in finite.iterrows())
+    diverged = [label for label in table["configuration"] if label not in set(finite["configuration"])]
+    ending = f" Diverged: {', '.join(diverged)}." if diverged else ""
+    return f"Perplexity, lowest first: {ranked}.{ending}" if ranked else "Every run diverged."
+
+
+def _deep_half(summary: pd.DataFrame) -> str:
+    shares = 100 * summary.groupby("configuration", sort=False)["deep_half_share"].mean()
+    told = [f"{share:.0f} % with {name}" for name, share in shares.items() if name in (PRE_LN, LNS)]
+    return f"The deeper half of the layers has {' and '.join(told)} of what single skipped layers cost." if told else ""
+
+
+_NOTES = (
+    "± is half of a 95 % t-interval over seeds, where there are several.",
+    "Effective depth: participation ratio of what the loss gains when each layer alone is skipped. Useful layers: "
+    "those that cost at least 1 % of what the costliest does. Deep half's share: of all increases of the loss.",
+    "Variance: of the residual stream after the last block over that after the first, all tokens but the first of a "
+    "sequence, and the law that describes its growth best.",
+)
+
+STUDY = Study(
+    name="curse-of-depth",
+    title="The Curse of Depth: norms, their placements, and what deep layers do",
+    baseline=PRE_LN,
+    configurations=configurations,
+    describe=describe,
+    measurement=lambda preset: Measurement(lambda: None, measure),
+)

@@ -1,0 +1,257 @@
+"""The page of ``normfree private-cost``: tables, figures, formulas, and what the protocols assume."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import pandas as pd
+
+from normfree.files import write_text
+from normfree.private import GROUPS, Network, Settings
+from normfree.report import (
+    Block,
+    Callout,
+    Code,
+    Paragraph,
+    Section,
+    Table,
+    render_report,
+    write_report,
+)
+from normfree.report.private_cost import alternatives_bytes, cost_by_operation, perplexity_against_bytes
+from normfree.studies.page import FIGURES_FOLDER, saved_figure
+from normfree.studies.private_cost import group_costs
+
+_MEGABYTE = 1e6
+_FORMULA = "network seconds = messages · one-way delay + 8 · bytes / bandwidth          (both of one party)"
+
+
+@dataclass(frozen=True)
+class PrivateCosts:
+    """What was measured, as the frames of :mod:`normfree.studies.private_cost`; None for what was not asked for."""
+
+    operations: pd.DataFrame
+    totals: pd.DataFrame
+    blocks: pd.DataFrame
+    alternatives: pd.DataFrame | None = None
+    end_to_end: pd.DataFrame | None = None
+
+    def by_name(self) -> dict[str, pd.DataFrame]:
+        """The frames that there are."""
+        return {name: frame for name, frame in vars(self).items() if frame is not None}
+
+
+def write_private_costs(
+    costs: PrivateCosts,
+    folder: Path,
+    *,
+    settings: Sequence[Settings],
+    networks: Sequence[Network],
+    sequence_lengths: Sequence[int],
+    engine_version: str,
+    command: str,
+) -> None:
+    """Writes CSV files, figures and ``report.html`` into ``folder``."""
+    for name, frame in costs.by_name().items():
+        write_text(folder / f"{name}.csv", frame.to_csv(index=False, na_rep="nan"))
+    first = settings[0]
+    page = render_report(
+        title="What encryption costs: " + ", ".join(dict.fromkeys(costs.totals["model"])),
+        lead=_lead(costs.totals),
+        sections=_sections(costs, folder / FIGURES_FOLDER, settings, networks),
+        meta={
+            "Made by": f"normfree {version('normfree')}",
+            "Engine": f"SecretFlow SPU {engine_version}, {first.field.upper()}, {first.fraction_bits} fraction bits",
+            "Sequence length": ", ".join(str(each) for each in dict.fromkeys(sequence_lengths)),
+            "Date": date.today().isoformat(),
+            "Command": command,
+        },
+    )
+    write_report(folder / "report.html", page)
+
+
+def _sections(
+    costs: PrivateCosts, figures: Path, settings: Sequence[Settings], networks: Sequence[Network]
+) -> list[Section]:
+    assumptions = [f"{each.protocol.name}: {each.protocol.assumption}." for each in settings]
+    projections = [f"{network}." for network in networks]
+    found = [
+        Section(
+            "Result",
+            [
+                _totals_table(costs.totals, networks, assumptions + projections),
+                saved_figure(
+                    figures,
+                    "private-operations",
+                    cost_by_operation(group_costs(costs.operations)),
+                    "Megabytes and messages that a party sends, by operation, mean over the parties.",
+                ),
+                *_pareto(costs.totals, figures),
+            ],
+        ),
+        Section("Operations", [_operations_table(costs.operations)]),
+    ]
+    if costs.alternatives is not None:
+        found.append(
+            Section(
+                "What each norm and activation would cost",
+                [
+                    saved_figure(
+                        figures,
+                        "private-alternatives",
+                        alternatives_bytes(costs.alternatives),
+                        "Megabytes that a party sends for each norm and each activation on the arrays of the first "
+                        "model, whichever it has.",
+                    ),
+                    _alternatives_table(costs.alternatives),
+                ],
+            )
+        )
+    found.append(Section("Checks", [_blocks_table(costs.blocks), *_end_to_end(costs.end_to_end)]))
+    found.append(
+        Section(
+            "How to read it",
+            [
+                Code(_FORMULA),
+                Callout(
+                    "Bytes and messages are exact: they repeat from run to run. Seconds over loopback are the median "
+                    "of a few runs on the machine that measured, all parties on it; they tell nothing about a network."
+                ),
+                Paragraph(
+                    "Sharing the weights and the input among the parties, and opening the result, is not counted. The "
+                    "input is the one-hot rows of the tokens, which their owner makes."
+                ),
+            ],
+        )
+    )
+    return found
+
+
+def _totals_table(totals: pd.DataFrame, networks: Sequence[Network], notes: Sequence[str]) -> Table:
+    columns = {"model": "Model", "protocol": "Protocol", "part": "Part"}
+    columns |= {"bytes_sent": "MB", "messages_sent": "Messages"}
+    columns |= {f"{network.name}_seconds": f"{network.name}, s" for network in networks}
+    columns |= {"seconds": "Loopback, s"}
+    shares = {f"{group}_percent": f"{group.capitalize()}, %" for group in GROUPS if f"{group}_percent" in totals}
+    if "norm_percent" in shares:
+        shares["norm_messages_sent_percent"] = "Norm, % of messages"
+        shares |= {f"norm_{network.name}_seconds_percent": f"Norm, % of {network.name}" for network in networks}
+    columns |= shares
+    columns |= {"eval_ppl": "Perplexity"}
+    frame = totals.assign(bytes_sent=totals["bytes_sent"] / _MEGABYTE)[list(columns)].rename(columns=columns)
+    formats = dict.fromkeys(shares.values(), ".1f")
+    formats |= {"MB": ",.1f", "Messages": ",.0f", "Loopback, s": ",.2f", "Perplexity": ".1f"}
+    formats |= {f"{network.name}, s": ",.1f" for network in networks}
+    return Table(
+        frame,
+        "Sent by a party, mean over the parties; % are shares of the bytes where nothing else is said.",
+        formats,
+        notes,
+    )
+
+
+def _operations_table(operations: pd.DataFrame) -> Table:
+    """Block 0 and what stands outside the blocks; equal rows of several models once, with all their names."""
+    shown = operations[operations["layer"].isna() | (operations["layer"] == 0)]
+    where = shown["layer"].map(lambda layer: "model" if pd.isna(layer) else "block 0")
+    key = ["protocol", "part", "name", "operation", "shapes"]
+    frame = (
+        shown.assign(part=where)
+        .groupby(key, sort=False, as_index=False)
+        .agg(
+            models=("model", lambda names: ", ".join(dict.fromkeys(names))),
+            bytes_sent=("bytes_sent", "first"),
+            messages_sent=("messages_sent", "first"),
+            seconds=("seconds", "first"),
+        )
+    )
+    return _cost_table(frame, ["name", "operation", "shapes", "part", "protocol", "models"], "Every operation once.")
+
+
+def _alternatives_table(alternatives: pd.DataFrame) -> Table:
+    return _cost_table(alternatives, ["label", "shapes", "protocol"], "Norms and activations on the same arrays.")
+
+
+def _cost_table(frame: pd.DataFrame, names: list[str], caption: str) -> Table:
+    titles = {name: name.capitalize() for name in names}
+    titles |= {"bytes_sent": "MB", "messages_sent": "Messages", "seconds": "Loopback, s"}
+    shown = frame.assign(bytes_sent=frame["bytes_sent"] / _MEGABYTE)[list(titles)].rename(columns=titles)
+    return Table(shown, caption, {"MB": ",.2f", "Messages": ",.0f", "Loopback, s": ",.3f"})
+
+
+def _blocks_table(blocks: pd.DataFrame) -> Table:
+    return Table(
+        _against_sums(blocks),
+        "Block 0 in one program, and the sum of its operations.",
+        {"MB": ",.2f", "Sum, MB": ",.2f", "Messages": ",.0f", "Sum, messages": ",.0f", "Difference, %": "+.2f"},
+    )
+
+
+def _end_to_end(end_to_end: pd.DataFrame | None) -> list[Block]:
+    if end_to_end is None:
+        return []
+    quality = {
+        "max_error": "Largest error",
+        "mean_error": "Mean error",
+        "logit_std": "Std of logits",
+        "same_prediction": "Same prediction, %",
+        "plain_loss": "Loss, plain",
+        "encrypted_loss": "Loss, encrypted",
+    }
+    frame = _against_sums(end_to_end)
+    for name, title in quality.items():
+        frame[title] = end_to_end[name] * (100 if name == "same_prediction" else 1)
+    return [
+        Table(
+            frame,
+            "Whole models under encryption, weights and tokens secret.",
+            {"MB": ",.1f", "Sum, MB": ",.1f", "Messages": ",.0f", "Sum, messages": ",.0f", "Difference, %": "+.2f"},
+            [
+                "Errors are absolute differences of logits from the plain model's in float64, over all positions and "
+                "the vocabulary, on random tokens; losses in nats."
+            ],
+        )
+    ]
+
+
+def _against_sums(frame: pd.DataFrame) -> pd.DataFrame:
+    titles = {
+        "model": "Model",
+        "protocol": "Protocol",
+        "bytes_sent": "MB",
+        "sum_bytes_sent": "Sum, MB",
+        "difference_percent": "Difference, %",
+        "messages_sent": "Messages",
+        "sum_messages_sent": "Sum, messages",
+        "seconds": "Loopback, s",
+    }
+    scaled = frame.assign(**{name: frame[name] / _MEGABYTE for name in ("bytes_sent", "sum_bytes_sent")})
+    return scaled[list(titles)].rename(columns=titles)
+
+
+def _pareto(totals: pd.DataFrame, figures: Path) -> list[Block]:
+    whole = totals[totals["part"] != "block 0"]
+    if whole["eval_ppl"].notna().sum() < 2:
+        return []
+    return [
+        saved_figure(
+            figures,
+            "private-pareto",
+            perplexity_against_bytes(whole),
+            "Perplexity against what a party sends. The dashed line joins the models that none beats in both.",
+        )
+    ]
+
+
+def _lead(totals: pd.DataFrame) -> str:
+    """What the norms cost, in words that hold whatever the numbers are."""
+    return " ".join(
+        f"{row['model']} under {row['protocol']}: a party sends {row['bytes_sent'] / _MEGABYTE:,.1f} MB in "
+        f"{row['messages_sent']:,.0f} messages, {row.get('norm_percent', 0.0):.1f} % of the bytes for norms and "
+        f"{row['activation_percent']:.1f} % for activations."
+        for row in totals[totals["part"] != "block 0"].to_dict("records")
+    )

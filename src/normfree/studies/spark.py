@@ -1,0 +1,280 @@
+"""Sparse layers beside dense ones ("Spark Transformer", 2025), with norms and, which the paper has not, without."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from rich.console import Console
+
+from normfree.data import PackedData
+from normfree.modeling import NormfreeConfig
+from normfree.modeling.sparsity_probe import SparsityProbe
+from normfree.report import (
+    BANDS,
+    Block,
+    Callout,
+    Paragraph,
+    Section,
+    Table,
+    active_neurons,
+    evaluation_loss_curves,
+    headwise_entropy_heatmaps,
+    load_published,
+    perplexity_and_overload,
+    sparsity_table,
+)
+from normfree.sparsity.accounting import decode_cost, total_flops
+from normfree.studies.frames import eval_curve_frame, head_entropy_frame, run_key
+from normfree.studies.outliers import final_checkpoint, measured_frame
+from normfree.studies.page import Findings, StudyPage
+from normfree.studies.preset import Preset
+from normfree.studies.relu_revival import LAYERNORM_GELU, LAYERNORM_RELU, RELU
+from normfree.studies.study import Configuration, Measurement, Study
+from normfree.training import RunResult, load_pretrained, load_run_config
+from normfree.training.configuration import read_yaml
+from normfree.training.records import LAYERS_FILE, METRICS_FILE, write_parquet
+from normfree.training.run_folder import CONFIG_FILE
+
+SPARSITY_FILE = "sparsity.parquet"
+BATCH_SIZE = 16
+FFN_ACTIVE = 0.08
+ATTENTION_ACTIVE = 0.125
+"""Share of the positions: 256 keys, the paper's k, would be all of a small model's."""
+ACTIVE_SHARES = (0.02, 0.04, 0.08, 0.16, 0.32, 1.0)
+
+_FFN = {"ffn": "spark", "ffn_active": FFN_ACTIVE}
+_ATTENTION = {"attention": "spark", "attention_active": ATTENTION_ACTIVE}
+_EAGER = {"attn_implementation": "eager"}
+SPARK_FFN = Configuration("Spark-FFN", {**LAYERNORM_GELU.model, **_FFN})
+CONFIGURATIONS = (
+    LAYERNORM_GELU,
+    LAYERNORM_RELU,
+    SPARK_FFN,
+    Configuration("Spark-FFN (exact)", {**SPARK_FFN.model, "topk": "exact"}),
+    Configuration("Spark-attention", {**LAYERNORM_GELU.model, **_ATTENTION}, _EAGER),
+    Configuration("Spark", {**LAYERNORM_GELU.model, **_FFN, **_ATTENTION}, _EAGER),
+    RELU,
+    Configuration("SM+R, Spark-FFN", {**RELU.model, **_FFN}),
+    Configuration("SM+R, Spark", {**RELU.model, **_FFN, **_ATTENTION}, _EAGER),
+)
+
+
+def active(share: float) -> Configuration:
+    """A model with norms and sparse feed-forward networks that aim at ``share`` of their neurons."""
+    return Configuration(f"active {100 * share:g} %", {**LAYERNORM_GELU.model, "ffn": "spark", "ffn_active": share})
+
+
+def measure(result: RunResult, data: PackedData, console: Console) -> None:
+    """Leaves ``sparsity.parquet`` in the run's folder, unless it is there: layer, active_share, attended_keys.
+
+    Of the final weights, on all evaluation sequences; NaN for a run that diverged, and keys for softmax attention.
+    """
+    path = result.folder / SPARSITY_FILE
+    if path.exists():
+        return
+    checkpoint = final_checkpoint(result)
+    if checkpoint is None:
+        layers = sorted(result.head_entropy["layer"].unique())
+        write_parquet(pd.DataFrame({"layer": layers, "active_share": np.nan, "attended_keys": np.nan}), path)
+        return
+    model = load_pretrained(str(checkpoint)).as_normfree()
+    sequences = torch.from_numpy(np.asarray(data.eval.tokens, dtype=np.int64))
+    told = f"{result.row['configuration']} seed {result.row['seed']}: sparsity"
+    with console.status(told), SparsityProbe(model) as probe, torch.inference_mode():
+        for batch in sequences.split(BATCH_SIZE):
+            model(batch.to(model.device), use_cache=False)
+    shares, keys = probe.active_share().numpy(), probe.attended_keys().numpy()
+    write_parquet(pd.DataFrame({"layer": range(len(shares)), "active_share": shares, "attended_keys": keys}), path)
+
+
+def dynamics_frame(results: Iterable[RunResult]) -> pd.DataFrame:
+    """model, context_length, configuration, seed, step, tokens, layer, active_share: training batches."""
+    frames = []
+    for result in results:
+        layers, metrics = (pd.read_parquet(result.folder / name) for name in (LAYERS_FILE, METRICS_FILE))
+        shares = layers.loc[layers["name"] == "active_share", ["step", "layer", "value"]]
+        tokens_per_step = int((metrics["tokens"] / metrics["step"]).max())
+        frames.append(
+            shares.rename(columns={"value": "active_share"}).assign(
+                tokens=shares["step"] * tokens_per_step, **run_key(result)
+            )
+        )
+    return pd.concat(frames, ignore_index=True)
+
+
+def savings_frame(results: Iterable[RunResult], sparsity: pd.DataFrame) -> pd.DataFrame:
+    """model, context_length, configuration, seed, flops: per token on paper, for what was measured of the run.
+
+    The mean over the positions of a sequence, without the unembedding; NaN for a run that diverged.
+    """
+    measured = sparsity.set_index(["configuration", "seed"])
+    rows = []
+    for result in results:
+        key = run_key(result)
+        layers = measured.loc[[(key["configuration"], key["seed"])]].sort_values("layer")
+        rows.append({**key, "flops": _flops(_model_config(result), key["context_length"], layers)})
+    return pd.DataFrame(rows)
+
+
+def _flops(config: NormfreeConfig, sequence_length: int, layers: pd.DataFrame) -> float:
+    if layers["active_share"].isna().any():
+        return float("nan")
+    costs = decode_cost(
+        config,
+        context_length=(sequence_length + 1) / 2,
+        active_share=layers["active_share"].tolist(),
+        attended_keys=layers["attended_keys"].tolist() if config.attention == "spark" else None,
+    )
+    return total_flops(costs, unembedding=False)
+
+
+def _model_config(result: RunResult) -> NormfreeConfig:
+    path = result.folder / CONFIG_FILE
+    vocab_size = read_yaml(path)["provenance"]["corpus"]["vocab_size"]
+    return load_run_config(path).build_model_config(vocab_size)
+
+
+def describe(page: StudyPage) -> Findings:
+    """Measured sparsity and what it saves on paper, the entropy of heads, and what the paper reports."""
+    sections = [*_sparsity_sections(page, nominal=FFN_ACTIVE), _overload_section(page), _published_section()]
+    return Findings(_lead(page.table), sections, _LIMITS)
+
+
+def describe_curve(page: StudyPage) -> Findings:
+    """Perplexity by the share of neurons that top-k aims at, and what is measured."""
+    table = page.table.set_index("configuration")
+    places = [(place, share) for place, share in enumerate(ACTIVE_SHARES) if active(share).label in table.index]
+    columns = ["eval_ppl", "eval_ppl_low", "eval_ppl_high"]
+    rows: list[dict[str, Any]] = []
+    for place, share in places:
+        row = table.loc[active(share).label]
+        about = {"line": SPARK_FFN.label, "place": place, "value": f"{100 * share:g}", "top_band": row[BANDS[-1]]}
+        rows.append({**about, **{name: row[name] for name in columns}})
+    sections = _sparsity_sections(page, nominal=None)
+    if rows:
+        dense = table.loc[LAYERNORM_GELU.label]
+        level = {"configuration": f"{LAYERNORM_GELU.label}, dense", "eval_ppl": dense["eval_ppl"]}
+        figure = page.figure(
+            "perplexity-by-share",
+            perplexity_and_overload(
+                pd.DataFrame(rows), changed="neurons kept (%)", level={**level, "top_band": dense[BANDS[-1]]}
+            ),
+            "Perplexity and share of heads in the top quarter of the entropy range by the share of neurons that top-k "
+            "aims at. At 100 % nothing is cut off: the product of the two parts alone. Dashed: the dense network.",
+        )
+        sections = [Section("By share of neurons", [figure]), *sections]
+    return Findings(_lead(page.table), sections, _LIMITS)
+
+
+def _sparsity_sections(page: StudyPage, *, nominal: float | None) -> list[Section]:
+    measured = [each for each in page.results if (each.folder / SPARSITY_FILE).exists()]
+    missing = [each for each in page.results if each not in measured]
+    sections = []
+    if measured:
+        sparsity = measured_frame(measured, SPARSITY_FILE)
+        table = sparsity_table(sparsity, savings_frame(measured, sparsity), baseline=page.study.baseline)
+        blocks: list[Block] = [
+            Paragraph(
+                "A neuron is active where what enters the last projection of its feed-forward network is not zero: for "
+                "plain ReLU that is natural sparsity. Keys attended are those with a weight above zero, a mean over "
+                "queries, early ones with few keys to see included. FLOPs are counted on paper for the sparsity "
+                "measured, as the mean over the positions of a sequence, without the unembedding: nothing here was "
+                "timed, and in training everything is computed."
+            ),
+            Table(table, "Sparsity of the final weights on evaluation tokens, and FLOPs per token.", notes=_NOTES),
+            page.figure(
+                "active-neurons",
+                active_neurons(sparsity, dynamics_frame(measured), nominal=nominal),
+                "Active neurons: by layer after training, and over training on training batches"
+                + (f"; the dashed line is what top-k aims at, {100 * nominal:g} %." if nominal else "."),
+            ),
+        ]
+        sections.append(Section("Sparsity", blocks))
+    if missing:
+        names = ", ".join(f"{each.row['configuration']} seed {each.row['seed']}" for each in missing)
+        told = f"Not measured yet, and not in these tables: {names}. `normfree study {page.study.name}` goes on."
+        sections.append(Section("Missing", [Callout(told, "warning")]))
+    return sections
+
+
+def _overload_section(page: StudyPage) -> Section:
+    return Section(
+        "Heads",
+        [
+            page.figure(
+                "headwise-entropy",
+                headwise_entropy_heatmaps(head_entropy_frame(page.results), maximum=page.uniform_bound),
+                "Attention entropy of every head in nats: final weights, evaluation tokens, one colour scale. Of "
+                "sparse attention it is that of the softmax over the attended keys, before the gates, and k keys allow "
+                "no more than ln k.",
+            ),
+            page.figure(
+                "evaluation-loss",
+                evaluation_loss_curves(eval_curve_frame(page.results)),
+                "Evaluation loss over training.",
+            ),
+        ],
+    )
+
+
+def _published_section() -> Section:
+    claims = load_published("spark_transformer_claims")
+    shown = pd.DataFrame(
+        {
+            "Published": claims["quantity"],
+            "Value": [f"{value:g} {unit}" for value, unit in zip(claims["value"], claims["unit"], strict=True)],
+            "Setting": claims["setting"],
+        }
+    )
+    caption = "Published, not ours: the abstract of Spark Transformer (arXiv 2506.06644)."
+    return Section("What the paper reports", [Table(shown, caption)])
+
+
+_NOTES = (
+    "± is half of a 95 % t-interval over seeds, where there are several.",
+    "NaN: at least one of the runs diverged, and has no final weights.",
+)
+_LIMITS = (
+    "Perplexities are comparable only between rows of one table. The paper trains a model of 2 B parameters; at this "
+    "size the width of the predictor, the number of neurons and the context are far from its own, and statistical "
+    "top-k has fewer entries to take its mean and std from. Decoding is not timed here."
+)
+
+
+def _lead(table: pd.DataFrame) -> str:
+    """Perplexity against the dense baseline, in words that hold whatever the numbers are."""
+    finite = table.dropna(subset=["delta_percent"])
+    others = finite[finite["loss_difference_over"] != "baseline"].sort_values("delta_percent")
+    listed = ", ".join(f"{row['configuration']} {row['delta_percent']:+.1f} %" for _, row in others.iterrows())
+    diverged = table.loc[table["diverged"] > 0, "configuration"].tolist()
+    told = f"Perplexity against dense {LAYERNORM_GELU.label}: {listed}." if len(others) else "Every other run diverged."
+    return told + (f" Runs diverged: {', '.join(diverged)}." if diverged else "")
+
+
+_MEASUREMENT = Measurement(check=lambda: None, measure=measure)
+STUDY = Study(
+    name="spark",
+    title="Spark Transformer: sparse feed-forward networks and attention",
+    baseline=LAYERNORM_GELU.label,
+    configurations=lambda preset: CONFIGURATIONS,
+    describe=describe,
+    measurement=lambda preset: _MEASUREMENT,
+)
+
+
+def _curve(preset: Preset) -> tuple[Configuration, ...]:
+    return (LAYERNORM_GELU, *(active(share) for share in ACTIVE_SHARES))
+
+
+CURVE = Study(
+    name="spark-active",
+    title="Spark Transformer: perplexity by the share of active neurons",
+    baseline=LAYERNORM_GELU.label,
+    configurations=_curve,
+    describe=describe_curve,
+    measurement=lambda preset: _MEASUREMENT,
+)

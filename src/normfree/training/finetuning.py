@@ -1,0 +1,93 @@
+"""What supervised fine-tuning trains on and how, where its user does not say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from normfree.data import DataConfig, PackedData, prepare_data
+from normfree.errors import InputError, invalid_fields, unknown_name
+from normfree.training.configuration import RunConfig, with_changes
+from normfree.training.pretrained import LoadedModel
+from normfree.training.recipe import Recipe
+
+RECIPE: dict[str, Any] = {
+    "batch_size": 16,
+    "micro_batch_size": 8,
+    "learning_rate": 1e-4,
+    "learning_rate_decay": "cosine",
+    "warmup_ratio": 0.03,
+    "weight_decay": 0.0,
+    "precision": "bf16",
+    "telemetry_steps": 50,
+    "eval_steps": 100,
+    "save_steps": 100,
+}
+FROM_THE_RUN = ("precision", "attn_implementation")
+LONGEST_SEQUENCE = 1024
+
+
+def finetuning_run(
+    loaded: LoadedModel,
+    cache_dir: Path,
+    *,
+    changes: Mapping[str, Any],
+    epochs: float,
+    seed: int,
+    lora_rank: int | None = None,
+    progress: bool = False,
+) -> tuple[RunConfig, PackedData]:
+    """A run that goes on from ``loaded`` on a corpus of prompts and completions, and its data.
+
+    The model keeps its tokenizer, and its sequence length up to ``LONGEST_SEQUENCE``.
+
+    Args:
+        loaded: the model to begin with.
+        cache_dir: where packed tokens are kept.
+        changes: any value by its dotted name; ``data.corpus`` among them.
+        epochs: budget in passes over the training split, where ``changes`` give none.
+        seed: of the order of the data and of dropout.
+        lora_rank: with it, low-rank changes train.
+
+    Raises:
+        InputError: no corpus is named, it cannot be used, or a name or value is wrong.
+    """
+    trained = loaded.run
+    length = trained.data.sequence_length if trained is not None else min(LONGEST_SEQUENCE, loaded.n_positions or 512)
+    recipe = RECIPE if trained is None else RECIPE | {name: getattr(trained.recipe, name) for name in FROM_THE_RUN}
+    sections: dict[str, Any] = {
+        "data": {"tokenizer": str(Path(loaded.checkpoint).resolve()), "sequence_length": length, "cut": "packed"},
+        "recipe": recipe,
+    }
+    if not Path(loaded.checkpoint).exists():
+        sections["data"]["tokenizer"] = loaded.checkpoint
+    if lora_rank is not None:
+        sections["lora"] = {"rank": lora_rank}
+    for name in changes:
+        if name.partition(".")[0] not in sections:
+            raise unknown_name("option", name, [f"{each}.OPTION" for each in sections])
+    sections = with_changes(sections, changes)
+    if "corpus" not in sections["data"]:
+        raise InputError("name what to fine-tune on with --corpus, such as pairs:FILE.jsonl")
+    try:
+        data = prepare_data(DataConfig.model_validate(sections["data"]), cache_dir, progress=progress)
+        if not {"steps", "tokens"} & sections["recipe"].keys():
+            batch = Recipe.model_validate({**sections["recipe"], "steps": 1}).batch_size
+            sections["recipe"]["steps"] = max(1, math.ceil(epochs * len(data.train) / batch))
+        run = RunConfig.model_validate(
+            {
+                "model_name": loaded.source,
+                "configuration": "finetuned",
+                "seed": seed,
+                "model": {},
+                "start_from": str(Path(loaded.source).resolve()) if Path(loaded.source).exists() else loaded.source,
+                **sections,
+            }
+        )
+    except ValidationError as error:
+        raise invalid_fields("finetune", error, RunConfig) from error
+    return run, data

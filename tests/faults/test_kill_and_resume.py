@@ -1,0 +1,114 @@
+"""A process killed at any moment, and started again with the same command, ends as one that was never killed."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+from matplotlib.figure import Figure
+
+from normfree.report import save_figure
+
+from .conftest import NIGHTLY
+from .crash import Kill, in_child, killed_again_and_again, normfree, random_kills
+
+KILLS_IN_A_CHAIN = 4
+TRAIN_KILLS, STUDY_KILLS = (160, 60) if NIGHTLY else (17, 4)
+OF_THE_CLOCK = ("tokens_per_second",)
+
+
+def state_of(folder: Path) -> dict[str, Any]:
+    """All that a command has left in ``folder``, but for readings of the clock."""
+    state: dict[str, Any] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_dir():
+            continue
+        if path.name in ("metrics.parquet",):
+            metrics = pd.read_parquet(path)
+            repeated = metrics[~metrics["name"].isin(OF_THE_CLOCK)].drop(columns="wall_seconds")
+            state[name] = repeated.to_csv(index=False)
+            assert metrics["wall_seconds"].is_monotonic_increasing
+            assert not metrics.duplicated(["step", "name"]).any()
+        elif path.suffix == ".parquet":
+            state[name] = pd.read_parquet(path).to_csv(index=False)
+        elif path.suffix in (".npy", ".csv", ".safetensors", ".pt", ".pth"):
+            state[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        else:
+            state[name] = "there"
+    return state
+
+
+def prove(
+    job: Callable[[Path], Callable[[], None]], folder: Path, n_kills: int, chosen: tuple[tuple[Kill, ...], ...] = ()
+) -> None:
+    """Kills ``job`` in a chain of ``chosen`` kills and in chains of random ones, and compares what each leaves."""
+    (folder / "whole").mkdir()
+    start = time.monotonic()
+    whole = in_child(job(folder / "whole"), folder / "whole")
+    seconds = time.monotonic() - start
+    assert whole.code == 0, whole.output
+    expected = state_of(folder / "whole")
+    done, chain = 0, 0
+    while done < n_kills:
+        stopped = folder / f"stopped-{chain}"
+        stopped.mkdir()
+        kills = random_kills(random.Random(chain), whole, seconds, min(KILLS_IN_A_CHAIN, n_kills - done))
+        *killed, last = killed_again_and_again(job(stopped), stopped, chosen[chain] if chain < len(chosen) else kills)
+        assert all(each.code == -signal.SIGKILL for each in killed)
+        assert last.code == 0, last.output
+        assert chain >= len(chosen) or len(killed) == len(chosen[chain])
+        found = state_of(stopped)
+        assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+        assert [name for name in expected if found[name] != expected[name]] == [], chain
+        done, chain = done + len(killed), chain + 1
+    print(f"\n{done} kills in {chain} runs of {whole.changes} changes to files: all ended like one never killed")
+
+
+IN_A_RUN = (
+    Kill(before=("open", "train.npy")),
+    Kill(before=("open", "data.json")),
+    Kill(before=("os.rename", "config.yaml")),
+    Kill(before=("open", ".checkpoint-2", "progress")),
+    Kill(before=("os.rename", ".checkpoint-2", "run/checkpoint-2")),
+    Kill(before=("os.rename", "metrics")),
+    Kill(before=("os.rmdir", "run/checkpoint-2")),
+    Kill(before=("os.rename", "sequence_losses")),
+    Kill(before=("os.rename", "results.csv")),
+)
+"""While tokens are packed, a checkpoint is written, put into its place or taken away, telemetry is flushed, and between
+the last checkpoint and the result."""
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"] if NIGHTLY else ["fp32"])
+def test_a_run(train_command: Callable[[Path], Any], run_file: Path, tmp_path: Path, precision: str) -> None:
+    content = yaml.safe_load(run_file.read_text())
+    content["recipe"]["precision"] = precision
+    run_file.write_text(yaml.safe_dump(content))
+    prove(lambda folder: normfree(*train_command(folder)), tmp_path, TRAIN_KILLS, (IN_A_RUN,))
+
+
+def test_a_study(run_content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save(figure: Figure, folder: Path, name: str) -> list[Path]:
+        return save_figure(Figure(figsize=(0.1, 0.1)), folder, name)
+
+    monkeypatch.setattr("normfree.studies.page.save_figure", save)
+    recipe = {**run_content["recipe"], "steps": 3}
+    preset = {"description": "For tests.", "model_name": "tiny", "recipe": recipe, "data": run_content["data"]}
+    preset["model"] = {"n_layer": 1, "n_head": 2, "n_embd": 16}
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(preset))
+
+    def job(folder: Path) -> Any:
+        out = ("--out", folder / "study", "--cache-dir", folder / "cache")
+        return normfree("study", "relu-revival", "--preset", path, *out)
+
+    prove(job, tmp_path, STUDY_KILLS)

@@ -1,0 +1,99 @@
+"""The two studies of sparse layers from the command line, on a made-up corpus."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from normfree.studies import StudyFolder, load_preset
+from normfree.studies.spark import CURVE, STUDY, savings_frame
+from normfree.studies.study import run_config
+from normfree.training.records import LAYERS_FILE
+
+Command = Callable[..., tuple[int, str, str]]
+SMALL = ("--set", "recipe.steps=2", "--set", "recipe.telemetry_steps=1", "--set", "recipe.eval_steps=1")
+DIVERGING = ("--set", "recipe.learning_rate=1e30", "--set", "recipe.warmup_ratio=0")
+
+
+def test_the_configurations_have_the_parameters_of_dense_models() -> None:
+    preset = load_preset("cpu")
+    configs = {
+        each.label: run_config(preset, each, seed=0).build_model_config(512) for each in STUDY.configurations(preset)
+    }
+    assert list(configs) == [
+        *("SM+LN+G", "SM+LN+R", "Spark-FFN", "Spark-FFN (exact)", "Spark-attention", "Spark"),
+        *("SM+R", "SM+R, Spark-FFN", "SM+R, Spark"),
+    ]
+    both = configs["SM+R, Spark"]
+    assert (both.norm, both.ffn, both.attention, both.topk) == ("none", "spark", "spark", "statistical")
+    assert both.spark_sizes.attention_active == 16
+    assert both.spark_sizes.ffn_active == round(0.08 * 512)
+    assert configs["Spark-FFN (exact)"].topk == "exact"
+    shares = [each.model.get("ffn_active") for each in CURVE.configurations(preset)]
+    assert shares == [None, 0.02, 0.04, 0.08, 0.16, 0.32, 1.0]
+
+
+def test_the_study_measures_sparsity_once_and_shows_it(normfree: Command, preset_file: Path, tmp_path: Path) -> None:
+    command = ("study", "spark", "--preset", preset_file, "--out", "study", *SMALL)
+    code, out, err = normfree(*command)
+    assert code == 0, err
+    folder = tmp_path / "study"
+    names = {path.name for path in (folder / "figures").glob("*.png")}
+    assert names == {"active-neurons.png", "headwise-entropy.png", "evaluation-loss.png"}
+    page = (folder / "report.html").read_text()
+    assert "Published, not ours: the abstract of Spark Transformer" in page
+    assert "1.79 times at most" in page
+    assert "SM+R, Spark-FFN" in out
+
+    results = {each.row["configuration"]: each for each in StudyFolder.open(folder).results("runs")}
+    assert len({each.row["n_parameters"] for label, each in results.items() if "SM+R" in label}) == 1
+    measured = {label: pd.read_parquet(each.folder / "sparsity.parquet") for label, each in results.items()}
+    exact = measured["Spark-FFN (exact)"]
+    assert exact["active_share"].tolist() == [5 / 64] * 2
+    assert measured["SM+LN+G"]["active_share"].tolist() == pytest.approx([1.0, 1.0], abs=1e-3)
+    assert measured["SM+LN+G"]["attended_keys"].isna().all()
+    assert measured["Spark"]["attended_keys"].between(1, 6).all()
+    layers = pd.read_parquet(results["Spark"].folder / LAYERS_FILE)
+    assert {"active_share", "attended_keys"} <= set(layers["name"])
+
+    frame = pd.concat([each.assign(configuration=label, seed=0) for label, each in measured.items()])
+    flops = savings_frame(results.values(), frame).set_index("configuration")["flops"]
+    # two layers of width 16, 64 neurons, two heads: 8.5 keys on average
+    assert flops["SM+LN+G"] == pytest.approx(
+        2 * 2 * (4 * 16 * 16 + 2 * 16 * 8.5 + 2 * 16 * 64 * 0.5 + 16 * 64), rel=1e-3
+    )
+    assert flops["Spark-FFN (exact)"] == 2 * 2 * (4 * 256 + 2 * 16 * 8.5 + 8 * 64 + 5 * (8 + 16))
+
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("sparsity.parquet")}
+    code, out, err = normfree("report", "study", "--json")
+    assert code == 0, err
+    assert len(json.loads(out)["table"]) == 9
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("sparsity.parquet")} == times
+
+
+@pytest.mark.usefixtures("blank_figures")
+def test_the_curve_of_active_neurons(normfree: Command, preset_file: Path, tmp_path: Path) -> None:
+    code, _, err = normfree("study", "spark-active", "--preset", preset_file, "--out", "study", *SMALL)
+    assert code == 0, err
+    assert (tmp_path / "study" / "figures" / "perplexity-by-share.png").exists()
+    page = (tmp_path / "study" / "report.html").read_text()
+    assert "active 2 %" in page
+    assert "Perplexity against dense SM+LN+G: " in page
+
+
+@pytest.mark.usefixtures("blank_figures")
+def test_diverged_runs_are_nan(normfree: Command, preset_file: Path, tmp_path: Path) -> None:
+    code, _, err = normfree("study", "spark", "--preset", preset_file, "--out", "study", *SMALL, *DIVERGING)
+    assert code == 0, err
+    results = StudyFolder.open(tmp_path / "study").results("runs")
+    diverged = [each for each in results if each.row["status"] == "diverged"]
+    assert diverged
+    for each in diverged:
+        if not (each.folder / "checkpoint-2").exists():
+            assert np.isnan(pd.read_parquet(each.folder / "sparsity.parquet")["active_share"]).all()
+    assert "NaN" in (tmp_path / "study" / "report.html").read_text()
