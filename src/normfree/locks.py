@@ -86,8 +86,14 @@ def holds_nothing(folder: Path) -> bool:
 def _make(folder: Path) -> list[Path]:
     """Makes ``folder``; returns the folders that were not there, the innermost first."""
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    return missing
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            return missing
+        except FileExistsError:
+            # Another process has taken an empty folder away between the two looks that mkdir takes.
+            if folder.exists() and not folder.is_dir():
+                raise
 
 
 def _this_process() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,8 @@ def test_a_stopped_study_goes_on_to_the_same_result(
 
         def interrupted(*arguments: object, **options: object) -> object:
             if next(steps) == 7:  # the last step of the second run; its checkpoint is of step 2
-                raise KeyboardInterrupt
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)  # a second one stops at once
             return step(*arguments, **options)
 
         patch.setattr(Trainer, "training_step", interrupted)
