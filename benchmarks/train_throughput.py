@@ -15,7 +15,6 @@ are taken within a round, so that a machine that slows down slows down all. Prin
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import platform
 import random
@@ -32,6 +31,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from normfree import EntropyProbe, NormfreeForCausalLM
 from normfree.modeling.residual_stream import ResidualStreamProbe
+from normfree.modeling.sparsity_probe import SparsityProbe
 from normfree.studies import Preset, load_preset
 from normfree.studies.relu_revival import LAYERNORM_GELU
 from normfree.studies.study import run_config
@@ -61,10 +61,10 @@ def training_step(model: PreTrainedModel, batch: torch.Tensor, dtype: torch.dtyp
 
 def with_telemetry(model: NormfreeForCausalLM, step: Step) -> Step:
     def measured() -> None:
-        residual = ResidualStreamProbe(model)
-        with contextlib.closing(residual), EntropyProbe(model, count_nonfinite=True) as probe:
+        probe = EntropyProbe(model, count_nonfinite=True)
+        with probe, ResidualStreamProbe(model) as residual, SparsityProbe(model) as sparsity:
             step()
-        probe.per_head().tolist(), probe.nonfinite(), residual.rms().tolist()
+        probe.per_head().tolist(), probe.nonfinite(), residual.by_layer(), sparsity.by_layer()
 
     return measured
 

@@ -4,7 +4,7 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -55,6 +55,19 @@ def sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def first_difference(folder: Path, expected: Mapping[str, tuple[int, str]]) -> str | None:
+    """What is wrong with the files in ``folder``, of which ``expected`` has size and SHA-256; None if nothing is."""
+    for name, (n_bytes, digest) in expected.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != n_bytes:
+            return f"{name} has {path.stat().st_size} bytes, {n_bytes} were written"
+        if sha256(path) != digest:
+            return f"{name} is not as it was written: its SHA-256 differs"
+    return None
 
 
 def is_unfinished(path: Path) -> bool:

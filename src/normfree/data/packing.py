@@ -32,7 +32,7 @@ from normfree.data.documents import Corpus, Split
 from normfree.data.pairs import PairCorpus, write_pairs
 from normfree.data.tokenizer import load_tokenizer, train_tokenizer, vocabulary_size
 from normfree.errors import InputError
-from normfree.files import sha256
+from normfree.files import first_difference, sha256
 from normfree.locks import locked, remove_abandoned
 
 log = logging.getLogger(__name__)
@@ -291,15 +291,7 @@ def _damage(folder: Path) -> str | None:
         return f"data.json cannot be read: {error.strerror}"
     except (ValueError, TypeError, KeyError, AttributeError):
         return "data.json is not as it was written"
-    for name, (n_bytes, digest) in expected.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != n_bytes:
-            return f"{name} has {path.stat().st_size} bytes, {n_bytes} were written"
-        if sha256(path) != digest:
-            return f"{name} is not as it was written: its SHA-256 differs"
-    return None
+    return first_difference(folder, expected)
 
 
 def _own_sha256(record: dict[str, Any]) -> str:

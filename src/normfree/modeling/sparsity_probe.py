@@ -91,9 +91,9 @@ class SparsityProbe:
             if self._tracker.is_bw:
                 return
             (neurons,) = inputs
-            # A number that is not finite makes its product with zero NaN, and so the layer's sum.
-            lost = (neurons * 0).sum(dtype=torch.float64)
-            self._neurons[layer, 0] += (neurons.count_nonzero() + lost).cpu()
+            # A number that is not finite makes the sum so, and its product with zero NaN.
+            lost = 0 * neurons.sum(dtype=torch.float32)
+            self._neurons[layer, 0] += neurons.count_nonzero().cpu() + lost.cpu()
             self._neurons[layer, 1] += neurons.numel()
 
         return read

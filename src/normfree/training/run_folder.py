@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from normfree.files import sha256, write_text
+from normfree.files import first_difference, sha256, write_text
 
 log = logging.getLogger(__name__)
 
@@ -65,15 +65,7 @@ def damage(checkpoint: Path) -> str | None:
         return f"it is of step {step}"
     if run != run_identity(checkpoint.parent):
         return "it belongs to another run"
-    for name, (n_bytes, digest) in files.items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != n_bytes:
-            return f"{name} has {path.stat().st_size} bytes, {n_bytes} were written"
-        if sha256(path) != digest:
-            return f"{name} is not as it was written: its SHA-256 differs"
-    return None
+    return first_difference(checkpoint, files)
 
 
 def write_manifest(checkpoint: Path, run: str | None) -> None:
