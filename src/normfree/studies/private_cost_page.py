@@ -84,6 +84,7 @@ def _sections(
             "Result",
             [
                 _totals_table(costs.totals, networks, assumptions + projections),
+                _shares_table(costs.totals, networks),
                 saved_figure(
                     figures,
                     "private-operations",
@@ -131,26 +132,29 @@ def _sections(
     return found
 
 
+_WHOSE = {"model": "Model", "protocol": "Protocol", "part": "Part"}
+
+
 def _totals_table(totals: pd.DataFrame, networks: Sequence[Network], notes: Sequence[str]) -> Table:
-    columns = {"model": "Model", "protocol": "Protocol", "part": "Part"}
-    columns |= {"bytes_sent": "MB", "messages_sent": "Messages"}
+    columns = {**_WHOSE, "bytes_sent": "MB", "messages_sent": "Messages"}
     columns |= {f"{network.name}_seconds": f"{network.name}, s" for network in networks}
-    columns |= {"seconds": "Loopback, s"}
+    columns |= {"seconds": "Loopback, s", "eval_ppl": "Perplexity"}
+    frame = totals.assign(bytes_sent=totals["bytes_sent"] / _MEGABYTE)[list(columns)].rename(columns=columns)
+    formats = {"MB": ",.1f", "Messages": ",.0f", "Loopback, s": ",.2f", "Perplexity": ".1f"}
+    formats |= {f"{network.name}, s": ",.1f" for network in networks}
+    return Table(frame, "Sent by a party, mean over the parties.", formats, notes)
+
+
+def _shares_table(totals: pd.DataFrame, networks: Sequence[Network]) -> Table:
     shares = {f"{group}_percent": f"{group.capitalize()}, %" for group in GROUPS if f"{group}_percent" in totals}
     if "norm_percent" in shares:
         shares["norm_messages_sent_percent"] = "Norm, % of messages"
         shares |= {f"norm_{network.name}_seconds_percent": f"Norm, % of {network.name}" for network in networks}
-    columns |= shares
-    columns |= {"eval_ppl": "Perplexity"}
-    frame = totals.assign(bytes_sent=totals["bytes_sent"] / _MEGABYTE)[list(columns)].rename(columns=columns)
-    formats = dict.fromkeys(shares.values(), ".1f")
-    formats |= {"MB": ",.1f", "Messages": ",.0f", "Loopback, s": ",.2f", "Perplexity": ".1f"}
-    formats |= {f"{network.name}, s": ",.1f" for network in networks}
+    columns = {**_WHOSE, **shares}
     return Table(
-        frame,
-        "Sent by a party, mean over the parties; % are shares of the bytes where nothing else is said.",
-        formats,
-        notes,
+        totals[list(columns)].rename(columns=columns),
+        "Who sends it: shares of the bytes, where nothing else is said.",
+        dict.fromkeys(shares.values(), ".1f"),
     )
 
 
