@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -138,9 +139,12 @@ _WHOSE = {"model": "Model", "protocol": "Protocol", "part": "Part"}
 def _totals_table(totals: pd.DataFrame, networks: Sequence[Network], notes: Sequence[str]) -> Table:
     columns = {**_WHOSE, "bytes_sent": "MB", "messages_sent": "Messages"}
     columns |= {f"{network.name}_seconds": f"{network.name}, s" for network in networks}
-    columns |= {"seconds": "Loopback, s", "eval_ppl": "Perplexity"}
+    columns |= {"seconds": "Loopback, s"}
     frame = totals.assign(bytes_sent=totals["bytes_sent"] / _MEGABYTE)[list(columns)].rename(columns=columns)
-    formats = {"MB": ",.1f", "Messages": ",.0f", "Loopback, s": ",.2f", "Perplexity": ".1f"}
+    if totals["eval_ppl"].notna().any():
+        # An architecture that nobody trained has none.
+        frame["Perplexity"] = ["–" if math.isnan(value) else f"{value:.1f}" for value in totals["eval_ppl"]]
+    formats = {"MB": ",.1f", "Messages": ",.0f", "Loopback, s": ",.2f"}
     formats |= {f"{network.name}, s": ",.1f" for network in networks}
     return Table(frame, "Sent by a party, mean over the parties.", formats, notes)
 
@@ -151,8 +155,9 @@ def _shares_table(totals: pd.DataFrame, networks: Sequence[Network]) -> Table:
         shares["norm_messages_sent_percent"] = "Norm, % of messages"
         shares |= {f"norm_{network.name}_seconds_percent": f"Norm, % of {network.name}" for network in networks}
     columns = {**_WHOSE, **shares}
+    unbroken = totals.assign(part=totals["part"].str.replace(" ", "\N{NO-BREAK SPACE}"))
     return Table(
-        totals[list(columns)].rename(columns=columns),
+        unbroken[list(columns)].rename(columns=columns),
         "Who sends it: shares of the bytes, where nothing else is said.",
         dict.fromkeys(shares.values(), ".1f"),
     )
