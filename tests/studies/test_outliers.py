@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from normfree.studies import StudyFolder
-from normfree.studies.outliers import final_checkpoint
+from normfree.studies.frames import final_checkpoint
 from normfree.training.records import LAYERS_FILE
 
 Command = Callable[..., tuple[int, str, str]]

@@ -10,18 +10,25 @@ import typer
 from rich import box
 from rich.table import Table
 
-from normfree.cli.interpret import model_name
-from normfree.cli.options import DEFAULT_CACHE_DIR, CacheDir, Json, open_console
+from normfree.cli.options import (
+    DEFAULT_CACHE_DIR,
+    CacheDir,
+    Compared,
+    ComparedCorpus,
+    ComparedLength,
+    ComparedTokenizer,
+    Json,
+    model_name,
+    open_console,
+)
 from normfree.errors import InputError
 
 
 def depth(
-    models: Annotated[list[str], typer.Argument(help="Hub ids, model folders, or runs of ours; compared on one page.")],
-    corpus: Annotated[str | None, typer.Option(help="As for a study; default: the first run's own sequences.")] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="A tokenizer's name or folder; default: the first model's.")
-    ] = None,
-    sequence_length: Annotated[int | None, typer.Option(help="T; default: the first model's.")] = None,
+    models: Compared,
+    corpus: ComparedCorpus = None,
+    tokenizer: ComparedTokenizer = None,
+    sequence_length: ComparedLength = None,
     sequences: Annotated[int, typer.Option(help="Sequences to measure on.")] = 32,
     probes: Annotated[int, typer.Option(help="Random vectors a sequence for each Jacobian.")] = 8,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences in memory at once.")] = 8,

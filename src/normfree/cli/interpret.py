@@ -10,16 +10,24 @@ import typer
 from rich import box
 from rich.table import Table
 
-from normfree.cli.options import DEFAULT_CACHE_DIR, CacheDir, Json, open_console
+from normfree.cli.options import (
+    DEFAULT_CACHE_DIR,
+    CacheDir,
+    Compared,
+    ComparedCorpus,
+    ComparedLength,
+    ComparedTokenizer,
+    Json,
+    model_name,
+    open_console,
+)
 
 
 def interpret(
-    models: Annotated[list[str], typer.Argument(help="Hub ids, model folders, or runs of ours; compared on one page.")],
-    corpus: Annotated[str | None, typer.Option(help="As for a study; default: the first run's own sequences.")] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="A tokenizer's name or folder; default: the first model's.")
-    ] = None,
-    sequence_length: Annotated[int | None, typer.Option(help="T; default: the first model's.")] = None,
+    models: Compared,
+    corpus: ComparedCorpus = None,
+    tokenizer: ComparedTokenizer = None,
+    sequence_length: ComparedLength = None,
     sequences: Annotated[int, typer.Option(help="Sequences to measure on.")] = 64,
     prompts: Annotated[
         Path | None,
@@ -70,13 +78,3 @@ def interpret(
         shown.add_row(*(value if isinstance(value, str) else f"{value:.3f}" for value in row.values()))
     console.print(shown)
     console.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True)
-
-
-def model_name(source: str, among: list[str]) -> str:
-    """The last part of a path, or as many as tell it from the others; a Hub id as it is."""
-    if not Path(source).exists():
-        return source
-    parts = Path(source).resolve().parts
-    others = [Path(each).resolve().parts for each in among if each != source]
-    n = next(n for n in range(1, len(parts) + 1) if all(each[-n:] != parts[-n:] for each in others) or n == len(parts))
-    return "/".join(parts[-n:])

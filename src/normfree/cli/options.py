@@ -14,6 +14,12 @@ from normfree.errors import InputError
 
 CacheDir = Annotated[Path, typer.Option(help="Where tokenized corpora are kept and found again.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, to standard output.")]
+Compared = Annotated[list[str], typer.Argument(help="Hub ids, model folders, or runs of ours; compared on one page.")]
+ComparedCorpus = Annotated[str | None, typer.Option(help="As for a study; default: the first run's own sequences.")]
+ComparedTokenizer = Annotated[
+    str | None, typer.Option(help="A tokenizer's name or folder; default: the first model's.")
+]
+ComparedLength = Annotated[int | None, typer.Option(help="T; default: the first model's.")]
 LOG_WIDTH = 110
 DEFAULT_CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "normfree"
 
@@ -27,6 +33,16 @@ def open_console(json_: bool) -> Console:
     if not console.is_terminal:
         console.width = LOG_WIDTH
     return console
+
+
+def model_name(source: str, among: list[str]) -> str:
+    """The last part of a path, or as many as tell it from the others; a Hub id as it is."""
+    if not Path(source).exists():
+        return source
+    parts = Path(source).resolve().parts
+    others = [Path(each).resolve().parts for each in among if each != source]
+    n = next(n for n in range(1, len(parts) + 1) if all(each[-n:] != parts[-n:] for each in others) or n == len(parts))
+    return "/".join(parts[-n:])
 
 
 def changes(

@@ -11,8 +11,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from normfree.cli.interpret import model_name
-from normfree.cli.options import DEFAULT_CACHE_DIR, CacheDir, Json, open_console
+from normfree.cli.options import DEFAULT_CACHE_DIR, CacheDir, Json, model_name, open_console
 
 
 def private_cost(

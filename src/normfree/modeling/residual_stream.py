@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.distributed
@@ -18,6 +17,7 @@ from torch.utils.module_tracker import ModuleTracker
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from normfree.errors import InputError
+from normfree.modeling.attached import Attached
 from normfree.modeling.moments import CentralMoments
 
 NEVER_CALLED = "it has not been called"
@@ -142,7 +142,7 @@ def max_over_median(x: Tensor) -> Tensor:
     return ordered[..., -1].double() / ordered[..., (x.shape[-1] - 1) // 2].double()
 
 
-class ResidualStreamProbe:
+class ResidualStreamProbe(Attached):
     """Statistics of the residual stream after each block, over the batches seen while attached.
 
     It attaches itself when it is made and leaves with :meth:`close` or at the end of a ``with`` block::
@@ -171,17 +171,6 @@ class ResidualStreamProbe:
         self._refused: dict[int, str] = {}
         self._tracker = ModuleTracker()
         self._hooks = [block.register_forward_hook(self._reader(layer)) for layer, block in enumerate(blocks.values())]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exception_type: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Takes the probe off the model; what it has seen stays."""

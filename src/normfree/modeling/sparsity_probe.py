@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
 from torch.utils.module_tracker import ModuleTracker
 
+from normfree.modeling.attached import Attached
 from normfree.modeling.attention import SparkAttention
 from normfree.modeling.decoder import NormfreeForCausalLM
 
 
-class SparsityProbe:
+class SparsityProbe(Attached):
     """Sums over the batches seen while attached, for every layer of one of our models.
 
     It attaches itself when it is made and leaves with :meth:`close` or at the end of a ``with`` block::
@@ -44,17 +44,6 @@ class SparsityProbe:
             if isinstance(block.attention, SparkAttention):
                 hook = block.attention.register_forward_hook(self._key_reader(layer))
                 self._attached.callback(hook.remove)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exception_type: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Takes the probe off the model; what it has seen stays."""

@@ -14,8 +14,7 @@ from normfree.errors import InputError
 from normfree.interpret import measure_depth, write_depth
 from normfree.report import Block, Callout, Section, Table, depth_table, evaluation_loss_curves, load_published
 from normfree.studies.depth import depth_sections
-from normfree.studies.frames import eval_curve_frame, run_key
-from normfree.studies.outliers import final_checkpoint
+from normfree.studies.frames import eval_curve_frame, final_checkpoint, run_key
 from normfree.studies.page import FIGURES_FOLDER, Findings, StudyPage
 from normfree.studies.preset import Preset
 from normfree.studies.study import Configuration, Measurement, Study

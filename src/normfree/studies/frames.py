@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -12,7 +13,7 @@ from normfree.studies.study import Study
 from normfree.training import RunResult, load_run_config
 from normfree.training.objectives.entropy_regularization import THRESHOLD
 from normfree.training.records import LAYERS_FILE, METRICS_FILE
-from normfree.training.run_folder import CONFIG_FILE
+from normfree.training.run_folder import CONFIG_FILE, last_checkpoint
 
 KEY = ("model", "context_length", "configuration", "seed")
 
@@ -116,3 +117,12 @@ def slope_frame(results: Iterable[RunResult]) -> pd.DataFrame:
 def run_key(result: RunResult) -> dict[str, Any]:
     """The columns that name a run: model, context_length, configuration, seed."""
     return {name: result.row[name] for name in KEY}
+
+
+def final_checkpoint(result: RunResult) -> Path | None:
+    """The checkpoint of the weights that training ended with.
+
+    Training saves its last step, unless the weights were no longer finite: then there is none.
+    """
+    newest = last_checkpoint(result.folder)
+    return newest if newest is not None and newest.name == f"checkpoint-{result.row['steps']}" else None

@@ -7,7 +7,6 @@ study measures both on the four models of the paper.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -34,13 +33,12 @@ from normfree.report import (
     signal_propagation_dynamics,
     signal_propagation_over_depth,
 )
-from normfree.studies.frames import KEY, run_key
+from normfree.studies.frames import KEY, final_checkpoint, run_key
 from normfree.studies.page import Findings, StudyPage
 from normfree.studies.relu_revival import GELU, LAYERNORM_GELU, LAYERNORM_RELU, RELU, scale_limits
 from normfree.studies.study import Measurement, Study
 from normfree.training import RunResult, load_pretrained
 from normfree.training.records import LAYERS_FILE, write_parquet
-from normfree.training.run_folder import last_checkpoint
 
 SIGNAL_FILE = "signal_propagation.parquet"
 QUANTIZATION_FILE = "quantization.parquet"
@@ -80,15 +78,6 @@ def measure(result: RunResult, data: PackedData, console: Console) -> None:
             quantization = quantization_cost(model, sequences, BATCH_SIZE)
     write_parquet(signal, signal_path)
     write_parquet(quantization, quantization_path)
-
-
-def final_checkpoint(result: RunResult) -> Path | None:
-    """The checkpoint of the weights that training ended with.
-
-    Training saves its last step, unless the weights were no longer finite: then there is none.
-    """
-    newest = last_checkpoint(result.folder)
-    return newest if newest is not None and newest.name == f"checkpoint-{result.row['steps']}" else None
 
 
 def measured_frame(results: Iterable[RunResult], file: str) -> pd.DataFrame:
