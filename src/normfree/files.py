@@ -3,10 +3,14 @@
 import hashlib
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+_NEW, _OLD = "new", "old"
+"""In the temporary folder beside a folder that is written whole."""
 
 
 @contextmanager
@@ -37,7 +41,7 @@ def folder_written_whole(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as beside:
-        temporary, old = Path(beside) / "new", Path(beside) / "old"
+        temporary, old = Path(beside) / _NEW, Path(beside) / _OLD
         temporary.mkdir()
         yield temporary
         if path.exists():
@@ -71,12 +75,18 @@ def first_difference(folder: Path, expected: Mapping[str, tuple[int, str]]) -> s
 
 
 def is_unfinished(path: Path) -> bool:
-    """Whether ``path`` is what :func:`written_whole` leaves when its process is killed."""
-    return re.fullmatch(r"\..+\.[a-z0-9_]{8}(\.\w+)?", path.name) is not None and path.is_file()
+    """Whether ``path`` is what a killed process leaves of :func:`written_whole` or :func:`folder_written_whole`."""
+    if re.fullmatch(r"\..+\.[a-z0-9_]{8}(\.\w+)?", path.name) is None:
+        return False
+    return path.is_file() or (path.is_dir() and {each.name for each in path.iterdir()} <= {_NEW, _OLD})
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes such files from ``folder`` and the folders in it; for the one process that writes there."""
+    """Removes such files and folders from ``folder`` and the folders in it; for the one process that writes there."""
     for path in (*folder.glob(".*"), *folder.glob("*/.*")):
-        if is_unfinished(path):
+        if not is_unfinished(path):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
             path.unlink()

@@ -16,12 +16,13 @@ import yaml
 from matplotlib.figure import Figure
 
 from normfree.report import save_figure
+from tests.data.test_pairs import PAIRS, write
 
 from .conftest import NIGHTLY
 from .crash import Kill, in_child, killed_again_and_again, normfree, random_kills
 
 KILLS_IN_A_CHAIN = 4
-TRAIN_KILLS, STUDY_KILLS = (160, 60) if NIGHTLY else (17, 4)
+TRAIN_KILLS, STUDY_KILLS, REMOVAL_KILLS, FINETUNE_KILLS = (160, 60, 60, 40) if NIGHTLY else (17, 4, 6, 4)
 OF_THE_CLOCK = ("tokens_per_second",)
 
 
@@ -112,3 +113,45 @@ def test_a_study(run_content: dict[str, Any], tmp_path: Path, monkeypatch: pytes
         return normfree("study", "relu-revival", "--preset", path, *out)
 
     prove(job, tmp_path, STUDY_KILLS)
+
+
+@pytest.fixture
+def base(train_command: Callable[[Path], Any], tmp_path: Path) -> Path:
+    """A trained run with norms to begin from, outside the folders that kills are counted in."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    trained = in_child(normfree(*train_command(folder)), folder)
+    assert trained.code == 0, trained.output
+    return folder / "run"
+
+
+IN_A_REMOVAL = (
+    Kill(before=("os.rename", "vanilla/checkpoint-16")),
+    Kill(before=("os.rename", "removal/checkpoint-12")),
+    Kill(before=("os.rename", "removal/removal.json")),
+    Kill(before=("os.rename", "out/norm-free")),
+    Kill(before=("os.rename", "removal.csv")),
+)
+"""While checkpoints of the control and of the removal are put into their places, the removals are written down, a model
+is exported, and before the table."""
+
+
+def test_a_removal_of_norms(base: Path, tmp_path: Path) -> None:
+    size = ("--steps", 24, "--set", "recipe.save_steps=4", "--set", "recipe.eval_steps=12")
+
+    def job(folder: Path) -> Any:
+        return normfree("remove-norm", base, *size, "--out", folder / "out", "--cache-dir", folder / "cache")
+
+    prove(job, tmp_path, REMOVAL_KILLS, (IN_A_REMOVAL,))
+
+
+@pytest.mark.parametrize("lora", [(), ("--lora", 2)] if NIGHTLY else [("--lora", 2)])
+def test_a_finetuning_on_pairs(base: Path, tmp_path: Path, lora: tuple[object, ...]) -> None:
+    pairs = write(tmp_path / "pairs.jsonl", PAIRS)
+    size = ("--steps", 9, "--set", "data.eval_fraction=0.2", "--set", "recipe.save_steps=2")
+
+    def job(folder: Path) -> Any:
+        start = ("finetune", base, "--corpus", f"pairs:{pairs}", *size, *lora)
+        return normfree(*start, "--out", folder / "run", "--cache-dir", folder / "cache")
+
+    prove(job, tmp_path, FINETUNE_KILLS)
