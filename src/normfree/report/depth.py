@@ -22,8 +22,7 @@ from normfree.errors import InputError
 from normfree.report.frames import FloatArray, check_frame, in_order
 from normfree.report.signal_propagation import logarithmic_axis
 from normfree.report.style import (
-    NAN_FACE,
-    NAN_HATCH,
+    NON_FINITE,
     QUIET,
     TWO_COLUMN,
     configuration_colours,
@@ -276,7 +275,7 @@ def _draw_triangle(axes: Axes, grid: FloatArray, norm: Normalize) -> None:
         row = grid[n_apart - 1, : n_layer - n_apart + 1]
         for layer in np.flatnonzero(~np.isfinite(row)):
             place = (float(layer) - 0.5, n_apart - 0.5)
-            axes.add_patch(Rectangle(place, 1, 1, facecolor=NAN_FACE, edgecolor="#b6bcc6", hatch=NAN_HATCH, lw=0))
+            axes.add_patch(Rectangle(place, 1, 1, **NON_FINITE))
         if len(row) > 1 and np.isfinite(row).all():
             size = min(4.0, 60.0 / n_layer)
             colour = readable_on(matplotlib.colormaps["viridis"], norm(row.min()))

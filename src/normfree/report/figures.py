@@ -24,8 +24,7 @@ from normfree.report.frames import (
 from normfree.report.statistics import BAND_LABELS, BANDS, band_shares, mean_confidence_interval
 from normfree.report.style import (
     INK,
-    NAN_FACE,
-    NAN_HATCH,
+    NON_FINITE,
     ONE_COLUMN,
     TWO_COLUMN,
     configuration_colours,
@@ -289,7 +288,7 @@ def _draw_layers(axes: Axes, runs: pd.DataFrame, colours: Sequence[tuple[float, 
         axes.plot(mean.index, mean, color=colour, linewidth=1.0)
     broken = runs.loc[~np.isfinite(runs["entropy_nats"]), "step"]
     if len(broken):
-        axes.axvspan(broken.min(), runs["step"].max(), facecolor=NAN_FACE, edgecolor="#b6bcc6", hatch=NAN_HATCH, lw=0)
+        axes.axvspan(broken.min(), runs["step"].max(), **NON_FINITE)
         n_seeds = runs.loc[~np.isfinite(runs["entropy_nats"]), "seed"].nunique()
         axes.text(
             0.97,

@@ -10,17 +10,15 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
 from normfree.errors import unknown_name
 from normfree.report.frames import HEAD_ENTROPY, SETTING, FloatArray, check_frame, head_grid
 from normfree.report.style import (
     INK,
-    NAN_FACE,
-    NAN_HATCH,
     QUIET,
     TWO_COLUMN,
     entropy_colours,
+    mark_non_finite,
     paper_style,
     readable_on,
 )
@@ -161,18 +159,7 @@ def _font_size(width: float, panel: _Panel, annotate: bool | Literal["auto"]) ->
 def _draw_panel(axes: Axes, panel: _Panel, norm: Normalize, font_size: float | None) -> None:
     colours = entropy_colours()
     axes.imshow(np.ma.masked_invalid(panel.entropy), norm=norm, cmap=colours, aspect="auto", interpolation="nearest")
-    for layer, head in np.argwhere(np.isnan(panel.entropy)):
-        axes.add_patch(
-            Rectangle(
-                (head - 0.5, layer - 0.5),
-                1,
-                1,
-                facecolor=NAN_FACE,
-                edgecolor="#b6bcc6",
-                hatch=NAN_HATCH,
-                lw=0,
-            )
-        )
+    mark_non_finite(axes, panel.entropy)
     if font_size is not None:
         for (layer, head), value in np.ndenumerate(panel.entropy):
             label, colour = ("NaN", INK) if np.isnan(value) else (f"{value:.2f}", readable_on(colours, norm(value)))

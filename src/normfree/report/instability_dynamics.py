@@ -22,7 +22,7 @@ from normfree.report.frames import (
     check_one_setting,
     in_order,
 )
-from normfree.report.style import INK, NAN_FACE, NAN_HATCH, QUIET, TWO_COLUMN, depth_colours, paper_style
+from normfree.report.style import INK, NON_FINITE, QUIET, TWO_COLUMN, depth_colours, paper_style
 
 
 def instability_dynamics(layers: pd.DataFrame, layer_entropy: pd.DataFrame, *, bound: float) -> Figure:
@@ -128,9 +128,7 @@ def _draw_entropy(axes: Axes, runs: pd.DataFrame, layers: Sequence[int], edges: 
         # Between two NaNs there is no line to draw, so each reading has a dot as well.
         axes.plot(mean.index, mean, "-o", color=colours(place), linewidth=1.0, markersize=1.2)
     for step in np.flatnonzero(entropy.isna().any(axis=1)):
-        axes.axvspan(
-            edges[step], edges[step + 1], facecolor=NAN_FACE, edgecolor="#b6bcc6", hatch=NAN_HATCH, lw=0, zorder=0
-        )
+        axes.axvspan(edges[step], edges[step + 1], zorder=0, **NON_FINITE)
 
 
 def _draw_layer_bar(figure: Figure, axes: Sequence[Axes], layers: Sequence[int]) -> None:

@@ -11,20 +11,18 @@ from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 from numpy.typing import NDArray
 
 from normfree.errors import InputError
 from normfree.report.frames import FloatArray, check_frame, in_order
 from normfree.report.style import (
-    NAN_FACE,
-    NAN_HATCH,
     QUIET,
     TWO_COLUMN,
     depth_bar,
     depth_colours,
     hide_unused_panels,
+    mark_non_finite,
     paper_style,
 )
 
@@ -63,18 +61,7 @@ def attribution_error_heatmaps(errors: pd.DataFrame) -> Figure:
         figure, panels = _panels(len(grids), row_height=0.6 + height, share=False)
         for axes, (model, grid) in zip(panels.flat, grids.items(), strict=False):
             axes.imshow(np.ma.masked_invalid(grid), norm=norm, cmap=colours, aspect="auto", interpolation="nearest")
-            for layer, head in np.argwhere(~np.isfinite(grid)):
-                axes.add_patch(
-                    Rectangle(
-                        (head - 0.5, layer - 0.5),
-                        1,
-                        1,
-                        facecolor=NAN_FACE,
-                        edgecolor="#b6bcc6",
-                        hatch=NAN_HATCH,
-                        lw=0,
-                    )
-                )
+            mark_non_finite(axes, grid)
             axes.set_title(f"{model}\nmedian {_percent(grid)}")
             axes.set_xlabel("head")
             axes.set_ylabel("layer")

@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
 from normfree.errors import InputError
 from normfree.report.frames import in_order
-from normfree.report.style import NAN_FACE, NAN_HATCH, TWO_COLUMN, difference_colours, paper_style, readable_on
+from normfree.report.style import TWO_COLUMN, difference_colours, mark_non_finite, paper_style, readable_on
 
 OWN_BEST = "own best"
 """The row of a gap table in which each activation has its own best learning rate."""
@@ -79,9 +78,7 @@ def loss_gap_heatmap(gap: pd.DataFrame, *, first: str, second: str) -> Figure:
                 text = f"{100 * np.expm1(value):+.0f} %".replace("-", "\N{MINUS SIGN}")
                 colour = readable_on(colours, (value + limit) / (2 * limit))
                 axes.text(column, row, text, ha="center", va="center", fontsize=6, color=colour)
-            else:
-                cell = (column - 0.5, row - 0.5)
-                axes.add_patch(Rectangle(cell, 1, 1, facecolor=NAN_FACE, edgecolor="#b6bcc6", hatch=NAN_HATCH, lw=0))
+        mark_non_finite(axes, values)
         axes.axhline(len(gap) - 1.5, color="white", linewidth=2.5)
         axes.set_xticks(range(values.shape[1]), gap.columns, rotation=25, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(len(gap)), gap.index)

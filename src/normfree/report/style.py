@@ -8,9 +8,11 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, Colormap, ListedColormap, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 # Widths of a column and of the text of a two-column conference paper, inches.
@@ -20,7 +22,8 @@ TWO_COLUMN = 6.9
 INK = "#1f2328"
 QUIET = "#6b7280"
 NAN_FACE = "#e5e7eb"
-NAN_HATCH = "////"
+NON_FINITE: dict[str, Any] = {"facecolor": NAN_FACE, "edgecolor": "#b6bcc6", "hatch": "////", "linewidth": 0}
+"""A patch where a number is NaN or infinite."""
 
 # Okabe and Ito's colours: blues have LayerNorm, reds and oranges have none; the lighter of each pair is ReLU.
 _FIXED_COLOURS = {
@@ -125,6 +128,12 @@ def depth_bar(
     bar.ax.tick_params(which="both", length=0)
     bar.outline.set_visible(False)
     bar.set_label(label)
+
+
+def mark_non_finite(axes: Axes, grid: NDArray[Any]) -> None:
+    """Hatches the cells of ``grid``, as ``imshow`` draws them on ``axes``, whose number is NaN or infinite."""
+    for row, column in np.argwhere(~np.isfinite(grid)):
+        axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, **NON_FINITE))
 
 
 def hide_unused_panels(grid: NDArray[Any], n_used: int) -> None:
