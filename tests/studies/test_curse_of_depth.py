@@ -75,10 +75,11 @@ def test_the_table_is_of_means_over_seeds() -> None:
         for seed, depth, share, law in ((0, 4.0, 0.25, "linear"), (1, 6.0, 0.35, "linear"), (2, 5.0, 0.3, "power law"))
     ]
     summary = pd.DataFrame(rows).assign(
-        configuration="a", n_layer=8, loss_nats=3.0, useful_layers=6, variance_ratio=2.0
+        configuration="a", n_layer=8, loss_nats=3.0, useful_layers=6, variance_ratio=2.0, deep_layer_nats=0.0125
     )
     (row,) = depth_table(summary).to_dict("records")
     assert row["Seeds"] == 3
     assert row["Effective depth"] == "5.00 ± 2.48"  # t(0.975, 2) = 4.303, s.d. 1
     assert row["Deep half's share, %"] == "30.00 ± 12.42"
+    assert row["Deep layer, 10⁻³ nats"] == "12.50"
     assert row["Variance grows"] == "linear (2), power law (1)"

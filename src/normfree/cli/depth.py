@@ -80,6 +80,7 @@ def depth(
         "loss, nats": "{loss_nats:.3f}",
         "effective depth": "{effective_depth:.2f} ± {effective_depth_standard_error:.2f}",
         "deep half": "{deep_half_share:.1%}",
+        "deep layer, nats": "{deep_layer_nats:.4f}",
         "variance grows": "{variance_growth}",
         "last / first": "{variance_ratio:.3g}",
     }

@@ -3,7 +3,7 @@
 import pandas as pd
 
 from normfree.report.frames import check_frame, in_order
-from normfree.report.outlier_tables import mean_and_half
+from normfree.report.numbers import mean_and_half
 
 DEPTH_SUMMARY = (
     "configuration",
@@ -13,6 +13,7 @@ DEPTH_SUMMARY = (
     "effective_depth",
     "useful_layers",
     "deep_half_share",
+    "deep_layer_nats",
     "variance_growth",
     "variance_ratio",
 )
@@ -20,6 +21,7 @@ _MEANS = {
     "effective_depth": "Effective depth",
     "useful_layers": "Useful layers",
     "deep_half_percent": "Deep half's share, %",
+    "deep_layer_millinats": "Deep layer, 10⁻³ nats",
     "variance_ratio": "Variance, last over first",
 }
 
@@ -39,7 +41,9 @@ def depth_table(summary: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for configuration in in_order(summary["configuration"]):
         runs = summary[summary["configuration"] == configuration]
-        runs = runs.assign(deep_half_percent=100 * runs["deep_half_share"])
+        runs = runs.assign(
+            deep_half_percent=100 * runs["deep_half_share"], deep_layer_millinats=1000 * runs["deep_layer_nats"]
+        )
         laws = runs["variance_growth"].value_counts()
         growth = laws.index[0] if len(laws) == 1 else ", ".join(f"{law} ({n})" for law, n in laws.items())
         cells = {shown: mean_and_half(runs[name]) for name, shown in _MEANS.items()}

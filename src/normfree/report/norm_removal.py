@@ -12,6 +12,7 @@ from scipy import stats
 
 from normfree.errors import InputError
 from normfree.report.frames import check_frame, in_order
+from normfree.report.numbers import number, plus_minus
 from normfree.report.statistics import Estimate, mean_confidence_interval
 
 REMOVALS = (
@@ -26,7 +27,6 @@ REMOVALS = (
 VARIANTS = ("original", "vanilla", "norm-free")
 ORIGINAL, VANILLA, NORM_FREE = VARIANTS
 _BUDGET = ["configuration", "share"]
-_MINUS = "\N{MINUS SIGN}"
 
 
 def at_best_rates(removals: pd.DataFrame) -> pd.DataFrame:
@@ -111,11 +111,11 @@ def formatted_removals(table: pd.DataFrame) -> pd.DataFrame:
             "Budget": [f"{100 * row['share']:g} %" for row in rows],
             "Tokens": [f"{row['finetuning_tokens']:,}" for row in rows],
             "Seeds": [str(row["seeds"]) for row in rows],
-            "Original": [plus_minus(_estimate(row, ORIGINAL)) for row in rows],
-            "Vanilla": [plus_minus(_estimate(row, VANILLA)) for row in rows],
-            "Norm-free": [plus_minus(_estimate(row, NORM_FREE)) for row in rows],
-            "To vanilla": [plus_minus(_estimate(row, "to_vanilla"), "+") for row in rows],
-            "To original": [plus_minus(_estimate(row, "to_original"), "+") for row in rows],
+            "Original": [plus_minus(_estimate(row, ORIGINAL), ".4f") for row in rows],
+            "Vanilla": [plus_minus(_estimate(row, VANILLA), ".4f") for row in rows],
+            "Norm-free": [plus_minus(_estimate(row, NORM_FREE), ".4f") for row in rows],
+            "To vanilla": [plus_minus(_estimate(row, "to_vanilla"), "+.4f") for row in rows],
+            "To original": [plus_minus(_estimate(row, "to_original"), "+.4f") for row in rows],
             "Rates": [f"{row['vanilla_learning_rate']:g}, {row['norm-free_learning_rate']:g}" for row in rows],
         }
     )
@@ -134,7 +134,7 @@ def published_removals(published: pd.DataFrame) -> pd.DataFrame:
     columns: dict[str, list[str]] = {"Model": [str(name) for name in losses.index], "Steps": steps.map(str).tolist()}
     columns |= {name: [f"{value:.4f}" for value in losses[name]] for name in names.values()}
     for title, reference in (("To vanilla", "Vanilla"), ("To original", "Original")):
-        columns[title] = [_signed(value, "+.4f") for value in losses["Norm-free"] - losses[reference]]
+        columns[title] = [number(value, "+.4f") for value in losses["Norm-free"] - losses[reference]]
     return pd.DataFrame(columns)
 
 
@@ -206,18 +206,5 @@ def power_law(x: Sequence[float], y: Sequence[float], level: float = 0.95) -> Po
     return PowerLaw(slope, slope - half, slope + half, factor, n)
 
 
-def plus_minus(estimate: Estimate, sign: str = "") -> str:
-    """``3.080 ± 0.004``, or the mean alone where there is no interval; with ``sign`` "+" also positive ones have it."""
-    if np.isnan(estimate.mean):
-        return "NaN"
-    half = (estimate.high - estimate.low) / 2
-    shown = _signed(estimate.mean, f"{sign}.4f")
-    return shown if np.isnan(half) else f"{shown} ± {half:.4f}"
-
-
 def _estimate(row: Mapping[Any, Any], name: str) -> Estimate:
     return Estimate(row[name], row[f"{name}_low"], row[f"{name}_high"], row["seeds"])
-
-
-def _signed(value: float, form: str) -> str:
-    return format(value, form).replace("-", _MINUS)

@@ -1,11 +1,10 @@
 """Tables of outliers and of the price of low precision, a row a configuration, with intervals over seeds."""
 
-import numpy as np
 import pandas as pd
 
 from normfree.report.frames import SETTING, check_frame, check_one_setting, in_order
+from normfree.report.numbers import mean_and_half
 from normfree.report.signal_propagation import SIGNAL_PROPAGATION, SIGNAL_STATISTICS, largest_over_layers
-from normfree.report.statistics import mean_confidence_interval
 
 QUANTIZATION = (*SETTING, "configuration", "seed", "precision", "eval_loss", "eval_ppl", "increase_percent")
 OUTLIER_COLUMNS = {
@@ -19,8 +18,6 @@ PRECISION_NAMES = {
     "int8_weights": "int8 weights",
     "int8_weights_activations": "int8 weights and activations",
 }
-
-_MINUS = "\N{MINUS SIGN}"
 
 
 def outlier_table(signal: pd.DataFrame, *, layer: str) -> pd.DataFrame:
@@ -71,13 +68,3 @@ def quantization_table(quantization: pd.DataFrame) -> pd.DataFrame:
             row[f"{name}, Δ %"] = mean_and_half(chosen["increase_percent"], signed=True)
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def mean_and_half(values: pd.Series, *, signed: bool = False) -> str:
-    """``mean ± half`` of the 95 % t-interval; the mean alone of one value; NaN where one value is NaN."""
-    estimate = mean_confidence_interval(values.to_numpy(dtype=np.float64))
-    if np.isnan(estimate.mean):
-        return "NaN"
-    form = ",.0f" if abs(estimate.mean) >= 1000 else ".1f" if abs(estimate.mean) >= 100 else ".2f"
-    shown = format(estimate.mean, f"+{form}" if signed else form).replace("-", _MINUS)
-    return shown if np.isnan(estimate.high) else f"{shown} ± {format((estimate.high - estimate.low) / 2, form)}"

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from normfree.errors import InputError
 from normfree.report.frames import in_order
+from normfree.report.numbers import number
 from normfree.report.style import TWO_COLUMN, difference_colours, mark_non_finite, paper_style, readable_on
 
 OWN_BEST = "own best"
@@ -75,7 +76,7 @@ def loss_gap_heatmap(gap: pd.DataFrame, *, first: str, second: str) -> Figure:
         shown = axes.imshow(np.ma.masked_invalid(values), cmap=colours, vmin=-limit, vmax=limit, aspect="auto")
         for (row, column), value in np.ndenumerate(values):
             if np.isfinite(value):
-                text = f"{100 * np.expm1(value):+.0f} %".replace("-", "\N{MINUS SIGN}")
+                text = f"{number(100 * np.expm1(value), '+.0f')} %"
                 colour = readable_on(colours, (value + limit) / (2 * limit))
                 axes.text(column, row, text, ha="center", va="center", fontsize=6, color=colour)
         mark_non_finite(axes, values)

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FixedLocator, MaxNLocator, NullLocator
 
 from normfree.report.frames import SETTING, check_frame, check_one_setting, in_order
-from normfree.report.outlier_tables import mean_and_half
+from normfree.report.numbers import mean_and_half
 from normfree.report.style import INK, QUIET, TWO_COLUMN, configuration_colours, paper_style
 
 SPARSITY = (*SETTING, "configuration", "seed", "layer", "active_share", "attended_keys")

@@ -12,9 +12,11 @@ from rich.text import Text
 
 from normfree.errors import InputError, unknown_name
 from normfree.report.frames import RESULTS, SETTING, check_frame, in_order
+from normfree.report.numbers import number, plus_minus
 from normfree.report.statistics import (
     BAND_LABELS,
     BANDS,
+    Estimate,
     PairedDifference,
     band_shares,
     mean_confidence_interval,
@@ -23,7 +25,6 @@ from normfree.report.statistics import (
 
 STATUSES = ("finished", "diverged")
 
-_MINUS = "\N{MINUS SIGN}"
 _DASH = "\N{EN DASH}"
 _LABELS = ("Model", "Configuration")  # columns of names; the others hold quantities
 
@@ -181,7 +182,7 @@ def formatted(table: pd.DataFrame) -> pd.DataFrame:
     columns["Seeds"] = [
         f"{row['seeds'] - row['diverged']} of {row['seeds']}" if row["diverged"] else str(row["seeds"]) for row in rows
     ]
-    columns["Loss, nats"] = [_number(row["eval_loss"], ".3f") for row in rows]
+    columns["Loss, nats"] = [number(row["eval_loss"], ".3f") for row in rows]
     columns["Perplexity"] = [_plus_minus(row, "eval_ppl", _perplexity_format(row["eval_ppl"])) for row in rows]
     columns["Δ ppl, %"] = [_plus_minus(row, "delta_percent", "+.1f") for row in rows]
     columns["Δ loss, nats"] = [
@@ -189,12 +190,12 @@ def formatted(table: pd.DataFrame) -> pd.DataFrame:
         for row in rows
     ]
     for band, label in zip(BANDS, BAND_LABELS, strict=True):
-        columns[label] = [_number(100 * row[band], ".1f") for row in rows]
+        columns[label] = [number(100 * row[band], ".1f") for row in rows]
     if table["published_ppl"].notna().any():
         columns["Published (Δ %)"] = [
             _DASH
             if np.isnan(row["published_ppl"])
-            else f"{_number(row['published_ppl'], '.3f')} ({_number(row['published_delta_percent'], '+.1f')})"
+            else f"{number(row['published_ppl'], '.3f')} ({number(row['published_delta_percent'], '+.1f')})"
             for row in rows
         ]
     return pd.DataFrame(columns)
@@ -204,21 +205,8 @@ def _perplexity_format(perplexity: float) -> str:
     return ".3f" if perplexity < 10 else ".2f" if perplexity < 100 else ".1f"
 
 
-def _number(value: float, form: str) -> str:
-    if np.isnan(value):
-        return "NaN"
-    # A difference of exactly zero is the baseline's to itself: it carries no sign.
-    return format(value, form.removeprefix("+") if value == 0 else form).replace("-", _MINUS)
-
-
 def _plus_minus(row: dict[Any, Any], name: str, form: str) -> str:
-    half = (row[f"{name}_high"] - row[f"{name}_low"]) / 2
-    shown = _number(row[name], form)
-    return (
-        shown
-        if np.isnan(row[name]) or np.isnan(half) or half == 0
-        else f"{shown} ± {format(half, form.removeprefix('+'))}"
-    )
+    return plus_minus(Estimate(row[name], row[f"{name}_low"], row[f"{name}_high"], row["seeds"]), form)
 
 
 def table_notes(table: pd.DataFrame) -> list[str]:

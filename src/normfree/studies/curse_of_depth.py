@@ -13,6 +13,7 @@ from normfree.data import PackedData
 from normfree.errors import InputError
 from normfree.interpret import measure_depth, write_depth
 from normfree.report import Block, Callout, Section, Table, depth_table, evaluation_loss_curves, load_published
+from normfree.report.numbers import mean_and_half
 from normfree.studies.depth import depth_sections
 from normfree.studies.frames import eval_curve_frame, final_checkpoint, run_key
 from normfree.studies.page import FIGURES_FOLDER, Findings, StudyPage
@@ -153,15 +154,21 @@ def _lead(page: StudyPage) -> str:
 
 
 def _deep_half(summary: pd.DataFrame) -> str:
-    shares = 100 * summary.groupby("configuration", sort=False)["deep_half_share"].mean()
-    told = [f"{share:.0f} % with {name}" for name, share in shares.items() if name in (PRE_LN, LNS)]
-    return f"The deeper half of the layers has {' and '.join(told)} of what single skipped layers cost." if told else ""
+    """What a skipped layer of the deeper half costs without the scaling and with it, whichever is more."""
+    told = []
+    for name in (PRE_LN, LNS):
+        runs = summary[summary["configuration"] == name]
+        if len(runs):
+            cost, share = mean_and_half(runs["deep_layer_nats"], digits=4), 100 * runs["deep_half_share"].mean()
+            told.append(f"{cost} nats with {name} ({share:.0f} % of what all layers cost one by one)")
+    return f"A skipped layer of the deeper half costs {' and '.join(told)}." if told else ""
 
 
 _NOTES = (
     "± is half of a 95 % t-interval over seeds, where there are several.",
     "Effective depth: participation ratio of what the loss gains when each layer alone is skipped. Useful layers: "
-    "those that cost at least 1 % of what the costliest does. Deep half's share: of all increases of the loss.",
+    "those that cost at least 1 % of what the costliest does. Deep half's share: of all increases of the loss. Deep "
+    "layer: mean increase when a single layer of the deeper half is skipped.",
     "Variance: of the residual stream after the last block over that after the first, all tokens but the first of a "
     "sequence, and the law that describes its growth best.",
 )

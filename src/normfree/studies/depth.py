@@ -34,6 +34,7 @@ _NAMES = {
     "effective_depth_share": "of layers",
     "useful_layers": "Useful layers",
     "deep_half_share": "Deep half's share",
+    "deep_layer_nats": "Deep layer, nats",
     "variance_growth": "Variance grows",
     "variance_ratio": "Last over first",
     "nonfinite_entries": "Not finite",
@@ -56,7 +57,7 @@ def write_depth_page(found: Mapping[str, DepthMeasurement], folder: Path, comman
     frames = _together([each.frames(configuration=name, seed=0) for name, each in found.items()])
     shown = table[["model", *_NAMES]].rename(columns={"model": "Model", **_NAMES})
     formats = {"Loss, nats": ".3f", "Effective depth": ".2f", "± (s.e.)": ".2f", "of layers": ".0%"}
-    formats |= {"Useful layers": ".0f", "Deep half's share": ".1%", "Last over first": ".3g"}
+    formats |= {"Useful layers": ".0f", "Deep half's share": ".1%", "Deep layer, nats": ".4f", "Last over first": ".3g"}
     result = Table(
         shown,
         "One row a model.",
@@ -64,7 +65,8 @@ def write_depth_page(found: Mapping[str, DepthMeasurement], folder: Path, comman
         notes=[
             "Effective depth: participation ratio of what the loss gains when each layer alone is skipped; standard "
             "error over sequences. Useful layers: those that cost at least 1 % of what the costliest does.",
-            "Deep half's share: of all increases of the loss, that of the deeper half of the layers.",
+            "Deep half's share: of all increases of the loss, that of the deeper half of the layers. Deep layer: mean "
+            "increase when a single one of them is skipped.",
             "Variance grows: best law for the variance of the residual stream after each block, all tokens but the "
             "first of a sequence; last over first: its quotient. Not finite: NaN and infinite entries of it.",
         ],

@@ -33,11 +33,11 @@ from normfree.report.norm_removal import (
     REMOVALS,
     at_best_rates,
     formatted_removals,
-    plus_minus,
     published_removals,
     removal_table,
 )
 from normfree.report.norm_removal_figures import removal_loss_curves
+from normfree.report.numbers import plus_minus
 from normfree.studies.page import Findings, StudyPage
 from normfree.studies.preset import Preset, RemovalOptions
 from normfree.studies.study import Configuration, Measurement, Study, run_config
@@ -288,8 +288,8 @@ def _lead(table: pd.DataFrame) -> str:
         }
         sentences.append(
             f"{row['configuration']}, {100 * row['share']:g} % of the training tokens: without norms "
-            f"{plus_minus(against['to_vanilla'], '+')} nats to the same fine-tuning with norms, "
-            f"{plus_minus(against['to_original'], '+')} to the model before."
+            f"{plus_minus(against['to_vanilla'], '+.4f')} nats to the same fine-tuning with norms, "
+            f"{plus_minus(against['to_original'], '+.4f')} to the model before."
         )
     return " ".join(sentences) + " Published for GPT-2 Small: +0.0671 and \N{MINUS SIGN}0.0209."
 

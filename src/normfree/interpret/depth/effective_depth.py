@@ -25,12 +25,14 @@ class EffectiveDepth:
     standard_error: of it, over sequences (delete-one jackknife); NaN for a single sequence.
     useful_layers: layers whose increase is at least 1 % of the largest one.
     deep_half_share: the part of all increases that the deeper half, the last n_layer // 2 layers, has.
+    deep_layer_nats: mean increase over the layers of the deeper half, nats; negative ones count as they are.
     """
 
     effective_depth: float
     standard_error: float
     useful_layers: float
     deep_half_share: float
+    deep_layer_nats: float
 
 
 def effective_depth(loss_increases: FloatArray) -> EffectiveDepth:
@@ -38,27 +40,28 @@ def effective_depth(loss_increases: FloatArray) -> EffectiveDepth:
 
     d_l is the mean over sequences; negative means count as 0. The ratio is the inverse Simpson index of the shares
     d_l / Σ d, the number of equal shares that are as concentrated (Hill, "Diversity and Evenness", 1973, N₂). It is 0
-    where no layer costs anything, and all is NaN where an increase is not finite.
+    where no layer costs anything, and all is NaN where an increase is not finite. A single layer has no deeper half.
 
     Args:
         loss_increases: by layer and sequence, nats, [n_layer, n_sequence].
     """
     if not np.isfinite(loss_increases).all():
-        return EffectiveDepth(np.nan, np.nan, np.nan, np.nan)
+        return EffectiveDepth(*[np.nan] * 5)
     n_layer, n = loss_increases.shape
     error = np.nan
     if n > 1:
         without_one = (loss_increases.sum(axis=1, keepdims=True) - loss_increases) / (n - 1)
         replicates = np.array([_participation_ratio(each) for each in without_one.T])
         error = float(np.sqrt((n - 1) * replicates.var()))
-    increases = np.clip(loss_increases.mean(axis=1), 0, None)
+    signed, deep = loss_increases.mean(axis=1), slice(n_layer - n_layer // 2, None)
+    increases = np.clip(signed, 0, None)
     largest, total = float(increases.max()), float(increases.sum())
-    deep = float(increases[n_layer - n_layer // 2 :].sum())
     return EffectiveDepth(
         _participation_ratio(increases),
         error,
         float((increases >= USEFUL_SHARE * largest).sum()) if largest else 0.0,
-        deep / total if total else np.nan,
+        float(increases[deep].sum()) / total if total else np.nan,
+        float(signed[deep].mean()) if n_layer > 1 else np.nan,
     )
 
 
