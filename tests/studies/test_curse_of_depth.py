@@ -46,7 +46,7 @@ def test_study_measures_the_layers_of_every_method(
     page = (tmp_path / "depth/report.html").read_text(encoding="utf-8")
     assert "Published: evaluation perplexity on C4" in page
     assert "1,409.79" in page
-    assert "The deeper half of the layers has" in page
+    assert "A skipped layer of the deeper half costs" in page
 
 
 def test_methods_differ_in_their_norms_only() -> None:
@@ -81,5 +81,5 @@ def test_the_table_is_of_means_over_seeds() -> None:
     assert row["Seeds"] == 3
     assert row["Effective depth"] == "5.00 ± 2.48"  # t(0.975, 2) = 4.303, s.d. 1
     assert row["Deep half's share, %"] == "30.00 ± 12.42"
-    assert row["Deep layer, 10⁻³ nats"] == "12.50"
+    assert row["Deep layer, 10⁻³ nats"] == "12.50 ± 0.00"
     assert row["Variance grows"] == "linear (2), power law (1)"
