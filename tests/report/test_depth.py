@@ -166,6 +166,18 @@ def test_jacobians_and_gradients_are_lines_by_layer():
     assert [len(whiskers(axes)) for axes in figure.axes] == [2, 0, 2]
 
 
+def test_a_model_that_does_not_learn_does_not_press_the_others_together():
+    columns = ("parameter_gradient_norm", "residual_gradient_norm", "standard_error")
+    gradients = frame(columns, range(N_LAYER))
+    gradients.loc[gradients["configuration"] == "scaled", list(columns)] *= 1e-12
+    jacobian = frame(("jacobian_distance", "standard_error"), range(N_LAYER))
+    _, parameters, stream = jacobian_distance_and_gradient_norms(jacobian, gradients).axes
+    for axes, column in ((parameters, columns[0]), (stream, columns[1])):
+        bottom, top = axes.get_ylim()
+        np.testing.assert_allclose(bottom, 1e-4 * gradients[column].max())
+        assert top > gradients[column].max()
+
+
 def test_runs_without_a_finite_value_are_drawn():
     laws = growth({("pre", 0): "linear", ("scaled", 0): "linear"}).assign(is_best=False)
     columns = ("parameter_gradient_norm", "residual_gradient_norm", "standard_error")

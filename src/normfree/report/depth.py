@@ -7,6 +7,7 @@ line, and the legend counts the runs that have any.
 
 from dataclasses import dataclass
 from math import ceil
+from textwrap import fill
 
 import matplotlib
 import numpy as np
@@ -44,6 +45,8 @@ GRADIENT_NORMS = (*RUN, "layer", "parameter_gradient_norm", "residual_gradient_n
 _TOKENS = {"all": "all tokens", "without first": "all tokens but the first"}
 _LINEAR_NATS = 0.01
 """Between plus and minus this loss increase the axis is linear, beyond it logarithmic."""
+_LEAST_SHOWN = 1e-4
+_LONGEST_TITLE = 20
 _MOST_COLUMNS = 4
 _MOST_LAWS = 6
 
@@ -127,7 +130,7 @@ def angular_distance_heatmaps(distances: pd.DataFrame) -> Figure:
         panels = figure.subplots(n_row, n_column, squeeze=False)
         for axes, (configuration, grid) in zip(panels.flat, grids.items(), strict=False):
             _draw_triangle(axes, grid, norm)
-            axes.set_title(configuration)
+            axes.set_title(fill(configuration, _LONGEST_TITLE))
         hide_unused_panels(panels, len(grids))
         for axes in panels[:, 0]:
             axes.set_ylabel("blocks between, n")
@@ -183,6 +186,9 @@ def skipped_layer_losses(skipped: pd.DataFrame, dropped: pd.DataFrame) -> Figure
 def jacobian_distance_and_gradient_norms(jacobian: pd.DataFrame, gradients: pd.DataFrame) -> Figure:
     """Distance of each block's Jacobian from the identity, and gradient norms of the loss by layer, logarithmic.
 
+    What is below ``_LEAST_SHOWN`` of a panel's largest value is below its axis: the gradients of a model that does not
+    learn would press all others together.
+
     Args:
         jacobian: the columns ``JACOBIAN_DISTANCE``, a row a run and layer.
         gradients: the columns ``GRADIENT_NORMS``, a row a run and layer.
@@ -215,8 +221,11 @@ def jacobian_distance_and_gradient_norms(jacobian: pd.DataFrame, gradients: pd.D
             axes.set_title(title)
             axes.set_ylabel(label)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            if (frame[line.value] > 0).any():
+            values = frame[line.value].to_numpy(dtype=np.float64)
+            largest = values[np.isfinite(values)].max(initial=0.0)
+            if largest > 0:
                 logarithmic_axis(axes)
+                axes.set_ylim(bottom=max(axes.get_ylim()[0], _LEAST_SHOWN * largest))
         figure.supxlabel("layer" + _note(jacobian), fontsize=7)
         _legend(figure, grid[0])
     return figure

@@ -140,7 +140,8 @@ def depth_sections(frames: Mapping[str, pd.DataFrame], folder: Path) -> list[Sec
                     "jacobian-and-gradients",
                     jacobian_distance_and_gradient_norms(frames["jacobian_distance"], frames["gradient_norms"]),
                     "Distance of each block's Jacobian from the identity, and gradient norms of the loss: 0 is a block "
-                    "that does nothing, and 1 one whose output does not depend on its input.",
+                    "that does nothing, and 1 one whose output does not depend on its input. What is below 10⁻⁴ of a "
+                    "panel's largest value is not shown.",
                 )
             ],
         ),
