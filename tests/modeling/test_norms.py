@@ -50,6 +50,26 @@ def test_values(name: str, seed: int, scale: float, shift: float, eps: float, la
         np.testing.assert_allclose(actual, expected, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("name", ["rmsnorm", "rmsnorm_scaling"])
+def test_half_precision_input_of_a_float32_norm_is_not_rounded_again(name: str, recwarn: Any) -> None:
+    x = torch.randn(2, 3, 12, generator=torch.Generator().manual_seed(0)).bfloat16()
+    module = build_norm(config(name), 3, "ffn")
+    with torch.autocast("cpu", torch.bfloat16):
+        out = module(x)
+    assert out.dtype == torch.float32
+    expected = reference.norm(
+        name,
+        {f"norm.{key}": each for key, each in reference.weights_of(module).items()},
+        "norm",
+        1e-5,
+        x.double().numpy(),
+        3,
+    )
+    np.testing.assert_allclose(out.detach().numpy(), expected, atol=1e-6)
+    assert module.bfloat16()(x).dtype == torch.bfloat16
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [

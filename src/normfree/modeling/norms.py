@@ -56,15 +56,26 @@ class ScaledLayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, self.weight * self.scale, self.bias * self.scale, self.eps)
 
 
-class ScaledRMSNorm(nn.RMSNorm):
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x²) + eps) * gain (Zhang & Sennrich, "Root Mean Square Layer Normalization", 2019).
+
+    Under autocast, half-precision input (queries, keys, values) meets a float32 gain: the result is then float32.
+    torch's own would round it, and warn that it has no fused kernel for the pair.
+    """
+
+    scale = 1.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gain = self.weight if self.scale == 1 else self.weight * self.scale
+        return F.rms_norm(x.to(torch.promote_types(x.dtype, gain.dtype)), self.normalized_shape, gain, self.eps)
+
+
+class ScaledRMSNorm(RMSNorm):
     """RMSNorm(x) / sqrt(l) in the l-th block, gain included ("The Curse of Depth", Eq. 12, in its LLaMA models)."""
 
     def __init__(self, width: int, eps: float, scale: float) -> None:
         super().__init__(width, eps=eps)
         self.scale = scale
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight * self.scale, self.eps)
 
 
 class DynamicTanh(nn.Module):
@@ -95,8 +106,7 @@ NORMS: dict[str, Callable[[NormfreeConfig, NormSite], nn.Module]] = {
     "none": lambda config, site: nn.Identity(),
     # (x - mean) / sqrt(var + eps) * gain + bias (Ba et al., "Layer Normalization", 2016)
     "layernorm": lambda config, site: nn.LayerNorm(site.width, eps=config.norm_eps),
-    # x / sqrt(mean(x²) + eps) * gain (Zhang & Sennrich, "Root Mean Square Layer Normalization", 2019)
-    "rmsnorm": lambda config, site: nn.RMSNorm(site.width, eps=config.norm_eps),
+    "rmsnorm": lambda config, site: RMSNorm(site.width, eps=config.norm_eps),
     "layernorm_scaling": lambda config, site: ScaledLayerNorm(site.width, config.norm_eps, site.depth_scale),
     "rmsnorm_scaling": lambda config, site: ScaledRMSNorm(site.width, config.norm_eps, site.depth_scale),
     "dyt": _dynamic_tanh,
