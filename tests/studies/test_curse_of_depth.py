@@ -18,7 +18,7 @@ from normfree.studies.curse_of_depth import LNS, PRE_LN, configurations
 from normfree.studies.study import run_config
 from normfree.training import load_pretrained
 
-METHODS = 9
+METHODS = 10
 
 
 @pytest.mark.usefixtures("blank_figures")
@@ -47,6 +47,7 @@ def test_study_measures_the_layers_of_every_method(
     assert "Published: evaluation perplexity on C4" in page
     assert "1,409.79" in page
     assert "A skipped layer of the deeper half costs" in page
+    assert "before the first update" in page
 
 
 def test_methods_differ_in_their_norms_only() -> None:

@@ -34,7 +34,7 @@ class _Panel:
 _PANELS = (
     _Panel("residual_rms", "Residual RMS", "RMS (activation units)", True),
     _Panel("residual_kurtosis", "Channel kurtosis", "kurtosis (ratio, 1 to d)", True),
-    _Panel("residual_max_over_median", "Max over median", "max / median of |x| (ratio)", True),
+    _Panel("residual_max_over_median", "Max over median", "max / median (ratio)", True),
     _Panel("token_cosine_similarity", "Token similarity", "cosine (\N{MINUS SIGN}1 to 1)", False),
 )
 

@@ -12,10 +12,20 @@ from rich.console import Console
 from normfree.data import PackedData
 from normfree.errors import InputError
 from normfree.interpret import measure_depth, write_depth
-from normfree.report import Block, Callout, Section, Table, depth_table, evaluation_loss_curves, load_published
+from normfree.report import (
+    Block,
+    Callout,
+    Section,
+    Table,
+    depth_table,
+    evaluation_loss_curves,
+    load_published,
+    signal_propagation_dynamics,
+    signal_propagation_over_depth,
+)
 from normfree.report.numbers import mean_and_half
 from normfree.studies.depth import depth_sections
-from normfree.studies.frames import eval_curve_frame, final_checkpoint, run_key
+from normfree.studies.frames import eval_curve_frame, final_checkpoint, run_key, signal_dynamics_frame
 from normfree.studies.page import FIGURES_FOLDER, Findings, StudyPage
 from normfree.studies.preset import Preset
 from normfree.studies.study import Configuration, Measurement, Study
@@ -49,6 +59,7 @@ def configurations(preset: Preset) -> tuple[Configuration, ...]:
         Configuration("Mix-LN", {"norm": kind, "norm_placement": "mix"}),
         Configuration("DeepNorm", {"norm": kind, "norm_placement": "deepnorm"}),
         Configuration("HybridNorm", {"norm": kind, "norm_placement": "hybrid"}),
+        Configuration("HybridNorm*", {"norm": kind, "norm_placement": "hybrid_star"}),
         Configuration(LNS, scaling),
         Configuration(f"{LNS}, scaled init", {**scaling, "scale_residual_init": True}),
         Configuration("Dynamic Tanh", DYNAMIC_TANH),
@@ -70,6 +81,7 @@ def measure(result: RunResult, data: PackedData, console: Console) -> None:
 def describe(page: StudyPage) -> Findings:
     """The published table, the diagnostics, and whether the deep half of the layers matters more with the scaling."""
     measured = [each for each in page.results if (each.folder / FOLDER / "summary.csv").exists()]
+    dynamics = signal_dynamics_frame(page.results)
     without = [each for each in page.results if each not in measured]
     sections = [
         Section(
@@ -82,7 +94,8 @@ def describe(page: StudyPage) -> Findings:
                 ),
                 _published_table(),
             ],
-        )
+        ),
+        *_signal_sections(page, dynamics),
     ]
     lead = _lead(page)
     if measured:
@@ -101,6 +114,28 @@ def describe(page: StudyPage) -> Findings:
         told = f"Without diagnostics, because they diverged or are not measured yet: {names}."
         sections.append(Section("Missing", [Callout(told, "warning")]))
     return Findings(lead, sections, _limits(page))
+
+
+def _signal_sections(page: StudyPage, dynamics: pd.DataFrame) -> list[Section]:
+    """What the residual stream is like before the first update and while training; none without telemetry."""
+    if dynamics.empty:
+        return []
+    over_depth = signal_propagation_over_depth(dynamics[dynamics["step"] == 0])
+    blocks: list[Block] = [
+        page.figure(
+            "signal-at-initialization",
+            over_depth,
+            "The residual stream after each block before the first update, on the first training batch. Token "
+            "similarity is the mean cosine between two tokens of a sequence: at 1 all have collapsed onto one "
+            "direction, and attention has nothing to tell apart.",
+        ),
+        page.figure(
+            "signal-over-training",
+            signal_propagation_dynamics(dynamics),
+            "The same while training, at the last layer and at the layer with the largest value; training batches.",
+        ),
+    ]
+    return [Section("Signal propagation", blocks)]
 
 
 def _frames(results: list[RunResult]) -> dict[str, pd.DataFrame]:

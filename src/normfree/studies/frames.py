@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from normfree.report.frames import NONFINITE_COUNTS, THRESHOLDS
+from normfree.report.signal_propagation import SIGNAL_STATISTICS
 from normfree.studies.study import Study
 from normfree.training import RunResult, load_run_config
 from normfree.training.objectives.entropy_regularization import THRESHOLD
@@ -112,6 +113,28 @@ def slope_frame(results: Iterable[RunResult]) -> pd.DataFrame:
             slopes = slopes[slopes["layer"] == slopes["layer"].min()]
         frames.append(slopes.rename(columns={"value": "negative_slope"}).assign(**run_key(result)))
     return pd.concat(frames, ignore_index=True)
+
+
+def measured_frame(results: Iterable[RunResult], file: str) -> pd.DataFrame:
+    """What a study's measurement left in ``file`` of each run, with model, context_length, configuration and seed."""
+    return pd.concat(
+        [pd.read_parquet(each.folder / file).assign(**run_key(each)) for each in results], ignore_index=True
+    )
+
+
+def signal_dynamics_frame(results: Iterable[RunResult]) -> pd.DataFrame:
+    """model, context_length, configuration, seed, step, layer and each of SIGNAL_STATISTICS: training batches.
+
+    Runs without these statistics in their telemetry have no rows.
+    """
+    frames = []
+    for result in results:
+        layers = pd.read_parquet(result.folder / LAYERS_FILE)
+        recorded = layers[layers["name"].isin(SIGNAL_STATISTICS)]
+        if set(recorded["name"]) == set(SIGNAL_STATISTICS):
+            table = recorded.pivot(index=["step", "layer"], columns="name", values="value").reset_index()
+            frames.append(table.assign(**run_key(result)))
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[*KEY, "step", "layer"])
 
 
 def run_key(result: RunResult) -> dict[str, Any]:

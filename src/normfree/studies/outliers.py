@@ -6,8 +6,6 @@ study measures both on the four models of the paper.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 import pandas as pd
 import torch
@@ -33,12 +31,12 @@ from normfree.report import (
     signal_propagation_dynamics,
     signal_propagation_over_depth,
 )
-from normfree.studies.frames import KEY, final_checkpoint, run_key
+from normfree.studies.frames import KEY, final_checkpoint, measured_frame, signal_dynamics_frame
 from normfree.studies.page import Findings, StudyPage
 from normfree.studies.relu_revival import GELU, LAYERNORM_GELU, LAYERNORM_RELU, RELU, scale_limits
 from normfree.studies.study import Measurement, Study
 from normfree.training import RunResult, load_pretrained
-from normfree.training.records import LAYERS_FILE, write_parquet
+from normfree.training.records import write_parquet
 
 SIGNAL_FILE = "signal_propagation.parquet"
 QUANTIZATION_FILE = "quantization.parquet"
@@ -80,28 +78,6 @@ def measure(result: RunResult, data: PackedData, console: Console) -> None:
     write_parquet(quantization, quantization_path)
 
 
-def measured_frame(results: Iterable[RunResult], file: str) -> pd.DataFrame:
-    """What :func:`measure` left in ``file`` of each run, with model, context_length, configuration and seed."""
-    return pd.concat(
-        [pd.read_parquet(each.folder / file).assign(**run_key(each)) for each in results], ignore_index=True
-    )
-
-
-def dynamics_frame(results: Iterable[RunResult]) -> pd.DataFrame:
-    """model, context_length, configuration, seed, step, layer and each statistic: training batches.
-
-    Runs without these statistics in their telemetry have no rows.
-    """
-    frames = []
-    for result in results:
-        layers = pd.read_parquet(result.folder / LAYERS_FILE)
-        recorded = layers[layers["name"].isin(SIGNAL_STATISTICS)]
-        if set(recorded["name"]) == set(SIGNAL_STATISTICS):
-            table = recorded.pivot(index=["step", "layer"], columns="name", values="value").reset_index()
-            frames.append(table.assign(**run_key(result)))
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[*KEY, "step", "layer"])
-
-
 def describe(page: StudyPage) -> Findings:
     """Statistics of the trained models over depth and over training, and perplexity at each precision."""
     measured = [each for each in page.results if (each.folder / QUANTIZATION_FILE).exists()]
@@ -112,7 +88,7 @@ def describe(page: StudyPage) -> Findings:
         signal = measured_frame(measured, SIGNAL_FILE)
         quantization = measured_frame(measured, QUANTIZATION_FILE)
         lead = _lead(signal, quantization)
-        sections = [_signal_section(page, signal, dynamics_frame(measured)), _quantization_section(quantization)]
+        sections = [_signal_section(page, signal, signal_dynamics_frame(measured)), _quantization_section(quantization)]
     if missing:
         names = ", ".join(f"{each.row['configuration']} seed {each.row['seed']}" for each in missing)
         told = f"Not measured yet, and not in these sections: {names}. `normfree study {STUDY.name}` goes on with them."

@@ -28,8 +28,13 @@ from normfree.report import (
     sparsity_table,
 )
 from normfree.sparsity.accounting import decode_cost, total_flops
-from normfree.studies.frames import eval_curve_frame, final_checkpoint, head_entropy_frame, run_key
-from normfree.studies.outliers import measured_frame
+from normfree.studies.frames import (
+    eval_curve_frame,
+    final_checkpoint,
+    head_entropy_frame,
+    measured_frame,
+    run_key,
+)
 from normfree.studies.page import Findings, StudyPage
 from normfree.studies.preset import Preset
 from normfree.studies.relu_revival import LAYERNORM_GELU, LAYERNORM_RELU, RELU
