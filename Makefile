@@ -14,9 +14,9 @@ study: .venv/.installed
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
 
-# Hundreds of kills and thousands of made-up inputs, where `make test` has a few; an hour or more.
+# Hundreds of kills, thousands of made-up inputs and longer runs of several processes, where `make test` has a few; hours.
 nightly: .venv/.installed-dev
-	NORMFREE_NIGHTLY=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s tests/faults
+	NORMFREE_NIGHTLY=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s tests/faults tests/distributed tests/studies/executors
 
 check: .venv/.installed-dev
 	$(BIN)/ruff check

@@ -48,7 +48,7 @@ def stopping_cleanly() -> Iterator[None]:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """While active, a first signal is noted for :func:`requested`; at the end of the block it is obeyed."""
+    """While active, a first signal is noted (see :func:`noted`); at the end of the block it is obeyed."""
     before, _Request.is_deferred = _Request.is_deferred, True
     try:
         yield
@@ -58,9 +58,14 @@ def deferred() -> Iterator[None]:
         raise Interrupted(_Request.noted)
 
 
-def requested() -> bool:
-    """Whether a signal was noted."""
-    return _Request.noted is not None
+def noted() -> int:
+    """The number of the signal that was noted, 0 without one."""
+    return int(_Request.noted or 0)
+
+
+def note(number: int) -> None:
+    """Notes a signal that another process of this run was given."""
+    _Request.noted = signal.Signals(number)
 
 
 def _note(number: int, frame: FrameType | None) -> None:

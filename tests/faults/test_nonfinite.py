@@ -16,7 +16,7 @@ from normfree import NormfreeForCausalLM
 from normfree.data import PackedData
 from normfree.errors import RunFailedError
 from normfree.training import RunConfig, train
-from normfree.training.nonfinite import REWINDS, Batches, Rewind, SkippingSampler, load_rewinds
+from normfree.training.nonfinite import REWINDS, Batches, Rewind, TrainingOrder, load_rewinds
 from normfree.training.records import METRICS_FILE
 from normfree.training.run_folder import last_checkpoint
 from tests.training.test_telemetry import BatchLog
@@ -131,29 +131,29 @@ def test_a_watched_run_without_a_mishap_is_the_plain_run(
 
 
 def test_without_rewinds_the_order_is_that_of_the_trainers_sampler() -> None:
-    batches, reference = Batches(23, 4, 8), SeedableRandomSampler(range(23), data_seed=5)
-    ours = SkippingSampler(batches, [], 5)
+    batches, reference = Batches(23, 8), SeedableRandomSampler(range(23), data_seed=5)
+    ours = TrainingOrder(batches, [], 5)
     for epoch in range(3):
         ours.set_epoch(epoch)
         reference.set_epoch(epoch)
-        assert list(ours) == list(reference)[:20]
+        assert list(ours) == list(reference)[:16]
 
 
 def test_skipped_sequences_are_left_out_over_epochs() -> None:
     """Against the whole order written out, with the skipped pieces cut from it."""
-    batches = Batches(23, 4, 8)
-    assert [batches.before(step) for step in range(5)] == [0, 8, 16, 20, 28]
-    plain = SkippingSampler(batches, [], 5)
+    batches = Batches(23, 8)
+    assert [batches.before(step) for step in range(5)] == [0, 8, 16, 24, 32]
+    plain = TrainingOrder(batches, [], 5)
     whole: list[int] = []
-    for epoch in range(5):
+    for epoch in range(6):
         plain.set_epoch(epoch)
         whole += plain
     rewinds = [batches.rewind(4, 2), batches.rewind(5, 4)]
-    assert rewinds == [Rewind(4, 2, 16, 12), Rewind(5, 4, 28, 8)]
-    # After the first cut the 28th sequence is the 40th of the whole order.
-    expected = whole[:16] + whole[28:40] + whole[48:]
-    skipping, found = SkippingSampler(batches, rewinds, 5), []
+    assert rewinds == [Rewind(4, 2, 16, 16), Rewind(5, 4, 32, 8)]
+    # After the first cut the 32nd sequence is the 48th of the whole order.
+    expected = whole[:16] + whole[32:48] + whole[56:]
+    skipping, found = TrainingOrder(batches, rewinds, 5), []
     for epoch in range(4):
         skipping.set_epoch(epoch)
         found += list(skipping)
-    assert found == expected[:80]
+    assert found == expected[:64]

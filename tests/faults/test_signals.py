@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from transformers import TrainerCallback
 
-from normfree.signals import Interrupted, deferred, requested, stopping_cleanly
+from normfree.signals import Interrupted, deferred, noted, stopping_cleanly
 from normfree.training.run_folder import checkpoints, last_checkpoint
 from normfree.training.telemetry import Telemetry
 
@@ -91,7 +91,7 @@ def test_the_handlers_that_were_there_are_there_again() -> None:
     with pytest.raises(Interrupted), stopping_cleanly(), deferred():
         os.kill(os.getpid(), signal.SIGTERM)
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
-    assert not requested()
+    assert not noted()
 
 
 def test_elsewhere_a_signal_is_obeyed_at_once() -> None:

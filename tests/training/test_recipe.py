@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from normfree import NormfreeConfig, NormfreeForCausalLM
 from normfree.errors import InputError
@@ -30,6 +30,7 @@ def test_a_budget_smaller_than_a_step_is_refused() -> None:
         ({"steps": 1, "learning_rate": 0.0}, "greater than 0"),
         ({"steps": 1, "learning_rte": 0.1}, "Extra inputs"),
         ({"steps": 1, "precision": "fp8"}, "fp32"),
+        ({"steps": 1, "sharding": "half"}, "'none' or 'full'"),
     ],
 )
 def test_bad_recipes_are_refused(options: dict[str, object], message: str) -> None:
@@ -52,8 +53,31 @@ def test_a_batch_that_does_not_divide_over_the_processes_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(InputError, match="times the 3 processes"):
+    with pytest.raises(InputError, match=r"recipe.batch_size \(16\) does not divide over 3 processes"):
         Recipe(steps=1, batch_size=16, micro_batch_size=4, precision="fp32").training_arguments(tmp_path, 16, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("n_processes", "device_batch_size", "accumulation"),
+    [(1, 8, 12), (2, 8, 6), (4, 8, 3), (8, 6, 2), (16, 6, 1), (32, 3, 1), (96, 1, 1)],
+)
+def test_the_batch_stays_the_same_for_any_number_of_processes(
+    monkeypatch: pytest.MonkeyPatch, n_processes: int, device_batch_size: int, accumulation: int
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(n_processes))
+    recipe = Recipe(steps=1, batch_size=96, micro_batch_size=8, precision="fp32")
+    recipe.check(16)
+    assert (recipe.device_batch_size, recipe.accumulation_steps) == (device_batch_size, accumulation)
+    assert n_processes * device_batch_size * accumulation == 96
+
+
+def test_one_process_trains_on_one_of_the_gpus_that_it_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda arguments: arguments._n_gpu))
+    monkeypatch.setattr(
+        TrainingArguments, "_setup_devices", property(lambda arguments: setattr(arguments, "_n_gpu", 8))
+    )
+    arguments = Recipe(steps=2, batch_size=8, micro_batch_size=4).training_arguments(tmp_path, 16, seed=0)
+    assert arguments.train_batch_size == 4
 
 
 @pytest.mark.parametrize("decay_slopes", [True, False])

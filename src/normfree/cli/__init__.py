@@ -26,10 +26,12 @@ from normfree.cli.prune_layers import prune_layers
 from normfree.cli.remove_norm import remove_norm
 from normfree.cli.report import report
 from normfree.cli.study import study
+from normfree.cli.study_worker import study_worker
 from normfree.cli.to_spark import to_spark
 from normfree.cli.train import train
 from normfree.cli.verify import verify
 from normfree.errors import InputError, RunFailedError
+from normfree.processes import speaks
 from normfree.signals import Interrupted, stopping_cleanly
 
 # A study never needs the hub unless it names a corpus or a tokenizer there; nor does it ever report usage to it.
@@ -44,6 +46,7 @@ TRACEBACK = "NORMFREE_TRACEBACK"
 GO_ON = "the same command goes on from the last checkpoint"
 COMMANDS = (
     study,
+    study_worker,
     train,
     finetune,
     entropy,
@@ -78,13 +81,13 @@ def main() -> None:
         with stopping_cleanly():
             code = app(standalone_mode=False)
     except InputError as error:
-        _fail(str(error), 2)
+        _fail(str(error), 2, everywhere=True)
     except RunFailedError as error:
-        _fail(str(error), 1)
+        _fail(str(error), 1, everywhere=True)
     except typer.TyperException as error:
         _fail(f"{error.format_message()} (see: normfree --help)", 2)
     except Interrupted as stop:
-        _fail(f"{stop}; {GO_ON}: {shlex.join(['normfree', *sys.argv[1:]])}", 128 + stop.signal)
+        _fail(f"{stop}; {GO_ON}: {shlex.join(['normfree', *sys.argv[1:]])}", 128 + stop.signal, everywhere=True)
     except OSError as error:
         is_bad_place = error.errno in NOT_WRITABLE
         advice = "give another folder" if is_bad_place else f"when that is mended, {GO_ON}"
@@ -99,6 +102,8 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(message: str, code: int) -> None:
-    print(f"normfree: {' '.join(message.split())}", file=sys.stderr)
+def _fail(message: str, code: int, *, everywhere: bool = False) -> None:
+    """Ends with ``code``; what all processes of a run come to say ``everywhere``, one of each machine says."""
+    if speaks() or not everywhere:
+        print(f"normfree: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)

@@ -35,25 +35,29 @@ def finetune(
 
     Example: normfree finetune studies/curse-of-depth-cpu/runs/pre-ln/seed-0 --corpus pairs:pairs.jsonl --out runs/tuned
     """
+    from normfree.processes import is_main_process, main_first
     from normfree.training import StudyProgress, load_pretrained, train
     from normfree.training.finetuning import finetuning_run
 
     wanted = changes(set_, tokens=tokens, steps=steps, corpus=corpus, tokenizer=None)
     console = open_console(json_)
-    run, data = finetuning_run(
-        load_pretrained(model),
-        cache_dir,
-        changes=wanted,
-        epochs=epochs,
-        seed=seed,
-        lora_rank=lora,
-        progress=console.is_terminal,
+    run, data = main_first(
+        lambda: finetuning_run(
+            load_pretrained(model),
+            cache_dir,
+            changes=wanted,
+            epochs=epochs,
+            seed=seed,
+            lora_rank=lora,
+            progress=console.is_terminal and is_main_process(),
+        )
     )
     n_tokens = run.recipe.n_tokens(run.data.sequence_length)
     with StudyProgress(n_tokens, console=console, description="finetune") as progress:
         row = train(run, data, out, callbacks=(progress.run(model, n_tokens),)).row
     if json_:
-        print(json.dumps({"folder": str(out), **row}))
+        if is_main_process():
+            print(json.dumps({"folder": str(out), **row}))
         return
     console.print(
         f"{model}: evaluation loss of the completions {row['eval_loss']:.4f} nats per token, perplexity "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ import yaml
 from rich.console import Console
 
 from normfree.errors import InputError
+from normfree.processes import is_main_process
 
 CacheDir = Annotated[Path, typer.Option(help="Where tokenized corpora are kept and found again.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, to standard output.")]
@@ -25,11 +27,14 @@ DEFAULT_CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"
 
 
 def open_console(json_: bool) -> Console:
-    """Progress and tables; beside JSON they go to standard error. A log file is as wide as the tables."""
+    """Progress and tables; beside JSON they go to standard error. A log file is as wide as the tables.
+
+    Of several processes that train one run, the main one speaks.
+    """
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # its warnings would break up the progress bars
-    console = Console(stderr=json_)
+    console = Console(stderr=json_, quiet=not is_main_process())
     if not console.is_terminal:
         console.width = LOG_WIDTH
     return console
@@ -57,14 +62,37 @@ def changes(
         raise InputError("give --tokens or --steps, not both")
     options = {"recipe.tokens": tokens, "recipe.steps": steps, "data.corpus": corpus, "data.tokenizer": tokenizer}
     given = {option: value for option, value in options.items() if value is not None}
-    return dict(_assignment(text) for text in assignments or []) | given
+    return dict(_assignment("--set", text, "model.n_layer=4") for text in assignments or []) | given
 
 
-def _assignment(text: str) -> tuple[str, Any]:
+def nested_assignments(option: str, texts: list[str] | None) -> dict[str, Any]:
+    """What a repeatable ``option`` sets; ``section.name=value`` is a value in a section.
+
+    Raises:
+        InputError: one is not of the form NAME=VALUE.
+    """
+    content: dict[str, Any] = {}
+    for name, value in (_assignment(option, text, "cpus=4") for text in texts or []):
+        section, dot, rest = name.partition(".")
+        if dot:
+            there = content.setdefault(section, {})
+            content[section] = {**(there if isinstance(there, dict) else {}), rest: value}
+        else:
+            content[name] = value
+    return content
+
+
+def told(failures: Mapping[str, str]) -> str:
+    """Which runs of a study failed, and why."""
+    n = len(failures)
+    return f"{n} run{'s' if n > 1 else ''} failed: " + "; ".join(f"{run} ({why})" for run, why in failures.items())
+
+
+def _assignment(option: str, text: str, example: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name:
-        raise InputError(f"--set {text!r} is not of the form NAME=VALUE, e.g. --set model.n_layer=4")
+        raise InputError(f"{option} {text!r} is not of the form NAME=VALUE, e.g. {option} {example}")
     try:
         return name, yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise InputError(f"--set {name}: {value!r} is not a YAML value") from error
+        raise InputError(f"{option} {name}: {value!r} is not a YAML value") from error

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from normfree.cli.options import DEFAULT_CACHE_DIR, CacheDir, Json, changes, open_console
 from normfree.locks import locked
+from normfree.processes import check_alone
 
 
 def remove_norm(
@@ -49,6 +50,7 @@ def remove_norm(
     from normfree.removal.schedule import load_schedule
     from normfree.training import StudyProgress
 
+    check_alone("normfree remove-norm", "leave the launcher out: its statistics would be those of one of them")
     wanted = changes(set_, tokens=tokens, steps=steps, corpus=corpus, tokenizer=tokenizer)
     chosen = load_schedule(schedule) if schedule is not None else None
     planned = plan(model, changes=wanted, seed=seed, lora_rank=lora)

@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
-from normfree.cli.options import DEFAULT_CACHE_DIR, CacheDir, Json, changes, open_console
+from normfree.cli.options import DEFAULT_CACHE_DIR, CacheDir, Json, changes, nested_assignments, open_console, told
 from normfree.cli.report import write_report
-from normfree.errors import InputError
+from normfree.errors import InputError, RunFailedError
 from normfree.locks import locked
+from normfree.processes import check_alone
 
 
 def study(
@@ -35,6 +36,21 @@ def study(
     all_: Annotated[
         bool, typer.Option("--all", help="With relu-revival: every table and figure of the paper, all its models.")
     ] = False,
+    executor: Annotated[
+        str, typer.Option(help="Where runs are trained: local, slurm or ray. See docs/many-machines.md.")
+    ] = "local",
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Runs at work at once; with local, default: one after the other in this process."),
+    ] = None,
+    executor_set: Annotated[
+        list[str] | None,
+        typer.Option("--executor-set", help="An option of the executor, e.g. partition=gpu. Can be repeated."),
+    ] = None,
+    retries: Annotated[
+        int | None,
+        typer.Option(min=0, help="With workers: how often a run is tried again with no checkpoint in between; or 2."),
+    ] = None,
     cache_dir: CacheDir = DEFAULT_CACHE_DIR,
     json_: Json = False,
 ) -> None:
@@ -44,8 +60,9 @@ def study(
 
     Example: normfree study relu-revival --preset cpu --seeds 0,1,2
     """
-    from normfree.studies import Preset, begin, load_preset
+    from normfree.studies import DEFAULT_RETRIES, Preset, begin, load_preset, make_executor
 
+    check_alone("normfree study", "leave the launcher out, and give --workers to train several runs at once")
     if all_ and name != "relu-revival":
         raise InputError(f"--all is for relu-revival, not for {name}; leave it out")
     name = f"{name}-all" if all_ else name
@@ -55,14 +72,31 @@ def study(
         return preset.with_changes(**wanted)
 
     chosen_seeds = _seeds(seeds) if seeds is not None else None
+    chosen_executor = make_executor(executor, nested_assignments("--executor-set", executor_set), workers)
+    if chosen_executor is None and retries is not None:
+        raise InputError("--retries means nothing without --workers, --executor slurm or --executor ray")
     console = open_console(json_)
     folder = out or Path("studies") / f"{name}-{Path(preset).stem}"
     begin(name, folder, preset, changed)  # a folder that is refused is not even locked
     with locked(folder):
         begun = begin(name, folder, preset, changed)
         console.print(f"Study {name}, preset {Path(preset).stem}: {load_preset(preset).description}", highlight=False)
-        begun.run(chosen_seeds, tune_lr=tune_lr, cache_dir=cache_dir, console=console)
-        write_report(begun, console, json_=json_)
+        failures = begun.run(
+            chosen_seeds,
+            tune_lr=tune_lr,
+            cache_dir=cache_dir,
+            console=console,
+            executor=chosen_executor,
+            retries=DEFAULT_RETRIES if retries is None else retries,
+        )
+        try:
+            write_report(begun, console, json_=json_)
+        except InputError as error:
+            if not failures:
+                raise
+            console.print(f"No report: {error}", highlight=False, soft_wrap=True)
+    if failures:
+        raise RunFailedError(f"{told(failures)}; the same command tries again")
 
 
 def _seeds(text: str) -> list[int]:

@@ -22,9 +22,12 @@ def train(
     The config.yaml of an earlier run also says which tokens it was trained on: the same are used, or the run is
     refused. Without its `provenance` the corpus is taken as it is now.
 
+    Several processes train one run: torchrun --nproc-per-node 8 -m normfree train ... (docs/distributed.md).
+
     Example: normfree train studies/relu-revival-cpu/runs/sm-r/seed-0/config.yaml --out runs/again
     """
     from normfree.data import prepare_data, same_data
+    from normfree.processes import is_main_process, main_first
     from normfree.training import StudyProgress, load_run_config
     from normfree.training import train as train_run
     from normfree.training.run_folder import CONFIG_FILE, recorded
@@ -33,16 +36,18 @@ def train(
     console = open_console(json_)
     # A run that has begun goes on with its own tokens, and one that is done again has those of the first time.
     fingerprint = recorded(out / CONFIG_FILE, "corpus_fingerprint") or recorded(config, "corpus_fingerprint")
+    bar = console.is_terminal and is_main_process()
     if fingerprint is None:
-        data = prepare_data(run.data, cache_dir, progress=console.is_terminal)
+        data = main_first(lambda: prepare_data(run.data, cache_dir, progress=bar))
     else:
-        data = same_data(run.data, cache_dir, fingerprint, progress=console.is_terminal)
+        data = main_first(lambda: same_data(run.data, cache_dir, fingerprint, progress=bar))
     n_tokens = run.recipe.n_tokens(run.data.sequence_length)
     label = f"{run.configuration} seed {run.seed}"
     with StudyProgress(n_tokens, console=console, description=run.model_name) as progress:
         result = train_run(run, data, out, callbacks=(progress.run(label, n_tokens),))
     if json_:
-        print(json.dumps({"folder": str(out), **result.row}))
+        if is_main_process():
+            print(json.dumps({"folder": str(out), **result.row}))
         return
     row = result.row
     console.print(

@@ -1,13 +1,17 @@
 """Studies: named grids of configurations, and what to show of them."""
 
 from normfree.studies.collection import Collection, CollectionFolder
+from normfree.studies.execution import DEFAULT_RETRIES, help_with, run_study
+from normfree.studies.executors import EXECUTORS, make_executor
 from normfree.studies.page import StudyPage
 from normfree.studies.preset import Preset, load_preset, preset_names
 from normfree.studies.registry import COLLECTIONS, STUDIES, begin, open_folder
-from normfree.studies.study import Study, StudyFolder, run_study
+from normfree.studies.study import Study, StudyFolder
 
 __all__ = [
     "COLLECTIONS",
+    "DEFAULT_RETRIES",
+    "EXECUTORS",
     "STUDIES",
     "Collection",
     "CollectionFolder",
@@ -16,7 +20,9 @@ __all__ = [
     "StudyFolder",
     "StudyPage",
     "begin",
+    "help_with",
     "load_preset",
+    "make_executor",
     "open_folder",
     "preset_names",
     "run_study",

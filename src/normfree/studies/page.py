@@ -35,16 +35,11 @@ from normfree.report import (
     table_notes,
     write_report,
 )
+from normfree.studies.execution import DEFAULT_RETRIES, run_study
+from normfree.studies.executors import Executor
 from normfree.studies.frames import head_entropy_frame, results_frame, sequence_losses_frame
-from normfree.studies.study import (
-    LEARNING_RATE_FACTORS,
-    STUDY_FILE,
-    SWEEP_DECAY,
-    Study,
-    StudyFolder,
-    best_learning_rates,
-    run_study,
-)
+from normfree.studies.plan import LEARNING_RATE_FACTORS, SWEEP_DECAY
+from normfree.studies.study import STUDY_FILE, Study, StudyFolder, best_learning_rates
 from normfree.training import RunResult
 from normfree.training.configuration import read_yaml
 from normfree.training.run_folder import RESULTS_FILE
@@ -123,14 +118,31 @@ class StudyPage:
         """Entropy of uniform attention at the study's sequence length, in nats."""
         return uniform_entropy_bound(self.folder.preset.data.sequence_length)
 
-    def run(self, seeds: list[int] | None, *, tune_lr: bool, cache_dir: Path, console: Console) -> None:
+    def run(
+        self,
+        seeds: list[int] | None,
+        *,
+        tune_lr: bool,
+        cache_dir: Path,
+        console: Console,
+        executor: Executor | None = None,
+        retries: int = DEFAULT_RETRIES,
+    ) -> dict[str, str]:
         """Trains the study; ``seeds`` are the preset's own if not given. See :func:`run_study`.
 
         Raises:
             InputError: a configuration, the recipe or the corpus cannot be used; then the folder is not touched.
         """
-        wanted = seeds or self.folder.preset.seeds
-        run_study(self.study, self.folder, wanted, tune_lr=tune_lr, cache_dir=cache_dir, console=console)
+        return run_study(
+            self.study,
+            self.folder,
+            seeds or self.folder.preset.seeds,
+            tune_lr=tune_lr,
+            cache_dir=cache_dir,
+            console=console,
+            executor=executor,
+            retries=retries,
+        )
 
     def figure(self, name: str, figure: Figure, caption: str) -> FigureBlock:
         """Saves ``figure`` in the study's folder, as PNG and PDF, and returns it for the page."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,23 +12,18 @@ import yaml
 from rich.console import Console
 
 from normfree.data import PackedData, prepare_data, same_data
-from normfree.errors import InputError, unknown_name
+from normfree.errors import InputError
 from normfree.files import write_text
 from normfree.locks import holds_nothing
 from normfree.studies.preset import Preset
-from normfree.training import Recipe, RunConfig, RunResult, StudyProgress, load_result, load_run_config, train
+from normfree.training import Recipe, RunConfig, RunResult, load_result
 from normfree.training.configuration import read_yaml
-from normfree.training.run_folder import CONFIG_FILE, RESULTS_FILE
-from normfree.training.trainer import check_data
+from normfree.training.run_folder import RESULTS_FILE
 
 if TYPE_CHECKING:
     from normfree.studies.page import Findings, StudyPage
 
 STUDY_FILE = "study.yaml"
-LEARNING_RATE_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
-"""The sweep of ``--tune-lr``, as multiples of the recipe's learning rate."""
-SWEEP_DECAY = 0.2
-"""Share of the budget over which a run of the sweep lets its rate decay, after a warm-up as long as the whole run's."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +43,7 @@ class Configuration:
     @property
     def slug(self) -> str:
         """The label as a folder name."""
-        return _slug(self.label)
+        return slug(self.label)
 
     @property
     def teacher(self) -> str | None:
@@ -162,61 +157,6 @@ class StudyFolder:
         return [load_result(path.parent) for path in sorted(self.path.glob(f"{group}/*/*/{RESULTS_FILE}"))]
 
 
-def run_study(
-    study: Study, folder: StudyFolder, seeds: list[int], *, tune_lr: bool, cache_dir: Path, console: Console
-) -> None:
-    """Trains every configuration with every seed; what is finished is skipped, what was stopped goes on.
-
-    With ``tune_lr`` each configuration is then trained at each multiple of the learning rate in
-    :data:`LEARNING_RATE_FACTORS` (the preset's first seed), with the whole run's warm-up and a decay over
-    :data:`SWEEP_DECAY` of the budget, and for the whole budget at its best rate (all seeds).
-
-    Raises:
-        InputError: a configuration, the recipe or the corpus cannot be used; then the folder is not touched.
-    """
-    preset = folder.preset
-    configurations = study.configurations(preset)
-    if tune_lr and any("learning_rate" in each.recipe for each in configurations):
-        raise InputError(
-            f"--tune-lr means nothing for {study.name}, which sets the learning rate of each configuration"
-        )
-    for configuration in configurations:
-        run = run_config(preset, configuration, seeds[0])
-        run.build_model_config(preset.data.vocab_size)
-        if run.objective is not None:
-            run.objective.check(run.recipe)
-    _check_teachers(configurations, preset, seeds, tune_lr=tune_lr)
-    preset.recipe.check(preset.data.sequence_length)
-    measurement = study.measurement(preset) if study.measurement is not None else None
-    if measurement is not None:
-        measurement.check()
-    data = folder.prepare_data(cache_dir, progress=console.is_terminal)
-    check_data(data, preset.recipe)
-    folder.claim(data)
-
-    plan = [(seed, configuration) for seed in seeds for configuration in configurations]
-    sweep = list(_sweep(study, preset)) if tune_lr else []
-    length = preset.data.sequence_length
-    whole = preset.recipe.n_tokens(length)
-    total = whole * len(plan) * (2 if tune_lr else 1) + sum(run.recipe.n_tokens(length) for run, _ in sweep)
-    with StudyProgress(total, console=console, description=f"{study.name} ({folder.preset_name})") as progress:
-        for seed, configuration in plan:
-            run = run_config(preset, configuration, seed)
-            _train(run, data, folder.path / "runs" / configuration.slug / f"seed-{seed}", progress)
-        for run, place in sweep:
-            _train(run, data, folder.path / "sweep" / place, progress)
-        for seed, configuration in plan if tune_lr else []:
-            rate = best_learning_rates(folder)[configuration.label]
-            if rate == preset.recipe.learning_rate:
-                progress.skip(whole)
-                continue
-            run = run_config(preset, configuration, seed, learning_rate=rate)
-            _train(run, data, folder.path / "tuned" / configuration.slug / f"seed-{seed}", progress)
-    if measurement is not None:
-        for result in folder.results("runs"):
-            measurement.measure(result, data, console)
-
-
 def best_learning_rates(folder: StudyFolder) -> dict[str, float]:
     """The learning rate with the lowest evaluation loss in the sweep, by configuration.
 
@@ -240,7 +180,7 @@ def run_config(
     objective = configuration.objective
     if configuration.teacher is not None:
         # From the run's own folder, so that a study can be moved: every run lies three folders deep.
-        objective = {**(objective or {}), "teacher": f"../../../runs/{_slug(configuration.teacher)}/seed-{seed}"}
+        objective = {**(objective or {}), "teacher": f"../../../runs/{slug(configuration.teacher)}/seed-{seed}"}
     return RunConfig.model_validate(
         {
             "model_name": preset.model_name,
@@ -254,51 +194,9 @@ def run_config(
     )
 
 
-def _slug(label: str) -> str:
+def slug(label: str) -> str:
+    """A configuration's label as a folder name."""
     return re.sub(r"[^a-z0-9.-]+", "-", label.lower())
-
-
-def _check_teachers(
-    configurations: Sequence[Configuration], preset: Preset, seeds: list[int], *, tune_lr: bool
-) -> None:
-    """Whether every teacher will have been trained when its student needs it.
-
-    Raises:
-        InputError: it stands behind its student, or the sweep's seed is not trained.
-    """
-    for place, configuration in enumerate(configurations):
-        if configuration.teacher is None:
-            continue
-        before = [each.label for each in configurations[:place]]
-        if configuration.teacher not in before:
-            raise unknown_name(f"teacher of {configuration.label}", configuration.teacher, before)
-        if tune_lr and preset.seeds[0] not in seeds:
-            raise InputError(
-                f"--tune-lr sweeps with seed {preset.seeds[0]}, and {configuration.label} learns from "
-                f"{configuration.teacher} of that seed; add it to --seeds"
-            )
-
-
-def _sweep(study: Study, preset: Preset) -> Iterator[tuple[RunConfig, Path]]:
-    whole = preset.recipe.n_steps(preset.data.sequence_length)
-    warmup = preset.recipe.n_warmup_steps(preset.data.sequence_length)
-    steps = warmup + max(1, round(SWEEP_DECAY * whole))
-    for configuration in study.configurations(preset):
-        for factor in LEARNING_RATE_FACTORS:
-            run = run_config(preset, configuration, preset.seeds[0], learning_rate=factor * preset.recipe.learning_rate)
-            recipe = run.recipe.model_copy(
-                update={"steps": steps, "tokens": None, "warmup_ratio": warmup / steps, "save_steps": steps}
-            )
-            place = Path(configuration.slug) / f"learning-rate-{recipe.learning_rate:g}"
-            yield run.model_copy(update={"recipe": recipe}), place
-
-
-def _train(run: RunConfig, data: PackedData, folder: Path, progress: StudyProgress) -> None:
-    tokens = run.recipe.n_tokens(run.data.sequence_length)
-    if (folder / RESULTS_FILE).exists() and load_run_config(folder / CONFIG_FILE) == run:
-        progress.skip(tokens)
-        return
-    train(run, data, folder, callbacks=(progress.run(f"{run.configuration} seed {run.seed}", tokens),))
 
 
 def _identity(preset: Preset) -> dict[str, Any]:

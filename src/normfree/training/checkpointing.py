@@ -7,16 +7,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from normfree.errors import RunFailedError
 from normfree.files import write_text
-from normfree.signals import requested
-from normfree.training.objectives.trainer import ObjectiveTrainer
+from normfree.processes import is_lost_connection, largest, process_index
+from normfree.signals import note, noted
 from normfree.training.run_folder import STATE_FILE, checkpoints, last_checkpoint, run_identity, step_of, write_manifest
+from normfree.training.sharding import ShardingTrainer
 
 PROGRESS_FILE = "progress.json"
 """The sums of the losses since the last log entry, in each checkpoint: without them the first entry after going on
@@ -24,7 +26,7 @@ would be a mean over fewer steps."""
 CHECKPOINTS_KEPT = 2
 
 
-class CheckpointingTrainer(ObjectiveTrainer):
+class CheckpointingTrainer(ShardingTrainer):
     """The Trainer, with checkpoints that a kill cannot halve.
 
     A checkpoint is written beside its place, gets its manifest, and is moved there. The Trainer's own order by time is
@@ -35,6 +37,7 @@ class CheckpointingTrainer(ObjectiveTrainer):
 
     def train_from(self, checkpoint: Path | None) -> None:
         """Trains from the beginning, or from ``checkpoint`` as if nothing had happened."""
+        self.add_callback(OwnRandomNumbers(checkpoint))
         if checkpoint is None:
             self.train()
             return
@@ -46,6 +49,7 @@ class CheckpointingTrainer(ObjectiveTrainer):
     def load_finished(self, checkpoint: Path) -> None:
         """Takes up a run that was stopped between its last checkpoint and its results: the Trainer would train on."""
         self._load_from_checkpoint(str(checkpoint))
+        self.accelerator.prepare_model(self.model, evaluation_mode=True)
         self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
         self.state.is_world_process_zero = self.is_world_process_zero()
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
@@ -74,6 +78,8 @@ class CheckpointingTrainer(ObjectiveTrainer):
                     shutil.rmtree(each)
             self.accelerator.wait_for_everyone()
         except (OSError, SafetensorError, RuntimeError) as error:
+            if is_lost_connection(error):
+                raise
             # What a full disk becomes in safetensors and in torch.save.
             raise RunFailedError(_not_saved(folder, name, error)) from error
         finally:
@@ -93,11 +99,33 @@ class CheckpointingTrainer(ObjectiveTrainer):
 
 
 class StopWhenTold(TrainerCallback):
-    """Saves a checkpoint and ends the training at the first step after a signal (see :mod:`normfree.signals`)."""
+    """Saves a checkpoint and ends the training at the first step after a signal (see :mod:`normfree.signals`).
+
+    A signal to one process is one to all: they stop at the same step.
+    """
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if requested():
+        signal = largest(noted())
+        if signal:
+            note(signal)
             control.should_save = control.should_training_stop = True
+
+
+class OwnRandomNumbers(TrainerCallback):
+    """Random numbers of its own for each process, which all begin with the same seed: dropout differs between them.
+
+    Where ``checkpoint`` has the state of this process, the Trainer goes on from there. One that was written by another
+    number of processes has not. A single process begins as it always did.
+    """
+
+    def __init__(self, checkpoint: Path | None) -> None:
+        self._checkpoint = checkpoint
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if args.world_size == 1 and (self._checkpoint is None or (self._checkpoint / "rng_state.pth").exists()):
+            return
+        drawn = np.random.SeedSequence([args.seed, process_index(), state.global_step]).generate_state(1)
+        set_seed(int(drawn[0]))
 
 
 class _ResumeProgress(TrainerCallback):

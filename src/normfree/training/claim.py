@@ -23,7 +23,7 @@ def check_claim(folder: Path, config: RunConfig, data: PackedData) -> None:
     """
     path = folder / CONFIG_FILE
     if path.exists():
-        differences = _differences(load_run_config(path).model_dump(mode="json"), config.model_dump(mode="json"))
+        differences = _differences(_content(load_run_config(path)), _content(config))
         fingerprint = recorded(path, "corpus_fingerprint")
         if fingerprint != data.fingerprint:
             differences.append(f"corpus fingerprint: {fingerprint} there, {data.fingerprint} asked for")
@@ -49,6 +49,11 @@ def claim(folder: Path, config: RunConfig, data: PackedData) -> None:
         identity = json.dumps([config.model_dump(mode="json", exclude_defaults=True), data.fingerprint], sort_keys=True)
         run = hashlib.sha256(identity.encode()).hexdigest()[:16]
         write_text(folder / CONFIG_FILE, config.to_yaml({RUN: run, **provenance(data)}))
+
+
+def _content(config: RunConfig) -> dict[str, Any]:
+    """What makes a run what it is: not how its model is shared out over processes, which may change on the way."""
+    return config.model_dump(mode="json", exclude={"recipe": {"sharding"}})
 
 
 def _differences(there: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> list[str]:

@@ -38,6 +38,13 @@ def evaluation_losses(model: PreTrainedModel, sequences: torch.Tensor, batch_siz
     return torch.cat(losses).double().numpy()
 
 
+def mean_loss(losses: NDArray[np.float64], n_predicted: NDArray[np.int64]) -> float:
+    """The mean over the predicted tokens of all sequences, from each sequence's mean loss and their number, [n]."""
+    is_measured = n_predicted > 0
+    losses, weights = losses[is_measured], n_predicted[is_measured]
+    return float(losses.mean() if len(set(weights)) == 1 else np.average(losses, weights=weights))
+
+
 def perplexity(loss: float) -> float:
     """exp of a loss in nats; infinite where a double cannot hold it, NaN for NaN."""
     try:

@@ -17,6 +17,7 @@ from normfree.errors import RunFailedError
 from normfree.files import write_text
 from normfree.training.recipe import OnNonfinite
 from normfree.training.records import RunRecords
+from normfree.training.shards import own_part
 from normfree.training.telemetry import all_finite
 
 REWINDS_FILE = "rewinds.json"
@@ -56,13 +57,12 @@ class NonfiniteWatch(TrainerCallback):
         assert self.trainer is not None, "set by whoever adds this callback"
         bad_loss = ~self._loss.isfinite()
         gradients = [each.grad for each in kwargs["model"].parameters() if each.grad is not None]
-        bad_gradient = ~torch.stack([each.isfinite().all() for each in gradients]).all()
+        bad_gradient = ~torch.stack([own_part(each).isfinite().all() for each in gradients]).all()
         bad = torch.stack([bad_loss, bad_gradient & (not self._scaled)]).float()
         in_loss, in_gradient = self.trainer.accelerator.reduce(bad, reduction="sum").tolist()
         self._loss = None
         if in_loss or in_gradient:
-            if state.is_world_process_zero:
-                self._records.flush()
+            self._records.flush()
             raise NonfiniteError(state.global_step + 1, "loss" if in_loss else "gradient")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -112,23 +112,20 @@ class RecordRewinds(TrainerCallback):
 
 @dataclass(frozen=True)
 class Batches:
-    """How the Trainer cuts an epoch: ``length`` sequences, of which ``micro_batch_size`` (over all processes) go into a
-    micro-batch and up to ``batch_size`` into a step; a last, smaller micro-batch is dropped."""
+    """How an epoch of ``length`` sequences is cut: ``batch_size`` of them go into a step, however many processes share
+    them; a last, smaller step is left out. The next epoch has another order, and leaves out others."""
 
     length: int
-    micro_batch_size: int
     batch_size: int
 
     @property
     def per_epoch(self) -> int:
         """Sequences that are trained on in an epoch."""
-        return self.length // self.micro_batch_size * self.micro_batch_size
+        return self.length // self.batch_size * self.batch_size
 
     def before(self, step: int) -> int:
         """Sequences trained on in the first ``step`` steps."""
-        steps_per_epoch = -(-self.per_epoch // self.batch_size)
-        epoch, in_epoch = divmod(step, steps_per_epoch)
-        return epoch * self.per_epoch + in_epoch * self.batch_size
+        return step * self.batch_size
 
     def rewind(self, bad_step: int, to_step: int) -> Rewind:
         """Back to ``to_step`` and past the batches up to that of ``bad_step``."""
@@ -136,9 +133,10 @@ class Batches:
         return Rewind(bad_step, to_step, at, self.before(bad_step) - at)
 
 
-class SkippingSampler(Sampler[int]):
-    """The order of the Trainer's own sampler (accelerate's SeedableRandomSampler), with the sequences of ``rewinds``
-    left out and all that follow moved up; an epoch keeps its length."""
+class TrainingOrder(Sampler[int]):
+    """The order of the Trainer's own sampler (accelerate's SeedableRandomSampler), in whole steps, with the sequences
+    of ``rewinds`` left out and all that follow moved up; an epoch keeps its length. Each process is given its part of
+    every step, so the sequences of a step do not depend on their number. ``epochs`` has to be among the callbacks."""
 
     def __init__(self, batches: Batches, rewinds: Sequence[Rewind], seed: int) -> None:
         self._batches = batches
@@ -148,6 +146,11 @@ class SkippingSampler(Sampler[int]):
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch = epoch
+
+    @property
+    def epochs(self) -> TrainerCallback:
+        """Says when an epoch begins: a data loader that leaves out what a run has seen does not, if it is shared."""
+        return _Epochs(self, self._batches)
 
     def __len__(self) -> int:
         return self._batches.per_epoch
@@ -161,11 +164,19 @@ class SkippingSampler(Sampler[int]):
             if epoch not in orders:
                 orders[epoch] = self._order(epoch)
             yield orders[epoch][index]
-        self._epoch += 1
 
     def _order(self, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(self._seed + epoch)
         return torch.randperm(self._batches.length, generator=generator).tolist()
+
+
+class _Epochs(TrainerCallback):
+    def __init__(self, order: TrainingOrder, batches: Batches) -> None:
+        self._order = order
+        self._steps_per_epoch = batches.per_epoch // batches.batch_size
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._order.set_epoch(state.global_step // self._steps_per_epoch)
 
 
 def halted(error: NonfiniteError, checkpoint: Path | None, policy: OnNonfinite, n_rewinds: int) -> RunFailedError:

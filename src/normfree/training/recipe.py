@@ -12,8 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from transformers import TrainingArguments
 
 from normfree.errors import InputError
+from normfree.processes import n_processes
 
 OnNonfinite = Literal["record", "halt", "rewind"]
+Sharding = Literal["none", "full"]
+LAUNCHER_SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+"""What ``accelerate launch`` sets where its own configuration asks for it."""
 
 
 class Recipe(BaseModel):
@@ -26,8 +30,11 @@ class Recipe(BaseModel):
     straight line (to 0 only).
 
     A budget is given either in ``steps`` (optimizer steps) or in ``tokens``, which is rounded down to whole steps.
-    ``batch_size`` counts the sequences of one optimizer step over all devices; a device holds
+    ``batch_size`` counts the sequences of one optimizer step over all devices; a device holds at most
     ``micro_batch_size`` of them at a time and accumulates the rest.
+
+    Where several processes train one model, ``sharding`` says what each of them holds: with ``none`` all weights,
+    gradients and optimizer states (DDP), with ``full`` its share of them (FSDP). One process has nothing to share.
 
     ``on_nonfinite`` says what follows a loss or a gradient that is NaN or infinite: ``record`` goes on and records it,
     ``halt`` stops the run, ``rewind`` goes back to the last checkpoint and past the batches that led there, at most
@@ -56,6 +63,7 @@ class Recipe(BaseModel):
     attn_implementation: Literal["sdpa", "eager"] = "sdpa"
     torch_compile: bool = False
     gradient_checkpointing: bool = False
+    sharding: Sharding = "none"
 
     telemetry_steps: int = Field(100, ge=1)
     logging_steps: int = Field(10, ge=1)
@@ -109,14 +117,36 @@ class Recipe(BaseModel):
         """Whether this machine and these processes can follow the recipe.
 
         Raises:
-            InputError: the budget is smaller than a step, or the batch does not divide over the processes.
+            InputError: the budget is smaller than a step, the batch does not divide over the processes, or their
+                launcher was told to share the model out in a way of its own.
         """
         self.n_steps(sequence_length)
-        if self.batch_size % (self.micro_batch_size * n_processes()):
+        if self.batch_size % n_processes():
             raise InputError(
-                f"recipe.batch_size ({self.batch_size}) is not a multiple of micro_batch_size "
-                f"({self.micro_batch_size}) times the {n_processes()} processes; change one of them"
+                f"recipe.batch_size ({self.batch_size}) does not divide over {n_processes()} processes; start a number "
+                "of them that divides it, or change it"
             )
+        if any(os.environ.get(name, "false").lower() == "true" for name in LAUNCHER_SHARDING):
+            raise InputError(
+                "accelerate's own configuration asks for FSDP or DeepSpeed; leave that out, and set recipe.sharding to "
+                "full"
+            )
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each of these processes is to hold its share of the model only."""
+        return self.sharding == "full" and n_processes() > 1
+
+    @property
+    def device_batch_size(self) -> int:
+        """The sequences that a device holds at a time: as many of its share as there may be, in equal parts."""
+        share = self.batch_size // n_processes()
+        return next(size for size in range(min(share, self.micro_batch_size), 0, -1) if share % size == 0)
+
+    @property
+    def accumulation_steps(self) -> int:
+        """How many times a device computes gradients for one step."""
+        return self.batch_size // (self.device_batch_size * n_processes())
 
     def training_arguments(self, folder: Path, sequence_length: int, seed: int) -> TrainingArguments:
         """The recipe in transformers' terms.
@@ -127,12 +157,12 @@ class Recipe(BaseModel):
         self.check(sequence_length)
         steps = self.n_steps(sequence_length)
         precision: dict[str, Any] = {"bf16": self.precision == "bf16", "fp16": self.precision == "fp16"}
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=str(folder),
             max_steps=steps,
-            per_device_train_batch_size=self.micro_batch_size,
+            per_device_train_batch_size=self.device_batch_size,
             per_device_eval_batch_size=self.micro_batch_size,
-            gradient_accumulation_steps=self.batch_size // (self.micro_batch_size * n_processes()),
+            gradient_accumulation_steps=self.accumulation_steps,
             learning_rate=self.learning_rate,
             **self._decay(),
             warmup_steps=self.n_warmup_steps(sequence_length),
@@ -154,25 +184,21 @@ class Recipe(BaseModel):
             save_total_limit=2,
             seed=seed,
             data_seed=seed,
+            # Every parameter has a gradient in every step; to look for others costs time in each.
+            ddp_find_unused_parameters=False,
             dataloader_drop_last=True,
             dataloader_pin_memory=torch.cuda.is_available(),
             label_names=["labels"],
             report_to="none",
             disable_tqdm=True,
         )
+        # One process that sees several GPUs would train on all of them (torch.nn.DataParallel), each with a whole
+        # micro-batch: the step's batch would be another than the recipe's.
+        arguments._n_gpu = min(arguments.n_gpu, 1)
+        return arguments
 
     def _decay(self) -> dict[str, Any]:
         if self.learning_rate_decay == "linear":
             return {"lr_scheduler_type": "linear"}
         rest = {"min_lr_rate": self.final_learning_rate_ratio}
         return {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": rest}
-
-
-def is_main_process() -> bool:
-    """Whether this is the one of them that writes."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def n_processes() -> int:
-    """Processes that train one model together, as their launcher says."""
-    return int(os.environ.get("WORLD_SIZE", "1"))

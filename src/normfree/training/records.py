@@ -9,6 +9,7 @@ import pandas as pd
 
 from normfree.errors import InputError
 from normfree.files import written_whole
+from normfree.processes import is_main_process
 
 METRICS_FILE = "metrics.parquet"
 LAYERS_FILE = "layers.parquet"
@@ -28,7 +29,8 @@ class RunRecords:
 
     ``metrics.parquet`` has a row a (step, name): step and tokens trained on so far, wall-clock seconds of training
     (all sessions of a resumed run together), name, value. ``layers.parquet`` has a row a (step, layer, head, name);
-    ``head`` is null for what belongs to the whole layer. Layers and heads count from 0. NaN values are kept.
+    ``head`` is null for what belongs to the whole layer. Layers and heads count from 0. NaN values are kept. Of several
+    processes only the main one writes.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -61,13 +63,14 @@ class RunRecords:
         self._new_layers.clear()
 
     def flush(self) -> None:
-        """Writes both tables."""
+        """Writes both tables, in the main process."""
         self._metrics = _extended(self._metrics, self._new_metrics, METRICS_COLUMNS)
         self._layers = _extended(self._layers, self._new_layers, LAYERS_COLUMNS)
         self._new_metrics.clear()
         self._new_layers.clear()
-        write_parquet(self._metrics, self.folder / METRICS_FILE)
-        write_parquet(self._layers, self.folder / LAYERS_FILE)
+        if is_main_process():
+            write_parquet(self._metrics, self.folder / METRICS_FILE)
+            write_parquet(self._layers, self.folder / LAYERS_FILE)
 
 
 def write_parquet(table: pd.DataFrame, path: Path) -> None:

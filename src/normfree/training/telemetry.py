@@ -17,9 +17,11 @@ from normfree.modeling import NormfreeForCausalLM
 from normfree.modeling.activations import LearnableLeakyReLU
 from normfree.modeling.residual_stream import ResidualStreamProbe
 from normfree.modeling.sparsity_probe import SparsityProbe
+from normfree.processes import largest
 from normfree.training.objectives import Objective
 from normfree.training.objectives.trainer import CROSS_ENTROPY
 from normfree.training.records import RunRecords
+from normfree.training.shards import own_part, whole
 
 LOGGED_NAMES = {
     "loss": "train_loss",
@@ -106,7 +108,7 @@ class Telemetry(TrainerCallback):
             self.detach()
         if control.should_save:
             if all_finite(kwargs["model"]):
-                self._flush(state)
+                self.records.flush()
             else:
                 # The last good checkpoint stays the one to go on from.
                 control.should_save = False
@@ -129,14 +131,14 @@ class Telemetry(TrainerCallback):
             )
             self._seconds_in_steps, self._steps_timed = 0.0, 0
         if control.should_save:
-            self._flush(state)
+            self.records.flush()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         for learned in self._learned_values(kwargs["model"]):
             self.records.add_layer(state.global_step, *learned)
-        self._flush(state)
+        self.records.flush()
 
     def detach(self) -> None:
         """Takes the probes off the model; safe to call at any time."""
@@ -179,7 +181,7 @@ class Telemetry(TrainerCallback):
     def _learned_values(self, model: NormfreeForCausalLM) -> list[LearnedValue]:
         """The negative slope of each layer that learns one, and what the objective learns of each head."""
         values: list[LearnedValue] = [
-            (layer, None, "negative_slope", block.ffn.activation.negative_slope.item())
+            (layer, None, "negative_slope", whole(block.ffn.activation.negative_slope).item())
             for layer, block in enumerate(model.model.blocks)
             if isinstance(block.ffn.activation, LearnableLeakyReLU)
         ]
@@ -194,10 +196,6 @@ class Telemetry(TrainerCallback):
         tokens = state.global_step * self.tokens_per_step
         self.records.add_metric(state.global_step, tokens, wall_seconds, name, value)
 
-    def _flush(self, state: TrainerState) -> None:
-        if state.is_world_process_zero:
-            self.records.flush()
-
 
 @contextlib.contextmanager
 def _uncompiled() -> Iterator[None]:
@@ -207,5 +205,6 @@ def _uncompiled() -> Iterator[None]:
 
 @torch.no_grad()
 def all_finite(model: nn.Module) -> bool:
-    """Whether every parameter of ``model`` is free of NaN and Inf."""
-    return all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+    """Whether every parameter of ``model`` is free of NaN and Inf, in every process; all of them have to come here."""
+    is_finite = all(bool(own_part(parameter).isfinite().all()) for parameter in model.parameters())
+    return largest(int(not is_finite)) == 0

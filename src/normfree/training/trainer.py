@@ -7,27 +7,29 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainerCallback, default_data_collator, set_seed
+from transformers import PrinterCallback, TrainerCallback, default_data_collator, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from normfree.data import PackedData
 from normfree.entropy import EntropyProbe
-from normfree.errors import InputError
+from normfree.errors import InputError, RunFailedError
 from normfree.files import write_text
 from normfree.locks import locked
 from normfree.modeling import NormfreeForCausalLM
+from normfree.processes import is_lost_connection, n_processes, on_main
 from normfree.signals import deferred
-from normfree.training.checkpointing import CheckpointingTrainer, StopWhenTold
+from normfree.training.checkpointing import StopWhenTold
 from normfree.training.claim import check_claim, claim
 from normfree.training.configuration import RunConfig
-from normfree.training.evaluation import perplexity, sequence_losses
+from normfree.training.evaluating import EvaluatingTrainer
+from normfree.training.evaluation import mean_loss, perplexity
 from normfree.training.half_precision import float16_on_cpu
 from normfree.training.lora import Adapters
 from normfree.training.nonfinite import (
@@ -35,16 +37,17 @@ from normfree.training.nonfinite import (
     NonfiniteError,
     NonfiniteWatch,
     RecordRewinds,
-    SkippingSampler,
+    TrainingOrder,
     halted,
     load_rewinds,
     save_rewinds,
 )
 from normfree.training.objectives import Objective
 from normfree.training.pretrained import starting_model
-from normfree.training.recipe import Recipe, is_main_process, n_processes
+from normfree.training.recipe import Recipe
 from normfree.training.records import RunRecords, read_parquet, write_parquet
 from normfree.training.run_folder import RESULTS_FILE, last_checkpoint, step_of
+from normfree.training.sharding import check_sharding
 from normfree.training.telemetry import Telemetry, all_finite
 
 log = logging.getLogger(__name__)
@@ -68,7 +71,7 @@ class RunResult:
     head_entropy: pd.DataFrame
 
 
-class NormfreeTrainer(CheckpointingTrainer):
+class NormfreeTrainer(EvaluatingTrainer):
     """The Trainer with an objective, and with a say in whether weight decay pulls learnable slopes towards zero.
 
     Its logged loss is finite again after a step whose loss was not. With ``adapters`` a checkpoint is a model without
@@ -82,7 +85,7 @@ class NormfreeTrainer(CheckpointingTrainer):
         decay_slopes: bool,
         adapters: Adapters | None = None,
         watch: NonfiniteWatch | None = None,
-        order: SkippingSampler | None = None,
+        order: TrainingOrder | None = None,
         **options: Any,
     ) -> None:
         self.decay_slopes = decay_slopes
@@ -105,23 +108,6 @@ class NormfreeTrainer(CheckpointingTrainer):
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         names: list[str] = super().get_decay_parameter_names(model)
         return [name for name in names if self.decay_slopes or not name.endswith(".negative_slope")]
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """All sequences: what is dropped of a last, smaller batch is dropped in training only."""
-        with self._keeping_the_last_batch():
-            return super().get_eval_dataloader(eval_dataset)
-
-    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
-        with self._keeping_the_last_batch():
-            return super().get_test_dataloader(test_dataset)
-
-    @contextlib.contextmanager
-    def _keeping_the_last_batch(self) -> Iterator[None]:
-        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
-        try:
-            yield
-        finally:
-            self.args.dataloader_drop_last = drop_last
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs, start_time)
@@ -171,21 +157,39 @@ def train(
     """
     if config.objective is not None and intervene is not None:
         raise InputError(f"the objective {config.objective.kind} cannot be combined with another intervention")
+    if intervene is not None and n_processes() > 1:
+        raise InputError("a model that is changed while it trains is trained by one process; start one only")
     config.recipe.check(config.data.sequence_length)
     check_data(data, config.recipe)
     # transformers' own bars (one for each checkpoint) would break up ours.
     disable_progress_bar()
-    check_claim(folder, config, data)
-    if (folder / RESULTS_FILE).exists():
+    on_main(lambda: check_claim(folder, config, data))
+    if _is_finished(folder):
         return load_result(folder)
-    with locked(folder) if is_main_process() else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        on_main(lambda: _enter(stack, folder))
         # Another process may have finished it before the lock was ours.
-        while not (folder / RESULTS_FILE).exists():
+        while not _is_finished(folder):
             try:
                 return _train(config, data, folder, callbacks, intervene)
             except NonfiniteError as error:
-                _go_around(config, data, folder, error)
+                on_main(partial(_go_around, config, data, folder, error))
+            except RuntimeError as error:
+                if is_lost_connection(error):
+                    raise RunFailedError(
+                        f"another of the {n_processes()} processes of this run is gone; the same command goes on from "
+                        "the last checkpoint"
+                    ) from error
+                raise
         return load_result(folder)
+
+
+def _is_finished(folder: Path) -> bool:
+    return on_main((folder / RESULTS_FILE).exists)
+
+
+def _enter(stack: contextlib.ExitStack, folder: Path) -> None:
+    stack.enter_context(locked(folder))
 
 
 def _train(
@@ -203,7 +207,9 @@ def _train(
     if intervene is not None:
         objective, callback = intervene(model)
         callbacks = (callback, *callbacks)
-    claim(folder, config, data)
+    if config.recipe.is_sharded:
+        check_sharding(config, model.config, objective)
+    on_main(lambda: claim(folder, config, data))
     model.set_attn_implementation(config.recipe.attn_implementation)
     if config.recipe.gradient_checkpointing:
         # Renamed in transformers 5.23; both names work over the range we support.
@@ -218,12 +224,14 @@ def _train(
     )
     halts = config.recipe.on_nonfinite != "record"
     watch = NonfiniteWatch(records, scaled=config.recipe.precision == "fp16") if halts else None
+    order = TrainingOrder(_batches(config, data), rewinds, config.seed)
     trainer = NormfreeTrainer(
+        sharded=config.recipe.is_sharded,
         objective=objective,
         decay_slopes=config.recipe.decay_slopes,
         adapters=adapters,
         watch=watch,
-        order=SkippingSampler(_batches(config, data), rewinds, config.seed) if rewinds else None,
+        order=order,
         model=model,
         args=config.recipe.training_arguments(folder, sequence_length, config.seed),
         train_dataset=data.train,
@@ -233,17 +241,17 @@ def _train(
         data_collator=default_data_collator,
         # What asks for a checkpoint, or for none, comes before the telemetry, which flushes its tables for one.
         callbacks=[
+            order.epochs,
             StopWhenTold(),
             *([watch] if watch is not None else []),
             telemetry,
             RecordRewinds(records, rewinds, tokens_per_step),
             *callbacks,
         ],
-        preprocess_logits_for_metrics=sequence_losses,
     )
     trainer.remove_callback(PrinterCallback)
     try:
-        checkpoint = last_checkpoint(folder)
+        checkpoint = on_main(partial(last_checkpoint, folder))
         if checkpoint is not None:
             trainer.load_objective(checkpoint)
         with float16_on_cpu(trainer):
@@ -260,8 +268,7 @@ def _train(
 
 
 def _batches(config: RunConfig, data: PackedData) -> Batches:
-    recipe = config.recipe
-    return Batches(len(data.train), recipe.micro_batch_size * n_processes(), recipe.batch_size)
+    return Batches(len(data.train), config.recipe.batch_size)
 
 
 def _go_around(config: RunConfig, data: PackedData, folder: Path, error: NonfiniteError) -> None:
@@ -336,11 +343,12 @@ def load_result(folder: Path) -> RunResult:
     )
 
 
-def _measure(trainer: Trainer, config: RunConfig, data: PackedData, folder: Path) -> RunResult:
+def _measure(trainer: NormfreeTrainer, config: RunConfig, data: PackedData, folder: Path) -> RunResult:
     """Evaluates the trained model on every evaluation sequence and writes what the run leaves."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    with torch.compiler.set_stance("force_eager"), EntropyProbe(model) as probe:
-        losses = np.asarray(trainer.predict(data.eval).predictions, dtype=np.float64)
+    model = trainer.measured_model
+    probe = EntropyProbe(model)
+    with torch.compiler.set_stance("force_eager"):
+        losses = trainer.sequence_losses(data.eval, probe)
     probe.reduce()
     entropy = probe.per_head().cpu().numpy()
     layers, heads = np.indices(entropy.shape)
@@ -350,9 +358,7 @@ def _measure(trainer: Trainer, config: RunConfig, data: PackedData, folder: Path
     # Sequences of prompts only have no loss. Any other NaN makes the mean NaN: a model that fails on some text has no
     # perplexity on it.
     n_predicted = data.eval.n_predicted()
-    sequence, weights = np.flatnonzero(n_predicted), n_predicted[n_predicted > 0]
-    losses = losses[sequence]
-    eval_loss = float(losses.mean() if len(set(weights)) == 1 else np.average(losses, weights=weights))
+    sequence, eval_loss = np.flatnonzero(n_predicted), mean_loss(losses, n_predicted)
     n_tokens = config.recipe.n_tokens(config.data.sequence_length)
     row = {
         "model": config.model_name,
@@ -364,17 +370,17 @@ def _measure(trainer: Trainer, config: RunConfig, data: PackedData, folder: Path
         "steps": trainer.args.max_steps,
         "tokens": n_tokens,
         "epochs": n_tokens / (len(data.train) * config.data.sequence_length),
-        "eval_sequences": len(losses),
+        "eval_sequences": len(sequence),
         "eval_loss": eval_loss,
         "eval_ppl": perplexity(eval_loss),
         "status": "finished" if all_finite(model) and math.isfinite(eval_loss) else "diverged",
     }
-    if trainer.is_world_process_zero():
-        write_parquet(
-            pd.DataFrame({"sequence": sequence, "loss_nats": losses}),
-            folder / SEQUENCE_LOSSES_FILE,
-        )
+    sequence_table = pd.DataFrame({"sequence": sequence, "loss_nats": losses[sequence]})
+
+    def write() -> None:
+        write_parquet(sequence_table, folder / SEQUENCE_LOSSES_FILE)
         write_parquet(head_entropy, folder / HEAD_ENTROPY_FILE)
         write_text(folder / RESULTS_FILE, pd.DataFrame([row]).to_csv(index=False, na_rep="nan"))
-    trainer.accelerator.wait_for_everyone()
+
+    on_main(write)
     return load_result(folder)

@@ -73,7 +73,8 @@ def measure_depth(
     Returns:
         The frames; the row ``summary`` has n_layer, n_sequences, sequence_length, loss_nats and its standard_error
         (over sequences), effective_depth, effective_depth_standard_error, effective_depth_share (of n_layer),
-        useful_layers, deep_half_share, deep_layer_nats (see :func:`~normfree.interpret.depth.effective_depth.effective_depth`),
+        useful_layers, deep_half_share, deep_layer_nats (see
+        :func:`~normfree.interpret.depth.effective_depth.effective_depth`),
         variance_growth (the best law, all tokens but the first), variance_growth_is_distinct, variance_ratio (after
         the last block over after the first, the same tokens), and nonfinite_entries of the residual stream.
 
