@@ -76,6 +76,16 @@ def test_triton_agrees_with_the_masked_dense_computation(data):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_one_key_is_not_a_share_of_one(backend):
+    tensors = inputs(0, 1, 1, 1, 5, 4, 4, 4)
+    for k, count in ((1, 1), (1.0, 5), (1, 1)):
+        expected, counts, _ = numpy_spark.attention(*tensors, k, 0.5, 0.5)
+        assert (counts == count).all()
+        out = attend(backend, tensors, k, predictor_scale=0.5, rest_scale=0.5)
+        np.testing.assert_allclose(out.cpu().numpy(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_keys_and_values_of_other_tokens_are_not_read(backend):
     tensors = inputs(0, 1, 1, 2, 300, 16, 16, 8)
     expected, counts, _ = numpy_spark.attention(*tensors, 30, 0.25, 0.25)

@@ -28,7 +28,7 @@ def attention_quantiles(k: int | float, n_key: int, device: torch.device | None 
     return _attention_quantiles(k, -(-(n_key + 1) // PAGE) * PAGE, device)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=16, typed=True)  # one key is not a share of 1.0
 def _attention_quantiles(k: int | float, length: int, device: torch.device | None) -> Tensor:
     n_visible = torch.arange(length, dtype=torch.float64)
     share = torch.full_like(n_visible, k) if isinstance(k, float) else k / n_visible
