@@ -18,7 +18,7 @@ from normfree.studies.curse_of_depth import LNS, PRE_LN, configurations
 from normfree.studies.study import run_config
 from normfree.training import load_pretrained
 
-METHODS = 10
+METHODS = 11
 
 
 @pytest.mark.usefixtures("blank_figures")
@@ -32,7 +32,7 @@ def test_study_measures_the_layers_of_every_method(
     preset_file.write_text(yaml.safe_dump(deeper))
     code, out, err = normfree("study", "curse-of-depth", "--preset", preset_file, "--out", tmp_path / "depth", "--json")
     assert code == 0, err
-    assert [row["configuration"] for row in json.loads(out)["table"]][:2] == [PRE_LN, "Post-LN"]
+    assert [row["configuration"] for row in json.loads(out)["table"]][:3] == [PRE_LN, "Pre-LN, scaled init", "Post-LN"]
     runs = sorted((tmp_path / "depth").glob("runs/*/seed-0"))
     assert len(runs) == METHODS
     skipped = pd.read_csv(tmp_path / "depth/runs/pre-ln/seed-0/depth/skipped_layers.csv")

@@ -43,6 +43,9 @@ SEQUENCES = 32
 def configurations(preset: Preset) -> tuple[Configuration, ...]:
     """The methods of the paper's Table 1, HybridNorm, Dynamic Tanh and no norm in the blocks; all of the preset's kind.
 
+    Pre-LN and LayerNorm Scaling also start with residual projections that shrink with depth (GPT-2's 1/√(2 n_layer)):
+    both hold the residual stream back, the one at the start of training and the other throughout.
+
     Raises:
         InputError: the preset's ``model.norm`` is no LayerNorm and no RMSNorm.
     """
@@ -55,6 +58,7 @@ def configurations(preset: Preset) -> tuple[Configuration, ...]:
     scaling: dict[str, Any] = {"norm": f"{kind}_scaling"}
     return (
         Configuration(PRE_LN, {"norm": kind}),
+        Configuration(f"{PRE_LN}, scaled init", {"norm": kind, "scale_residual_init": True}),
         Configuration("Post-LN", {"norm": kind, "norm_placement": "post"}),
         Configuration("Mix-LN", {"norm": kind, "norm_placement": "mix"}),
         Configuration("DeepNorm", {"norm": kind, "norm_placement": "deepnorm"}),
