@@ -45,10 +45,15 @@ def locked(folder: Path) -> Iterator[None]:
     lock = FileLock(folder / LOCK_FILE)
     owner_path = folder / OWNER_FILE
     try:
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            raise InputError(f"{folder} is in use by {_named(_owner(owner_path))}; wait for it, or stop it") from None
+        while not lock.is_locked:
+            try:
+                lock.acquire(blocking=False)
+            except FileNotFoundError:
+                # Another process, which had made the folder and written nothing into it, has just taken it away.
+                made = _make(folder)
+            except Timeout:
+                owner = _named(_owner(owner_path))
+                raise InputError(f"{folder} is in use by {owner}; wait for it, or stop it") from None
         _check_former(folder, _owner(owner_path))
         remove_unfinished(folder)
         write_text(owner_path, json.dumps(_this_process()))
