@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from tests.data.made_up import document, write_documents
+from tests.forked import normfree
 
-from .launch import normfree, together
+from .launch import together
 
 NIGHTLY = bool(os.environ.get("NORMFREE_NIGHTLY"))
 """200 steps where there are a dozen; see ``make nightly``."""

@@ -1,19 +1,17 @@
-"""Processes that train one run: forks of this one, which need not import everything again, numbered as by torchrun."""
+"""Processes that train one run: forks of this one, numbered as by torchrun."""
 
 from __future__ import annotations
 
 import os
 import socket
-import sys
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate.state import AcceleratorState
 
-from normfree import cli
+from tests.forked import forked
 
 LONGEST = 300.0
 """Seconds after which processes that do not end count as hanging, on a busy machine too."""
@@ -36,10 +34,8 @@ def together(n: int, job: Callable[[], object], folder: Path) -> Ended:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    sys.stdout.flush()
-    sys.stderr.flush()
     outputs = [folder / f"output-{rank}" for rank in range(n)]
-    processes = {_forked(job, outputs[rank], _numbers(rank, n, port)): rank for rank in range(n)}
+    processes = {forked(_numbered(job, _numbers(rank, n, port)), outputs[rank]): rank for rank in range(n)}
     codes: dict[int, int] = {}
     deadline = time.monotonic() + LONGEST
     while len(codes) < n:
@@ -58,16 +54,6 @@ def together(n: int, job: Callable[[], object], folder: Path) -> Ended:
     return Ended([codes[rank] for rank in range(n)], [each.read_text(errors="replace") for each in outputs])
 
 
-def normfree(*arguments: object) -> Callable[[], None]:
-    """The command line as a job."""
-
-    def job() -> None:
-        sys.argv = ["normfree", *map(str, arguments)]
-        cli.main()
-
-    return job
-
-
 def _numbers(rank: int, n: int, port: int) -> dict[str, str]:
     """What a launcher tells the processes; nothing to a single one, which has none."""
     if n == 1:
@@ -82,27 +68,11 @@ def _numbers(rank: int, n: int, port: int) -> dict[str, str]:
     }
 
 
-def _forked(job: Callable[[], object], output: Path, numbers: dict[str, str]) -> int:
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 99
-    try:
-        out = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        for stream in (1, 2):
-            os.dup2(out, stream)
-        # pytest has put others in their place.
-        sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1) for stream in (1, 2))
+def _numbered(job: Callable[[], object], numbers: dict[str, str]) -> Callable[[], None]:
+    def numbered() -> None:
         os.environ.update(numbers)
         # Another test may have trained in this process, alone.
         AcceleratorState._reset_state(True)
         job()
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+
+    return numbered

@@ -20,8 +20,9 @@ from normfree.locks import locked
 from normfree.training.nonfinite import load_rewinds
 from normfree.training.run_folder import checkpoints, last_checkpoint
 from normfree.training.telemetry import Telemetry
+from tests.forked import normfree
 
-from .launch import normfree, together
+from .launch import together
 from .runs import assert_same_run, rows, trained_on
 
 Command = Callable[..., tuple[object, ...]]

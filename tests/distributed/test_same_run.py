@@ -14,9 +14,10 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from normfree.training.checkpointing import OwnRandomNumbers
 from normfree.training.run_folder import last_checkpoint
+from tests.forked import normfree
 
 from .conftest import NIGHTLY
-from .launch import normfree, together
+from .launch import together
 from .runs import OF_THE_CLOCK, assert_same_run, measured
 
 Command = Callable[..., tuple[object, ...]]

@@ -7,12 +7,11 @@ import random
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from normfree import cli
+from tests.forked import forked
 
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate", "os.utime")
 """Audit events of calls that change a file system; opening a file to write to it is one too."""
@@ -41,44 +40,18 @@ class Ended:
 def in_child(job: Callable[[], object], folder: Path, kill: Kill | None = None) -> Ended:
     """Runs ``job`` in a fork of this process whose standard streams go to a file in ``folder``'s parent."""
     output, counted = folder.parent / f"{folder.name}.output", folder.parent / f"{folder.name}.changes"
-    sys.stdout.flush()
-    sys.stderr.flush()
-    pid = os.fork()
-    if pid == 0:
-        code = 99
-        try:
-            out = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            for stream in (1, 2):
-                os.dup2(out, stream)
-            # pytest has put others in their place.
-            sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1) for stream in (1, 2))
-            _count_changes(folder, counted, kill or Kill())
-            job()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+
+    def counted_job() -> None:
+        _count_changes(folder, counted, kill or Kill())
+        job()
+
+    pid = forked(counted_job, output)
     if kill is not None and kill.seconds is not None:
         time.sleep(kill.seconds)
         os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
     changes = counted.stat().st_size if counted.exists() else 0
     return Ended(os.waitstatus_to_exitcode(status), output.read_text(errors="replace"), changes)
-
-
-def normfree(*arguments: object) -> Callable[[], None]:
-    """The command line as a job."""
-
-    def job() -> None:
-        sys.argv = ["normfree", *map(str, arguments)]
-        cli.main()
-
-    return job
 
 
 def random_kills(choose: random.Random, whole: Ended, seconds: float, n: int) -> list[Kill]:

@@ -22,8 +22,9 @@ from transformers import Trainer
 from normfree.training import records
 from normfree.training.recipe import Recipe
 from normfree.training.run_folder import checkpoints, damage, last_checkpoint
+from tests.forked import normfree
 
-from .crash import Ended, Kill, in_child, normfree
+from .crash import Ended, Kill, in_child
 from .test_kill_and_resume import state_of
 
 Command = Callable[[Path], tuple[object, ...]]

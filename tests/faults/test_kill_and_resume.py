@@ -17,9 +17,10 @@ from matplotlib.figure import Figure
 
 from normfree.report import save_figure
 from tests.data.test_pairs import PAIRS, write
+from tests.forked import normfree
 
 from .conftest import NIGHTLY
-from .crash import Kill, in_child, killed_again_and_again, normfree, random_kills
+from .crash import Kill, in_child, killed_again_and_again, random_kills
 
 KILLS_IN_A_CHAIN = 4
 TRAIN_KILLS, STUDY_KILLS, REMOVAL_KILLS, FINETUNE_KILLS = (160, 60, 60, 40) if NIGHTLY else (17, 4, 6, 4)

@@ -17,8 +17,9 @@ import pytest
 
 from normfree.errors import InputError
 from normfree.locks import LOCK_FILE, OWNER_FILE, locked
+from tests.forked import normfree
 
-from .crash import in_child, normfree
+from .crash import in_child
 
 Command = Callable[[Path], tuple[object, ...]]
 

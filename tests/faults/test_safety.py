@@ -19,9 +19,9 @@ import yaml
 import normfree as package
 from normfree import NormfreeConfig, NormfreeForCausalLM
 from normfree.training.run_folder import checkpoints
+from tests.forked import normfree as command_line
 
 from .crash import Kill, in_child
-from .crash import normfree as command_line
 
 Command = Callable[..., tuple[int, str, str]]
 SOURCES = sorted(Path(package.__file__).parent.rglob("*.py"))

@@ -15,8 +15,9 @@ from transformers import TrainerCallback
 from normfree.signals import Interrupted, deferred, noted, stopping_cleanly
 from normfree.training.run_folder import checkpoints, last_checkpoint
 from normfree.training.telemetry import Telemetry
+from tests.forked import normfree
 
-from .crash import in_child, normfree
+from .crash import in_child
 from .test_kill_and_resume import state_of
 
 Command = Callable[[Path], tuple[object, ...]]

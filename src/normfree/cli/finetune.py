@@ -49,7 +49,7 @@ def finetune(
             epochs=epochs,
             seed=seed,
             lora_rank=lora,
-            progress=console.is_terminal and is_main_process(),
+            progress=console.is_terminal,
         )
     )
     n_tokens = run.recipe.n_tokens(run.data.sequence_length)

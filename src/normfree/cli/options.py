@@ -34,7 +34,8 @@ def open_console(json_: bool) -> Console:
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # its warnings would break up the progress bars
-    console = Console(stderr=json_, quiet=not is_main_process())
+    is_main = is_main_process()
+    console = Console(stderr=json_, quiet=not is_main, force_terminal=None if is_main else False)
     if not console.is_terminal:
         console.width = LOG_WIDTH
     return console

@@ -36,11 +36,10 @@ def train(
     console = open_console(json_)
     # A run that has begun goes on with its own tokens, and one that is done again has those of the first time.
     fingerprint = recorded(out / CONFIG_FILE, "corpus_fingerprint") or recorded(config, "corpus_fingerprint")
-    bar = console.is_terminal and is_main_process()
     if fingerprint is None:
-        data = main_first(lambda: prepare_data(run.data, cache_dir, progress=bar))
+        data = main_first(lambda: prepare_data(run.data, cache_dir, progress=console.is_terminal))
     else:
-        data = main_first(lambda: same_data(run.data, cache_dir, fingerprint, progress=bar))
+        data = main_first(lambda: same_data(run.data, cache_dir, fingerprint, progress=console.is_terminal))
     n_tokens = run.recipe.n_tokens(run.data.sequence_length)
     label = f"{run.configuration} seed {run.seed}"
     with StudyProgress(n_tokens, console=console, description=run.model_name) as progress:

@@ -8,13 +8,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from normfree.studies.executors import Executor, Job, Task
 from normfree.studies.plan import PlannedRun, is_finished, to_train
 from normfree.studies.schedule import Schedule
 from normfree.studies.worker import Report, State, Work, forget, last_step, read_report
 from normfree.training import load_result
+from normfree.training.progress import study_bars
 from normfree.training.run_folder import checkpoints, step_of
 
 LOOK_AGAIN_SECONDS = 10.0
@@ -44,18 +44,7 @@ class Conductor:
 
     def conduct(self, description: str) -> Schedule:
         """Until every run is finished or has failed for good. Whatever ends it earlier stops the executor."""
-        bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=28),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self._console,
-            transient=True,
-            speed_estimate_period=600,
-        )
+        bars = study_bars(self._console)
         bar = bars.add_task(description, total=None, note="")
         with bars:
             try:

@@ -49,12 +49,20 @@ def run_study(
     measurement = study.measurement(folder.preset) if study.measurement is not None else None
     if measurement is not None:
         measurement.check()
+
+    def begin() -> Work:
+        data = folder.prepare_data(cache_dir, progress=console.is_terminal)
+        check_data(data, folder.preset.recipe)
+        folder.claim(data)
+        write_plan(folder, seeds, tune_lr=tune_lr, cache_dir=cache_dir)
+        return Work(folder, plan, data, measurement)
+
     if executor is None:
-        work = _begin(study, folder, plan, seeds, tune_lr, cache_dir, console)
+        work = begin()
         schedule = _train_here(work, console, f"{study.name} ({folder.preset_name})")
     else:
         with executor:
-            work = _begin(study, folder, plan, seeds, tune_lr, cache_dir, console)
+            work = begin()
             schedule = Conductor(work, executor, console, retries).conduct(f"{study.name} ({folder.preset_name})")
     for place, planned in schedule.plan.items():
         if place in schedule.finished:
@@ -75,23 +83,6 @@ def help_with(path: Path, console: Console) -> dict[str, str]:
     """
     work = open_work(path)
     return _train_here(work, console, f"helping with {work.folder.study_name}").failures
-
-
-def _begin(
-    study: Study,
-    folder: StudyFolder,
-    plan: tuple[PlannedRun, ...],
-    seeds: list[int],
-    tune_lr: bool,
-    cache_dir: Path,
-    console: Console,
-) -> Work:
-    data = folder.prepare_data(cache_dir, progress=console.is_terminal)
-    check_data(data, folder.preset.recipe)
-    folder.claim(data)
-    write_plan(folder, seeds, tune_lr=tune_lr, cache_dir=cache_dir)
-    measurement = study.measurement(folder.preset) if study.measurement is not None else None
-    return Work(folder, plan, data, measurement)
 
 
 def _train_here(work: Work, console: Console, description: str) -> Schedule:

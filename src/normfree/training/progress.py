@@ -18,6 +18,23 @@ from rich.progress import (
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
+def study_bars(console: Console) -> Progress:
+    """Bars without a task yet; each task has a ``note``, and the time left."""
+    return Progress(
+        TextColumn("{task.description:<24}"),
+        BarColumn(bar_width=28),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        # The study's speed is judged over minutes: a run's first steps and its evaluations are slower.
+        speed_estimate_period=600,
+    )
+
+
 class StudyProgress:
     """A context manager that shows the progress of one or more runs, counted in tokens.
 
@@ -26,19 +43,7 @@ class StudyProgress:
 
     def __init__(self, total_tokens: int, *, console: Console, description: str) -> None:
         self.console = console
-        self._bars = Progress(
-            TextColumn("{task.description:<24}"),
-            BarColumn(bar_width=28),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            # The study's speed is judged over minutes: a run's first steps and its evaluations are slower.
-            speed_estimate_period=600,
-        )
+        self._bars = study_bars(console)
         self._whole = self._bars.add_task(description, total=total_tokens, note="")
 
     def __enter__(self) -> StudyProgress:

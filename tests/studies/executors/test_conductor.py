@@ -20,8 +20,8 @@ from normfree.studies import EXECUTORS
 from normfree.studies.executors import Executor, Job, Settings, Task
 from normfree.studies.worker import work_on
 from tests.faults.crash import in_child
-from tests.faults.crash import normfree as normfree_job
 from tests.faults.test_kill_and_resume import state_of
+from tests.forked import normfree as normfree_job
 
 from .conftest import STUDY
 
