@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -130,7 +131,7 @@ def no_space(*_: object, **__: object) -> None:
 def test_a_disk_that_fills_up_while_telemetry_is_written(
     train_command: Command, stopped: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pd.DataFrame, "to_parquet", no_space)
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", no_space)
     command, before = train_command(stopped), pd.read_parquet(stopped / "run" / records.METRICS_FILE)
     ended = in_child(normfree(*command), stopped)
     assert ended.code == 1
