@@ -70,6 +70,14 @@ def locked(folder: Path) -> Iterator[None]:
                 each.rmdir()
 
 
+def sweep(folder: Path) -> None:
+    """Clears away what a killed process left in a folder whose work is done: nobody else will hold it any more."""
+    if (folder / OWNER_FILE).exists():
+        # Somebody may hold it after all, or this process have no right to write; then it stays.
+        with suppress(InputError, OSError, RuntimeError), locked(folder):
+            pass
+
+
 def remove_abandoned(folder: Path) -> None:
     """Removes a folder that was :func:`locked` by a process which is dead; leaves it to one that is not."""
     # A RuntimeError is filelock's word for a lock that this very process holds.

@@ -83,11 +83,13 @@ IN_A_RUN = (
     Kill(before=("os.rename", ".checkpoint-2", "run/checkpoint-2")),
     Kill(before=("os.rename", "metrics")),
     Kill(before=("os.rmdir", "run/checkpoint-2")),
+    Kill(before=("os.rmdir", "run/checkpoint-8")),
     Kill(before=("os.rename", "sequence_losses")),
     Kill(before=("os.rename", "results.csv")),
+    Kill(before=("os.remove", "run/.lock.json")),
 )
-"""While tokens are packed, a checkpoint is written, put into its place or taken away, telemetry is flushed, and between
-the last checkpoint and the result."""
+"""While tokens are packed, a checkpoint is written, put into its place or taken away, telemetry is flushed, between the
+last checkpoint and the result, and before the finished run is let go."""
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"] if NIGHTLY else ["fp32"])

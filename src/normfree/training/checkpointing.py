@@ -52,6 +52,7 @@ class CheckpointingTrainer(ShardingTrainer):
         self.accelerator.prepare_model(self.model, evaluation_mode=True)
         self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
         self.state.is_world_process_zero = self.is_world_process_zero()
+        self._remove_older()
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
 
@@ -73,9 +74,7 @@ class CheckpointingTrainer(ShardingTrainer):
             if is_main:
                 write_manifest(self._staging / name, run_identity(folder))
                 _move_into_place(self._staging / name, folder / name)
-                older = [each for each in checkpoints(folder) if step_of(each) <= self.state.global_step]
-                for each in older[:-CHECKPOINTS_KEPT]:
-                    shutil.rmtree(each)
+            self._remove_older()
             self.accelerator.wait_for_everyone()
         except (OSError, SafetensorError, RuntimeError) as error:
             if is_lost_connection(error):
@@ -86,6 +85,14 @@ class CheckpointingTrainer(ShardingTrainer):
             if is_main:
                 shutil.rmtree(self._staging, ignore_errors=True)
             self._staging = None
+
+    def _remove_older(self) -> None:
+        """Leaves the newest checkpoints; ones of later steps belong to what is about to be trained again."""
+        if self.is_world_process_zero():
+            folder = Path(str(self.args.output_dir))
+            older = [each for each in checkpoints(folder) if step_of(each) <= self.state.global_step]
+            for each in older[:-CHECKPOINTS_KEPT]:
+                shutil.rmtree(each)
 
     def _save_progress(self, checkpoint: Path) -> None:
         sums = self.accelerator.reduce({"loss": self._tr_loss, **self._sums}, reduction="mean")

@@ -21,7 +21,7 @@ from normfree.data import PackedData
 from normfree.entropy import EntropyProbe
 from normfree.errors import InputError, RunFailedError
 from normfree.files import write_text
-from normfree.locks import locked
+from normfree.locks import locked, sweep
 from normfree.modeling import NormfreeForCausalLM
 from normfree.processes import is_lost_connection, n_processes, on_main
 from normfree.signals import deferred
@@ -165,6 +165,7 @@ def train(
     disable_progress_bar()
     on_main(lambda: check_claim(folder, config, data))
     if _is_finished(folder):
+        on_main(lambda: sweep(folder))
         return load_result(folder)
     with contextlib.ExitStack() as stack:
         on_main(lambda: _enter(stack, folder))
