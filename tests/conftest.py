@@ -18,6 +18,12 @@ from tests.data.made_up import document, write_documents
 SEQUENCE_LENGTH = 16
 
 
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that forgets to replace the hub fails at once instead of retrying."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def frozen_imports() -> Iterator[None]:
     """The Trainer collects garbage after each run: the objects of the imported libraries are left out of it."""
@@ -84,7 +90,6 @@ def normfree(
 ) -> Callable[..., tuple[int, str, str]]:
     """Runs the command line in a folder of its own; returns exit code, standard output and standard error."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
     def run(*arguments: object) -> tuple[int, str, str]:
         words = [str(argument) for argument in arguments]

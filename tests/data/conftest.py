@@ -5,12 +5,6 @@ import pytest
 from .made_up import document, write_documents
 
 
-@pytest.fixture(autouse=True)
-def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A test that forgets to replace the hub fails at once instead of retrying."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Forty documents of a few hundred tokens each."""

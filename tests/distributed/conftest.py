@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,18 +9,11 @@ import yaml
 
 from tests.data.made_up import document, write_documents
 from tests.forked import normfree
+from tests.nightly import NIGHTLY
 
 from .launch import together
 
-NIGHTLY = bool(os.environ.get("NORMFREE_NIGHTLY"))
-"""200 steps where there are a dozen; see ``make nightly``."""
-
 Trained = Callable[..., Path]
-
-
-@pytest.fixture(autouse=True)
-def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(scope="session")

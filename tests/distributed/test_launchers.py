@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from normfree.training.run_folder import checkpoints, damage, last_checkpoint, step_of
+from tests.nightly import NIGHTLY
 
-from .conftest import NIGHTLY
 from .launch import LONGEST
 from .runs import assert_same_run
 

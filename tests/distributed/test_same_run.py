@@ -15,8 +15,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from normfree.training.checkpointing import OwnRandomNumbers
 from normfree.training.run_folder import last_checkpoint
 from tests.forked import normfree
+from tests.nightly import NIGHTLY
 
-from .conftest import NIGHTLY
 from .launch import together
 from .runs import OF_THE_CLOCK, assert_same_run, measured
 

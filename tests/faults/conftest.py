@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,20 +9,12 @@ import yaml
 
 from tests.data.made_up import document, write_documents
 
-NIGHTLY = bool(os.environ.get("NORMFREE_NIGHTLY"))
-"""Many more kills and cases; see ``make nightly``."""
-
 
 @pytest.fixture(scope="session")
 def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve made-up documents."""
     folder = tmp_path_factory.mktemp("small-corpus")
     return write_documents(folder, {f"{seed}.py": document(seed, 200) for seed in range(12)})
-
-
-@pytest.fixture(autouse=True)
-def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(scope="session")

@@ -21,8 +21,8 @@ from normfree import cli
 from normfree.errors import InputError, RunFailedError
 from normfree.training.trainer import NormfreeTrainer
 from tests.forked import normfree
+from tests.nightly import NIGHTLY
 
-from .conftest import NIGHTLY
 from .crash import CHANGES, _writes, in_child
 
 CASES = int(os.environ.get("FUZZ_CASES", 2500 if NIGHTLY else 20))

@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from normfree.report import save_figure
 from tests.data.test_pairs import PAIRS, write
 from tests.forked import normfree
+from tests.nightly import NIGHTLY
 
-from .conftest import NIGHTLY
 from .crash import Kill, in_child, killed_again_and_again, random_kills
 
 KILLS_IN_A_CHAIN = 4

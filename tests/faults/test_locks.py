@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from normfree.errors import InputError
-from normfree.locks import LOCK_FILE, OWNER_FILE, locked
+from normfree.locks import LOCK_FILE, OWNER_FILE, locked, sweep
 from tests.forked import normfree
 
 from .crash import in_child
@@ -124,6 +124,16 @@ def test_a_dead_process_is_taken_over(tmp_path: Path, caplog: pytest.LogCaptureF
     with locked(tmp_path / "run"):
         assert json.loads((tmp_path / "run" / OWNER_FILE).read_text())["pid"] == os.getpid()
     assert "which is dead" in caplog.text
+
+
+def test_the_name_of_a_dead_process_is_swept_out_of_a_finished_folder(tmp_path: Path) -> None:
+    leave_an_owner(tmp_path / "dead", pid=dead_process())
+    (tmp_path / "dead" / "results.csv").touch()
+    sweep(tmp_path / "dead")
+    assert sorted(each.name for each in (tmp_path / "dead").iterdir()) == [LOCK_FILE, "results.csv"]
+    leave_an_owner(tmp_path / "living")
+    sweep(tmp_path / "living")
+    assert (tmp_path / "living" / OWNER_FILE).exists()
 
 
 def test_a_process_whose_number_was_given_again_is_taken_over(tmp_path: Path) -> None:

@@ -22,11 +22,10 @@ def model() -> NormfreeForCausalLM:
 
 
 @pytest.fixture
-def bridge(model: NormfreeForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def bridge(model: NormfreeForCausalLM, tmp_path: Path) -> Any:
     """The exported folder, as its users load it; it has no tokenizer here."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     to_gpt2(model).save_pretrained(tmp_path / "gpt2")
     return TransformerBridge.boot_transformers(str(tmp_path / "gpt2"), device="cpu")
 

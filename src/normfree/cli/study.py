@@ -60,7 +60,7 @@ def study(
 
     Example: normfree study relu-revival --preset cpu --seeds 0,1,2
     """
-    from normfree.studies import DEFAULT_RETRIES, Preset, begin, load_preset, make_executor
+    from normfree.studies import DEFAULT_RETRIES, Execution, Preset, begin, load_preset, make_executor
 
     check_alone("normfree study", "leave the launcher out, and give --workers to train several runs at once")
     if all_ and name != "relu-revival":
@@ -76,19 +76,20 @@ def study(
     if chosen_executor is None and retries is not None:
         raise InputError("--retries means nothing without --workers, --executor slurm or --executor ray")
     console = open_console(json_)
+    execution = Execution(
+        console,
+        cache_dir,
+        seeds=chosen_seeds,
+        tune_lr=tune_lr,
+        executor=chosen_executor,
+        retries=DEFAULT_RETRIES if retries is None else retries,
+    )
     folder = out or Path("studies") / f"{name}-{Path(preset).stem}"
     begin(name, folder, preset, changed)  # a folder that is refused is not even locked
     with locked(folder):
         begun = begin(name, folder, preset, changed)
         console.print(f"Study {name}, preset {Path(preset).stem}: {load_preset(preset).description}", highlight=False)
-        failures = begun.run(
-            chosen_seeds,
-            tune_lr=tune_lr,
-            cache_dir=cache_dir,
-            console=console,
-            executor=chosen_executor,
-            retries=DEFAULT_RETRIES if retries is None else retries,
-        )
+        failures = begun.run(execution)
         try:
             write_report(begun, console, json_=json_)
         except InputError as error:

@@ -1,7 +1,7 @@
 """Studies: named grids of configurations, and what to show of them."""
 
 from normfree.studies.collection import Collection, CollectionFolder
-from normfree.studies.execution import DEFAULT_RETRIES, help_with, run_study
+from normfree.studies.execution import DEFAULT_RETRIES, Execution, help_with, run_study
 from normfree.studies.executors import EXECUTORS, make_executor
 from normfree.studies.page import StudyPage
 from normfree.studies.preset import Preset, load_preset, preset_names
@@ -15,6 +15,7 @@ __all__ = [
     "STUDIES",
     "Collection",
     "CollectionFolder",
+    "Execution",
     "Preset",
     "Study",
     "StudyFolder",

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pandas as pd
 import yaml
-from rich.console import Console
 
 from normfree.errors import InputError
 from normfree.files import write_text
@@ -19,8 +18,7 @@ from normfree.locks import holds_nothing
 from normfree.report import Callout, Paragraph, Section, formatted, render_report, write_report
 from normfree.report import Table as TableBlock
 from normfree.report.tables import table_notes
-from normfree.studies.execution import DEFAULT_RETRIES
-from normfree.studies.executors import Executor
+from normfree.studies.execution import Execution
 from normfree.studies.page import REPORT_FILE, Findings, StudyPage
 from normfree.studies.preset import Preset
 from normfree.studies.study import Study, StudyFolder
@@ -86,17 +84,8 @@ class CollectionFolder:
         pages = [StudyPage(each.study, folder) for each, folder in zip(members, folders, strict=True)]
         return cls(path, collection, pages)
 
-    def run(
-        self,
-        seeds: list[int] | None,
-        *,
-        tune_lr: bool,
-        cache_dir: Path,
-        console: Console,
-        executor: Executor | None = None,
-        retries: int = DEFAULT_RETRIES,
-    ) -> dict[str, str]:
-        """Trains every study, one after the other; ``seeds`` are the presets' own if not given. See :func:`run_study`.
+    def run(self, execution: Execution) -> dict[str, str]:
+        """Trains every study, one after the other. See :func:`run_study`.
 
         Raises:
             InputError: a configuration, a recipe or a corpus cannot be used.
@@ -109,10 +98,8 @@ class CollectionFolder:
             write_text(self.path / COLLECTION_FILE, yaml.safe_dump(content, sort_keys=False))
         failures: dict[str, str] = {}
         for page in self.pages:
-            console.print(f"{page.path.name}: {page.folder.preset.description}", highlight=False)
-            failed = page.run(
-                seeds, tune_lr=tune_lr, cache_dir=cache_dir, console=console, executor=executor, retries=retries
-            )
+            execution.console.print(f"{page.path.name}: {page.folder.preset.description}", highlight=False)
+            failed = page.run(execution)
             failures |= {f"{page.path.name}/{place}": reason for place, reason in failed.items()}
         return failures
 

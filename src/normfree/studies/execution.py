@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -21,22 +22,31 @@ from normfree.training.trainer import check_data
 DEFAULT_RETRIES = 2
 
 
-def run_study(
-    study: Study,
-    folder: StudyFolder,
-    seeds: list[int],
-    *,
-    tune_lr: bool,
-    cache_dir: Path,
-    console: Console,
-    executor: Executor | None = None,
-    retries: int = DEFAULT_RETRIES,
-) -> dict[str, str]:
+@dataclass(frozen=True)
+class Execution:
+    """How a study is carried out, whichever it is.
+
+    cache_dir: where tokenized corpora are kept and found again.
+    seeds: None for those of the preset.
+    tune_lr: whether each configuration is also trained at multiples of the recipe's learning rate (see
+        :func:`~normfree.studies.plan.plan_study`).
+    executor: who trains; None for this process, one run after the other.
+    retries: how often a run that failed on an executor is tried again.
+    """
+
+    console: Console
+    cache_dir: Path
+    seeds: list[int] | None = None
+    tune_lr: bool = False
+    executor: Executor | None = None
+    retries: int = DEFAULT_RETRIES
+
+
+def run_study(study: Study, folder: StudyFolder, execution: Execution) -> dict[str, str]:
     """Trains and measures all runs of a study (see :func:`~normfree.studies.plan.plan_study`).
 
     What is finished is skipped, what was stopped goes on, and what other processes work on is theirs (see
-    :func:`help_with`). Without an executor the runs are trained here, one after the other. With one a run that fails
-    is tried again up to ``retries`` times (see :class:`~normfree.studies.schedule.Schedule`).
+    :func:`help_with`). What becomes of a run that fails, :class:`~normfree.studies.schedule.Schedule` says.
 
     Returns:
         Why runs failed for good, by their folder below the study's. The others are finished.
@@ -45,25 +55,27 @@ def run_study(
         InputError: a configuration, the recipe, the corpus or the executor cannot be used; then the folder is not
             touched.
     """
-    plan = plan_study(study, folder.preset, seeds, tune_lr=tune_lr)
+    console, seeds = execution.console, execution.seeds or folder.preset.seeds
+    title = f"{study.name} ({folder.preset_name})"
+    plan = plan_study(study, folder.preset, seeds, tune_lr=execution.tune_lr)
     measurement = study.measurement(folder.preset) if study.measurement is not None else None
     if measurement is not None:
         measurement.check()
 
     def begin() -> Work:
-        data = folder.prepare_data(cache_dir, progress=console.is_terminal)
+        data = folder.prepare_data(execution.cache_dir, progress=console.is_terminal)
         check_data(data, folder.preset.recipe)
         folder.claim(data)
-        write_plan(folder, seeds, tune_lr=tune_lr, cache_dir=cache_dir)
+        write_plan(folder, seeds, tune_lr=execution.tune_lr, cache_dir=execution.cache_dir)
         return Work(folder, plan, data, measurement)
 
-    if executor is None:
+    if execution.executor is None:
         work = begin()
-        schedule = _train_here(work, console, f"{study.name} ({folder.preset_name})")
+        schedule = _train_here(work, console, title)
     else:
-        with executor:
+        with execution.executor:
             work = begin()
-            schedule = Conductor(work, executor, console, retries).conduct(f"{study.name} ({folder.preset_name})")
+            schedule = Conductor(work, execution.executor, console, execution.retries).conduct(title)
     for place, planned in schedule.plan.items():
         if place in schedule.finished:
             _measure(work, planned, console)

@@ -12,7 +12,6 @@ from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
-from rich.console import Console
 
 from normfree.entropy import uniform_entropy_bound
 from normfree.errors import InputError
@@ -35,8 +34,7 @@ from normfree.report import (
     table_notes,
     write_report,
 )
-from normfree.studies.execution import DEFAULT_RETRIES, run_study
-from normfree.studies.executors import Executor
+from normfree.studies.execution import Execution, run_study
 from normfree.studies.frames import head_entropy_frame, results_frame, sequence_losses_frame
 from normfree.studies.plan import LEARNING_RATE_FACTORS, SWEEP_DECAY
 from normfree.studies.study import STUDY_FILE, Study, StudyFolder, best_learning_rates
@@ -118,31 +116,13 @@ class StudyPage:
         """Entropy of uniform attention at the study's sequence length, in nats."""
         return uniform_entropy_bound(self.folder.preset.data.sequence_length)
 
-    def run(
-        self,
-        seeds: list[int] | None,
-        *,
-        tune_lr: bool,
-        cache_dir: Path,
-        console: Console,
-        executor: Executor | None = None,
-        retries: int = DEFAULT_RETRIES,
-    ) -> dict[str, str]:
-        """Trains the study; ``seeds`` are the preset's own if not given. See :func:`run_study`.
+    def run(self, execution: Execution) -> dict[str, str]:
+        """Trains the study. See :func:`run_study`.
 
         Raises:
             InputError: a configuration, the recipe or the corpus cannot be used; then the folder is not touched.
         """
-        return run_study(
-            self.study,
-            self.folder,
-            seeds or self.folder.preset.seeds,
-            tune_lr=tune_lr,
-            cache_dir=cache_dir,
-            console=console,
-            executor=executor,
-            retries=retries,
-        )
+        return run_study(self.study, self.folder, execution)
 
     def figure(self, name: str, figure: Figure, caption: str) -> FigureBlock:
         """Saves ``figure`` in the study's folder, as PNG and PDF, and returns it for the page."""

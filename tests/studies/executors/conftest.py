@@ -14,7 +14,7 @@ from rich.console import Console
 
 from normfree.locks import locked
 from normfree.report import save_figure
-from normfree.studies import begin
+from normfree.studies import Execution, begin
 from tests.studies.conftest import PRESET
 
 STUDY = "relu-revival"
@@ -49,7 +49,7 @@ def whole(preset_path: Path, cache: Path, tmp_path_factory: pytest.TempPathFacto
         patch.setattr("normfree.studies.page.save_figure", without_drawing)
         with locked(folder):
             begun = begin(STUDY, folder, str(preset_path), lambda preset: preset)
-            assert begun.run(None, tune_lr=False, cache_dir=cache, console=Console(stderr=True)) == {}
+            assert begun.run(Execution(Console(stderr=True), cache)) == {}
             begun.write()
     return folder
 

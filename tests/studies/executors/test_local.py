@@ -13,10 +13,10 @@ import pytest
 
 from normfree.studies.executors import LocalExecutor, Task
 from normfree.studies.executors.local import LocalSettings
-from tests.faults.conftest import NIGHTLY
 from tests.faults.crash import in_child
 from tests.faults.test_kill_and_resume import state_of
 from tests.forked import normfree as normfree_job
+from tests.nightly import NIGHTLY
 
 from .conftest import STUDY
 
