@@ -31,10 +31,10 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from interleaved import Call, interleaved, median_ratio
 from normfree import attention_entropy
 from normfree.entropy import BACKENDS, attention_and_entropy, select_backend
 from normfree.errors import InputError
+from normfree.timing import Call, interleaved, median_ratio
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOKENS = {"cpu": (128, 512, 1024, 2048, 4096, 8192, 16_384), "cuda": (128, 512, 1024, 2048, 4096, 16_384, 65_536)}

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from interleaved import Call, interleaved, median_ratio
 from normfree import NormfreeConfig, NormfreeForCausalLM
+from normfree.timing import Call, interleaved, median_ratio
 
 PRE_NORM = "pre, rmsnorm"
 RMSNORM = {"norm": "rmsnorm", "final_norm": "rmsnorm"}

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache
 
-from interleaved import Call, interleaved, median_ratio
 from normfree import NormfreeConfig, NormfreeForCausalLM, remove_norms
+from normfree.timing import Call, interleaved, median_ratio
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NORM, NORM_FREE = "LayerNorm", "norm-free"

@@ -39,7 +39,6 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from interleaved import Call, Clock, interleaved
 from normfree import NormfreeConfig, NormfreeForCausalLM
 from normfree.modeling.residual import ResidualProjection
 from normfree.modeling.spark_cache import SparkCacheLayer
@@ -49,6 +48,7 @@ from normfree.modeling.sparsity_probe import SparsityProbe
 from normfree.sparsity.accounting import decode_cost, total_bytes
 from normfree.sparsity.decode import PackedFeedForward, decode_backends, sparse_feed_forward
 from normfree.sparsity.decode.extension import all_dots, weighted_rows
+from normfree.timing import Call, Clock, interleaved
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 D_MODEL, N_INNER, N_HEAD, N_KV_HEAD, HEAD_DIM = 2304, 9216, 8, 4, 256

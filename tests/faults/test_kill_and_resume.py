@@ -115,7 +115,8 @@ def test_a_study(run_content: dict[str, Any], tmp_path: Path, monkeypatch: pytes
         out = ("--out", folder / "study", "--cache-dir", folder / "cache")
         return normfree("study", "relu-revival", "--preset", path, *out)
 
-    prove(job, tmp_path, STUDY_KILLS)
+    let_go = Kill(before=("os.remove", "runs/sm-ln-r/seed-0/.lock.json"))
+    prove(job, tmp_path, STUDY_KILLS, ((let_go,),))
 
 
 @pytest.fixture

@@ -66,6 +66,28 @@ def test_the_table_by_hand() -> None:
     assert table.loc["SM+LN+G", "× fewer"] == "1.00 ± 0.00"
 
 
+def test_the_speed_of_decode_is_the_mean_of_the_medians_of_runs() -> None:
+    rounds = [(0, 8.0, 4.0), (1, 9.0, 3.0), (2, 5.0, 5.0)]
+    decode = pd.DataFrame(
+        [
+            {
+                **SETTING,
+                "configuration": "Spark-FFN",
+                "seed": seed,
+                "round": number,
+                "dense_seconds": dense,
+                "sparse_seconds": sparse,
+            }
+            for seed in range(2)
+            for number, dense, sparse in rounds[seed:]
+        ]
+    )
+    table = sparsity_table(sparsity(), savings(), decode, baseline="SM+LN+G").set_index("Configuration")
+    assert table["Decode, × as fast"].to_dict() == {"SM+LN+G": "–", "Spark-FFN": "2.00 ± 0.00", "SM+R": "–"}
+    with pytest.raises(InputError, match="the decode frame lacks sparse_seconds"):
+        sparsity_table(sparsity(), savings(), decode.drop(columns="sparse_seconds"), baseline="SM+LN+G")
+
+
 def test_a_diverged_run_is_nan() -> None:
     table = sparsity_table(sparsity(diverged="SM+R"), savings(), baseline="SM+LN+G").set_index("Configuration")
     assert table.loc["SM+R", ["Active neurons, %", "By layer, %"]].tolist() == ["NaN", "NaN"]

@@ -16,8 +16,15 @@ from normfree.studies.study import run_config
 from normfree.training.records import LAYERS_FILE
 
 Command = Callable[..., tuple[int, str, str]]
-SMALL = ("--set", "recipe.steps=2", "--set", "recipe.telemetry_steps=1", "--set", "recipe.eval_steps=1")
 DIVERGING = ("--set", "recipe.learning_rate=1e30", "--set", "recipe.warmup_ratio=0")
+SMALL = ("--set", "recipe.steps=2", "--set", "recipe.telemetry_steps=1", "--set", "recipe.eval_steps=1")
+
+
+@pytest.fixture(autouse=True)
+def _few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what is timed the tests ask only whether it is there."""
+    monkeypatch.setattr("normfree.studies.decode_seconds.N_ROUND", 2)
+    monkeypatch.setattr("normfree.timing.MIN_SECONDS", 1e-9)
 
 
 def test_the_configurations_have_the_parameters_of_dense_models() -> None:
@@ -69,11 +76,18 @@ def test_the_study_measures_sparsity_once_and_shows_it(normfree: Command, preset
     )
     assert flops["Spark-FFN (exact)"] == 2 * 2 * (4 * 256 + 2 * 16 * 8.5 + 8 * 64 + 5 * (8 + 16))
 
-    times = {path: path.stat().st_mtime_ns for path in folder.rglob("sparsity.parquet")}
+    timed = {path.parents[1].name: pd.read_parquet(path) for path in folder.rglob("decode.parquet")}
+    assert set(timed) == {"spark-ffn", "spark-attention", "spark", "sm-r-spark-ffn", "sm-r-spark"}
+    for decode in timed.values():
+        assert decode["context_length"].unique().tolist() == [8 + 7 / 2], "half of 16 positions at first, then 7 more"
+        assert (decode[["dense_seconds", "masked_seconds", "sparse_seconds"]] > 0).all(axis=None)
+    assert "Decode, × as fast" in page
+
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
     code, out, err = normfree("report", "study", "--json")
     assert code == 0, err
     assert len(json.loads(out)["table"]) == 9
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("sparsity.parquet")} == times
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")} == times
 
 
 @pytest.mark.usefixtures("blank_figures")

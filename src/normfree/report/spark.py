@@ -15,6 +15,7 @@ from normfree.report.style import INK, QUIET, TWO_COLUMN, configuration_colours,
 SPARSITY = (*SETTING, "configuration", "seed", "layer", "active_share", "attended_keys")
 SPARSITY_DYNAMICS = (*SETTING, "configuration", "seed", "step", "tokens", "layer", "active_share")
 SAVINGS = (*SETTING, "configuration", "seed", "flops")
+DECODE = (*SETTING, "configuration", "seed", "round", "dense_seconds", "sparse_seconds")
 
 DENSE = 0.995
 """A share of active neurons from which on all are: an activation is zero by rounding now and then."""
@@ -88,12 +89,16 @@ def _draw(axes: Axes, runs: pd.DataFrame, x: str, colour: str, label: str) -> fl
     return low if np.isfinite(low) else 100.0
 
 
-def sparsity_table(sparsity: pd.DataFrame, savings: pd.DataFrame, *, baseline: str) -> pd.DataFrame:
-    """Active neurons, attended keys and FLOPs per token as a reader sees them: ``mean ± half`` of a 95 % t-interval.
+def sparsity_table(
+    sparsity: pd.DataFrame, savings: pd.DataFrame, decode: pd.DataFrame | None = None, *, baseline: str
+) -> pd.DataFrame:
+    """Active neurons, attended keys, FLOPs per token and speed of decode: ``mean ± half`` of a 95 % t-interval.
 
     Args:
         sparsity: the columns ``SPARSITY``, one row a run and layer; ``attended_keys`` is NaN for softmax attention.
         savings: the columns ``SAVINGS``, one row a run: FLOPs per token on paper, for the sparsity measured.
+        decode: the columns ``DECODE``, one row a round of a run that decodes sparsely: what a token takes, and one of
+            the dense model.
         baseline: the configuration whose FLOPs the others are compared with.
 
     Raises:
@@ -104,6 +109,10 @@ def sparsity_table(sparsity: pd.DataFrame, savings: pd.DataFrame, *, baseline: s
     for frame, name in ((sparsity, "sparsity"), (savings, "savings")):
         check_one_setting(frame, name)
     key = ["configuration", "seed"]
+    speed = pd.Series(dtype="float64")
+    if decode is not None:
+        check_frame(decode, "decode", DECODE, ("dense_seconds", "sparse_seconds"))
+        speed = (decode["dense_seconds"] / decode["sparse_seconds"]).groupby([decode[each] for each in key]).median()
     runs = sparsity.groupby(key, sort=False)[["active_share", "attended_keys"]].agg(_mean)
     dense = savings.loc[savings["configuration"] == baseline, "flops"].mean()
     rows = []
@@ -121,6 +130,7 @@ def sparsity_table(sparsity: pd.DataFrame, savings: pd.DataFrame, *, baseline: s
                 "Keys attended": _DASH if of_layers["attended_keys"].isna().all() else mean_and_half(keys),
                 "MFLOPs a token": mean_and_half(flops / 1e6),
                 "× fewer": mean_and_half(dense / flops),
+                "Decode, × as fast": mean_and_half(speed[configuration]) if configuration in speed else _DASH,
             }
         )
     return pd.DataFrame(rows)

@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from normfree.errors import InputError, RunFailedError
+from normfree.locks import sweep
 from normfree.studies.conductor import LOOK_AGAIN_SECONDS, Conductor, say
 from normfree.studies.executors import Executor
 from normfree.studies.plan import PlannedRun, is_finished, plan_study
@@ -78,6 +79,7 @@ def run_study(study: Study, folder: StudyFolder, execution: Execution) -> dict[s
             schedule = Conductor(work, execution.executor, console, execution.retries).conduct(title)
     for place, planned in schedule.plan.items():
         if place in schedule.finished:
+            sweep(folder.path / place)
             _measure(work, planned, console)
     if not schedule.failures:
         shutil.rmtree(folder.path / WORKERS_FOLDER, ignore_errors=True)

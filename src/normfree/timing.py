@@ -20,7 +20,7 @@ Clock = Callable[[], float]
 def seconds_a_call(call: Call, device: torch.device, clock: Clock = time.perf_counter) -> float:
     """Mean seconds of a call, over at least ``MIN_SECONDS`` of them."""
     start, n_call = clock(), 0
-    while clock() - start < MIN_SECONDS:
+    while n_call == 0 or clock() - start < MIN_SECONDS:
         call()
         if device.type == "cuda":
             torch.cuda.synchronize()
