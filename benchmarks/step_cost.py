@@ -77,11 +77,9 @@ def training_step(options: Options, inner: float, arguments: argparse.Namespace,
         n_head=arguments.heads,
         n_embd=width,
         n_inner=round(width * inner / 16) * 16,
-        **{name: value for name, value in options.items() if name != "attn_implementation"},
+        **options,
     )
     model: Any = NormfreeForCausalLM(config).train().to(device)
-    if "attn_implementation" in options:
-        model.set_attn_implementation(options["attn_implementation"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     forward = torch.compile(model, dynamic=False) if arguments.compile else model
     tokens = torch.randint(arguments.vocabulary, (arguments.batch, arguments.tokens), device=device)

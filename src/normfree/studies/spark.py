@@ -109,9 +109,10 @@ def _measure_sparsity(result: RunResult, data: PackedData, console: Console) -> 
 
 def _measure_decode(result: RunResult, console: Console) -> None:
     path, checkpoint = result.folder / DECODE_FILE, final_checkpoint(result)
+    if path.exists() or checkpoint is None:
+        return
     config = _model_config(result)
-    decodes_sparsely = "spark" in (config.ffn, config.attention) and config.topk == "statistical"
-    if path.exists() or checkpoint is None or not decodes_sparsely:
+    if "spark" not in (config.ffn, config.attention) or config.topk != "statistical":
         return
     model = load_pretrained(str(checkpoint)).as_normfree()
     with console.status(f"{result.row['configuration']} seed {result.row['seed']}: seconds of decode"):

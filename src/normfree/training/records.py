@@ -119,7 +119,7 @@ class _GrowingTable:
                 for rows in self.rows():
                     writer.write_table(rows)
                 writer.write_table(pa.Table.from_pandas(self._frame(self._added), self._schema))
-            # Arrow keeps what it has freed, and never finds all of it again: 40 MiB an hour in a long run.
+            # Arrow keeps what it has freed, more of it after each copy.
             pa.default_memory_pool().release_unused()
         self._last_step = None
         self._added.clear()
