@@ -18,7 +18,7 @@ from normfree.studies.curse_of_depth import LNS, PRE_LN, configurations
 from normfree.studies.study import run_config
 from normfree.training import load_pretrained
 
-METHODS = 11
+METHODS = 13
 
 
 @pytest.mark.usefixtures("blank_figures")
@@ -60,6 +60,8 @@ def test_methods_differ_in_their_norms_only() -> None:
     assert models[LNS].scale_residual_init is False
     assert models[f"{LNS}, scaled init"].scale_residual_init is True
     assert models["Mix-LN"].n_post_layer == 3
+    assert models["HybridNorm*, scaled init"].norm_placement == "hybrid_star"
+    assert models["HybridNorm*, scaled init"].scale_residual_init is True
     assert {each.final_norm for label, each in models.items() if label != "Dynamic Tanh"} == {"rmsnorm"}
     assert len({(each.n_layer, each.n_embd, each.n_inner, each.ffn) for each in models.values()}) == 1
 

@@ -8,6 +8,7 @@ from normfree import NormfreeConfig, NormfreeForCausalLM
 from normfree.errors import InputError
 from normfree.report import load_published
 from normfree.studies import load_preset, preset_names
+from normfree.studies.registry import STUDIES
 from normfree.studies.relu_revival import GELU, LAYERNORM_GELU, STUDY
 from normfree.studies.study import run_config
 
@@ -148,3 +149,10 @@ def test_an_unknown_preset_is_answered_with_the_nearest(tmp_path: Path) -> None:
         load_preset("cpus")
     with pytest.raises(InputError, match="cannot read"):
         load_preset(str(tmp_path / "mine.yaml"))
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_configuration_has_a_folder_of_its_own(name: str) -> None:
+    preset = {"norm-removal": "removal-cpu", "norm-removal-scaling": "removal-scaling-cpu"}.get(name, "cpu")
+    slugs = [each.slug for each in STUDIES[name].configurations(load_preset(preset))]
+    assert len(set(slugs)) == len(slugs)

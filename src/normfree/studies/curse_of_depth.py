@@ -43,8 +43,9 @@ SEQUENCES = 32
 def configurations(preset: Preset) -> tuple[Configuration, ...]:
     """The methods of the paper's Table 1, HybridNorm, Dynamic Tanh and no norm in the blocks; all of the preset's kind.
 
-    Pre-LN and LayerNorm Scaling also start with residual projections that shrink with depth (GPT-2's 1/√(2 n_layer)):
-    both hold the residual stream back, the one at the start of training and the other throughout.
+    Four of them stand twice, the second time with residual projections that start smaller with depth (GPT-2's
+    1/√(2 n_layer)). Pre-LN and LayerNorm Scaling, because both hold the residual stream back, the one at the start of
+    training and the other throughout; HybridNorm and HybridNorm*, because their paper starts so.
 
     Raises:
         InputError: the preset's ``model.norm`` is no LayerNorm and no RMSNorm.
@@ -56,16 +57,21 @@ def configurations(preset: Preset) -> tuple[Configuration, ...]:
             f"not {kind!r}"
         )
     scaling: dict[str, Any] = {"norm": f"{kind}_scaling"}
+    hybrid: dict[str, Any] = {"norm": kind, "norm_placement": "hybrid"}
+    hybrid_star: dict[str, Any] = {"norm": kind, "norm_placement": "hybrid_star"}
+    scaled_init: dict[str, Any] = {"scale_residual_init": True}
     return (
         Configuration(PRE_LN, {"norm": kind}),
-        Configuration(f"{PRE_LN}, scaled init", {"norm": kind, "scale_residual_init": True}),
+        Configuration(f"{PRE_LN}, scaled init", {"norm": kind, **scaled_init}),
         Configuration("Post-LN", {"norm": kind, "norm_placement": "post"}),
         Configuration("Mix-LN", {"norm": kind, "norm_placement": "mix"}),
         Configuration("DeepNorm", {"norm": kind, "norm_placement": "deepnorm"}),
-        Configuration("HybridNorm", {"norm": kind, "norm_placement": "hybrid"}),
-        Configuration("HybridNorm*", {"norm": kind, "norm_placement": "hybrid_star"}),
+        Configuration("HybridNorm", hybrid),
+        Configuration("HybridNorm, scaled init", {**hybrid, **scaled_init}),
+        Configuration("HybridNorm*", hybrid_star),
+        Configuration("HybridNorm*, scaled init", {**hybrid_star, **scaled_init}),
         Configuration(LNS, scaling),
-        Configuration(f"{LNS}, scaled init", {**scaling, "scale_residual_init": True}),
+        Configuration(f"{LNS}, scaled init", {**scaling, **scaled_init}),
         Configuration("Dynamic Tanh", DYNAMIC_TANH),
         Configuration("No norm", {"norm": "none"}),
     )

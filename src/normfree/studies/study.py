@@ -195,8 +195,8 @@ def run_config(
 
 
 def slug(label: str) -> str:
-    """A configuration's label as a folder name."""
-    return re.sub(r"[^a-z0-9.-]+", "-", label.lower())
+    """A configuration's label as a folder name; ``*`` by its name, for methods whose names differ in it only."""
+    return re.sub(r"[^a-z0-9.-]+", "-", label.lower().replace("*", "-star"))
 
 
 def _identity(preset: Preset) -> dict[str, Any]:
