@@ -48,8 +48,9 @@ def models(arguments: argparse.Namespace, device: torch.device) -> dict[str, Nor
 def calls(model: Any, arguments: argparse.Namespace, device: torch.device) -> dict[str, Call]:
     tokens = torch.randint(model.config.vocab_size, (arguments.batch, arguments.tokens), device=device)
     forward = torch.compile(model, dynamic=False) if arguments.compile else model
+    full = DynamicCache()
     with torch.inference_mode():
-        full: DynamicCache = model(input_ids=tokens, use_cache=True).past_key_values
+        model(input_ids=tokens, cache=full, use_cache=True)
 
     @torch.inference_mode()
     def prefill() -> None:
@@ -58,7 +59,7 @@ def calls(model: Any, arguments: argparse.Namespace, device: torch.device) -> di
     @torch.inference_mode()
     def decode() -> None:
         cache = deepcopy(full)
-        forward(input_ids=tokens[:, -1:], past_key_values=cache, use_cache=True)
+        forward(input_ids=tokens[:, -1:], cache=cache, use_cache=True)
 
     @torch.inference_mode()
     def copy_cache() -> None:

@@ -234,7 +234,7 @@ def filled_cache(model: NormfreeForCausalLM, n_token: int, dtype: torch.dtype) -
 def measured_activity(spark: NormfreeForCausalLM, cache: DynamicCache) -> dict[str, float]:
     """Mean share of active neurons and mean number of attended tokens in one step of the masked dense computation."""
     with SparsityProbe(spark) as probe:
-        spark(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=cache)
+        spark(input_ids=torch.zeros(1, 1, dtype=torch.long), cache=cache)
     return {name: round(float(layers.mean()), 4) for name, layers in probe.by_layer().items()}
 
 
@@ -268,7 +268,7 @@ def model_benchmark(arguments: argparse.Namespace, dtype: torch.dtype) -> Measur
         if model is dense:
             model.config._attn_implementation = "by_kernel" if by_kernel else "sdpa"
         token = torch.randint(arguments.vocabulary, (1, 1))
-        model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=token, cache=cache, use_cache=True, logits_to_keep=1)
 
     calls: dict[str, Call] = {
         f"{name}, {'kernels' if by_kernel else 'torch'}": partial(step, model, cache, by_kernel)

@@ -87,7 +87,7 @@ class SoftmaxAttention(nn.Module):
         x: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Output [batch, T, n_embd] and, where the implementation materialises them, the attention weights.
@@ -95,8 +95,8 @@ class SoftmaxAttention(nn.Module):
         ``x`` may be a pair: what queries and keys are made from, and what values are.
         """
         query, key, value = self.project(x, position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         output, weights = self.attend(query, key, value, attention_mask, **kwargs)
         return self.o_proj(output.flatten(2)), weights
 

@@ -69,7 +69,7 @@ class NormfreeConfig(PreTrainedConfig):
     """
 
     model_type = "normfree"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
     attribute_map = {
         "hidden_size": "n_embd",
         "max_position_embeddings": "n_positions",

@@ -19,6 +19,7 @@ from normfree.errors import InputError
 from normfree.modeling.activations import LearnableLeakyReLU
 from normfree.modeling.attention import ATTENTIONS, SoftmaxAttention
 from normfree.modeling.blocks import Block, build_block
+from normfree.modeling.cache_keyword import CACHE, takes_either_name
 from normfree.modeling.configuration import NormfreeConfig
 from normfree.modeling.constant_std import ConstantStdNorm
 from normfree.modeling.norms import DynamicTanh, build_final_norm
@@ -33,7 +34,7 @@ class NormfreePreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -114,6 +115,7 @@ class NormfreeModel(NormfreePreTrainedModel):
         """A global slope is tied even where the embeddings are not: transformers would then tie nothing."""
         return self._tied_slopes()
 
+    @takes_either_name
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -121,7 +123,7 @@ class NormfreeModel(NormfreePreTrainedModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
@@ -135,18 +137,19 @@ class NormfreeModel(NormfreePreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            seen = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
 
+        named_cache: dict[str, Any] = {CACHE: cache}
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **named_cache,
         )
         x = inputs_embeds
         position_embeddings = None
@@ -157,16 +160,18 @@ class NormfreeModel(NormfreePreTrainedModel):
         if self.rotary_embedding is not None:
             position_embeddings = self.rotary_embedding(x, position_ids)
         x = self.embedding_dropout(x)
+        # A block that is computed again in the backward pass would append its keys twice.
+        is_checkpointed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for block in self.blocks:
             x = block(
                 x,
                 attention_mask=mask,
                 position_embeddings=position_embeddings,
-                past_key_values=past_key_values,
+                cache=None if is_checkpointed else cache,
                 use_cache=use_cache,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.final_norm(x), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.final_norm(x), **named_cache)
 
 
 class NormfreeForCausalLM(NormfreePreTrainedModel, GenerationMixin):
@@ -181,13 +186,14 @@ class NormfreeForCausalLM(NormfreePreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
+    @takes_either_name
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -202,7 +208,7 @@ class NormfreeForCausalLM(NormfreePreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -213,12 +219,13 @@ class NormfreeForCausalLM(NormfreePreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        named_cache: dict[str, Any] = {CACHE: outputs.get(CACHE)}
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **named_cache,
         )
 
 

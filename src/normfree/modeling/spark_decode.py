@@ -111,22 +111,22 @@ class _SparseAttention:
         x: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         attention = self.attention
-        if _is_differentiated(attention) or past_key_values is None:
-            return SparkAttention.forward(attention, x, attention_mask, position_embeddings, past_key_values, **kwargs)
-        cache = spark_layer(past_key_values, attention.layer_idx, attention.predictor_dim)
+        if _is_differentiated(attention) or cache is None:
+            return SparkAttention.forward(attention, x, attention_mask, position_embeddings, cache, **kwargs)
+        layer = spark_layer(cache, attention.layer_idx, attention.predictor_dim)
         if (x[0] if isinstance(x, tuple) else x).shape[1] > 1:
-            return SparkAttention.forward(attention, x, attention_mask, position_embeddings, past_key_values, **kwargs)
+            return SparkAttention.forward(attention, x, attention_mask, position_embeddings, cache, **kwargs)
         query, key, value = attention.project(x, position_embeddings)
-        cache.append(key, value)
+        layer.append(key, value)
         attended = sparse_attention_decode(
             query[:, :, 0],
-            cache.predictor_keys,
-            cache.rest_keys,
-            cache.stored_values,
+            layer.predictor_keys,
+            layer.rest_keys,
+            layer.stored_values,
             attention.n_active,
             predictor_scale=attention.scaling,
             rest_scale=attention.gate_scaling,

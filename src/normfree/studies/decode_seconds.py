@@ -46,11 +46,11 @@ def decode_seconds(model: NormfreeForCausalLM, dense: NormfreeConfig) -> pd.Data
 def _generation(model: NormfreeForCausalLM, n_cached: int, n_step: int) -> Call:
     tokens = torch.randint(model.config.vocab_size, (1, n_cached + n_step), device=model.device)
     cache = DynamicCache()
-    model(input_ids=tokens[:, :n_cached], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(input_ids=tokens[:, :n_cached], cache=cache, use_cache=True, logits_to_keep=1)
 
     def generate() -> None:
         for token in tokens[:, n_cached:].split(1, dim=1):
-            model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(input_ids=token, cache=cache, use_cache=True, logits_to_keep=1)
         cache.crop(-n_step)
 
     return generate

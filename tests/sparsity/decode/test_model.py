@@ -120,12 +120,12 @@ def test_a_cache_begun_outside_goes_on_inside_and_outside_again():
     with torch.no_grad():
         expected = model(input_ids=tokens, use_cache=False).logits
         cache = DynamicCache(config=model.config)
-        parts = [model(input_ids=tokens[:, :10], past_key_values=cache).logits]
+        parts = [model(input_ids=tokens[:, :10], cache=cache).logits]
         with sparse_decode(model):
-            parts += [model(input_ids=tokens[:, i : i + 1], past_key_values=cache).logits for i in range(10, 14)]
-            parts.append(model(input_ids=tokens[:, 14:18], past_key_values=cache).logits)
+            parts += [model(input_ids=tokens[:, i : i + 1], cache=cache).logits for i in range(10, 14)]
+            parts.append(model(input_ids=tokens[:, 14:18], cache=cache).logits)
         assert all(isinstance(layer, SparkCacheLayer) for layer in cache.layers)
-        parts.append(model(input_ids=tokens[:, 18:], past_key_values=cache).logits)
+        parts.append(model(input_ids=tokens[:, 18:], cache=cache).logits)
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=0, atol=1e-4)
 
 
