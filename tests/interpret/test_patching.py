@@ -142,9 +142,11 @@ def test_weights_keep_their_gradients_and_may_be_frozen():
     model = gpt2()
     expected = patch_heads(model, PAIRS)
     assert all(parameter.grad is None for parameter in model.parameters())
-    pd.testing.assert_frame_equal(patch_heads(model.requires_grad_(False), PAIRS), expected)
+    # differences of float32 logits of about 1: what another order of sums may change of them
+    close = {"rtol": 0.0, "atol": 1e-6}
+    pd.testing.assert_frame_equal(patch_heads(model.requires_grad_(False), PAIRS), expected, **close)
     with torch.no_grad():
-        pd.testing.assert_frame_equal(patch_heads(model, PAIRS), expected)
+        pd.testing.assert_frame_equal(patch_heads(model, PAIRS), expected, **close)
 
 
 def test_agreement_is_pearsons_and_the_normalized_error():

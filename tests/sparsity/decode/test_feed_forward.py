@@ -29,22 +29,27 @@ def weights(generator, d, r, n_inner, d_out, dtype):
     return pack_feed_forward(normal(r, n_inner), normal(d - r, n_inner), normal(n_inner, d_out))
 
 
-def score_scale(q, K1, K2, V, counts):
+def score_scale(q, K1, K2, V, counts, predictor_bias=None, rest_bias=None):
     """The size of an output whose scores do not cancel against the threshold, as an active neuron's may."""
+
+    def largest(bias):
+        return 0 if bias is None else np.abs(numpy_spark.array(bias)).max()
+
     r, (q, K1, K2, V) = K1.shape[0], (np.abs(numpy_spark.array(each)) for each in (q, K1, K2, V))
-    multiplier = np.linalg.norm(q[:, r:], axis=1).max() * np.linalg.norm(K2, axis=0).max()
-    return 1 + (q[:, :r] @ K1).max() * multiplier * V.max() * math.sqrt(counts.max())
+    score = (q[:, :r] @ K1).max() + largest(predictor_bias)
+    multiplier = np.linalg.norm(q[:, r:], axis=1).max() * np.linalg.norm(K2, axis=0).max() + largest(rest_bias)
+    return 1 + score * multiplier * V.max() * math.sqrt(counts.max())
 
 
 def assert_is_the_dense_result(backend, q, packed, k, **biases):
     expected, counts = numpy_spark.feed_forward(q, *packed, k, **biases)
     device = DEVICES[backend]
     moved = [each.to(device) for each in (q, *packed)]
-    biases = {name: None if bias is None else bias.to(device) for name, bias in biases.items()}
-    out = sparse_feed_forward(*moved, k, F.gelu, backend=backend, **biases)
+    moved_biases = {name: None if bias is None else bias.to(device) for name, bias in biases.items()}
+    out = sparse_feed_forward(*moved, k, F.gelu, backend=backend, **moved_biases)
     assert out.dtype == q.dtype
     # torch rounds the intermediates of half precision too
-    tolerance = TOLERANCES[q.dtype] * (4 if backend == "torch" else 1) * score_scale(q, *packed, counts)
+    tolerance = TOLERANCES[q.dtype] * (4 if backend == "torch" else 1) * score_scale(q, *packed, counts, **biases)
     np.testing.assert_allclose(numpy_spark.array(out), expected, rtol=0, atol=tolerance)
     return counts
 
