@@ -158,6 +158,25 @@ def test_the_probe_reads_natural_sparsity_and_counts_nothing_afterwards() -> Non
     assert probe.active_share().isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@torch.no_grad()
+def test_the_probe_counts_numbers_of_every_dtype_that_are_not_zero(dtype: torch.dtype) -> None:
+    model = build(n_layer=1).to(dtype)
+    down_proj = model.model.blocks[0].ffn.down_proj
+    # zeros of both signs, the smallest subnormal numbers, and a sum that float16 cannot hold
+    tiny, largest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps, torch.finfo(torch.float16).max
+    row = torch.zeros(128, dtype=dtype)
+    row[:7] = torch.tensor([0.0, -0.0, tiny, -tiny, largest, largest, -1.0], dtype=dtype)
+    rows = row.expand(2, 6, 128)[:, ::2]
+    with SparsityProbe(model) as probe:
+        down_proj(rows)
+        down_proj(torch.full((2, 1, 128), -0.0, dtype=dtype))
+    assert probe.active_share().tolist() == [6 * 5 / (8 * 128)]
+    with SparsityProbe(model) as probe:
+        down_proj(torch.where(row == -1, -torch.inf, row)[None, None])
+    assert probe.active_share().isnan().all()
+
+
 @pytest.mark.parametrize("options", [{}, ROTARY, {**ROTARY, "rope_parameters": {"partial_rotary_factor": 0.5}}])
 @torch.no_grad()
 def test_padding_on_the_left_changes_nothing(options: dict[str, Any]) -> None:

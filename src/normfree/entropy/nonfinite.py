@@ -35,7 +35,8 @@ def count_nonfinite_scores(
     is not added.
 
     A head whose largest |q_i| times largest |k_j| is far below the dtype's maximum has none
-    (Cauchy–Schwarz), which takes O(T); only the other heads are counted, in blocks of query rows.
+    (Cauchy–Schwarz), which takes O(T); only the other heads are counted, in blocks of query rows. The norms themselves
+    are not needed where the largest entries are small enough.
 
     Args:
         q: queries [batch, n_head, n_query, head_dim].
@@ -78,7 +79,11 @@ def _certified_finite(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """Bool [n_head]: no score of the head, and no partial sum on the way to one, can leave the range of
     the dtype.
     """
-    return score_bound(q, k, scale) < torch.finfo(q.dtype).max / 4
+    limit = torch.finfo(q.dtype).max / 4
+    q_largest, k_largest = (torch.stack(each.aminmax()).double().abs().amax() for each in (q, k))
+    if bool(q.shape[-1] * q_largest * k_largest * max(1.0, abs(scale)) < limit):
+        return torch.ones(q.shape[1], dtype=torch.bool, device=q.device)
+    return score_bound(q, k, scale) < limit
 
 
 def score_bound(q: Tensor, k: Tensor, scale: float) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed
 from torch import Tensor, nn
@@ -80,9 +81,10 @@ class SparsityProbe(Attached):
             if self._tracker.is_bw:
                 return
             (neurons,) = inputs
-            # A number that is not finite makes the sum so, and its product with zero NaN.
-            lost = 0 * neurons.sum(dtype=torch.float32)
-            self._neurons[layer, 0] += neurons.count_nonzero().cpu() + lost.cpu()
+            # A number that is not finite makes the sum so, and its product with zero NaN. Finite numbers must not: the
+            # range of float16 is too small for a sum of them.
+            total = neurons.sum(dtype=torch.float32 if neurons.dtype == torch.float16 else None)
+            self._neurons[layer, 0] += _count_nonzero(neurons) + 0 * total.float().cpu()
             self._neurons[layer, 1] += neurons.numel()
 
         return read
@@ -97,3 +99,14 @@ class SparsityProbe(Attached):
             self._keys[layer, 1] += weights[..., 0].numel()
 
         return read
+
+
+def _count_nonzero(x: Tensor) -> int:
+    if x.device.type != "cpu":
+        return int(x.count_nonzero())
+    # NumPy counts integers in a twelfth of the time that torch takes for bfloat16. Without its sign bit -0 is 0, too.
+    bits = x.view(_BITS[x.dtype.itemsize]).numpy()
+    return int(np.count_nonzero(bits << 1))
+
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
