@@ -30,6 +30,10 @@ def study(
         list[str] | None,
         typer.Option("--set", help="Change any value of the preset, e.g. --set model.n_layer=4. Can be repeated."),
     ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Train the baseline and the configuration of this label only. Can be repeated."),
+    ] = None,
     tune_lr: Annotated[
         bool, typer.Option(help="Also give each configuration its own learning rate, from a short sweep.")
     ] = False,
@@ -60,12 +64,14 @@ def study(
 
     Example: normfree study relu-revival --preset cpu --seeds 0,1,2
     """
-    from normfree.studies import DEFAULT_RETRIES, Execution, Preset, begin, load_preset, make_executor
+    from normfree.studies import COLLECTIONS, DEFAULT_RETRIES, Execution, Preset, begin, load_preset, make_executor
 
     check_alone("normfree study", "leave the launcher out, and give --workers to train several runs at once")
     if all_ and name != "relu-revival":
         raise InputError(f"--all is for relu-revival, not for {name}; leave it out")
     name = f"{name}-all" if all_ else name
+    if only and name in COLLECTIONS:
+        raise InputError(f"--only is for one study, and {name} is several; name one of them, or leave --only out")
     wanted = changes(set_, tokens=tokens, steps=steps, corpus=corpus, tokenizer=tokenizer)
 
     def changed(preset: Preset) -> Preset:
@@ -81,6 +87,7 @@ def study(
         cache_dir,
         seeds=chosen_seeds,
         tune_lr=tune_lr,
+        only=tuple(only) if only else None,
         executor=chosen_executor,
         retries=DEFAULT_RETRIES if retries is None else retries,
     )

@@ -6,6 +6,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -31,6 +32,7 @@ class Execution:
     seeds: None for those of the preset.
     tune_lr: whether each configuration is also trained at multiples of the recipe's learning rate (see
         :func:`~normfree.studies.plan.plan_study`).
+    only: the labels of the configurations to train, beside the baseline; None for all.
     executor: who trains; None for this process, one run after the other.
     retries: how often a run that failed on an executor is tried again.
     """
@@ -39,6 +41,7 @@ class Execution:
     cache_dir: Path
     seeds: list[int] | None = None
     tune_lr: bool = False
+    only: tuple[str, ...] | None = None
     executor: Executor | None = None
     retries: int = DEFAULT_RETRIES
 
@@ -58,7 +61,8 @@ def run_study(study: Study, folder: StudyFolder, execution: Execution) -> dict[s
     """
     console, seeds = execution.console, execution.seeds or folder.preset.seeds
     title = f"{study.name} ({folder.preset_name})"
-    plan = plan_study(study, folder.preset, seeds, tune_lr=execution.tune_lr)
+    wanted: dict[str, Any] = {"tune_lr": execution.tune_lr, "only": execution.only}
+    plan = plan_study(study, folder.preset, seeds, **wanted)
     measurement = study.measurement(folder.preset) if study.measurement is not None else None
     if measurement is not None:
         measurement.check()
@@ -67,7 +71,7 @@ def run_study(study: Study, folder: StudyFolder, execution: Execution) -> dict[s
         data = folder.prepare_data(execution.cache_dir, progress=console.is_terminal)
         check_data(data, folder.preset.recipe)
         folder.claim(data)
-        write_plan(folder, seeds, tune_lr=execution.tune_lr, cache_dir=execution.cache_dir)
+        write_plan(folder, seeds, **wanted, cache_dir=execution.cache_dir)
         return Work(folder, plan, data, measurement)
 
     if execution.executor is None:

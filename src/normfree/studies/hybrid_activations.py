@@ -122,9 +122,10 @@ def _lead(splits: pd.DataFrame) -> str:
         ("GELU first", "GELU in place of ReLU from the first layer on"),
         ("ReLU first", "ReLU in place of GELU from the first layer on"),
     ):
-        path = splits[splits["line"] == order].sort_values("place")["eval_ppl"].to_numpy()
-        steps = np.diff(path)
-        if np.isfinite(steps).all():
+        path = splits[splits["line"] == order].sort_values("place")
+        steps = np.diff(path["eval_ppl"].to_numpy())
+        is_whole = (np.diff(path["place"]) == 1).all()
+        if len(steps) and is_whole and np.isfinite(steps).all():
             layer = int(np.abs(steps).argmax())
             sentences.append(f"With {words}, perplexity changes most ({steps[layer]:+.1f}) at layer {layer}.")
     return " ".join(sentences)

@@ -59,6 +59,8 @@ FIGURE_4 = ("SM+LN+G", "SM+LN+R", "SM+G", "SM+R", "layerwise 0.01", "global 0.01
 def describe(page: StudyPage) -> Findings:
     """Figure 3 with its controls, Figure 4 with a number for "near-identical", and what is left without decay."""
     finished = [each for each in page.results if each.row["configuration"] in LEARNABLE]
+    if not finished:
+        return Findings("No model with learnable slopes has been trained yet.", [], scale_limits(page) + _LIMITS)
     ends = _ends(page)
     entropy = layer_entropy_frame(each for each in page.results if each.row["configuration"] in FIGURE_4)
     distances = entropy_trajectory_distance(entropy)
@@ -171,7 +173,12 @@ def _lead(ends: pd.DataFrame) -> str:
 def _near_identical(distances: pd.DataFrame) -> str:
     """Compares the distance of the learned slopes from SM+R with that between two seeds of SM+R."""
     relu = RELU.label
-    far = {label: float(distances[label].to_dict()[relu]) for label in (*FIGURE_4[-2:], GELU.label, relu)}
+    if relu not in distances:
+        return (
+            f"{relu}, to which the paper finds the entropy dynamics of learned slopes near-identical, is not trained."
+        )
+    compared = [label for label in (*FIGURE_4[-2:], GELU.label, relu) if label in distances]
+    far = {label: float(distances[label].to_dict()[relu]) for label in compared}
     apart = ", ".join(f"{label} {distance:.3f}" for label, distance in far.items() if label != relu)
     yardstick = (
         "with one seed there is no yardstick"

@@ -84,12 +84,13 @@ class StudyPage:
 
     @cached_property
     def tuned(self) -> list[RunResult]:
-        """The runs at each configuration's own best learning rate; none before every configuration has one."""
+        """The runs at each configuration's own best learning rate; none before every trained configuration has one."""
         rates = best_learning_rates(self.folder)
         # Where the recipe's rate was the best one, its run is the tuned run.
         kept = [each for each in self.results if rates.get(each.row["configuration"]) == each.row["learning_rate"]]
         tuned = self._in_order([*kept, *self.folder.results("tuned")])
-        return tuned if {each.row["configuration"] for each in tuned} == set(self.labels) else []
+        trained, with_own = ({each.row["configuration"] for each in group} for group in (self.results, tuned))
+        return tuned if with_own == trained else []
 
     @cached_property
     def table(self) -> pd.DataFrame:

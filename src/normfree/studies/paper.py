@@ -26,8 +26,11 @@ def _configurations(preset: Preset) -> tuple[Configuration, ...]:
 
 
 def _describe_figures(page: StudyPage) -> Findings:
+    trained = {each.row["configuration"] for each in page.results}
     findings = {
-        part.name: part.describe(StudyPage(part, page.folder, f"{FIGURES_FOLDER}/{part.name}")) for part in PARTS
+        part.name: part.describe(StudyPage(part, page.folder, f"{FIGURES_FOLDER}/{part.name}"))
+        for part in PARTS
+        if part.baseline in trained
     }
     return Findings(
         lead=" ".join(each.lead for each in findings.values()),

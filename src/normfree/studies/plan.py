@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from normfree.errors import InputError, unknown_name
@@ -48,16 +48,20 @@ class PlannedRun:
         return self.run.recipe.n_tokens(self.run.data.sequence_length)
 
 
-def plan_study(study: Study, preset: Preset, seeds: Sequence[int], *, tune_lr: bool) -> tuple[PlannedRun, ...]:
+def plan_study(
+    study: Study, preset: Preset, seeds: Sequence[int], *, tune_lr: bool, only: Collection[str] | None = None
+) -> tuple[PlannedRun, ...]:
     """All runs of a study, in the order in which one process trains them.
 
     Every configuration is trained with every seed. With ``tune_lr`` each is then trained at each multiple of the
     learning rate in :data:`LEARNING_RATE_FACTORS` (the preset's first seed), with the whole run's warm-up and a decay
     over :data:`SWEEP_DECAY` of the budget, and for the whole budget at its best rate (all seeds). A teacher comes
-    before its students, and a configuration's sweep before its tuned runs.
+    before its students, and a configuration's sweep before its tuned runs. With ``only`` the configurations of these
+    labels are planned, and those that they cannot do without: the study's baseline, and their teachers.
 
     Raises:
-        InputError: a configuration or the recipe cannot be used, or a teacher would be missing.
+        InputError: a configuration or the recipe cannot be used, a teacher would be missing, or ``only`` has a label
+            that the study has not.
     """
     configurations = study.configurations(preset)
     if tune_lr and any("learning_rate" in each.recipe for each in configurations):
@@ -71,6 +75,8 @@ def plan_study(study: Study, preset: Preset, seeds: Sequence[int], *, tune_lr: b
             run.objective.check(run.recipe)
     _check_teachers(configurations, preset, seeds, tune_lr=tune_lr)
     preset.recipe.check(preset.data.sequence_length)
+    if only is not None:
+        configurations = _chosen(configurations, {study.baseline, *only})
 
     pairs = [(seed, configuration) for seed in seeds for configuration in configurations]
     runs = [_planned("runs", preset, configuration, seed) for seed, configuration in pairs]
@@ -98,6 +104,19 @@ def is_finished(planned: PlannedRun, folder: StudyFolder) -> bool:
     """Whether a run whose turn has come needs no training, or no more of it."""
     run, place = to_train(planned, folder), folder.path / planned.place
     return run is None or ((place / RESULTS_FILE).exists() and load_run_config(place / CONFIG_FILE) == run)
+
+
+def _chosen(configurations: Sequence[Configuration], labels: Collection[str]) -> tuple[Configuration, ...]:
+    """Those of ``labels``, and all that they learn from; in the study's order."""
+    names = [each.label for each in configurations]
+    for label in labels:
+        if label not in names:
+            raise unknown_name("configuration", label, names)
+    chosen = set(labels)
+    for configuration in reversed(configurations):  # a teacher stands before its students
+        if configuration.label in chosen and configuration.teacher is not None:
+            chosen.add(configuration.teacher)
+    return tuple(each for each in configurations if each.label in chosen)
 
 
 def _planned(group: str, preset: Preset, configuration: Configuration, seed: int, *requires: str) -> PlannedRun:

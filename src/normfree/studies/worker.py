@@ -3,7 +3,7 @@
 What workers and their study tell each other are small files in the study's folder ``workers``, which is taken away
 when all runs are finished:
 
-``plan.json``: which seeds, whether learning rates are tuned, and where the tokens are.
+``plan.json``: which seeds and configurations, whether learning rates are tuned, and where the tokens are.
 ``RUN/.lock``: who trains and measures the run now (see :mod:`normfree.locks`).
 ``RUN/ATTEMPT.json``: what one worker says of its attempt at it (:class:`Report`).
 ``RUN/ATTEMPT.log``: what it printed, where nobody else keeps that.
@@ -16,6 +16,7 @@ import os
 import socket
 import time
 import traceback
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -104,9 +105,12 @@ class Work:
         return None
 
 
-def write_plan(folder: StudyFolder, seeds: list[int], *, tune_lr: bool, cache_dir: Path) -> None:
+def write_plan(
+    folder: StudyFolder, seeds: list[int], *, tune_lr: bool, only: Collection[str] | None, cache_dir: Path
+) -> None:
     """Says to the workers what there is to do."""
-    content = {"seeds": seeds, "tune_lr": tune_lr, "cache_dir": str(cache_dir.resolve())}
+    labels = None if only is None else list(only)
+    content = {"seeds": seeds, "tune_lr": tune_lr, "only": labels, "cache_dir": str(cache_dir.resolve())}
     write_text(folder.path / WORKERS_FOLDER / PLAN_FILE, json.dumps(content) + "\n")
 
 
@@ -130,11 +134,12 @@ def open_work(path: Path) -> Work:
     try:
         content = json.loads(plan_path.read_text(encoding="utf-8"))
         seeds, tune_lr = [int(seed) for seed in content["seeds"]], bool(content["tune_lr"])
+        only = None if content["only"] is None else [str(label) for label in content["only"]]
         cache_dir = Path(content["cache_dir"])
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{plan_path} is damaged; give the study's command again, it writes the file anew") from error
     measurement = study.measurement(folder.preset) if study.measurement is not None else None
-    plan = plan_study(study, folder.preset, seeds, tune_lr=tune_lr)
+    plan = plan_study(study, folder.preset, seeds, tune_lr=tune_lr, only=only)
     return Work(folder, plan, folder.prepare_data(cache_dir, progress=False), measurement)
 
 

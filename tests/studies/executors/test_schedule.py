@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from normfree.studies.distillation import STUDY as DISTILLATION
 from normfree.studies.plan import PlannedRun, plan_study
 from normfree.studies.relu_revival import STUDY
 from normfree.studies.schedule import Schedule
+from normfree.studies.study import Configuration, Study
 
 PRESET = load_preset("smoke")
 RUN = plan_study(STUDY, PRESET, [0], tune_lr=False)[0].run
@@ -44,6 +46,21 @@ def test_tuned_runs_wait_for_the_whole_sweep_of_their_configuration_and_students
     assert runs["tuned/sm-r-distilled/seed-1"].label == "SM+R, distilled seed 1, tuned"
     order = list(runs)
     assert all(order.index(before) < order.index(place) for place in order for before in runs[place].requires)
+
+
+def test_only_some_configurations_come_with_the_baseline_and_their_teachers() -> None:
+    def labels(study: Study, *only: str) -> list[str]:
+        return [each.run.configuration for each in plan_study(study, PRESET, [0], tune_lr=False, only=only)]
+
+    assert labels(STUDY, "SM+R") == ["SM+LN+G", "SM+R"]
+    assert labels(STUDY) == ["SM+LN+G"]
+    assert labels(DISTILLATION, "SM+R, distilled", "SM+G") == ["SM+LN+G", "SM+G", "SM+R, distilled"]
+    student, grandchild = (
+        Configuration(label, {}, objective={"kind": "distillation", "teacher": teacher})
+        for label, teacher in (("student", "SM+R"), ("grandchild", "student"))
+    )
+    chain = replace(STUDY, configurations=lambda preset: (*STUDY.configurations(preset), student, grandchild))
+    assert labels(chain, "grandchild") == ["SM+LN+G", "SM+R", "student", "grandchild"]
 
 
 def test_a_run_is_ready_when_all_that_it_requires_is_finished() -> None:
