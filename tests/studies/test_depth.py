@@ -132,7 +132,7 @@ def test_pruned_models_load(
         (("--drop", "0,1,2,3,4"), "cannot drop 5 of 5 layers"),
         (("--drop", "7"), "there is no layer 7 to drop; the model has layers 0 to 4"),
         (("--drop", "1,1"), "layer 1 is named twice"),
-        (("--drop", "one"), "--drop 'one' is not a comma-separated list of layers"),
+        (("--drop", "one"), "--drop 'one' is not a comma-separated list of numbers"),
         (("--drop-last", "5"), "cannot drop the last 5 of 5 layers"),
         (("--drop-similar", "5"), "cannot choose 5 of 5 layers"),
         (("--drop", "1", "--drop-last", "1"), "give exactly one of"),

@@ -3,7 +3,8 @@
 Exit codes: 0 done, 1 the run failed or what was checked does not hold, 2 bad input, 128 + N stopped by signal N (130
 Ctrl-C, 143 SIGTERM).
 
-A new command is one file with one function, and its name in ``COMMANDS``.
+A new command is one file with one function, and its name in ``COMMANDS``; a group of commands is one file with a Typer,
+which is added below them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import traceback
 
 import typer
 
+from normfree.cli.bench import bench
 from normfree.cli.depth import depth
 from normfree.cli.entropy import entropy
 from normfree.cli.finetune import finetune
@@ -70,6 +72,7 @@ app = typer.Typer(
 )
 for _command in COMMANDS:
     app.command(_command.__name__.replace("_", "-"))(_command)
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:

@@ -83,6 +83,18 @@ def nested_assignments(option: str, texts: list[str] | None) -> dict[str, Any]:
     return content
 
 
+def numbers(option: str, text: str, example: str) -> list[int]:
+    """The whole numbers of a comma-separated list.
+
+    Raises:
+        InputError: it is none.
+    """
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"{option} {text!r} is not a comma-separated list of numbers, e.g. {example}") from error
+
+
 def told(failures: Mapping[str, str]) -> str:
     """Which runs of a study failed, and why."""
     n = len(failures)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from normfree.cli.options import DEFAULT_CACHE_DIR, CacheDir, Json, open_console
+from normfree.cli.options import DEFAULT_CACHE_DIR, CacheDir, Json, numbers, open_console
 from normfree.errors import InputError
 
 
@@ -48,7 +48,7 @@ def prune_layers(
         raise InputError("give exactly one of --drop, --drop-last and --drop-similar")
     if drop_similar is None and (corpus is not None or sequence_length is not None):
         raise InputError("--corpus and --sequence-length are for --drop-similar; leave them out")
-    chosen = _numbers(drop) if drop is not None else []
+    chosen = numbers("--drop", drop, "8,9,10") if drop is not None else []
     console = open_console(json_)
     loaded = load_pretrained(model)
     n_layer = len(decoder_blocks(loaded.model))
@@ -90,10 +90,3 @@ def prune_layers(
         soft_wrap=True,
     )
     console.print(f"Model: {out}", highlight=False, soft_wrap=True)
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise InputError(f"--drop {text!r} is not a comma-separated list of layers, such as 8,9,10") from error

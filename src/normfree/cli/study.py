@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from normfree.cli.options import DEFAULT_CACHE_DIR, CacheDir, Json, changes, nested_assignments, open_console, told
+from normfree.cli.options import (
+    DEFAULT_CACHE_DIR,
+    CacheDir,
+    Json,
+    changes,
+    nested_assignments,
+    numbers,
+    open_console,
+    told,
+)
 from normfree.cli.report import write_report
 from normfree.errors import InputError, RunFailedError
 from normfree.locks import locked
@@ -108,10 +117,7 @@ def study(
 
 
 def _seeds(text: str) -> list[int]:
-    try:
-        seeds = [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise InputError(f"--seeds {text!r} is not a comma-separated list of numbers, e.g. 0,1,2") from error
+    seeds = numbers("--seeds", text, "0,1,2")
     if len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise InputError(f"--seeds {text!r}: seeds must be different numbers from 0")
     return seeds

@@ -1,0 +1,240 @@
+"""Time and memory of exact attention entropy, against materialised scores and against flash attention alone.
+
+    normfree bench entropy --out entropy.json
+    normfree bench entropy --tokens 512,4096 --rounds 3
+
+All variants of a length run in one process, in rounds: each round runs every variant once, in a new random order,
+and ratios are taken within a round, so that a machine that slows down slows down all. Memory is the peak above what
+was held before the call, results included: the least of three fresh processes on the CPU, of torch's allocator on CUDA.
+Attention is causal.
+
+    eager                    scores, softmax and p ln p as whole matrices, as from output_attentions=True
+    entropy (BACKEND)        normfree.attention_entropy
+    attention                torch's scaled_dot_product_attention alone
+    attention + entropy      normfree.entropy.attention_and_entropy
+"""
+
+from __future__ import annotations
+
+import signal
+import statistics
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from normfree import attention_entropy
+from normfree.benchmarks.options import DTYPES, check_at_least, check_dtype, usual_dtype
+from normfree.benchmarks.surroundings import surroundings, usual_device
+from normfree.entropy import BACKENDS, attention_and_entropy, select_backend
+from normfree.errors import InputError, RunFailedError
+from normfree.timing import Call, interleaved, median_ratio
+
+TOKENS = {"cpu": (128, 512, 1024, 2048, 4096, 8192, 16_384), "cuda": (128, 512, 1024, 2048, 4096, 16_384, 65_536)}
+HEADS = {"cpu": 4, "cuda": 16}
+EAGER_MATRICES = 4
+"""Matrices [batch, n_head, T, T] in float32 that ``eager`` holds at once."""
+FRESH_PROCESSES = 3
+WARM_UP_TOKENS = 16
+CPU = torch.device("cpu")
+MEMORY_RESET = Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What is the same at every length; a fresh process is given it."""
+
+    batch: int
+    heads: int
+    head_dim: int
+    dtype: str
+    eager_gib: float
+
+    def variants(self, n_token: int, device: torch.device) -> dict[str, Call]:
+        torch.manual_seed(0)
+        shape = (self.batch, self.heads, n_token, self.head_dim)
+        q, k, v = (torch.randn(shape, device=device, dtype=DTYPES[self.dtype]) for _ in range(3))
+        calls: dict[str, Call] = {}
+        if EAGER_MATRICES * 4 * q[..., 0].numel() * n_token <= self.eager_gib * 2**30:
+            calls["eager"] = partial(_eager_entropy, q, k)
+        for backend in _available_backends(device):
+            calls[f"entropy ({backend})"] = partial(attention_entropy, q, k, backend=backend)
+        calls["attention"] = partial(scaled_dot_product_attention, q, k, v, is_causal=True)
+        calls["attention + entropy"] = partial(attention_and_entropy, q, k, v)
+        return calls
+
+
+def benchmark_entropy(
+    *,
+    tokens: Sequence[int] | None = None,
+    batch: int = 1,
+    heads: int | None = None,
+    head_dim: int = 64,
+    dtype: str | None = None,
+    rounds: int = 7,
+    eager_gib: float = 8.0,
+    on_length: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Times every backend at each length, and takes its peak memory.
+
+    Args:
+        tokens: the lengths T; without them seven from 128 on, to 16,384 on a CPU and 65,536 on CUDA.
+        heads: without it 4 on a CPU and 16 on CUDA.
+        dtype: fp32, bf16 or fp16; without it fp32 on a CPU and bf16 on CUDA.
+        eager_gib: lengths at which the matrices of ``eager`` would need more are run without it.
+        on_length: is given what was found at each length, as soon as it is there.
+
+    Raises:
+        InputError: an option is out of range, or the peak memory of a process cannot be read here.
+        RunFailedError: a process whose memory was measured was killed.
+    """
+    device = usual_device()
+    lengths = TOKENS[device.type] if tokens is None else tokens
+    heads = HEADS[device.type] if heads is None else heads
+    case = _Case(batch, heads, head_dim, usual_dtype(device) if dtype is None else dtype, eager_gib)
+    check_dtype(case.dtype, DTYPES)
+    check_at_least(1, batch=batch, heads=heads, head_dim=head_dim, rounds=rounds, tokens=min(lengths))
+    if device.type == "cpu" and not MEMORY_RESET.exists():
+        raise InputError(f"a process's peak memory is read by way of {MEMORY_RESET}, which only Linux has")
+    result: dict[str, Any] = {
+        **surroundings(device),
+        "shape": {"batch": batch, "n_head": heads, "head_dim": head_dim},
+        "dtype": case.dtype,
+        "auto_backend": select_backend(*(torch.zeros(1, 1, 16, 16, device=device) for _ in range(2))),
+        "lengths": [],
+    }
+    for n_token in lengths:
+        found = _measured(n_token, case, rounds, device)
+        result["lengths"].append(found)
+        if on_length is not None:
+            on_length(found)
+    return result
+
+
+def _measured(n_token: int, case: _Case, rounds: int, device: torch.device) -> dict[str, Any]:
+    calls = case.variants(n_token, device)
+    seconds = interleaved(calls, rounds, device)
+    peaks = {
+        name: _peak_here(call, device) if device.type == "cuda" else _peak_in_fresh_processes(name, n_token, case)
+        for name, call in calls.items()
+    }
+    return {
+        "tokens": n_token,
+        "milliseconds": {name: round(1000 * statistics.median(each), 4) for name, each in seconds.items()},
+        "peak_mib": {name: round(peak / 2**20, 2) for name, peak in peaks.items()},
+        "eager_time_over": {
+            name: median_ratio(seconds["eager"], seconds[name]) if "eager" in seconds else None
+            for name in calls
+            if name.startswith("entropy")
+        },
+        "eager_memory_over": {
+            name: round(peaks["eager"] / max(peak, 1), 1) if "eager" in peaks else None
+            for name, peak in peaks.items()
+            if name.startswith("entropy")
+        },
+        "attention_and_entropy_over_attention": median_ratio(seconds["attention + entropy"], seconds["attention"]),
+    }
+
+
+def _eager_entropy(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    T = q.shape[2]
+    scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+    hidden = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+    p = scores.masked_fill(hidden, torch.finfo(scores.dtype).min).softmax(-1, dtype=torch.float32)
+    return -torch.special.xlogy(p, p).sum(-1)
+
+
+def _available_backends(device: torch.device) -> list[str]:
+    """All but the reference, which is ``eager`` in float32."""
+    q = torch.zeros(1, 1, 16, 16, device=device)
+    names = []
+    for name in BACKENDS:
+        if name == "reference":
+            continue
+        try:
+            attention_entropy(q, q, backend=name)
+        except InputError:
+            continue
+        names.append(name)
+    return names
+
+
+def _peak_in_fresh_processes(name: str, n_token: int, case: _Case) -> int:
+    """Bytes that the variant ``name`` needs on the CPU, with as many threads as here.
+
+    What a process holds also depends on what its allocator happens to reuse; the least is what the call needs.
+    """
+    return min(_peak_in_fresh_process(name, n_token, case) for _ in range(FRESH_PROCESSES))
+
+
+def _peak_in_fresh_process(name: str, n_token: int, case: _Case) -> int:
+    context = get_context("spawn")
+    ours, its = context.Pipe(duplex=False)
+    arguments = (its, name, n_token, case, torch.get_num_threads())
+    fresh = context.Process(target=_send_peak, args=arguments, daemon=True)
+    with _deaf_to_ctrl_c():
+        fresh.start()
+    its.close()  # so that its end is noticed here
+    try:
+        return int(ours.recv())
+    except EOFError as error:
+        raise RunFailedError(
+            f"the process that measured the memory of {name!r} at {n_token} tokens was killed, as it is where memory "
+            "runs out; give shorter --tokens, or for eager a smaller --eager-gib"
+        ) from error
+    finally:
+        fresh.kill()
+        fresh.join()
+
+
+def _send_peak(peak: Connection, name: str, n_token: int, case: _Case, n_thread: int) -> None:
+    """What a fresh process runs; every variant has run once before, at a length that needs next to nothing."""
+    torch.set_num_threads(n_thread)
+    for call in case.variants(WARM_UP_TOKENS, CPU).values():
+        call()
+    peak.send(_peak_here(case.variants(n_token, CPU)[name], CPU))
+
+
+@contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """While active, a process that is started ignores Ctrl-C, which a terminal sends to it too: this one ends it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _peak_here(call: Call, device: torch.device) -> int:
+    """Bytes above what is held now; on the CPU only in a process that has not run anything large before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    MEMORY_RESET.write_text("5")  # resets VmHWM to VmRSS
+    before = _status_bytes("VmRSS")
+    result = call()
+    peak = _status_bytes("VmHWM") - before
+    del result
+    return peak
+
+
+def _status_bytes(field: str) -> int:
+    """A field of /proc/self/status, such as VmRSS or its high-water mark VmHWM."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")

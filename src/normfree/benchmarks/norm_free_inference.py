@@ -1,0 +1,116 @@
+"""Prefill and decode of a model without norms, against the LayerNorm model it was made from.
+
+    normfree bench norm-free-inference --out norm-free-inference.json
+    normfree bench norm-free-inference --compile
+
+GPT-2's shape with random weights: the norms' stds are set to 1, folded with ``normfree.remove_norms``, which changes
+what the model says and not what it costs. Variants take turns in one process; ratios are of the same round.
+
+    prefill     one pass over so many tokens, last logits only
+    decode      one more token behind as many tokens in the KV cache
+"""
+
+from __future__ import annotations
+
+import statistics
+from copy import deepcopy
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache
+
+from normfree import NormfreeConfig, NormfreeForCausalLM, remove_norms
+from normfree.benchmarks.options import DTYPES, check_at_least, check_dtype, usual_dtype
+from normfree.benchmarks.surroundings import surroundings, usual_device
+from normfree.timing import Call, interleaved, median_ratio
+
+NORM, NORM_FREE = "LayerNorm", "norm-free"
+HEAD_DIM = 64
+
+
+def benchmark_norm_free_inference(
+    *,
+    layers: int = 12,
+    heads: int = 12,
+    tokens: int = 256,
+    batch: int = 1,
+    dtype: str | None = None,
+    compiled: bool = False,
+    rounds: int = 15,
+) -> dict[str, Any]:
+    """Times both models.
+
+    Args:
+        heads: of 64 dimensions each; the width follows.
+        dtype: fp32 or bf16; without it fp32 on a CPU and bf16 on CUDA.
+        compiled: with ``torch.compile``.
+
+    Raises:
+        InputError: an option is out of range.
+    """
+    device = usual_device()
+    dtype = usual_dtype(device) if dtype is None else dtype
+    check_dtype(dtype, ("fp32", "bf16"))
+    shape = {"layers": layers, "heads": heads, "tokens": tokens, "batch": batch}
+    check_at_least(1, **shape, rounds=rounds)
+    variants = {
+        f"{what}, {name}": call
+        for name, model in _models(layers, heads, tokens).items()
+        for what, call in _calls(model.eval().to(device, DTYPES[dtype]), batch, tokens, compiled).items()
+    }
+    seconds = interleaved(variants, rounds, device)
+    # What a decoding step costs is what is left without the copy of its cache.
+    for name in (NORM, NORM_FREE):
+        copies = seconds.pop(f"copy of the cache, {name}")
+        steps = seconds[f"decode, {name}"]
+        seconds[f"decode, {name}"] = [step - copy for step, copy in zip(steps, copies, strict=True)]
+    return {
+        **surroundings(device),
+        "shape": shape,
+        "dtype": dtype,
+        "compiled": compiled,
+        "milliseconds": {name: round(1000 * statistics.median(each), 3) for name, each in seconds.items()},
+        "layernorm_time_over_norm_free": {
+            what: median_ratio(seconds[f"{what}, {NORM}"], seconds[f"{what}, {NORM_FREE}"])
+            for what in ("prefill", "decode")
+        },
+    }
+
+
+def _models(layers: int, heads: int, tokens: int) -> dict[str, NormfreeForCausalLM]:
+    sizes: dict[str, Any] = {
+        "n_layer": layers,
+        "n_head": heads,
+        "n_embd": HEAD_DIM * heads,
+        "n_positions": tokens + 1,
+    }
+    torch.manual_seed(0)
+    return {
+        NORM: NormfreeForCausalLM(NormfreeConfig(**sizes)),
+        NORM_FREE: remove_norms(
+            NormfreeForCausalLM(NormfreeConfig(**sizes, norm="constant_std", final_norm="constant_std"))
+        ),
+    }
+
+
+def _calls(model: Any, batch: int, tokens: int, compiled: bool) -> dict[str, Call]:
+    prompt = torch.randint(model.config.vocab_size, (batch, tokens), device=model.device)
+    forward = torch.compile(model, dynamic=False) if compiled else model
+    full = DynamicCache()
+    with torch.inference_mode():
+        model(input_ids=prompt, cache=full, use_cache=True)
+
+    @torch.inference_mode()
+    def prefill() -> None:
+        forward(input_ids=prompt, use_cache=False, logits_to_keep=1)
+
+    @torch.inference_mode()
+    def decode() -> None:
+        cache = deepcopy(full)
+        forward(input_ids=prompt[:, -1:], cache=cache, use_cache=True)
+
+    @torch.inference_mode()
+    def copy_cache() -> None:
+        deepcopy(full)
+
+    return {"prefill": prefill, "decode": decode, "copy of the cache": copy_cache}

@@ -1,0 +1,192 @@
+"""Training speed of our decoder, with and without telemetry, against Hugging Face's GPT-2 of the same size.
+
+    normfree bench training --preset cpu --rounds 7
+
+All variants train in one process, in rounds: each round runs every variant once, in a new random order, and ratios
+are taken within a round, so that a machine that slows down slows down all.
+
+    ours                     our step as the preset has it: forward, backward, clipping, AdamW
+    ours + telemetry         the same with the telemetry of ``normfree study`` in every step
+    ours sdpa                our step with sdpa, whatever the preset has
+    Hugging Face sdpa        GPT2LMHeadModel, the same step
+    Hugging Face eager + entropy   attention weights returned, and their entropy taken, in every step
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+from normfree import EntropyProbe, NormfreeForCausalLM
+from normfree.benchmarks.options import DTYPES, check_at_least
+from normfree.benchmarks.surroundings import surroundings, usual_device
+from normfree.modeling.residual_stream import ResidualStreamProbe
+from normfree.modeling.sparsity_probe import SparsityProbe
+from normfree.studies import Preset, load_preset
+from normfree.studies.relu_revival import LAYERNORM_GELU
+from normfree.studies.study import run_config
+
+DEFAULT_INTERVAL = 100
+"""Steps between two with telemetry, as a recipe has it."""
+WARM_UP_STEPS = 2
+
+Step = Callable[[], Any]
+
+
+def benchmark_training(
+    *, preset: str = "cpu", rounds: int = 7, steps: int = 5, peak_size: int = 2048
+) -> dict[str, Any]:
+    """Times a training step of the preset's baseline (SM+LN+G), and of Hugging Face's GPT-2.
+
+    Args:
+        preset: its name, or a YAML file.
+        steps: of a variant in a round.
+        peak_size: the side of the square matrices whose product is taken for the most that the device can do.
+
+    Raises:
+        InputError: there is no such preset, or an option is out of range.
+    """
+    check_at_least(1, rounds=rounds, steps=steps, peak_size=peak_size)
+    loaded = load_preset(preset)
+    recipe = loaded.recipe
+    device = usual_device()
+    variants, ours = _variants(loaded, device)
+    tokens = recipe.micro_batch_size * loaded.data.sequence_length
+    for step in variants.values():
+        _timed(step, WARM_UP_STEPS, device)
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    peaks = []
+    for _ in range(rounds):
+        for name in random.sample(list(variants), len(variants)):
+            seconds[name].append(_timed(variants[name], steps, device))
+        peaks.append(_matmul_peak(device, DTYPES[recipe.precision], peak_size))
+
+    def against(name: str, other: str) -> float:
+        return round(statistics.median(b / a for a, b in zip(seconds[name], seconds[other], strict=True)), 3)
+
+    overhead = statistics.median(b / a - 1 for a, b in zip(seconds["ours"], seconds["ours + telemetry"], strict=True))
+    achieved = [tokens * _flops_per_token(ours) / each for each in seconds["ours"]]
+    return {
+        **surroundings(device),
+        "precision": recipe.precision,
+        "our_attn_implementation": recipe.attn_implementation,
+        "tokens_per_second": {name: round(tokens / statistics.median(each)) for name, each in seconds.items()},
+        "ours_against_hugging_face_sdpa": against("ours", "Hugging Face sdpa"),
+        "ours_sdpa_against_hugging_face_sdpa": against("ours sdpa", "Hugging Face sdpa"),
+        "ours_with_telemetry_every_step_against_eager_entropy": against(
+            "ours + telemetry", "Hugging Face eager + entropy"
+        ),
+        "telemetry_overhead_every_step": round(overhead, 4),
+        f"telemetry_overhead_every_{DEFAULT_INTERVAL}_steps": round(overhead / DEFAULT_INTERVAL, 5),
+        "share_of_measured_matmul_peak": round(
+            statistics.median(a / p for a, p in zip(achieved, peaks, strict=True)), 3
+        ),
+    }
+
+
+def _variants(preset: Preset, device: torch.device) -> tuple[dict[str, Step], NormfreeForCausalLM]:
+    """Every variant's step, and our model."""
+    config = run_config(preset, LAYERNORM_GELU, seed=0).build_model_config(preset.data.vocab_size)
+    batch = torch.randint(0, config.vocab_size, (preset.recipe.micro_batch_size, config.n_positions), device=device)
+    dtype = DTYPES[preset.recipe.precision]
+    theirs = GPT2Config(
+        vocab_size=config.vocab_size,
+        n_positions=config.n_positions,
+        n_layer=config.n_layer,
+        n_head=config.n_head,
+        n_embd=config.n_embd,
+        activation_function="gelu",
+        embd_pdrop=config.embedding_dropout,
+        attn_pdrop=0.0,
+        resid_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+
+    # A model keeps the configuration it is given, and set_attn_implementation writes to it: each gets its own.
+    def ours(attn_implementation: str) -> NormfreeForCausalLM:
+        model: Any = NormfreeForCausalLM(deepcopy(config))
+        model.to(device).set_attn_implementation(attn_implementation)
+        return model
+
+    def hugging_face(attn_implementation: str) -> GPT2LMHeadModel:
+        model: Any = GPT2LMHeadModel(deepcopy(theirs))
+        model.to(device).set_attn_implementation(attn_implementation)
+        return model
+
+    plain, probed = (ours(preset.recipe.attn_implementation) for _ in range(2))
+    eager = _training_step(hugging_face("eager"), batch, dtype, output_attentions=True)
+    return {
+        "ours": _training_step(plain, batch, dtype),
+        "ours + telemetry": _with_telemetry(probed, _training_step(probed, batch, dtype)),
+        "ours sdpa": _training_step(ours("sdpa"), batch, dtype),
+        "Hugging Face sdpa": _training_step(hugging_face("sdpa"), batch, dtype),
+        "Hugging Face eager + entropy": _eager_entropy(eager),
+    }, plain
+
+
+def _training_step(model: PreTrainedModel, batch: torch.Tensor, dtype: torch.dtype, **options: Any) -> Step:
+    """One optimizer step as the recipe makes it; returns the forward pass's output."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
+    model.train()
+
+    def step() -> Any:
+        with torch.autocast(batch.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            output = model(input_ids=batch, labels=batch, **options)
+        output.loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return output
+
+    return step
+
+
+def _with_telemetry(model: NormfreeForCausalLM, step: Step) -> Step:
+    def measured() -> None:
+        probe = EntropyProbe(model, count_nonfinite=True)
+        with probe, ResidualStreamProbe(model) as residual, SparsityProbe(model) as sparsity:
+            step()
+        probe.per_head().tolist(), probe.nonfinite(), residual.by_layer(), sparsity.by_layer()
+
+    return measured
+
+
+def _eager_entropy(step: Step) -> Step:
+    def measured() -> None:
+        for weights in step().attentions:
+            weights = weights.detach().float()
+            (-torch.special.xlogy(weights, weights).sum(-1).mean((0, 2))).tolist()
+
+    return measured
+
+
+def _timed(step: Step, n: int, device: torch.device) -> float:
+    """Seconds a step, over ``n`` of them."""
+    start = time.perf_counter()
+    for _ in range(n):
+        step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / n
+
+
+def _matmul_peak(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    """The best rate of a product of two matrices [size, size], in FLOP/s."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = min(_timed(lambda: a @ b, 3, device) for _ in range(10))
+    return 2 * size**3 / best
+
+
+def _flops_per_token(model: NormfreeForCausalLM) -> float:
+    """Forward and backward: 6 a weight in a product, and 12 n_layer n_embd T for attention, halved for causality."""
+    config = model.config
+    weights = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embed_positions" not in name)
+    return 6 * weights + 6 * config.n_layer * config.n_embd * config.n_positions

@@ -1,0 +1,150 @@
+"""``normfree bench training``, ``step-cost`` and ``norm-free-inference`` at sizes that take no time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from normfree.benchmarks import norm_free_inference, step_cost, training
+
+Command = Callable[..., tuple[int, str, str]]
+TINY = ("--layers", 1, "--heads", 1, "--tokens", 8, "--batch", 1, "--rounds", 2)
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (training, step_cost, norm_free_inference):
+        monkeypatch.setattr(module, "usual_device", lambda: torch.device("cpu"))
+
+
+def found(command: Command, *arguments: object) -> dict[str, Any]:
+    code, out, err = command("bench", *arguments, "--json")
+    assert code == 0, err
+    result: dict[str, Any] = json.loads(out)
+    assert result["command"].startswith(f"normfree bench {arguments[0]} ")
+    assert result["device"] == "CPU, 1 threads"
+    assert result["torch"] == torch.__version__
+    return result
+
+
+def test_training(normfree: Command) -> None:
+    options = ("--preset", "smoke", "--rounds", 1, "--steps", 1, "--peak-size", 64)
+    result = found(normfree, "training", *options, "--out", "t.json")
+    assert json.loads(Path("t.json").read_text()) == result
+    assert (result["precision"], result["our_attn_implementation"]) == ("fp32", "sdpa")
+    speeds = result["tokens_per_second"]
+    assert list(speeds) == [
+        "ours",
+        "ours + telemetry",
+        "ours sdpa",
+        "Hugging Face sdpa",
+        "Hugging Face eager + entropy",
+    ]
+    # one round: every ratio is that of the two speeds
+    ratio = speeds["ours"] / speeds["Hugging Face sdpa"]
+    assert result["ours_against_hugging_face_sdpa"] == pytest.approx(ratio, abs=1e-3)
+    overhead = speeds["ours"] / speeds["ours + telemetry"] - 1
+    assert result["telemetry_overhead_every_step"] == pytest.approx(overhead, abs=1e-3)
+    assert result["telemetry_overhead_every_100_steps"] == pytest.approx(overhead / 100, abs=2e-5)
+    assert 0 < result["share_of_measured_matmul_peak"] < 1
+
+
+def test_the_operations_of_a_token() -> None:
+    from normfree import NormfreeConfig, NormfreeForCausalLM
+
+    config = NormfreeConfig(vocab_size=10, n_positions=4, n_layer=2, n_head=1, n_embd=8, n_inner=16)
+    # a layer: 4 · 8² in attention, 2 · 8 · 16 in the feed-forward network; 10 · 8 in the tied unembedding
+    weights = 2 * (4 * 64 + 2 * 128) + 80
+    expected = 6 * weights + 6 * 2 * 8 * 4
+    assert training._flops_per_token(NormfreeForCausalLM(config)) == expected
+
+
+def test_training_as_a_table(normfree: Command) -> None:
+    code, out, err = normfree("bench", "training", "--preset", "smoke", "--rounds", 1, "--steps", 1, "--peak-size", 64)
+    assert (code, err) == (0, "")
+    assert "Hugging Face eager + entropy" in out
+    assert "telemetry overhead every 100 steps" in out
+    assert "CPU, 1 threads, torch" in out
+
+
+@pytest.mark.parametrize(
+    ("group", "usual", "other"), [("norms", "pre, rmsnorm", "hybrid, rmsnorm"), ("spark", "dense", "spark ffn")]
+)
+def test_step_cost(normfree: Command, group: str, usual: str, other: str) -> None:
+    result = found(normfree, "step-cost", group, *TINY, "--vocabulary", 16, "--only", other)
+    assert result["shape"] == {"layers": 1, "heads": 1, "tokens": 8, "batch": 1, "vocabulary": 16}
+    assert (result["dtype"], result["compiled"]) == ("fp32", False)
+    ratios = result[f"step_time_over_{usual}"]
+    assert list(ratios) == list(result["milliseconds"]) == [usual, other]
+    assert all(each > 0 for each in result["milliseconds"].values())
+    low, high = result["middle_half_of_the_rounds"][other]
+    assert low <= ratios[other] <= high
+    assert ratios[usual] == 1.0
+    assert result["middle_half_of_the_rounds"][usual] == [1.0, 1.0]
+
+
+def test_every_variant_of_step_cost_can_be_built(normfree: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each runs once; how long it takes is not asked."""
+
+    def once(calls: dict[str, Callable[[], Any]], *_: object) -> dict[str, list[float]]:
+        for call in calls.values():
+            call()
+        return {name: [float(i + 1)] * 2 for i, name in enumerate(calls)}
+
+    monkeypatch.setattr(step_cost, "interleaved", once)
+    for group, (variants, _) in step_cost.GROUPS.items():
+        usual = next(iter(variants))
+        result = found(normfree, "step-cost", group, *TINY, "--layers", 2, "--vocabulary", 16)
+        expected = {name: float(i + 1) for i, name in enumerate(variants)}
+        assert result[f"step_time_over_{usual}"] == expected
+
+
+def test_the_quartiles_of_a_ratio() -> None:
+    # ratios 1, 2, 3: with n + 1 = 4 parts the quartiles are the first and the third
+    assert step_cost._interval([2.0, 2.0, 9.0], [2.0, 1.0, 3.0]) == [1.0, 3.0]
+
+
+def test_norm_free_inference(normfree: Command) -> None:
+    result = found(normfree, "norm-free-inference", *TINY)
+    assert result["shape"] == {"layers": 1, "heads": 1, "tokens": 8, "batch": 1}
+    milliseconds = result["milliseconds"]
+    assert set(milliseconds) == {f"{what}, {name}" for what in ("prefill", "decode") for name in MODELS}
+    assert all(each > 0 for each in milliseconds.values())
+    assert result["layernorm_time_over_norm_free"].keys() == {"prefill", "decode"}
+
+
+MODELS = ("LayerNorm", "norm-free")
+
+
+def test_decode_is_timed_without_the_copy_of_its_cache(normfree: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {
+        "prefill, LayerNorm": [6.0, 6.0],
+        "decode, LayerNorm": [4.0, 5.0],
+        "copy of the cache, LayerNorm": [1.0, 2.0],
+        "prefill, norm-free": [2.0, 4.0],
+        "decode, norm-free": [3.0, 4.0],
+        "copy of the cache, norm-free": [1.0, 2.0],
+    }
+
+    def made_up(calls: dict[str, object], rounds: int, device: torch.device) -> dict[str, list[float]]:
+        assert calls.keys() == seconds.keys()
+        return dict(seconds)
+
+    monkeypatch.setattr(norm_free_inference, "interleaved", made_up)
+    result = found(normfree, "norm-free-inference", *TINY)
+    assert result["milliseconds"] == {
+        "prefill, LayerNorm": 6000.0,
+        "decode, LayerNorm": 3000.0,
+        "prefill, norm-free": 3000.0,
+        "decode, norm-free": 2000.0,
+    }
+    assert result["layernorm_time_over_norm_free"] == {"prefill": 2.25, "decode": 1.5}
+    _, out, _ = normfree("bench", "norm-free-inference", *TINY)
+    assert [line.split() for line in out.splitlines() if "decode" in line] == [
+        ["decode", "3000.000", "2000.000", "1.500"]
+    ]
