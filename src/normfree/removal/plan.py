@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,8 @@ def plan(source: str, *, changes: Mapping[str, Any], seed: int, lora_rank: int |
 
 
 def _with_checkpoints(run: RunConfig) -> RunConfig:
-    """Enough of them that a removal that diverges need not go back far, and a few evaluations on the way."""
+    """Enough of them that a removal that diverges need not go back far, and a few evaluations, the last at the end."""
     steps = run.recipe.n_steps(run.data.sequence_length)
-    every = {"save_steps": max(1, steps // CHECKPOINTS), "eval_steps": max(1, steps // EVALUATIONS)}
+    every = {"save_steps": ceil(steps / CHECKPOINTS), "eval_steps": ceil(steps / EVALUATIONS)}
     changed = {name: value for name, value in every.items() if name not in run.recipe.model_fields_set}
     return run.model_copy(update={"recipe": run.recipe.model_copy(update=changed)})
