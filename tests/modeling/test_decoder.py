@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.cache_utils import DynamicCache
 
 from normfree import NormfreeConfig, NormfreeForCausalLM
 from normfree.modeling import NormfreeModel
 from normfree.modeling.activations import ACTIVATIONS
 from normfree.modeling.blocks import PLACEMENTS
+from normfree.modeling.cache_keyword import CACHE
 from normfree.modeling.norms import NORMS, SCALED_NORMS
 
 from . import reference
@@ -85,6 +87,20 @@ def test_cached_generation_equals_uncached(arrangement: str, position: str) -> N
     torch.testing.assert_close(torch.stack(cached.logits), torch.stack(uncached.logits), rtol=0, atol=1e-5)
     greedy = model(cached.sequences[:1, :-1]).logits[0, -12:].argmax(-1)
     assert torch.equal(greedy, cached.sequences[0, -12:])
+
+
+@torch.no_grad()
+def test_a_cache_has_two_names_of_which_one_is_given() -> None:
+    model, ids = build().eval(), torch.randint(0, 13, (2, 9))
+    whole = model(ids, use_cache=False).logits
+    for name in ("cache", "past_key_values"):
+        cache = DynamicCache(config=model.config)
+        first = model(ids[:, :5], **{name: cache})
+        assert getattr(first, CACHE) is cache
+        logits = torch.cat([first.logits, model(ids[:, 5:], **{name: cache}).logits], dim=1)
+        torch.testing.assert_close(logits, whole, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="two names for one thing"):
+        model(ids, cache=DynamicCache(), past_key_values=DynamicCache())
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
