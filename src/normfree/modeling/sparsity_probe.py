@@ -16,6 +16,9 @@ from normfree.modeling.attached import Attached
 from normfree.modeling.attention import SparkAttention
 from normfree.modeling.decoder import NormfreeForCausalLM
 
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""As wide as a float, by its bytes."""
+
 
 class SparsityProbe(Attached):
     """Sums over the batches seen while attached, for every layer of one of our models.
@@ -105,8 +108,5 @@ def _count_nonzero(x: Tensor) -> int:
     if x.device.type != "cpu":
         return int(x.count_nonzero())
     # NumPy counts integers in a twelfth of the time that torch takes for bfloat16. Without its sign bit -0 is 0, too.
-    bits = x.view(_BITS[x.dtype.itemsize]).numpy()
+    bits = x.view(_INTEGERS[x.dtype.itemsize]).numpy()
     return int(np.count_nonzero(bits << 1))
-
-
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -6,7 +6,6 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -61,8 +60,8 @@ def run_study(study: Study, folder: StudyFolder, execution: Execution) -> dict[s
     """
     console, seeds = execution.console, execution.seeds or folder.preset.seeds
     title = f"{study.name} ({folder.preset_name})"
-    wanted: dict[str, Any] = {"tune_lr": execution.tune_lr, "only": execution.only}
-    plan = plan_study(study, folder.preset, seeds, **wanted)
+    tune_lr, only = execution.tune_lr, execution.only
+    plan = plan_study(study, folder.preset, seeds, tune_lr=tune_lr, only=only)
     measurement = study.measurement(folder.preset) if study.measurement is not None else None
     if measurement is not None:
         measurement.check()
@@ -71,7 +70,7 @@ def run_study(study: Study, folder: StudyFolder, execution: Execution) -> dict[s
         data = folder.prepare_data(execution.cache_dir, progress=console.is_terminal)
         check_data(data, folder.preset.recipe)
         folder.claim(data)
-        write_plan(folder, seeds, **wanted, cache_dir=execution.cache_dir)
+        write_plan(folder, seeds, tune_lr=tune_lr, only=only, cache_dir=execution.cache_dir)
         return Work(folder, plan, data, measurement)
 
     if execution.executor is None:
