@@ -43,9 +43,9 @@ format: .venv/.installed-dev
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
-.venv/.installed-dev: .venv/.installed
+.venv/.installed-dev: .venv/bin/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	touch $@
+	touch .venv/.installed $@
 
 # What `normfree private-cost` measures with has an environment of its own: SPU needs Python 3.10 or 3.11, and an old JAX.
 private: .venv-private/.installed
