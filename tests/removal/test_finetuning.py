@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, TrainerCallback, TrainerState
 
 from normfree import NormfreeForCausalLM, from_hf
 from normfree.data import PackedData, prepare_data
 from normfree.errors import InputError
 from normfree.removal import finetuning, removal, remove
-from normfree.removal.finetuning import REMOVAL_FILE, RemovalDivergedError, StdLoss, remove_by_finetuning
+from normfree.removal.finetuning import (
+    REMOVAL_FILE,
+    DivergedError,
+    RemovalDivergedError,
+    RemoveNorms,
+    StdLoss,
+    remove_by_finetuning,
+)
 from normfree.removal.midway import Midway
 from normfree.removal.plan import plan
-from normfree.removal.schedule import automatic_schedule, load_schedule
+from normfree.removal.schedule import Removal, automatic_schedule, load_schedule
 from normfree.training import RunConfig, train
 from normfree.training.lora import LoraOptions
+from normfree.training.objectives.trainer import CROSS_ENTROPY
 
 from ..modeling.test_no_norm_op import NORMALIZING, ops_of
 from .models import STOCK, stock, tokens
@@ -164,6 +173,52 @@ def test_a_removal_that_diverges_goes_back_and_waits_longer(
     metrics = pd.read_parquet(tmp_path / "run" / "metrics.parquet")
     losses = metrics[metrics["name"] == "cross_entropy_nats"]
     assert losses["step"].tolist() == list(range(1, 41))
+
+
+def watch(
+    losses: list[float], *, removals: tuple[int, ...] = (12, 14), history: list[float] | None = None
+) -> int | None:
+    """The step of the removal that a run of these losses, after those of its history, is said to have diverged by."""
+
+    class Gone:
+        gone: ClassVar[list[Removal]] = []
+
+        def apply(self, removal: Removal) -> None:
+            pass
+
+    midway: Any = Gone()
+    callback = RemoveNorms(midway, [Removal(step, "ffn", layer) for layer, step in enumerate(removals)])
+    entries = [{"step": step, CROSS_ENTROPY: loss} for step, loss in enumerate(history or [], start=1)]
+    state = TrainerState(global_step=len(entries), log_history=[{"step": 0, "eval_loss": 9.0}, *entries])
+    given: Any = (None, state, None)
+    try:
+        callback.on_train_begin(*given)
+        for loss in losses:
+            state.global_step += 1
+            callback.on_log(*given, logs={CROSS_ENTROPY: loss})
+        callback.on_train_end(*given)
+    except DivergedError as jump:
+        return jump.removal.step
+    return None
+
+
+def test_one_bad_batch_is_no_divergence() -> None:
+    assert watch([2.0] * 13 + [2.5, 70.0, 2.2, 3.1, 3.2, 3.3, 3.4, 2.9]) is None, "not for five steps in a row"
+
+
+@pytest.mark.parametrize("seen", [0, 8, 15, 16])
+def test_a_jump_that_stays_is_blamed_on_the_removal_it_began_with(seen: int) -> None:
+    """Wherever the run was stopped and resumed."""
+    losses = [2.0] * 13 + [3.1] * 5
+    assert watch(losses[seen:], history=losses[:seen]) == 12
+    assert watch([2.0] * 14 + [3.1] * 5) == 14
+
+
+def test_a_jump_at_the_end_and_a_nan_are_divergence_at_once() -> None:
+    assert watch([2.0] * 14 + [3.1]) == 14
+    assert watch([2.0] * 13 + [math.nan, 2.0, 2.0]) == 12
+    assert watch([2.0] * 13 + [math.inf, 2.0, 2.0]) == 12
+    assert watch([2.0, 2.0], removals=(0,)) == 0, "nothing to compare with"
 
 
 def test_a_removal_that_never_settles_is_bad_input(

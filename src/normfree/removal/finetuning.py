@@ -30,7 +30,9 @@ log = logging.getLogger(__name__)
 STD_LOSS = "residual_std_mismatch"
 REMOVAL_FILE = "removal.json"
 MAX_JUMP = 1.0
-"""Nats above the loss before the first removal at which a removal counts as diverged."""
+"""Nats above the loss before the first removal at which a removal counts as diverged, if the loss stays there."""
+JUMP_STEPS = 5
+"""For so many steps: without norms the loss of a single batch, with a token much longer than others, may jump."""
 BASELINE_STEPS = 10
 STRETCH = 2.0
 MAX_STRETCHES = 3
@@ -72,7 +74,7 @@ class StdLoss(Objective):
 
 
 class DivergedError(Exception):
-    """The loss has jumped after ``removal``."""
+    """The loss has jumped after ``removal``, and stayed there."""
 
     def __init__(self, removal: Removal, loss: float, baseline: float) -> None:
         super().__init__(f"{loss:.3f} nats after {removal.part}, layer {removal.layer}, from {baseline:.3f}")
@@ -90,13 +92,14 @@ class RemoveNorms(TrainerCallback):
         self.midway = midway
         self.removals = removals
         self._before: deque[float] = deque(maxlen=BASELINE_STEPS)
+        self._high: list[DivergedError] = []
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """What was removed before the checkpoint that the run goes on from."""
+        """What was removed before the checkpoint that the run goes on from, and what the loss was since."""
         self._remove(each for each in self.removals if each.step < state.global_step)
-        first = self.removals[0].step
-        entries = [each[CROSS_ENTROPY] for each in state.log_history if CROSS_ENTROPY in each and each["step"] <= first]
-        self._before.extend(entries)
+        for entry in state.log_history:
+            if CROSS_ENTROPY in entry:
+                self._watch(int(entry["step"]), entry[CROSS_ENTROPY])
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._remove(each for each in self.removals if each.step == state.global_step)
@@ -109,16 +112,27 @@ class RemoveNorms(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        loss = (logs or {}).get(CROSS_ENTROPY)
-        if loss is None:
-            return
-        gone = [each for each in self.removals if each.step < state.global_step]
+        if logs is not None and CROSS_ENTROPY in logs:
+            self._watch(state.global_step, logs[CROSS_ENTROPY])
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """A jump that the budget's end leaves no steps to get over."""
+        if self._high:
+            raise self._high[0]
+
+    def _watch(self, step: int, loss: float) -> None:
+        """Takes in the loss of step ``step``, counted from 1."""
+        gone = [each for each in self.removals if each.step < step]
         if not gone:
             self._before.append(loss)
             return
         baseline = sum(self._before) / len(self._before) if self._before else math.nan
-        if not loss <= baseline + MAX_JUMP:
-            raise DivergedError(gone[-1], loss, baseline)
+        if loss <= baseline + MAX_JUMP:
+            self._high.clear()
+            return
+        self._high.append(DivergedError(gone[-1], loss, baseline))
+        if not math.isfinite(loss) or math.isnan(baseline) or len(self._high) == JUMP_STEPS:
+            raise self._high[0]
 
     def _remove(self, removals: Any) -> None:
         for removal in removals:
@@ -139,10 +153,10 @@ def remove_by_finetuning(
     """Trains ``run``, which starts from a model of configuration ``model``, while ``schedule`` takes its norms out.
 
     The last checkpoint in ``folder`` is then a model whose norms have constant stds. Where the loss rises by more than
-    ``MAX_JUMP`` nats after a removal, or is NaN, the run goes back to its last checkpoint before that removal, the
-    waits for all that follow are stretched by ``STRETCH``, and ``removal.json`` says so; at most ``MAX_STRETCHES``
-    times. A run that is stopped goes on with the stretched schedule. When it is done, ``removal.json`` has all removals
-    as they were: step, part, layer.
+    ``MAX_JUMP`` nats after a removal and stays there for ``JUMP_STEPS`` steps or to the end, or is NaN, the run goes
+    back to its last checkpoint before that removal, the waits for all that follow are stretched by ``STRETCH``, and
+    ``removal.json`` says so; at most ``MAX_STRETCHES`` times. A run that is stopped goes on with the stretched
+    schedule. When it is done, ``removal.json`` has all removals as they were: step, part, layer.
 
     Raises:
         RemovalDivergedError: the removal diverges again and again.
