@@ -115,7 +115,8 @@ def removal_scaling(excess: pd.DataFrame, reached: pd.DataFrame, fit: PowerLaw, 
             rows = excess[excess["size"] == size]
             for n, (_, seed) in enumerate(rows.groupby("seed")):
                 line = seed.sort_values("finetuning_tokens")
-                label = f"{size} ({number(int(line['parameters'].iloc[0]))})" if n == 0 else None
+                parameters = float(f"{line['parameters'].iloc[0]:.3g}")
+                label = f"{size} ({number(parameters)})" if n == 0 else None
                 left.plot(
                     line["finetuning_tokens"],
                     line["excess_nats"],
