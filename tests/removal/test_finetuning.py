@@ -176,7 +176,11 @@ def test_a_removal_that_diverges_goes_back_and_waits_longer(
 
 
 def watch(
-    losses: list[float], *, removals: tuple[int, ...] = (12, 14), history: list[float] | None = None
+    losses: list[float],
+    *,
+    removals: tuple[int, ...] = (12, 14),
+    history: list[float] | None = None,
+    max_steps: int = 0,
 ) -> int | None:
     """The step of the removal that a run of these losses, after those of its history, is said to have diverged by."""
 
@@ -189,7 +193,8 @@ def watch(
     midway: Any = Gone()
     callback = RemoveNorms(midway, [Removal(step, "ffn", layer) for layer, step in enumerate(removals)])
     entries = [{"step": step, CROSS_ENTROPY: loss} for step, loss in enumerate(history or [], start=1)]
-    state = TrainerState(global_step=len(entries), log_history=[{"step": 0, "eval_loss": 9.0}, *entries])
+    log = [{"step": 0, "eval_loss": 9.0}, *entries]
+    state = TrainerState(global_step=len(entries), log_history=log, max_steps=max_steps)
     given: Any = (None, state, None)
     try:
         callback.on_train_begin(*given)
@@ -215,7 +220,8 @@ def test_a_jump_that_stays_is_blamed_on_the_removal_it_began_with(seen: int) -> 
 
 
 def test_a_jump_at_the_end_and_a_nan_are_divergence_at_once() -> None:
-    assert watch([2.0] * 14 + [3.1]) == 14
+    assert watch([2.0] * 14 + [3.1], max_steps=15) == 14
+    assert watch([2.0] * 14 + [3.1], max_steps=16) is None, "stopped before its end"
     assert watch([2.0] * 13 + [math.nan, 2.0, 2.0]) == 12
     assert watch([2.0] * 13 + [math.inf, 2.0, 2.0]) == 12
     assert watch([2.0, 2.0], removals=(0,)) == 0, "nothing to compare with"

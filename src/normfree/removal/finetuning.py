@@ -116,8 +116,8 @@ class RemoveNorms(TrainerCallback):
             self._watch(state.global_step, logs[CROSS_ENTROPY])
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """A jump that the budget's end leaves no steps to get over."""
-        if self._high:
+        """A jump that the budget's end leaves no steps to get over. A run that is stopped before goes on later."""
+        if self._high and state.global_step >= state.max_steps:
             raise self._high[0]
 
     def _watch(self, step: int, loss: float) -> None:
