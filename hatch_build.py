@@ -1,11 +1,12 @@
-"""Compiles the CPU kernels of sparse decode (csrc/) where there is a C++ compiler. The installation never needs them:
+"""Compiles the CPU kernels (csrc/) where there is a C++ compiler. The installation never needs them:
 whatever goes wrong is said in the build's log, and the library is left out.
 
-    python hatch_build.py      compiles them into the source tree, as `pip install --editable .` does
+    python hatch_build.py      compiles them into the source tree, as `pip install --editable .` does; needs hatchling
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import shlex
@@ -20,8 +21,8 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 ROOT = Path(__file__).parent
-SOURCE = ROOT / "csrc" / "spark_decode.cpp"
-PACKAGE = "normfree/sparsity/decode"
+SOURCES = ROOT / "csrc"
+PACKAGE = "normfree/compiled"
 FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast"]
 PARALLEL = (["-fopenmp"], ["-fopenmp-simd"], [])
 """What is tried in turn: threads, one thread, and one thread of a compiler that knows nothing of OpenMP."""
@@ -39,7 +40,7 @@ class CompileError(Exception):
 
 
 def compile_kernels(folder: Path) -> list[Path]:
-    """Compiles a library for each instruction set into ``folder``; returns those that were made.
+    """Compiles a library of each source for each instruction set into ``folder``; returns those that were made.
 
     Raises:
         CompileError: there is no compiler, or it made none.
@@ -49,11 +50,11 @@ def compile_kernels(folder: Path) -> list[Path]:
         raise CompileError("no C++ compiler (c++, g++ or $CXX)")
     names = INSTRUCTION_SETS if platform.machine().lower() in ("x86_64", "amd64") else {"default": []}
     made, complaint = [], ""
-    for name, instructions in names.items():
-        library = folder / f"spark_decode_{name}.so"
+    for source, (name, instructions) in itertools.product(sorted(SOURCES.glob("*.cpp")), names.items()):
+        library = folder / f"{source.stem}_{name}.so"
         unfinished = folder / f"{library.name}.{os.getpid()}"
         for parallel in PARALLEL:
-            command = [*compiler, *FLAGS, *instructions, *parallel, str(SOURCE), "-o", str(unfinished)]
+            command = [*compiler, *FLAGS, *instructions, *parallel, str(source), "-o", str(unfinished)]
             try:
                 done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_SECONDS)
                 if done.returncode == 0:
@@ -86,7 +87,7 @@ class CustomBuildHook(BuildHookInterface):
                 build_data["pure_python"] = False
                 build_data["tag"] = f"py3-none-{PLATFORM_TAG}"
         except Exception as error:  # an odd platform is no reason to fail: everything works without the libraries
-            self.app.display_warning(f"without compiled kernels for sparse decode: {error}")
+            self.app.display_warning(f"without compiled kernels: {error}")
         else:
             self.app.display_info(f"compiled {', '.join(path.name for path in made)}")
 
@@ -99,4 +100,4 @@ if __name__ == "__main__":
     try:
         print(*compile_kernels(ROOT / "src" / PACKAGE), sep="\n")
     except CompileError as error:
-        sys.exit(f"without compiled kernels for sparse decode: {error}")
+        sys.exit(f"without compiled kernels: {error}")

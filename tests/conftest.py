@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from normfree import cli
+from normfree import cli, compiled
 from normfree.data import DataConfig, PackedData, prepare_data
 from normfree.training import Recipe, RunConfig
 from tests.data.made_up import document, write_documents
@@ -82,6 +83,30 @@ def tiny_run(corpus_folder: Path) -> Callable[..., RunConfig]:
         )
 
     return make
+
+
+@pytest.fixture
+def without_libraries(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """As if no C++ kernels had been compiled; the folder that they are looked for in."""
+    compiled.library.cache_clear()
+    monkeypatch.setattr(compiled, "__file__", str(tmp_path / "__init__.py"))
+    yield tmp_path
+    compiled.library.cache_clear()
+
+
+@pytest.fixture
+def library_for(without_libraries: Path) -> Callable[[str, str], None]:
+    """Has only the build of a source for one instruction set be found; skips the test where it cannot run here."""
+    compiled_here = Path(compiled.__spec__.origin).parent
+
+    def take(name: str, instructions: str) -> None:
+        library = compiled_here / f"{name}_{instructions}.so"
+        runs = compiled.LIBRARIES.get(torch.backends.cpu.get_cpu_capability(), ("default",))
+        if instructions not in runs or not library.exists():
+            pytest.skip(f"no library for {instructions}, or no such CPU")
+        shutil.copy(library, without_libraries)
+
+    return take
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ def outcomes(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
     return outcomes
 
 
-def test_lengths(normfree: Command, outcomes: list[int | None]) -> None:
+def test_lengths(normfree: Command, outcomes: list[int | None], without_libraries: Path) -> None:
     # three processes a variant; the larger two of each are what an allocator happened to hold
     needed = [6 * MIB, 2 * MIB, 3 * MIB, MIB, 4 * MIB]
     outcomes += [n + more for n in needed for more in (MIB, 0, 5 * MIB)] + [MIB] * 12

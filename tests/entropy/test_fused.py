@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from normfree.entropy import BACKENDS as ALL_BACKENDS
-from normfree.entropy import attention_entropy, attention_entropy_reference, select_backend
+from normfree.entropy import attention_entropy, attention_entropy_reference, compiled_kernels, select_backend
 from normfree.entropy import fused as fused_module
 from normfree.entropy import visibility as visibility_module
 from normfree.entropy.fused import attention_entropy_and_sink
@@ -18,7 +18,11 @@ from normfree.errors import InputError
 
 from .numpy_entropy import entropy_of, gradient_tolerances, scores_of, tolerance, visible
 
-BACKENDS = [name for name in ALL_BACKENDS if name != "triton"]  # see test_triton.py
+IS_COMPILED = compiled_kernels.kernels_refuse() is None
+BACKENDS = [  # for triton see test_triton.py
+    name for name in ALL_BACKENDS if name != "triton" and (name != "compiled" or IS_COMPILED)
+]
+WITHOUT_BIAS = ("compiled", "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MASKS = ["none", "padding", "bool", "per head", "-inf", "min", "bias"]
 
@@ -70,7 +74,7 @@ def test_every_backend_agrees_with_float64_numpy(case, small_blocks, small_parts
     expected = entropy_of(scores_of(q, k, scale) + np.asarray(bias), allowed)
     block_elements = 1 if small_blocks else visibility_module.BLOCK_ELEMENTS
     for name in ["auto", *BACKENDS]:
-        if name == "cpu" and isinstance(bias, torch.Tensor):
+        if name in WITHOUT_BIAS and isinstance(bias, torch.Tensor):
             continue
         with (
             patch.object(visibility_module, "BLOCK_ELEMENTS", block_elements),
@@ -110,7 +114,7 @@ def test_gradients_agree_with_float64_autograd(case, seed):
     expected = gradients_of(reference, q, k, weight, torch.float64)
     allowed = gradient_tolerances(q, k, q.shape[-1] ** -0.5, bias, weight, expected)
     for name in BACKENDS:
-        if name == "cpu" and isinstance(bias, torch.Tensor):
+        if name in WITHOUT_BIAS and isinstance(bias, torch.Tensor):
             continue
         entropy = partial(attention_entropy, backend=name, **options)
         actual = gradients_of(entropy, q, k, weight, torch.float32)
@@ -155,7 +159,7 @@ def test_hidden_keys_get_no_gradient(backend):
     assert k.grad[:, :, 2:].abs().sum() > 0
 
 
-@pytest.mark.parametrize("backend", ["cpu", "chunked"])
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
 def test_second_derivatives_are_refused_not_wrong(backend):
     q, k = torch.randn(1, 1, 4, 8, requires_grad=True), torch.randn(1, 1, 4, 8)
     entropy = attention_entropy(q, k, backend=backend).sum()
@@ -245,8 +249,10 @@ def test_sink_share_is_the_weight_of_the_first_visible_key(case):
 
 def test_select_backend_tells_what_auto_takes():
     q, k = torch.randn(1, 2, 4, 8), torch.randn(1, 1, 4, 8)
-    assert select_backend(q, k) == "cpu"
-    assert select_backend(q, k, attention_mask=torch.zeros(1, 1, 4, 4)) == "cpu"
+    on_cpu = "compiled" if compiled_kernels.are_fast() else "cpu"
+    assert select_backend(q, k) == on_cpu
+    assert select_backend(q, k, attention_mask=torch.zeros(1, 1, 4, 4)) == on_cpu
+    assert select_backend(q.double(), k) == "cpu"
     assert select_backend(q, k, attention_mask=torch.ones(1, 1, 4, 4)) == "chunked"
     assert select_backend(q.to("meta"), k.to("meta")) == "chunked"
 

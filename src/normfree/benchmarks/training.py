@@ -150,8 +150,10 @@ def _training_step(model: PreTrainedModel, batch: torch.Tensor, dtype: torch.dty
 
 
 def _with_telemetry(model: NormfreeForCausalLM, step: Step) -> Step:
+    probe = EntropyProbe(model, count_nonfinite=True)
+
     def measured() -> None:
-        probe = EntropyProbe(model, count_nonfinite=True)
+        probe.reset()
         with probe, ResidualStreamProbe(model) as residual, SparsityProbe(model) as sparsity:
             step()
         probe.per_head().tolist(), probe.nonfinite(), residual.by_layer(), sparsity.by_layer()

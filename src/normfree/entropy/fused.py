@@ -7,7 +7,8 @@ its ε) is
 
 attention with the keys as its values, plus the logsumexp that flash kernels keep anyway. Adding one fixed
 vector to all keys of a head changes nothing in p, so the keys are centred first: the two terms are then
-small and their difference loses little.
+small and their difference loses little. The compiled and the triton kernels keep the running sums of an online softmax
+instead, whose difference loses nothing.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normfree.entropy import compiled_kernels
 from normfree.entropy.nonfinite import score_bound
 from normfree.entropy.reference import block_scores, distribution, reference_kernel
 from normfree.entropy.visibility import Visibility, visibility_of
@@ -28,7 +30,7 @@ from normfree.errors import InputError, unknown_name
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 MAX_TRITON_HEAD_DIM = 256
 PART_ELEMENTS = 2**18
-"""Elements of q that the cpu backend works on at a time (1 MiB in float32), unless one sequence has more."""
+"""Elements of q that the CPU's backends work on at a time (1 MiB in float32), unless one sequence has more."""
 
 Kernel = Callable[[Tensor, Tensor, float, Visibility], tuple[Tensor, Tensor]]
 """``(q, k, scale, visibility) -> (entropy, lse)``, q and k both float32 or float64, keys centred.
@@ -124,7 +126,7 @@ def _parts(
 ) -> Iterator[tuple[Tensor, Tensor, float, Visibility, str]]:
     """The arguments of :func:`_evaluate` for some sequences at a time, as each takes copies of its queries and keys."""
     name = select(q, k, visibility) if backend == "auto" else backend
-    n_sequence = max(1, PART_ELEMENTS // q[0].numel()) if name == "cpu" else q.shape[0]
+    n_sequence = max(1, PART_ELEMENTS // q[0].numel()) if name in ("compiled", "cpu") else q.shape[0]
     for start in range(0, q.shape[0], n_sequence):
         some = slice(start, start + n_sequence)
         yield q[some], k[some], scale, visibility.of_sequences(some), name
@@ -168,8 +170,21 @@ def select_backend(
 def select(q: Tensor, k: Tensor, visibility: Visibility) -> str:
     """:func:`select_backend` for a visibility that is already known."""
     if q.device.type == "cpu":
+        if compiled_kernels.are_fast() and compiled_refuses(q, k, visibility) is None:
+            return "compiled"
         return "cpu" if visibility.bias is None else "chunked"
     return "triton" if triton_refuses(q, k, visibility) is None else "chunked"
+
+
+def compiled_refuses(q: Tensor, k: Tensor, visibility: Visibility) -> str | None:
+    """Why the compiled CPU kernels cannot take these inputs; None if they can."""
+    if q.device.type != "cpu":
+        return f"it needs q and k on the CPU, got {q.device}"
+    if torch.float64 in (q.dtype, k.dtype):
+        return "it computes in float32, got float64"
+    if visibility.bias is not None:
+        return "it takes masks that hide keys, not float masks that add other numbers to the scores"
+    return compiled_kernels.kernels_refuse()
 
 
 def triton_refuses(q: Tensor, k: Tensor, visibility: Visibility) -> str | None:
@@ -205,6 +220,14 @@ def _chunked(q: Tensor, k: Tensor, scale: float, visibility: Visibility) -> tupl
         entropies.append(attention.entropy())
         lses.append(attention.lse)
     return torch.cat(entropies[::-1], dim=-1), torch.cat(lses[::-1], dim=-1)
+
+
+def _compiled(q: Tensor, k: Tensor, scale: float, visibility: Visibility) -> tuple[Tensor, Tensor]:
+    """One pass by the C++ kernels."""
+    reason = compiled_refuses(q, k, visibility)
+    if reason is not None:
+        raise InputError(f"backend 'compiled' cannot be used: {reason}; use 'auto' or 'chunked'")
+    return compiled_kernels.entropy_and_lse(q, k, scale, visibility)
 
 
 def _cpu(q: Tensor, k: Tensor, scale: float, visibility: Visibility) -> tuple[Tensor, Tensor]:
@@ -312,6 +335,7 @@ def _triton(q: Tensor, k: Tensor, scale: float, visibility: Visibility) -> tuple
 
 BACKENDS: dict[str, Kernel] = {
     "reference": reference_kernel,
+    "compiled": partial(_RecomputedEntropy.apply, _compiled),
     "cpu": partial(_RecomputedEntropy.apply, _cpu),
     "chunked": partial(_RecomputedEntropy.apply, _chunked),
     "triton": _triton,

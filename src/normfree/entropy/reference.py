@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from normfree.entropy import compiled_kernels
 from normfree.entropy.visibility import BLOCK_ELEMENTS, Block, Visibility, visibility_of
 
 MAX_TOTAL_ERROR = 1e-3
@@ -68,9 +69,21 @@ def weights_entropy_and_sink(weights: Tensor, visibility: Visibility) -> tuple[T
     n_query]. Entropy is NaN for a query with NaN weights and for one that sees no key. None if the rows are no
     distributions, as under attention dropout.
     """
-    totals = weights.sum(-1)
+    entropy, totals = _weights_entropy(weights, visibility)
     if bool(((totals - 1).abs() > MAX_TOTAL_ERROR).any()):
         return None
+    if visibility.allowed is None:
+        share = weights[..., 0]
+    else:
+        sink = visibility.first_key().expand(*weights.shape[:2])[..., None, None]
+        share = weights.gather(-1, sink.expand(-1, -1, weights.shape[2], -1))[..., 0]
+    return entropy.masked_fill(visibility.counts == 0, torch.nan).float(), share.float()
+
+
+def _weights_entropy(weights: Tensor, visibility: Visibility) -> tuple[Tensor, Tensor]:
+    """Entropy and sum of each row of attention weights."""
+    if weights.dtype == torch.float32 and weights.device.type == "cpu" and compiled_kernels.are_fast():
+        return compiled_kernels.weights_entropy(weights, visibility)
     n_query, tiny = visibility.n_query, torch.finfo(weights.dtype).tiny
     n_row = max(1, min(BLOCK_ELEMENTS // weights[:, :, 0].numel(), n_query // CAUSAL_PARTS))
     parts = []
@@ -79,10 +92,7 @@ def weights_entropy_and_sink(weights: Tensor, visibility: Visibility) -> tuple[T
         p = weights[:, :, rows, visibility.columns(rows)]
         # ln is several times slower where it meets zeros, and p ln p is nothing at the smallest normal number
         parts.append(-_log_(p.clamp_min(tiny)).mul_(p).sum(-1))
-    entropy = torch.cat(parts, dim=-1)
-    sink = visibility.first_key().expand(*weights.shape[:2])[..., None, None]
-    share = weights.gather(-1, sink.expand(-1, -1, weights.shape[2], -1))[..., 0]
-    return entropy.masked_fill(visibility.counts == 0, torch.nan).float(), share.float()
+    return torch.cat(parts, dim=-1), weights.sum(-1)
 
 
 def _log_(x: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ from torch.utils.module_tracker import ModuleTracker
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from normfree.errors import InputError
+from normfree.modeling import activation_kernels
+from normfree.modeling.activation_kernels import StreamSums
 from normfree.modeling.attached import Attached
 from normfree.modeling.moments import CentralMoments
 
@@ -72,25 +74,16 @@ class StreamStatistics:
     def of(cls, x: Tensor) -> StreamStatistics:
         """The statistics of one batch, x [n_sequence, T, d] of any float dtype."""
         n_sequences, T, _ = x.shape
-        # Fourth powers of all finite float32 numbers are finite in float64.
-        x64 = x.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
-        squares = x64.square()
-        inverse_norm = squares.sum(dim=-1, keepdim=True).rsqrt()
-        direction = (inverse_norm.transpose(1, 2) @ x64).squeeze(1)
-        similarity = (direction.square().sum(dim=-1) - T) / (T * (T - 1) or torch.nan)
-        channel_squares = squares.sum(dim=(0, 1))
-        # A number that is not finite makes the sum so; without one there is nothing to count.
-        is_finite = x.device.type == "cpu" and bool(channel_squares.sum().isfinite())
-        none = torch.zeros((), dtype=torch.int64)
+        sums = activation_kernels.stream_sums(x) if activation_kernels.kernels_take(x) else _stream_sums(x)
+        similarities = (sums.directions - T) / (T * (T - 1) or torch.nan)
         return cls(
             n_sequences,
             n_sequences * T,
-            channel_squares,
-            CentralMoments.of(x64, scratch=squares),
+            sums.channel_squares,
+            CentralMoments(x.numel(), *sums.moments),
             max_over_median(x).sum(),
-            similarity.sum(),
-            none if is_finite else x.isnan().sum(),
-            none if is_finite else x.isinf().sum(),
+            similarities.sum(),
+            *sums.nonfinite,
         )
 
     def __add__(self, other: StreamStatistics) -> StreamStatistics:
@@ -125,6 +118,18 @@ class StreamStatistics:
             nan.long(),
             inf.long(),
         )
+
+
+def _stream_sums(x: Tensor) -> StreamSums:
+    # Fourth powers of all finite float32 numbers are finite in float64.
+    x64 = x.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
+    squares = x64.square()
+    inverse_norm = squares.sum(dim=-1, keepdim=True).rsqrt()
+    directions = (inverse_norm.transpose(1, 2) @ x64).squeeze(1).square().sum(dim=-1)
+    nonfinite = torch.stack([x.isnan().sum(), x.isinf().sum()])
+    channel_squares = squares.sum(dim=(0, 1))
+    moments = CentralMoments.of(x64, scratch=squares)
+    return StreamSums(channel_squares, directions, moments.packed()[1:], nonfinite)
 
 
 def max_over_median(x: Tensor) -> Tensor:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed
 from torch import Tensor, nn
 from torch.utils.module_tracker import ModuleTracker
 
+from normfree.modeling import activation_kernels
 from normfree.modeling.attached import Attached
 from normfree.modeling.attention import SparkAttention
 from normfree.modeling.decoder import NormfreeForCausalLM
-
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""As wide as a float, by its bytes."""
 
 
 class SparsityProbe(Attached):
@@ -84,10 +82,7 @@ class SparsityProbe(Attached):
             if self._tracker.is_bw:
                 return
             (neurons,) = inputs
-            # A number that is not finite makes the sum so, and its product with zero NaN. Finite numbers must not: the
-            # range of float16 is too small for a sum of them.
-            total = neurons.sum(dtype=torch.float32 if neurons.dtype == torch.float16 else None)
-            self._neurons[layer, 0] += _count_nonzero(neurons) + 0 * total.float().cpu()
+            self._neurons[layer, 0] += _count_nonzero(neurons)
             self._neurons[layer, 1] += neurons.numel()
 
         return read
@@ -104,9 +99,12 @@ class SparsityProbe(Attached):
         return read
 
 
-def _count_nonzero(x: Tensor) -> int:
-    if x.device.type != "cpu":
-        return int(x.count_nonzero())
-    # NumPy counts integers in a twelfth of the time that torch takes for bfloat16. Without its sign bit -0 is 0, too.
-    bits = x.view(_INTEGERS[x.dtype.itemsize]).numpy()
-    return int(np.count_nonzero(bits << 1))
+def _count_nonzero(x: Tensor) -> float:
+    """NaN where an entry is not finite."""
+    if activation_kernels.kernels_take(x):
+        count = activation_kernels.count_nonzero(x)
+        return math.nan if count is None else count
+    # A number that is not finite makes the sum so, and its product with zero NaN. Finite numbers must not: the range of
+    # float16 is too small for a sum of them.
+    total = x.sum(dtype=torch.float32 if x.dtype == torch.float16 else None)
+    return float(x.count_nonzero() + 0 * total.float())

@@ -70,6 +70,7 @@ class Telemetry(TrainerCallback):
             self.logged_names |= {name: name for name in (CROSS_ENTROPY, *objective.term_names)}
         self.telemetry_steps = telemetry_steps
         self.tokens_per_step = tokens_per_step
+        self._entropy: EntropyProbe | None = None
         self._probes: _Probes | None = None
         self._learned: list[LearnedValue] = []
         self._wall_seconds_before = 0.0
@@ -80,6 +81,7 @@ class Telemetry(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.records.rewind(state.global_step)
+        self._entropy = None
         self._wall_seconds_before = self.records.wall_seconds
         self._start = time.monotonic()
 
@@ -150,7 +152,10 @@ class Telemetry(TrainerCallback):
         with contextlib.ExitStack() as stack:
             # A compiled step would not run the probes' Python code.
             stack.enter_context(_uncompiled())
-            entropy = stack.enter_context(EntropyProbe(model, count_nonfinite=True))
+            if self._entropy is None:
+                self._entropy = EntropyProbe(model, count_nonfinite=True)
+            self._entropy.reset()
+            entropy = stack.enter_context(self._entropy)
             residual = ResidualStreamProbe(model)
             stack.callback(residual.close)
             sparsity = stack.enter_context(SparsityProbe(model))

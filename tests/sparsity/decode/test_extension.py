@@ -1,10 +1,4 @@
-"""The compiled kernels: their build, what is said where they are missing, and their dense products."""
-
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
+"""The compiled kernels: what is said where they are missing, each of their builds, and their dense products."""
 
 import numpy as np
 import pytest
@@ -14,17 +8,7 @@ import torch.nn.functional as F
 from normfree.errors import InputError
 from normfree.sparsity.decode import decode_backends, extension, pack_feed_forward, sparse_feed_forward
 
-ROOT = Path(__file__).parents[3]
 NEEDS_LIBRARY = pytest.mark.skipif(extension.extension_refuses() is not None, reason="no compiled kernels")
-
-
-@pytest.fixture
-def without_library(monkeypatch, tmp_path):
-    """As if the package stood in a folder without libraries."""
-    extension.library.cache_clear()
-    monkeypatch.setattr(extension, "__file__", str(tmp_path / "extension.py"))
-    yield tmp_path
-    extension.library.cache_clear()
 
 
 def any_ffn(**options):
@@ -32,27 +16,17 @@ def any_ffn(**options):
     return sparse_feed_forward(torch.randn(1, 8), *packed, 4, F.gelu, **options)
 
 
-def test_a_missing_library_is_named_and_auto_takes_torch(without_library):
+def test_a_missing_library_is_named_and_auto_takes_torch(without_libraries):
     assert "were not compiled" in decode_backends()["cpu"]
     with pytest.raises(InputError, match="backend 'cpu' cannot be used: its kernels were not compiled"):
         any_ffn(backend="cpu")
     assert any_ffn().isfinite().all()
 
 
-def test_a_broken_library_is_named(without_library):
-    (without_library / "spark_decode_default.so").write_bytes(b"not a library")
-    assert "could not be loaded" in decode_backends()["cpu"]
-
-
 @pytest.mark.parametrize("instructions", ["default", "avx2", "avx512"])
-def test_every_library_that_this_cpu_runs_computes_the_same(monkeypatch, without_library, instructions):
+def test_every_library_that_this_cpu_runs_computes_the_same(library_for, instructions):
     """The three builds of one source, one after the other, against torch."""
-    compiled = Path(extension.feed_forward.__code__.co_filename).parent / f"spark_decode_{instructions}.so"
-    needed = {"default": "DEFAULT", "avx2": "AVX2", "avx512": "AVX512"}[instructions]
-    runs = {"AVX512": ("AVX512", "AVX2", "DEFAULT"), "AVX2": ("AVX2", "DEFAULT")}
-    if needed not in runs.get(torch.backends.cpu.get_cpu_capability(), ("DEFAULT",)) or not compiled.exists():
-        pytest.skip(f"no library for {instructions}, or no such CPU")
-    shutil.copy(compiled, without_library)
+    library_for("spark_decode", instructions)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
         torch.manual_seed(0)
         packed = pack_feed_forward(
@@ -90,44 +64,3 @@ def test_threads_do_not_change_a_bit():
         assert torch.equal(sparse_feed_forward(q, *packed, 60, F.gelu, backend="cpu"), one)
     finally:
         torch.set_num_threads(1)
-
-
-HOOK = """
-import pathlib, sys
-sys.path.insert(0, {root!r})
-import hatch_build
-from hatchling.builders.hooks.plugin.interface import BuildHookInterface
-
-class App:
-    def display_info(self, text): print("info:", text)
-    def display_warning(self, text): print("warning:", text)
-
-class Hook(hatch_build.CustomBuildHook):
-    app = App()
-    def __init__(self): pass
-
-hatch_build.INSTRUCTION_SETS = {{"default": []}}
-data = {{"force_include": {{}}}}
-hook = Hook()
-hook.initialize("standard", data)
-print(sorted(pathlib.Path(path).name for path in data["force_include"].values()), data.get("pure_python"))
-hook.finalize("standard", data, "")
-"""
-
-
-@pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "c++"])
-def test_the_build_hook_never_fails(compiler):
-    pytest.importorskip("hatchling", reason="hatchling is there while a wheel is built")
-    if compiler == "c++" and shutil.which("c++") is None:
-        pytest.skip("no C++ compiler")
-    command = [sys.executable, "-c", HOOK.format(root=str(ROOT))]
-    done = subprocess.run(
-        command, env=os.environ | {"CXX": compiler}, capture_output=True, text=True, check=True, timeout=120
-    )
-    first, last = done.stdout.splitlines()[0], done.stdout.splitlines()[-1]
-    if compiler == "c++":
-        assert first.startswith("info: compiled spark_decode_default.so")
-        assert last == "['spark_decode_default.so'] False"
-    else:
-        assert first.startswith("warning: without compiled kernels for sparse decode: ")
-        assert last == "[] None"

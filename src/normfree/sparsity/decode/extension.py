@@ -1,59 +1,24 @@
-"""The compiled CPU kernels (csrc/spark_decode.cpp): loaded through ctypes and called with the addresses of tensors."""
+"""Sparse decode by the compiled CPU kernels (csrc/spark_decode.cpp)."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from normfree import compiled
+from normfree.compiled import address, size_array, sizes
 from normfree.sparsity.decode.shapes import AttentionInputs, FeedForwardInputs
 from normfree.sparsity.decode.threshold import attention_quantiles, feed_forward_quantile
 
-INTERFACE = 1
-"""``normfree_interface()`` of the library that this module can call."""
-
+NAME, INTERFACE = "spark_decode", 1
 ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1}
-
-LIBRARIES = {"AVX512": ("avx512", "avx2", "default"), "AVX2": ("avx2", "default")}
-"""The libraries that a CPU can run, the fastest first, by the name that torch has for its instructions."""
-
-
-class ExtensionError(Exception):
-    """Why the compiled kernels cannot be used, in one line."""
-
-
-@cache
-def library() -> ctypes.CDLL:
-    """The kernels for this CPU.
-
-    Raises:
-        ExtensionError: there are none that it can run.
-    """
-    folder = Path(__file__).parent
-    names = LIBRARIES.get(torch.backends.cpu.get_cpu_capability(), ("default",))
-    found = [path for name in names if (path := folder / f"spark_decode_{name}.so").exists()]
-    if not found:
-        raise ExtensionError("its kernels were not compiled: install normfree where there is a C++ compiler")
-    try:
-        kernels = ctypes.CDLL(str(found[0]))
-    except OSError as error:
-        raise ExtensionError(f"its kernels could not be loaded: {error}") from error
-    if kernels.normfree_interface() != INTERFACE:
-        raise ExtensionError("its kernels were compiled from other sources: install normfree again")
-    return kernels
 
 
 def extension_refuses() -> str | None:
     """Why the compiled kernels cannot be used on this machine; None if they can."""
-    try:
-        library()
-    except ExtensionError as error:
-        return str(error)
-    return None
+    return compiled.library_refuses(NAME, INTERFACE)
 
 
 def feed_forward(inputs: FeedForwardInputs) -> Tensor:
@@ -64,13 +29,13 @@ def feed_forward(inputs: FeedForwardInputs) -> Tensor:
     scores, excess, multipliers = torch.empty(3, n, n_inner)
     indices, counts = torch.empty((n, n_inner), dtype=torch.int32), torch.empty(n, dtype=torch.int32)
     biases = [_float32(bias) for bias in (inputs.predictor_bias, inputs.rest_bias)]
-    library().normfree_active_neurons(
+    compiled.library(NAME, INTERFACE).normfree_active_neurons(
         ELEMENT_TYPES[K1.dtype],
-        _address(K1),
-        _address(K2),
-        *_sizes(n, K1.shape[0], K2.shape[0], n_inner),
+        address(K1),
+        address(K2),
+        *sizes(n, K1.shape[0], K2.shape[0], n_inner),
         ctypes.c_double(feed_forward_quantile(inputs.k, n_inner)),
-        *map(_address, (q, *biases, scores, indices, excess, multipliers, counts)),
+        *map(address, (q, *biases, scores, indices, excess, multipliers, counts)),
         torch.get_num_threads(),
     )
     most = max(counts.tolist())
@@ -89,11 +54,11 @@ def weighted_rows(
     the first ``counts[v]`` (int32 [n]) count. Without them, all rows: a dense product.
     """
     out = torch.empty(weights.shape[0], matrix.shape[1])
-    library().normfree_weighted_rows(
+    compiled.library(NAME, INTERFACE).normfree_weighted_rows(
         ELEMENT_TYPES[matrix.dtype],
-        _address(matrix),
-        *_sizes(weights.shape[0], *matrix.shape),
-        *map(_address, (indices, counts, weights, out)),
+        address(matrix),
+        *sizes(weights.shape[0], *matrix.shape),
+        *map(address, (indices, counts, weights, out)),
         torch.get_num_threads(),
     )
     return out if counts is None else out.masked_fill_((counts < 0)[:, None], torch.nan)
@@ -105,11 +70,11 @@ def all_dots(matrix: Tensor, vectors: Tensor) -> Tensor:
     matrix [n_row, dim], float32 or bfloat16, contiguous; vectors float32 [n, dim], contiguous.
     """
     out = torch.empty(vectors.shape[0], matrix.shape[0])
-    library().normfree_all_dots(
+    compiled.library(NAME, INTERFACE).normfree_all_dots(
         ELEMENT_TYPES[matrix.dtype],
-        _address(matrix),
-        *_sizes(vectors.shape[0], *matrix.shape),
-        *map(_address, (vectors, out)),
+        address(matrix),
+        *sizes(vectors.shape[0], *matrix.shape),
+        *map(address, (vectors, out)),
         torch.get_num_threads(),
     )
     return out
@@ -126,25 +91,17 @@ def attention(inputs: AttentionInputs) -> Tensor:
     counts, out = torch.empty((batch, n_head), dtype=torch.int32), torch.empty(batch, n_head, value_dim)
     strides = [stride for tensor in (predictor, rest, values) for stride in tensor.stride()[:2]]
     shape = (batch, n_kv_head, n_head // n_kv_head, n_key, r, rest.shape[-1], value_dim, *strides)
-    library().normfree_attend(
+    compiled.library(NAME, INTERFACE).normfree_attend(
         ELEMENT_TYPES[predictor.dtype],
-        *map(_address, (predictor, rest, values)),
-        (ctypes.c_int64 * len(shape))(*shape),
-        *map(_address, (q, visible, attention_quantiles(inputs.k, n_key))),
+        *map(address, (predictor, rest, values)),
+        size_array(*shape),
+        *map(address, (q, visible, attention_quantiles(inputs.k, n_key))),
         ctypes.c_double(inputs.predictor_scale),
         ctypes.c_double(inputs.rest_scale),
-        *map(_address, (scores, counts, out)),
+        *map(address, (scores, counts, out)),
         torch.get_num_threads(),
     )
     return out
-
-
-def _address(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
-
-
-def _sizes(*sizes: int) -> Sequence[ctypes.c_int64]:
-    return [ctypes.c_int64(size) for size in sizes]
 
 
 def _float32(tensor: Tensor | None) -> Tensor | None:

@@ -1,0 +1,286 @@
+// Entropy of attention on the CPU, in nats (ReLU's Revival, Eq. 8, without its ε): from queries and keys in one pass, and
+// from attention weights that are there.
+//
+// The pass is an online softmax without values. Of the scores s_j of a query, m is the largest so far, l = Σ e^(s_j - m)
+// and t = Σ e^(s_j - m) (s_j - m), so that
+//
+//     H = ln l - t / l        lse = m + ln l
+//
+// Both terms of H are at least 0: nothing cancels. Where m rises by d, l becomes e^-d l and t becomes e^-d (t - d l).
+//
+// The vectors are those of GCC and Clang, as wide as the CPU's own, so one source serves AVX-512, AVX2, NEON and machines
+// without any. Plain C functions on plain pointers, float32: the library depends on neither Python nor torch.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int VECTOR_BYTES = 64, QUERIES = 8;
+#elif defined(__AVX__)
+constexpr int VECTOR_BYTES = 32, QUERIES = 4;
+#elif defined(__aarch64__)
+constexpr int VECTOR_BYTES = 16, QUERIES = 8;
+#else
+constexpr int VECTOR_BYTES = 16, QUERIES = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(VECTOR_BYTES)));
+typedef int32_t Ints __attribute__((vector_size(VECTOR_BYTES)));
+
+constexpr int64_t LANES = VECTOR_BYTES / sizeof(float);
+constexpr int64_t KEYS = 2 * LANES;    // keys of a tile, whose scores with QUERIES queries stay in registers
+constexpr int64_t SPAN = 256 / KEYS;   // tiles whose scores are written down together
+constexpr int64_t QUERY_BLOCK = 64;    // queries that one thread takes at a time
+constexpr float HIDDEN = -std::numeric_limits<float>::max();
+constexpr float SMALLEST_EXPONENT = -87.0f;  // e^x below is no normal number, and nothing beside the largest term, 1
+
+inline Floats load(const float* from) {
+    Floats vector;
+    std::memcpy(&vector, from, sizeof vector);
+    return vector;
+}
+
+inline void store(float* to, Floats vector) { std::memcpy(to, &vector, sizeof vector); }
+
+inline float sum(Floats x) {
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; ++i) x[i] += x[i + half];
+    return x[0];
+}
+
+inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+inline float largest(Floats x) {
+    float most = x[0];
+    for (int i = 1; i < LANES; ++i) most = x[i] > most ? x[i] : most;
+    return most;
+}
+
+// e^x for x in [-87, 0], within 2 units in the last place: 2^n times a polynomial in x - n ln 2 (of Cephes).
+inline Floats exponential(Floats x) {
+    constexpr float ROUNDS = 12582912.0f;  // 1.5 · 2²³: what is added to it is rounded to a whole number
+    const Floats shifted = x * 1.44269504088896341f + ROUNDS;
+    const Floats n = shifted - ROUNDS;
+    const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    const Ints exponent = ((Ints)shifted << 23);  // the last bits of `shifted` are those of n
+    return (Floats)((Ints)p + exponent);
+}
+
+// ln x for normal positive x, within 2 units in the last place of the larger of |ln x| and 1 (of Cephes).
+inline Floats logarithm(Floats x) {
+    const Ints bits = (Ints)x - 0x3f3504f3;  // √½: the mantissa is taken from [√½, √2)
+    const Floats n = __builtin_convertvector(bits >> 23, Floats);
+    const Floats r = (Floats)((bits & 0x007fffff) + 0x3f3504f3) - 1.0f;
+    const Floats z = r * r;
+    Floats p = r * 7.0376836292e-2f - 1.1514610310e-1f;
+    p = p * r + 1.1676998740e-1f;
+    p = p * r - 1.2420140846e-1f;
+    p = p * r + 1.4249322787e-1f;
+    p = p * r - 1.6668057665e-1f;
+    p = p * r + 2.0000714765e-1f;
+    p = p * r - 2.4999993993e-1f;
+    p = p * r + 3.3333331174e-1f;
+    p = p * (z * r) - n * 2.12194440e-4f - z * 0.5f;
+    return (r + p) + n * 0.693359375f;
+}
+
+struct Mask {
+    const uint8_t* allowed;  // null: nothing is hidden
+    int64_t batch, head, query;  // strides; keys follow each other
+};
+
+struct Shape {
+    int64_t batch, n_head, group, n_query, n_key, head_dim;
+    int64_t q_batch, q_head, q_query;  // strides of q, whose head_dim is contiguous
+    int64_t k_batch, k_head, k_key;
+};
+
+// Keys [head_dim][KEYS] of a tile; the last one is filled up with zeros.
+void pack(const float* keys, int64_t stride, int64_t n_key, int64_t head_dim, float* packed) {
+    for (int64_t start = 0; start < n_key; start += KEYS, packed += head_dim * KEYS) {
+        const int64_t n = n_key - start < KEYS ? n_key - start : KEYS;
+        if (n < KEYS) std::memset(packed, 0, sizeof(float) * head_dim * KEYS);
+        for (int64_t key = 0; key < n; ++key)
+            for (int64_t i = 0; i < head_dim; ++i) packed[i * KEYS + key] = keys[(start + key) * stride + i];
+    }
+}
+
+// Scores of N queries with the keys of a tile: to[query · stride + key].
+template <int N>
+inline void score_tile(const float* const* q, const float* tile, int64_t head_dim, float scale, float* to,
+                       int64_t stride) {
+    Floats first[N] = {}, second[N] = {};
+    for (int64_t i = 0; i < head_dim; ++i) {
+        const Floats a = load(tile + i * KEYS), b = load(tile + i * KEYS + LANES);
+        for (int row = 0; row < N; ++row) {
+            first[row] += a * q[row][i];
+            second[row] += b * q[row][i];
+        }
+    }
+    for (int row = 0; row < N; ++row) {
+        store(to + row * stride, first[row] * scale);
+        store(to + row * stride + LANES, second[row] * scale);
+    }
+}
+
+struct Running {
+    float m = HIDDEN;
+    double l = 0, t = 0;
+    bool sees_any = false, is_finite = true;
+
+    // Takes in scores start to stop; what is around them is overwritten up to a whole vector.
+    void add(float* scores, int64_t start, int64_t stop, const uint8_t* allowed) {
+        const int64_t from = start / LANES * LANES, to = (stop + LANES - 1) / LANES * LANES;
+        for (int64_t i = from; i < start; ++i) scores[i] = HIDDEN;
+        for (int64_t i = stop; i < to; ++i) scores[i] = HIDDEN;
+        bool sees = !allowed;
+        if (allowed)
+            for (int64_t i = start; i < stop; ++i) {
+                sees |= allowed[i] != 0;
+                scores[i] = allowed[i] ? scores[i] : HIDDEN;
+            }
+        if (!sees) return;
+        sees_any = true;
+        Floats greatest = load(scores + from), nothing = {};
+        for (int64_t i = from; i < to; i += LANES) {
+            const Floats s = load(scores + i);
+            greatest = larger(greatest, s);
+            nothing += s * 0.0f;  // NaN where a score is not finite
+        }
+        is_finite &= sum(nothing) == 0;
+        const float most = largest(greatest);
+        if (most > m) {
+            const double d = static_cast<double>(m) - most, factor = std::exp(d);
+            t = l == 0 ? 0 : factor * (t + d * l);
+            l *= factor;
+            m = most;
+        }
+        Floats weights = {}, products = {};
+        for (int64_t i = from; i < to; i += LANES) {
+            const Floats x = larger(load(scores + i) - m, Floats{} + SMALLEST_EXPONENT), weight = exponential(x);
+            weights += weight;
+            products += weight * x;
+        }
+        l += sum(weights);
+        t += sum(products);
+    }
+};
+
+template <int N>
+void query_group(const Shape& s, const float* q, const float* packed, int64_t start, const int64_t* first,
+                 const int64_t* last, const uint8_t* allowed, int64_t allowed_stride, float scale,
+                 Running* running, int64_t tile_start, int64_t tile_stop) {
+    alignas(64) float scores[N * SPAN * KEYS];
+    const float* rows[N];
+    for (int row = 0; row < N; ++row) rows[row] = q + (start + row) * s.q_query;
+    // of rows in order, the first key of the first and the last key of the last bound what any of them sees
+    const int64_t group_start = first[start] / KEYS, group_stop = (last[start + N - 1] + KEYS - 1) / KEYS;
+    tile_start = tile_start > group_start ? tile_start : group_start;
+    tile_stop = tile_stop < group_stop ? tile_stop : group_stop;
+    for (int64_t tile = tile_start; tile < tile_stop; ++tile)
+        score_tile<N>(rows, packed + tile * s.head_dim * KEYS, s.head_dim, scale, scores + (tile - tile_start) * KEYS,
+                      SPAN * KEYS);
+    for (int row = 0; row < N; ++row) {
+        const int64_t key = tile_start * KEYS;
+        const int64_t from = first[start + row] > key ? first[start + row] : key;
+        const int64_t to = last[start + row] < tile_stop * KEYS ? last[start + row] : tile_stop * KEYS;
+        if (from < to)
+            running[row].add(scores + row * SPAN * KEYS, from - key, to - key,
+                             allowed ? allowed + (start + row) * allowed_stride + key : nullptr);
+    }
+}
+
+}  // namespace
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// What the functions below take: one more for each change of it. Python compares it with its own number.
+EXPORT int normfree_interface() { return 1; }
+
+// Entropy and logsumexp [batch, n_head, n_query] of q [batch, n_head, n_query, head_dim] and k [batch, n_head / group,
+// n_key, head_dim]; shape: batch, n_head, group, n_query, n_key, head_dim, then the strides of q and k but for the last.
+// Query i sees keys first[i] to last[i], both of them rising with i, and of these the allowed ones: allowed may be null,
+// mask has its strides of sequence, head and query. Queries that see no key have NaN and -inf; those that see a score
+// that is not finite have NaN.
+EXPORT void normfree_attention_entropy(const float* q, const float* k, const int64_t* shape, const int64_t* first,
+                                       const int64_t* last, const uint8_t* allowed, const int64_t* mask, float scale,
+                                       float* entropy, float* lse, int threads) {
+    const Shape s = {shape[0], shape[1], shape[2], shape[3], shape[4], shape[5],
+                     shape[6], shape[7], shape[8], shape[9], shape[10], shape[11]};
+    const int64_t n_kv_head = s.n_head / s.group, n_tile = (s.n_key + KEYS - 1) / KEYS;
+    const int64_t packed_size = n_tile * KEYS * s.head_dim, n_block = (s.n_query + QUERY_BLOCK - 1) / QUERY_BLOCK;
+    std::vector<float> packed(s.batch * n_kv_head * packed_size);
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for
+        for (int64_t i = 0; i < s.batch * n_kv_head; ++i)
+            pack(k + i / n_kv_head * s.k_batch + i % n_kv_head * s.k_head, s.k_key, s.n_key, s.head_dim,
+                 packed.data() + i * packed_size);
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < s.batch * s.n_head * n_block; ++task) {
+            // under causality the last queries see the most keys
+            const int64_t block = n_block - 1 - task / (s.batch * s.n_head), i = task % (s.batch * s.n_head);
+            const int64_t b = i / s.n_head, h = i % s.n_head, start = block * QUERY_BLOCK;
+            const int64_t stop = start + QUERY_BLOCK < s.n_query ? start + QUERY_BLOCK : s.n_query;
+            const float* queries = q + b * s.q_batch + h * s.q_head;
+            const float* keys = packed.data() + (b * n_kv_head + h / s.group) * packed_size;
+            const uint8_t* seen = allowed ? allowed + b * mask[0] + h * mask[1] : nullptr;
+            const int64_t query_stride = allowed ? mask[2] : 0;
+            Running running[QUERY_BLOCK];
+            for (int64_t tile = first[start] / KEYS; tile * KEYS < last[stop - 1]; tile += SPAN) {
+                const int64_t tile_stop = tile + SPAN < n_tile ? tile + SPAN : n_tile;
+                int64_t row = start;
+                for (; row + QUERIES <= stop; row += QUERIES)
+                    query_group<QUERIES>(s, queries, keys, row, first, last, seen, query_stride, scale,
+                                         running + row - start, tile, tile_stop);
+                for (; row < stop; ++row)
+                    query_group<1>(s, queries, keys, row, first, last, seen, query_stride, scale,
+                                   running + row - start, tile, tile_stop);
+            }
+            for (int64_t row = start; row < stop; ++row) {
+                const Running& of = running[row - start];
+                const double log_l = std::log(of.l);
+                const int64_t place = i * s.n_query + row;
+                const float nan = std::numeric_limits<float>::quiet_NaN();
+                entropy[place] = of.sees_any && of.is_finite ? static_cast<float>(log_l - of.t / of.l) : nan;
+                lse[place] = !of.is_finite ? nan : of.sees_any ? static_cast<float>(of.m + log_l) : -INFINITY;
+            }
+        }
+    }
+}
+
+// Of each row of weights [n_row, n_key], contiguous, the entropy and the sum of the first lengths[i % period] entries;
+// the others are 0. A NaN makes both NaN.
+EXPORT void normfree_weights_entropy(const float* weights, int64_t n_row, int64_t n_key, const int64_t* lengths,
+                                     int64_t period, float* entropy, float* totals, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < n_row; ++i) {
+        const float* row = weights + i * n_key;
+        const int64_t n = lengths[i % period], whole = n / LANES * LANES;
+        Floats products = {}, total = {};
+        const Floats tiny = Floats{} + std::numeric_limits<float>::min();
+        const auto add = [&](Floats p) {
+            total += p;
+            products += p * logarithm(larger(p, tiny));  // p ln p is nothing at the smallest normal number
+        };
+        for (int64_t j = 0; j < whole; j += LANES) add(load(row + j));
+        if (whole < n) {
+            Floats rest = {};
+            std::memcpy(&rest, row + whole, sizeof(float) * (n - whole));
+            add(rest);
+        }
+        totals[i] = sum(total);
+        entropy[i] = -sum(products);
+    }
+}

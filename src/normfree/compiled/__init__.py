@@ -1,0 +1,63 @@
+"""The C++ kernels for CPUs (csrc/), compiled while normfree is installed where there is a compiler.
+
+They are found and loaded through ctypes, and called with the addresses of tensors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+LIBRARIES = {"AVX512": ("avx512", "avx2", "default"), "AVX2": ("avx2", "default")}
+"""The libraries that a CPU can run, the fastest first, by the name that torch has for its instructions."""
+
+
+class NotCompiledError(Exception):
+    """Why compiled kernels cannot be used, in one line."""
+
+
+@cache
+def library(name: str, interface: int) -> ctypes.CDLL:
+    """The kernels of ``csrc/NAME.cpp`` for this CPU; ``interface`` is what ``normfree_interface()`` has to return.
+
+    Raises:
+        NotCompiledError: there are none that it can run.
+    """
+    folder = Path(__file__).parent
+    instructions = LIBRARIES.get(torch.backends.cpu.get_cpu_capability(), ("default",))
+    found = [path for each in instructions if (path := folder / f"{name}_{each}.so").exists()]
+    if not found:
+        raise NotCompiledError("its kernels were not compiled: install normfree where there is a C++ compiler")
+    try:
+        kernels = ctypes.CDLL(str(found[0]))
+    except OSError as error:
+        raise NotCompiledError(f"its kernels could not be loaded: {error}") from error
+    if kernels.normfree_interface() != interface:
+        raise NotCompiledError("its kernels were compiled from other sources: install normfree again")
+    return kernels
+
+
+def library_refuses(name: str, interface: int) -> str | None:
+    """Why these kernels cannot be used on this machine; None if they can."""
+    try:
+        library(name, interface)
+    except NotCompiledError as error:
+        return str(error)
+    return None
+
+
+def address(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def sizes(*sizes: int) -> Sequence[ctypes.c_int64]:
+    return [ctypes.c_int64(size) for size in sizes]
+
+
+def size_array(*sizes: int) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * len(sizes))(*sizes)
