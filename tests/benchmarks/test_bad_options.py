@@ -70,7 +70,7 @@ def test_a_run_folder_that_is_not_empty(normfree: Command, tmp_path: Path) -> No
 
 def test_kernels_that_were_not_compiled(normfree: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sparse_decode, "decode_backends", lambda: {"cpu": "there is no compiler"})
-    says = "the compiled kernels cannot be used: there is no compiler"
+    says = "the cpu kernels of sparse decode cannot be used: there is no compiler"
     assert_refused(normfree, tmp_path, "sparse-decode", "ffn", says=says)
 
 

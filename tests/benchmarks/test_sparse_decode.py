@@ -102,7 +102,7 @@ def test_the_kernels_models_say_what_torchs_say() -> None:
     logits = []
     for by_kernel in (True, False):
         torch.manual_seed(1)
-        cache = decode_models.filled_cache(config, 10, torch.float32)
+        cache = decode_models.filled_cache(config, 10, torch.float32, torch.device("cpu"))
         decode_models.Linear.by_kernel = by_kernel
         model.config._attn_implementation = "by_kernel" if by_kernel else "sdpa"
         with torch.inference_mode():

@@ -56,19 +56,21 @@ class RoomyLayer(DynamicLayer):
 
 
 def built(config: NormfreeConfig, dtype: torch.dtype, embedding: Tensor) -> NormfreeForCausalLM:
-    """The model with random weights, its embeddings shared with the other model's."""
+    """The model with random weights on the device of its embeddings, which it shares with the other model."""
     with torch.device("meta"):
         model: Any = NormfreeForCausalLM(config)
         model.to(dtype)
     replaced: dict[str, Tensor] = {
-        name: random_matrix(*weight.shape, dtype=dtype) if weight.dim() == 2 else torch.ones(weight.shape, dtype=dtype)
+        name: (
+            random_matrix(*weight.shape, dtype=dtype) if weight.dim() == 2 else torch.ones(weight.shape, dtype=dtype)
+        ).to(embedding.device)
         for name, weight in model.named_parameters()
         if name != "model.embed_tokens.weight"
     }
     replaced |= {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding}
     model.load_state_dict(replaced, assign=True)
     model.tie_weights()
-    model.model.rotary_embedding = type(model.model.rotary_embedding)(config)
+    model.model.rotary_embedding = type(model.model.rotary_embedding)(config).to(embedding.device)
     for module in [model.lm_head, *model.modules()]:
         # the sparse decode has kernels of its own for the layers of a Spark network
         if type(module) in (nn.Linear, ResidualProjection) and module not in _spark_projections(model):
@@ -76,11 +78,12 @@ def built(config: NormfreeConfig, dtype: torch.dtype, embedding: Tensor) -> Norm
     return model.eval().requires_grad_(False)
 
 
-def filled_cache(config: NormfreeConfig, n_token: int, dtype: torch.dtype) -> DynamicCache:
+def filled_cache(config: NormfreeConfig, n_token: int, dtype: torch.dtype, device: torch.device) -> DynamicCache:
     """A cache of random keys and values, and room for more."""
     cache = DynamicCache()
     for _ in range(config.n_layer):
-        key, value = (50 * random_matrix(1, config.n_kv_head, n_token, config.head_dim, dtype=dtype) for _ in range(2))
+        shape = (1, config.n_kv_head, n_token, config.head_dim)
+        key, value = (50 * random_matrix(*shape, dtype=dtype).to(device) for _ in range(2))
         if config.attention == "spark":
             spark = SparkCacheLayer(config.spark_sizes.attention_predictor_dim)
             spark.append(key, value)

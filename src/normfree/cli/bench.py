@@ -181,7 +181,7 @@ def norm_free_inference(
 def sparse_decode(
     subject: Annotated[str, typer.Argument(help="ffn (one feed-forward network) or model (a whole one).")],
     dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
-    threads: Annotated[str, typer.Option(help="Comma-separated numbers of threads, e.g. 1,2.")] = "1",
+    threads: Annotated[str, typer.Option(help="Comma-separated numbers of CPU threads, e.g. 1,2.")] = "1",
     rounds: Rounds = 20,
     width: Annotated[int, typer.Option(help="Width of the model.")] = 2304,
     dense_inner: Annotated[
@@ -196,10 +196,10 @@ def sparse_decode(
     out: Out = None,
     json_: Json = False,
 ) -> None:
-    """Decode that reads active neurons and attended tokens only, against dense decode, on the CPU.
+    """Decode that reads active neurons and attended tokens only, against dense decode.
 
-    Needs the kernels that are compiled where normfree is installed with a C++ compiler. The default sizes are those of
-    Gemma-2 2B.
+    On a GPU, where there is one; on a CPU it needs the kernels that are compiled where normfree is installed with a C++
+    compiler. The default sizes are those of Gemma-2 2B.
 
     Example: normfree bench sparse-decode model --dtype bf16 --rounds 6
     """
