@@ -260,25 +260,29 @@ EXPORT void normfree_attention_entropy(const float* q, const float* k, const int
     }
 }
 
-// Of each row of weights [n_row, n_key], contiguous, the entropy and the sum of the first lengths[i % period] entries;
-// the others are 0. A NaN makes both NaN.
+// Of each row of weights [n_row, n_key], contiguous: the entropy, the sum and the smallest of its first
+// lengths[i % period] entries; the others are 0. A NaN makes the entropy and the sum NaN.
 EXPORT void normfree_weights_entropy(const float* weights, int64_t n_row, int64_t n_key, const int64_t* lengths,
-                                     int64_t period, float* entropy, float* totals, int threads) {
+                                     int64_t period, float* entropy, float* totals, float* smallest, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t i = 0; i < n_row; ++i) {
         const float* row = weights + i * n_key;
         const int64_t n = lengths[i % period], whole = n / LANES * LANES;
-        Floats products = {}, total = {};
+        Floats products = {}, total = {}, least = Floats{} + 1.0f;
         const Floats tiny = Floats{} + std::numeric_limits<float>::min();
         const auto add = [&](Floats p) {
             total += p;
+            least = p < least ? p : least;
             products += p * logarithm(larger(p, tiny));  // p ln p is nothing at the smallest normal number
         };
         for (int64_t j = 0; j < whole; j += LANES) add(load(row + j));
+        smallest[i] = least[0];
+        for (int lane = 1; lane < LANES; ++lane) smallest[i] = least[lane] < smallest[i] ? least[lane] : smallest[i];
         if (whole < n) {
             Floats rest = {};
             std::memcpy(&rest, row + whole, sizeof(float) * (n - whole));
             add(rest);
+            for (int64_t j = whole; j < n; ++j) smallest[i] = row[j] < smallest[i] ? row[j] : smallest[i];
         }
         totals[i] = sum(total);
         entropy[i] = -sum(products);

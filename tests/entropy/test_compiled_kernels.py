@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from normfree.entropy import attention_entropy, compiled_kernels, select_backend
 from normfree.entropy.compiled_kernels import entropy_and_lse, kernels_refuse, weights_entropy
-from normfree.entropy.reference import weights_entropy_and_sink
+from normfree.entropy.reference import read_weights
 from normfree.entropy.visibility import visibility_of
 from normfree.errors import InputError
 
@@ -67,7 +67,8 @@ def test_every_library_that_this_cpu_runs_agrees_with_float64_numpy(library_for,
     np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance(q, k, 0.2))
     weights = torch.randn(2, 3, 40, 77).softmax(-1)
     visibility = visibility_of(q[:, :3, :40], k[:, :1, :77], is_causal=False, attention_mask=None, sliding_window=None)
-    entropy, totals = weights_entropy(weights, visibility)
+    entropy, totals, smallest = weights_entropy(weights, visibility)
+    assert torch.equal(smallest, weights.amin(-1))
     np.testing.assert_allclose(entropy.numpy(), entropy_of(weights.double().log().numpy(), True), atol=2e-6)
     np.testing.assert_allclose(totals.numpy(), 1, atol=2e-6)
 
@@ -133,8 +134,9 @@ def test_entropy_of_weights_agrees_with_float64_numpy(n_query, n_cached, size, i
     weights = scores.masked_fill(~torch.from_numpy(allowed), -math.inf).softmax(-1)
     exact = weights.double().numpy()
     expected = -np.where(exact > 0, exact * np.log(np.where(exact > 0, exact, 1)), 0).sum(-1)
-    entropy, totals = weights_entropy(weights, visibility)
+    entropy, totals, smallest = weights_entropy(weights, visibility)
     np.testing.assert_allclose(entropy.numpy(), expected, rtol=0, atol=3e-6)
+    np.testing.assert_array_equal(smallest.double().numpy(), np.where(allowed, exact, 1).min(-1))
     np.testing.assert_allclose(totals.numpy(), exact.sum(-1), rtol=0, atol=1e-6)
 
 
@@ -144,10 +146,21 @@ def test_weights_that_are_nan_have_nan_and_those_after_dropout_none():
         weights[..., :4], weights[:, :, :1, :4].expand(1, 1, 40, 4), is_causal=False, attention_mask=None,
         sliding_window=None,
     )  # fmt: skip
+    assert read_weights(weights, visibility).all_scores_finite
     weights[0, 0, 1, 39] = math.nan
-    entropy, _ = weights_entropy_and_sink(weights, visibility)
-    torch.testing.assert_close(entropy[0, 0], torch.tensor([math.log(40), math.nan]), equal_nan=True)
-    assert weights_entropy_and_sink(weights.nan_to_num(0) * 1.1, visibility) is None
+    read = read_weights(weights, visibility)
+    torch.testing.assert_close(read.entropy[0, 0], torch.tensor([math.log(40), math.nan]), equal_nan=True)
+    assert not read.all_scores_finite
+    assert read_weights(weights.nan_to_num(0) * 1.1, visibility) is None
+
+
+def test_a_weight_of_0_may_be_that_of_an_infinite_score():
+    q = torch.empty(1, 1, 4, 2)
+    visibility = visibility_of(q, q, is_causal=True, attention_mask=None, sliding_window=None)
+    weights = (torch.zeros(1, 1, 4, 4) + torch.full((4, 4), -math.inf).triu(1)).softmax(-1)
+    assert read_weights(weights, visibility).all_scores_finite
+    weights[0, 0, 3] = torch.tensor([0.5, 0.0, 0.25, 0.25])
+    assert not read_weights(weights, visibility).all_scores_finite
 
 
 def test_without_the_library_auto_takes_the_flash_kernel_and_a_name_is_refused(without_libraries):

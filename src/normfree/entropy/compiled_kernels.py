@@ -58,19 +58,20 @@ def entropy_and_lse(q: Tensor, k: Tensor, scale: float, visibility: Visibility) 
     return entropy, lse
 
 
-def weights_entropy(weights: Tensor, visibility: Visibility) -> tuple[Tensor, Tensor]:
-    """Entropy in nats and sum of each row of attention weights, both float32 [batch, n_head, n_query].
+def weights_entropy(weights: Tensor, visibility: Visibility) -> tuple[Tensor, Tensor, Tensor]:
+    """Entropy in nats, sum and smallest entry of each row of attention weights: float32 [batch, n_head, n_query].
 
-    weights: float32 [batch, n_head, n_query, n_key], on the CPU, 0 behind the last key that causality and window leave.
+    weights: float32 [batch, n_head, n_query, n_key], on the CPU, 0 behind the last key that causality and window leave:
+    what is there is not looked at. A row with a NaN has NaN for its entropy and its sum.
     """
     weights, lengths = weights.contiguous(), visibility.last.contiguous()
-    entropy, totals = torch.empty(2, *weights.shape[:3])
+    entropy, totals, smallest = torch.empty(3, *weights.shape[:3])
     compiled.library(NAME, INTERFACE).normfree_weights_entropy(
         address(weights),
         *sizes(entropy.numel(), weights.shape[3]),
         address(lengths),
         *sizes(visibility.n_query),
-        *map(address, (entropy, totals)),
+        *map(address, (entropy, totals, smallest)),
         torch.get_num_threads(),
     )
-    return entropy, totals
+    return entropy, totals, smallest

@@ -17,7 +17,7 @@ from normfree.entropy.fused import BACKENDS, attention_entropy_and_sink
 from normfree.entropy.interception import InterfaceCall, observe_attention
 from normfree.entropy.nonfinite import count_nonfinite
 from normfree.entropy.reading import Attention, UnreadableCallError, read_call
-from normfree.entropy.reference import weights_entropy_and_sink
+from normfree.entropy.reference import read_weights
 from normfree.entropy.statistics import LayerStatistics
 from normfree.entropy.visibility import Visibility, visibility_of
 from normfree.errors import InputError, unknown_name
@@ -246,19 +246,22 @@ class EntropyProbe:
         start = max(0, k.shape[2] - q.shape[2]) if n_cached is None else n_cached
         counts = visibility.counts
         valid = _valid_queries(visibility, start, counts, q.shape[0], is_causal=is_causal)
-        materialised = None
+        read = None
         if attention.weights is not None and self._backend == "auto":
-            materialised = weights_entropy_and_sink(attention.weights, visibility)
-        if attention.selects and materialised is None:
+            read = read_weights(attention.weights, visibility)
+        if attention.selects and read is None:
             raise UnreadableCallError("it attends to selected keys, and handed back no float32 distribution over them")
-        entropy, share = materialised or attention_entropy_and_sink(q, k, attention.scale, visibility, self._backend)
+        if read is not None:
+            entropy, share = read.entropy, read.sink_share
+        else:
+            entropy, share = attention_entropy_and_sink(q, k, attention.scale, visibility, self._backend)
         if row not in self._statistics:
             self._statistics[row] = LayerStatistics.zeros(q.shape[1], start + q.shape[2], q.device)
         layer = self._statistics[row]
         layer.add_entropy(start, entropy, counts, valid)
         if start == 0:
             layer.add_sink(share, valid)
-        if self._count_nonfinite:
+        if self._count_nonfinite and not (read is not None and read.all_scores_finite):
             layer.add_nonfinite(count_nonfinite(q, k, attention.scale, visibility))
 
     def _visibility(self, attention: Attention) -> Visibility:

@@ -62,14 +62,31 @@ def distribution(scores: Tensor, allowed: Tensor | None) -> Distribution:
     return Distribution(log_p.exp().masked_fill(~allowed, 0.0), log_p, lse)
 
 
-def weights_entropy_and_sink(weights: Tensor, visibility: Visibility) -> tuple[Tensor, Tensor] | None:
-    """Entropy in nats, and the attention paid to the first visible key, from attention weights that are there.
+class ReadWeights(NamedTuple):
+    """What weights say of each query: ``entropy`` in nats, and the attention paid to the first key that is visible.
 
-    ``weights`` is float32 or float64 [batch, n_head, n_query, n_key]; both results are float32 [batch, n_head,
-    n_query]. Entropy is NaN for a query with NaN weights and for one that sees no key. None if the rows are no
-    distributions, as under attention dropout.
+    Both float32 [batch, n_head, n_query]; entropy is NaN for a query with NaN weights and for one that sees no key.
+    ``all_scores_finite``: the scores must have been, because no weight is NaN, or 0 as that of a score of -inf; False
+    where that is not known.
     """
-    entropy, totals = _weights_entropy(weights, visibility)
+
+    entropy: Tensor
+    sink_share: Tensor
+    all_scores_finite: bool
+
+
+def read_weights(weights: Tensor, visibility: Visibility) -> ReadWeights | None:
+    """What is read from attention weights that are there, float32 or float64 [batch, n_head, n_query, n_key].
+
+    None if the rows are no distributions, as under attention dropout.
+    """
+    all_scores_finite = False
+    if weights.dtype == torch.float32 and weights.device.type == "cpu" and compiled_kernels.are_fast():
+        entropy, totals, smallest = compiled_kernels.weights_entropy(weights, visibility)
+        # the least of them, because a NaN in one row leaves the smallest of it as it is
+        all_scores_finite = bool(torch.minimum(smallest, totals).min() > 0)
+    else:
+        entropy, totals = _entropy_by_blocks(weights, visibility), weights.sum(-1)
     if bool(((totals - 1).abs() > MAX_TOTAL_ERROR).any()):
         return None
     if visibility.allowed is None:
@@ -77,13 +94,11 @@ def weights_entropy_and_sink(weights: Tensor, visibility: Visibility) -> tuple[T
     else:
         sink = visibility.first_key().expand(*weights.shape[:2])[..., None, None]
         share = weights.gather(-1, sink.expand(-1, -1, weights.shape[2], -1))[..., 0]
-    return entropy.masked_fill(visibility.counts == 0, torch.nan).float(), share.float()
+    entropy = entropy.masked_fill(visibility.counts == 0, torch.nan)
+    return ReadWeights(entropy.float(), share.float(), all_scores_finite)
 
 
-def _weights_entropy(weights: Tensor, visibility: Visibility) -> tuple[Tensor, Tensor]:
-    """Entropy and sum of each row of attention weights."""
-    if weights.dtype == torch.float32 and weights.device.type == "cpu" and compiled_kernels.are_fast():
-        return compiled_kernels.weights_entropy(weights, visibility)
+def _entropy_by_blocks(weights: Tensor, visibility: Visibility) -> Tensor:
     n_query, tiny = visibility.n_query, torch.finfo(weights.dtype).tiny
     n_row = max(1, min(BLOCK_ELEMENTS // weights[:, :, 0].numel(), n_query // CAUSAL_PARTS))
     parts = []
@@ -92,7 +107,7 @@ def _weights_entropy(weights: Tensor, visibility: Visibility) -> tuple[Tensor, T
         p = weights[:, :, rows, visibility.columns(rows)]
         # ln is several times slower where it meets zeros, and p ln p is nothing at the smallest normal number
         parts.append(-_log_(p.clamp_min(tiny)).mul_(p).sum(-1))
-    return torch.cat(parts, dim=-1), weights.sum(-1)
+    return torch.cat(parts, dim=-1)
 
 
 def _log_(x: Tensor) -> Tensor:
