@@ -237,14 +237,16 @@ def _split_mask(mask: Tensor, q: Tensor, n_key: int) -> tuple[Tensor | None, Ten
 
 
 def _is_causal_mask(allowed: Tensor, last: Tensor) -> bool:
-    """Whether a mask [batch or 1, n_head or 1, n_query or 1, n_key] is causality, with those last keys (exclusive)."""
-    if allowed.shape[:3] != (1, 1, len(last)):
+    """Whether a mask [batch or 1, n_head or 1, n_query or 1, n_key] is causality, with those last keys (exclusive), for
+    every sequence and head.
+    """
+    if allowed.shape[2] != len(last):
         return False
     key = torch.arange(allowed.shape[3], device=allowed.device)
-    n_row = max(MIN_BLOCK_ROWS, BLOCK_ELEMENTS // len(key))
+    n_row = max(MIN_BLOCK_ROWS, BLOCK_ELEMENTS // allowed[:, :, 0].numel())
     return all(
-        torch.equal(rows, key < last_key[:, None])
-        for rows, last_key in zip(allowed[0, 0].split(n_row), last.to(key.device).split(n_row), strict=True)
+        bool((rows == (key < last_key[:, None])).all())
+        for rows, last_key in zip(allowed.split(n_row, dim=2), last.to(key.device).split(n_row), strict=True)
     )
 
 
