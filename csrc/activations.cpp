@@ -24,19 +24,36 @@ inline double widen(bfloat16 x) {
     return wide;
 }
 
+typedef double Doubles __attribute__((vector_size(64)));
+typedef float Floats __attribute__((vector_size(32)));
+typedef uint16_t Halves __attribute__((vector_size(16)));
+typedef uint32_t Words __attribute__((vector_size(32)));
+
 constexpr int64_t LANES = 8;  // sums that are made side by side, so that none waits for the one before it
 
-inline double sum(const double* lanes) {
-    return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+// Eight numbers as float64.
+inline Doubles load(const float* from) {
+    Floats vector;
+    std::memcpy(&vector, from, sizeof vector);
+    return __builtin_convertvector(vector, Doubles);
 }
 
-// of[lane] += each term of elements lane, lane + LANES, ...
-template <class Term>
-inline void add_by_lane(int64_t n, Term term) {
-    const int64_t whole = n / LANES * LANES;
-    for (int64_t i = 0; i < whole; i += LANES)
-        for (int64_t lane = 0; lane < LANES; ++lane) term(i + lane, lane);
-    for (int64_t i = whole; i < n; ++i) term(i, i - whole);
+inline Doubles load(const bfloat16* from) {
+    Halves vector;
+    std::memcpy(&vector, from, sizeof vector);
+    return __builtin_convertvector((Floats)(__builtin_convertvector(vector, Words) << 16), Doubles);
+}
+
+inline Doubles load(const double* from) {
+    Doubles vector;
+    std::memcpy(&vector, from, sizeof vector);
+    return vector;
+}
+
+inline void store(double* to, Doubles vector) { std::memcpy(to, &vector, sizeof vector); }
+
+inline double sum(Doubles x) {
+    return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
 }
 
 struct Sums {
@@ -47,40 +64,54 @@ struct Sums {
 // Of the tokens x [T, d] of one sequence: Σ x, Σ x² by channel, |Σ x / |x||², and the numbers that are not finite.
 template <class T>
 void add_sequence(const T* x, int64_t n_token, int64_t d, double* channel_squares, Sums& sums) {
-    std::vector<double> direction(d), token(d);
+    const int64_t whole = d / LANES * LANES;
+    std::vector<double> direction(d);
     for (int64_t t = 0; t < n_token; ++t, x += d) {
-        double totals[LANES] = {}, squares[LANES] = {};
-        add_by_lane(d, [&](int64_t i, int64_t lane) {
+        Doubles totals = {}, squares = {};
+        for (int64_t i = 0; i < whole; i += LANES) {
+            const Doubles value = load(x + i), square = value * value;
+            totals += value;
+            squares += square;
+            store(channel_squares + i, load(channel_squares + i) + square);
+        }
+        double total = sum(totals), norm_squared = sum(squares);
+        for (int64_t i = whole; i < d; ++i) {
             const double value = widen(x[i]), square = value * value;
-            token[i] = value;
-            totals[lane] += value;
-            squares[lane] += square;
+            total += value;
+            norm_squared += square;
             channel_squares[i] += square;
-        });
-        sums.total += sum(totals);
-        const double norm_squared = sum(squares), inverse_norm = 1 / std::sqrt(norm_squared);
-        for (int64_t i = 0; i < d; ++i) direction[i] += token[i] * inverse_norm;
+        }
+        sums.total += total;
+        const double inverse_norm = 1 / std::sqrt(norm_squared);
+        for (int64_t i = 0; i < whole; i += LANES)
+            store(direction.data() + i, load(direction.data() + i) + load(x + i) * inverse_norm);
+        for (int64_t i = whole; i < d; ++i) direction[i] += widen(x[i]) * inverse_norm;
         if (!std::isfinite(norm_squared))
             for (int64_t i = 0; i < d; ++i) {
-                sums.nan += std::isnan(token[i]);
-                sums.inf += std::isinf(token[i]);
+                sums.nan += std::isnan(widen(x[i]));
+                sums.inf += std::isinf(widen(x[i]));
             }
     }
-    double lanes[LANES] = {};
-    add_by_lane(d, [&](int64_t i, int64_t lane) { lanes[lane] += direction[i] * direction[i]; });
-    sums.direction = sum(lanes);
+    for (const double each : direction) sums.direction += each * each;
 }
 
 template <class T>
 void add_moments(const T* x, int64_t n, double mean, Sums& sums) {
-    double m2[LANES] = {}, m3[LANES] = {}, m4[LANES] = {};
-    add_by_lane(n, [&](int64_t i, int64_t lane) {
-        const double deviation = widen(x[i]) - mean, square = deviation * deviation;
-        m2[lane] += square;
-        m3[lane] += square * deviation;
-        m4[lane] += square * square;
-    });
+    const int64_t whole = n / LANES * LANES;
+    Doubles m2 = {}, m3 = {}, m4 = {};
+    for (int64_t i = 0; i < whole; i += LANES) {
+        const Doubles deviation = load(x + i) - mean, square = deviation * deviation;
+        m2 += square;
+        m3 += square * deviation;
+        m4 += square * square;
+    }
     sums.m2 = sum(m2), sums.m3 = sum(m3), sums.m4 = sum(m4);
+    for (int64_t i = whole; i < n; ++i) {
+        const double deviation = widen(x[i]) - mean, square = deviation * deviation;
+        sums.m2 += square;
+        sums.m3 += square * deviation;
+        sums.m4 += square * square;
+    }
 }
 
 template <class T>

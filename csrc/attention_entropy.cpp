@@ -261,9 +261,10 @@ EXPORT void normfree_attention_entropy(const float* q, const float* k, const int
 }
 
 // Of each row of weights [n_row, n_key], contiguous: the entropy, the sum and the smallest of its first
-// lengths[i % period] entries; the others are 0. A NaN makes the entropy and the sum NaN.
+// lengths[i % period] entries, and its first entry; the others are 0. A NaN makes the entropy and the sum NaN.
 EXPORT void normfree_weights_entropy(const float* weights, int64_t n_row, int64_t n_key, const int64_t* lengths,
-                                     int64_t period, float* entropy, float* totals, float* smallest, int threads) {
+                                     int64_t period, float* entropy, float* totals, float* smallest, float* firsts,
+                                     int threads) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t i = 0; i < n_row; ++i) {
         const float* row = weights + i * n_key;
@@ -286,5 +287,6 @@ EXPORT void normfree_weights_entropy(const float* weights, int64_t n_row, int64_
         }
         totals[i] = sum(total);
         entropy[i] = -sum(products);
+        firsts[i] = row[0];
     }
 }

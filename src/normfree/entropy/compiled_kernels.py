@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,20 +59,32 @@ def entropy_and_lse(q: Tensor, k: Tensor, scale: float, visibility: Visibility) 
     return entropy, lse
 
 
-def weights_entropy(weights: Tensor, visibility: Visibility) -> tuple[Tensor, Tensor, Tensor]:
-    """Entropy in nats, sum and smallest entry of each row of attention weights: float32 [batch, n_head, n_query].
+class WeightSums(NamedTuple):
+    """Of each row of weights, float32 [batch, n_head, n_query]: entropy in nats, sum, smallest and first entry.
+
+    A row with a NaN has NaN for its entropy and its sum.
+    """
+
+    entropy: Tensor
+    totals: Tensor
+    smallest: Tensor
+    first: Tensor
+
+
+def weights_entropy(weights: Tensor, visibility: Visibility) -> WeightSums:
+    """Sums over attention weights that are there.
 
     weights: float32 [batch, n_head, n_query, n_key], on the CPU, 0 behind the last key that causality and window leave:
-    what is there is not looked at. A row with a NaN has NaN for its entropy and its sum.
+    what is there is not looked at.
     """
     weights, lengths = weights.contiguous(), visibility.last.contiguous()
-    entropy, totals, smallest = torch.empty(3, *weights.shape[:3])
+    sums = WeightSums(*torch.empty(4, *weights.shape[:3]))
     compiled.library(NAME, INTERFACE).normfree_weights_entropy(
         address(weights),
-        *sizes(entropy.numel(), weights.shape[3]),
+        *sizes(sums.entropy.numel(), weights.shape[3]),
         address(lengths),
         *sizes(visibility.n_query),
-        *map(address, (entropy, totals, smallest)),
+        *map(address, sums),
         torch.get_num_threads(),
     )
-    return entropy, totals, smallest
+    return sums

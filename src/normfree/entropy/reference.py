@@ -82,16 +82,14 @@ def read_weights(weights: Tensor, visibility: Visibility) -> ReadWeights | None:
     """
     all_scores_finite = False
     if weights.dtype == torch.float32 and weights.device.type == "cpu" and compiled_kernels.are_fast():
-        entropy, totals, smallest = compiled_kernels.weights_entropy(weights, visibility)
+        entropy, totals, smallest, share = compiled_kernels.weights_entropy(weights, visibility)
         # the least of them, because a NaN in one row leaves the smallest of it as it is
         all_scores_finite = bool(torch.minimum(smallest, totals).min() > 0)
     else:
-        entropy, totals = _entropy_by_blocks(weights, visibility), weights.sum(-1)
+        entropy, totals, share = _entropy_by_blocks(weights, visibility), weights.sum(-1), weights[..., 0]
     if bool(((totals - 1).abs() > MAX_TOTAL_ERROR).any()):
         return None
-    if visibility.allowed is None:
-        share = weights[..., 0]
-    else:
+    if visibility.allowed is not None:
         sink = visibility.first_key().expand(*weights.shape[:2])[..., None, None]
         share = weights.gather(-1, sink.expand(-1, -1, weights.shape[2], -1))[..., 0]
     entropy = entropy.masked_fill(visibility.counts == 0, torch.nan)

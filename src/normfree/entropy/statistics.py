@@ -75,17 +75,23 @@ class LayerStatistics:
         self.grow(start + entropy.shape[2])
         positions = slice(start, start + entropy.shape[2])
         valid_rows = valid[:, None]
-        is_nan = entropy.isnan()
         self.rows[positions] += valid.sum(0)
-        self.nan_rows[:, positions] += (is_nan & valid_rows).sum(0)
-        self.entropy[:, positions] += entropy.double().where(valid_rows & ~is_nan, 0.0).sum(0)
         self.bound[:, positions] += counts.double().log().where(valid_rows, 0.0).sum(0)
+        total = _sum_of_all(entropy, valid, 0)
+        if total is None:
+            is_nan = entropy.isnan()
+            self.nan_rows[:, positions] += (is_nan & valid_rows).sum(0)
+            total = entropy.double().where(valid_rows & ~is_nan, 0.0).sum(0)
+        self.entropy[:, positions] += total
 
     def add_sink(self, share: Tensor, valid: Tensor) -> None:
         """Add the shares [batch, n_head, n_query] of queries of whole sequences; NaN shares count as rows
         alone.
         """
-        self.sink += share.double().where(valid[:, None] & ~share.isnan(), 0.0).sum((0, 2))
+        total = _sum_of_all(share, valid, (0, 2))
+        if total is None:
+            total = share.double().where(valid[:, None] & ~share.isnan(), 0.0).sum((0, 2))
+        self.sink += total
         self.sink_rows += valid.sum()
 
     def add_nonfinite(self, count: NonFiniteCount) -> None:
@@ -98,3 +104,14 @@ class LayerStatistics:
         """
         for field in fields(self):
             torch.distributed.all_reduce(getattr(self, field.name))
+
+
+def _sum_of_all(values: Tensor, valid: Tensor, dim: int | tuple[int, ...]) -> Tensor | None:
+    """The float64 sum of ``values`` over ``dim`` where every query counts and no value is NaN; None elsewhere.
+
+    On the CPU alone: elsewhere asking would wait for the device.
+    """
+    if values.device.type != "cpu" or not valid.all():
+        return None
+    total = values.sum(dim, dtype=torch.float64)
+    return None if total.isnan().any() else total

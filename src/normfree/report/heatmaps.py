@@ -201,8 +201,8 @@ def _draw_colour_bar(axes: Axes, figure: Figure, norm: Normalize, maximum: float
 
 def _notes(panels: list[_Panel]) -> list[str]:
     notes = []
-    seeds = sorted({panel.n_seeds for panel in panels if panel.n_seeds > 1})
-    if seeds:
+    seeds = sorted({panel.n_seeds for panel in panels})
+    if seeds[-1] > 1:
         notes.append(f"Mean over {' or '.join(map(str, seeds))} seeds.")
     nan_runs = [
         f"{panel.configuration} ({panel.n_nan_seeds} of {panel.n_seeds})" for panel in panels if panel.n_nan_seeds

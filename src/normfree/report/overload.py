@@ -44,7 +44,7 @@ def perplexity_and_overload(curves: pd.DataFrame, *, changed: str, level: Mappin
             perplexity.axhline(level["eval_ppl"], label=level["configuration"], **dashed)
             overload.axhline(100 * level["top_band"], **dashed)
         perplexity.set_yscale("log")
-        perplexity.yaxis.set_major_formatter("{x:.0f}")
+        perplexity.yaxis.set_major_formatter("{x:g}")
         # powers of ten are too far apart for most ranges of perplexity
         perplexity.yaxis.set_major_locator(MaxNLocator(6))
         perplexity.yaxis.set_minor_locator(NullLocator())
