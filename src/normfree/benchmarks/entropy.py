@@ -43,6 +43,8 @@ HEADS = {"cpu": 4, "cuda": 16}
 EAGER_MATRICES = 4
 """Matrices [batch, n_head, T, T] in float32 that ``eager`` holds at once."""
 FRESH_PROCESSES = 3
+SMALLEST_PEAK = 2**16
+"""Bytes below which a peak says that memory was reused, not what the call needs: no ratio is made of it."""
 WARM_UP_TOKENS = 16
 CPU = torch.device("cpu")
 MEMORY_RESET = Path("/proc/self/clear_refs")
@@ -136,7 +138,7 @@ def _measured(n_token: int, case: _Case, rounds: int, device: torch.device) -> d
             if name.startswith("entropy")
         },
         "eager_memory_over": {
-            name: round(peaks["eager"] / max(peak, 1), 1) if "eager" in peaks else None
+            name: round(peaks["eager"] / peak, 1) if "eager" in peaks and peak >= SMALLEST_PEAK else None
             for name, peak in peaks.items()
             if name.startswith("entropy")
         },
