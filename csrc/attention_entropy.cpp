@@ -286,7 +286,8 @@ EXPORT void normfree_weights_entropy(const float* weights, int64_t n_row, int64_
             for (int64_t j = whole; j < n; ++j) smallest[i] = row[j] < smallest[i] ? row[j] : smallest[i];
         }
         totals[i] = sum(total);
-        entropy[i] = -sum(products);
+        const float h = -sum(products);
+        entropy[i] = h < 0 ? 0 : h;
         firsts[i] = row[0];
     }
 }
