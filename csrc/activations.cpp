@@ -9,20 +9,9 @@
 #include <cstring>
 #include <vector>
 
+#include "elements.h"
+
 namespace {
-
-struct bfloat16 {
-    uint16_t bits;
-};
-
-inline double widen(float x) { return x; }
-
-inline double widen(bfloat16 x) {
-    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-    float wide;
-    std::memcpy(&wide, &bits, sizeof wide);
-    return wide;
-}
 
 typedef double Doubles __attribute__((vector_size(64)));
 typedef float Floats __attribute__((vector_size(32)));
@@ -166,8 +155,6 @@ int64_t count_nonzero(const Bits* x, int64_t n, Bits exponent, int threads) {
 }
 
 }  // namespace
-
-#define EXPORT extern "C" __attribute__((visibility("default")))
 
 // What the functions below take: one more for each change of it. Python compares it with its own number.
 EXPORT int normfree_interface() { return 1; }

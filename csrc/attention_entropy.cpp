@@ -17,6 +17,8 @@
 #include <limits>
 #include <vector>
 
+#include "elements.h"
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -94,11 +96,6 @@ inline Floats logarithm(Floats x) {
     p = p * (z * r) - n * 2.12194440e-4f - z * 0.5f;
     return (r + p) + n * 0.693359375f;
 }
-
-struct Mask {
-    const uint8_t* allowed;  // null: nothing is hidden
-    int64_t batch, head, query;  // strides; keys follow each other
-};
 
 struct Shape {
     int64_t batch, n_head, group, n_query, n_key, head_dim;
@@ -202,8 +199,6 @@ void query_group(const Shape& s, const float* q, const float* packed, int64_t st
 }
 
 }  // namespace
-
-#define EXPORT extern "C" __attribute__((visibility("default")))
 
 // What the functions below take: one more for each change of it. Python compares it with its own number.
 EXPORT int normfree_interface() { return 1; }

@@ -18,6 +18,8 @@
 #include <limits>
 #include <vector>
 
+#include "elements.h"
+
 #ifdef _OPENMP
 #include <omp.h>
 #else
@@ -30,23 +32,10 @@ namespace {
 typedef float Floats __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64)));
 
-struct bfloat16 {
-    uint16_t bits;
-};
-
 constexpr int64_t BLOCK = 32;        // elements that are loaded together
 constexpr int64_t ROWS = 8;          // rows that are read together
 constexpr int64_t TILE = 512;        // columns of a group of rows that stay in the first-level cache for all vectors
 constexpr int64_t CHUNK = 256;       // keys of attention that one thread scores at a time
-
-inline float widen(float x) { return x; }
-
-inline float widen(bfloat16 x) {
-    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-    float wide;
-    std::memcpy(&wide, &bits, sizeof wide);
-    return wide;
-}
 
 inline Floats load(const float* from) {
     Floats vector;
@@ -378,8 +367,6 @@ void attend(const AttentionShape& s, const T* predictor, const T* rest, const T*
 }
 
 }  // namespace
-
-#define EXPORT extern "C" __attribute__((visibility("default")))
 
 // What the functions below take: one more for each change of it. Python compares it with its own number.
 EXPORT int normfree_interface() { return 1; }

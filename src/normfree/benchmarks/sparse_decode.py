@@ -272,7 +272,7 @@ def _model(
             "gigabytes_a_token": {name: round(n / 1e9, 3) for name, n in read.items()},
             "ideal": round(read["dense"] / read["spark"], 2),
             "times_faster": {
-                WHAT_COMPUTES.get(by, by): _ratio(seconds[f"dense, {by}"], seconds[f"spark, {by}"])
+                WHAT_COMPUTES[by]: _ratio(seconds[f"dense, {by}"], seconds[f"spark, {by}"])
                 for by in (name.removeprefix("dense, ") for name in every if name.startswith("dense"))
             },
         }
