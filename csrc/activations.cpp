@@ -1,9 +1,10 @@
-// Statistics of activations on the CPU: sums over a residual stream that its moments, channel sizes and token
+// Statistics of activations on the CPU: sums over a residual stream that its moments, channel sizes, outliers and token
 // similarities are made of, and the number of neurons that are not zero.
 //
 // Activations are float32 (type 0) or bfloat16 (type 1), contiguous; sums are float64, and made in one order whatever
 // the number of threads. Plain C functions on plain pointers: the library depends on neither Python nor torch.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -45,16 +46,109 @@ inline double sum(Doubles x) {
     return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
 }
 
+// The magnitudes of a token, as numbers that rise with them: the bits of a float without its sign do. Their upper halves,
+// in which most magnitudes differ, are looked through first: twice as many of them fit a vector.
+struct Magnitudes {
+    std::vector<uint16_t> upper, lower;
+    uint32_t largest = 0;
+
+    explicit Magnitudes(int64_t d) : upper(d), lower(d) {}
+
+    void read(const float* x) {
+        largest = 0;
+        for (size_t i = 0; i < upper.size(); ++i) {
+            uint32_t bits;
+            std::memcpy(&bits, x + i, sizeof bits);
+            bits &= 0x7fffffffu;
+            upper[i] = static_cast<uint16_t>(bits >> 16);
+            largest = bits > largest ? bits : largest;
+        }
+    }
+
+    void read(const bfloat16* x) {
+        uint16_t most = 0;
+        for (size_t i = 0; i < upper.size(); ++i) {
+            upper[i] = x[i].bits & 0x7fffu;
+            most = upper[i] > most ? upper[i] : most;
+        }
+        largest = static_cast<uint32_t>(most) << 16;
+    }
+
+    int64_t upper_below(uint16_t limit) const {
+        constexpr int64_t BLOCK = 1 << 14;  // what a counter as small as the numbers, which vectors are made of, can hold
+        const int64_t d = upper.size();
+        int64_t count = 0;
+        for (int64_t start = 0; start < d; start += BLOCK) {
+            const int64_t stop = start + BLOCK < d ? start + BLOCK : d;
+            uint16_t here = 0;
+            for (int64_t i = start; i < stop; ++i) here += upper[i] < limit;
+            count += here;
+        }
+        return count;
+    }
+
+    // The median, of an even number of magnitudes the lower of the two in the middle.
+    uint32_t median(const float* x) {
+        int64_t rank = (static_cast<int64_t>(upper.size()) - 1) / 2;
+        const uint16_t half = upper_of_rank(rank);
+        size_t n = 0;
+        for (size_t i = 0; i < upper.size(); ++i) {
+            uint32_t bits;
+            std::memcpy(&bits, x + i, sizeof bits);
+            lower[n] = static_cast<uint16_t>(bits);
+            n += upper[i] == half;
+        }
+        std::nth_element(lower.begin(), lower.begin() + rank, lower.begin() + n);
+        return static_cast<uint32_t>(half) << 16 | lower[rank];
+    }
+
+    uint32_t median(const bfloat16*) {
+        int64_t rank = (static_cast<int64_t>(upper.size()) - 1) / 2;
+        return static_cast<uint32_t>(upper_of_rank(rank)) << 16;
+    }
+
+    // The upper half that `rank` of them are before in order; `rank` becomes its rank among those that are alike.
+    uint16_t upper_of_rank(int64_t& rank) const {
+        // low: at most rank are below it; high: more are
+        int64_t low = 0, high = (largest >> 16) + 1, below = 0;
+        for (int64_t step = 512; step < high; step *= 2) {  // the median is seldom less than a 16th of the largest
+            const int64_t count = upper_below(static_cast<uint16_t>(high - step));
+            if (count <= rank) {
+                low = high - step, below = count;
+                break;
+            }
+            high -= step;
+        }
+        while (high - low > 1) {
+            const int64_t middle = (low + high) / 2, count = upper_below(static_cast<uint16_t>(middle));
+            if (count <= rank)
+                low = middle, below = count;
+            else
+                high = middle;
+        }
+        rank -= below;
+        return static_cast<uint16_t>(low);
+    }
+};
+
+inline double as_number(uint32_t bits) {
+    float number;
+    std::memcpy(&number, &bits, sizeof number);
+    return number;
+}
+
 struct Sums {
-    double total = 0, direction = 0, m2 = 0, m3 = 0, m4 = 0;
+    double total = 0, direction = 0, ratio = 0, m2 = 0, m3 = 0, m4 = 0;
     int64_t nan = 0, inf = 0;
 };
 
-// Of the tokens x [T, d] of one sequence: Σ x, Σ x² by channel, |Σ x / |x||², and the numbers that are not finite.
+// Of the tokens x [T, d] of one sequence: Σ x, Σ x² by channel, |Σ x / |x||², Σ max |x| / median |x|, and the numbers
+// that are not finite.
 template <class T>
 void add_sequence(const T* x, int64_t n_token, int64_t d, double* channel_squares, Sums& sums) {
     const int64_t whole = d / LANES * LANES;
     std::vector<double> direction(d);
+    Magnitudes magnitudes(d);
     for (int64_t t = 0; t < n_token; ++t, x += d) {
         Doubles totals = {}, squares = {};
         for (int64_t i = 0; i < whole; i += LANES) {
@@ -71,6 +165,8 @@ void add_sequence(const T* x, int64_t n_token, int64_t d, double* channel_square
             channel_squares[i] += square;
         }
         sums.total += total;
+        magnitudes.read(x);
+        sums.ratio += as_number(magnitudes.largest) / as_number(magnitudes.median(x));
         const double inverse_norm = 1 / std::sqrt(norm_squared);
         for (int64_t i = 0; i < whole; i += LANES)
             store(direction.data() + i, load(direction.data() + i) + load(x + i) * inverse_norm);
@@ -104,8 +200,7 @@ void add_moments(const T* x, int64_t n, double mean, Sums& sums) {
 }
 
 template <class T>
-void stream_sums(const T* x, int64_t n_sequence, int64_t n_token, int64_t d, double* channel_squares,
-                 double* directions, double* moments, int64_t* nonfinite, int threads) {
+void stream_sums(const T* x, int64_t n_sequence, int64_t n_token, int64_t d, double* to, int threads) {
     const int64_t size = n_token * d;
     std::vector<Sums> sums(n_sequence);
     std::vector<double> squares(n_sequence * d);
@@ -124,14 +219,20 @@ void stream_sums(const T* x, int64_t n_sequence, int64_t n_token, int64_t d, dou
         for (int64_t i = 0; i < n_sequence; ++i) add_moments(x + i * size, size, mean, sums[i]);
     }
     Sums all;
-    for (int64_t i = 0; i < n_sequence; ++i) {
-        for (int64_t j = 0; j < d; ++j) channel_squares[j] += squares[i * d + j];
-        directions[i] = sums[i].direction;
-        all.m2 += sums[i].m2, all.m3 += sums[i].m3, all.m4 += sums[i].m4;
-        all.nan += sums[i].nan, all.inf += sums[i].inf;
+    for (const Sums& each : sums) {
+        all.direction += each.direction, all.ratio += each.ratio;
+        all.m2 += each.m2, all.m3 += each.m3, all.m4 += each.m4;
+        all.nan += each.nan, all.inf += each.inf;
     }
-    moments[0] = mean, moments[1] = all.m2, moments[2] = all.m3, moments[3] = all.m4;
-    nonfinite[0] = all.nan, nonfinite[1] = all.inf;
+    const double n_pair = static_cast<double>(n_token) * (n_token - 1);
+    const double similarities = n_pair > 0 ? (all.direction - n_sequence * n_token) / n_pair : NAN;
+    for (const double each : {double(n_sequence), double(n_sequence * n_token), all.ratio, similarities, double(all.nan),
+                              double(all.inf), double(n_sequence * size), mean, all.m2, all.m3, all.m4})
+        *to++ = each;
+    for (int64_t j = 0; j < d; ++j) {
+        to[j] = 0;
+        for (int64_t i = 0; i < n_sequence; ++i) to[j] += squares[i * d + j];
+    }
 }
 
 // How many of the floats with these bits are not zero; -1 where one is not finite. Small counters, of the numbers' own
@@ -157,17 +258,15 @@ int64_t count_nonzero(const Bits* x, int64_t n, Bits exponent, int threads) {
 }  // namespace
 
 // What the functions below take: one more for each change of it. Python compares it with its own number.
-EXPORT int normfree_interface() { return 1; }
+EXPORT int normfree_interface() { return 2; }
 
-// Of x [n_sequence, n_token, d]: Σ x² of each channel [d], added to what is there; |Σ_t x_t / |x_t||² of each sequence
-// [n_sequence]; the mean μ of all entries and Σ (x - μ)^p for p = 2, 3, 4 [4]; the numbers of NaN and infinite ones [2].
-EXPORT void normfree_stream_sums(int type, const void* x, int64_t n_sequence, int64_t n_token, int64_t d,
-                                 double* channel_squares, double* directions, double* moments, int64_t* nonfinite,
+// Of x [n_sequence, n_token, d], 11 + d sums: n_sequence, n_sequence · n_token, Σ over tokens of max |x| / median |x| (any
+// number after a token with a NaN), Σ over sequences of the mean cosine between two different tokens, the numbers of NaN
+// and of infinite entries, the number of all, their mean μ, Σ (x - μ)^p for p = 2, 3, 4, and Σ x² of each channel.
+EXPORT void normfree_stream_sums(int type, const void* x, int64_t n_sequence, int64_t n_token, int64_t d, double* sums,
                                  int threads) {
     const auto run = [&](auto element) {
-        using T = decltype(element);
-        stream_sums<T>(static_cast<const T*>(x), n_sequence, n_token, d, channel_squares, directions, moments, nonfinite,
-                       threads);
+        stream_sums(static_cast<const decltype(element)*>(x), n_sequence, n_token, d, sums, threads);
     };
     type == 0 ? run(float()) : run(bfloat16());
 }

@@ -38,6 +38,7 @@ constexpr int64_t LANES = VECTOR_BYTES / sizeof(float);
 constexpr int64_t KEYS = 2 * LANES;    // keys of a tile, whose scores with QUERIES queries stay in registers
 constexpr int64_t SPAN = 256 / KEYS;   // tiles whose scores are written down together
 constexpr int64_t QUERY_BLOCK = 64;    // queries that one thread takes at a time
+constexpr int64_t FETCH_AHEAD = 2, CACHE_LINE = 64 / sizeof(float);  // rows of weights, and the numbers in a line
 constexpr float HIDDEN = -std::numeric_limits<float>::max();
 constexpr float SMALLEST_EXPONENT = -87.0f;  // e^x below is no normal number, and nothing beside the largest term, 1
 
@@ -49,18 +50,31 @@ inline Floats load(const float* from) {
 
 inline void store(float* to, Floats vector) { std::memcpy(to, &vector, sizeof vector); }
 
-inline float sum(Floats x) {
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; ++i) x[i] += x[i + half];
-    return x[0];
-}
-
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
+// A vector folded onto one half of itself again and again, until one number is left.
+template <int BYTES>
+struct Vector {
+    typedef float Type __attribute__((vector_size(BYTES)));
+};
+
+template <int BYTES, class Fold>
+inline float folded(typename Vector<BYTES>::Type x, Fold fold) {
+    if constexpr (BYTES == 2 * sizeof(float)) {
+        return fold(x[0], x[1]);
+    } else {
+        typename Vector<BYTES / 2>::Type halves[2];
+        std::memcpy(halves, &x, sizeof x);
+        return folded<BYTES / 2>(fold(halves[0], halves[1]), fold);
+    }
+}
+
+inline float sum(Floats x) {
+    return folded<VECTOR_BYTES>(x, [](auto a, auto b) { return a + b; });
+}
+
 inline float largest(Floats x) {
-    float most = x[0];
-    for (int i = 1; i < LANES; ++i) most = x[i] > most ? x[i] : most;
-    return most;
+    return folded<VECTOR_BYTES>(x, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // e^x for x in [-87, 0], within 2 units in the last place: 2^n times a polynomial in x - n ln 2 (of Cephes).
@@ -201,7 +215,7 @@ void query_group(const Shape& s, const float* q, const float* packed, int64_t st
 }  // namespace
 
 // What the functions below take: one more for each change of it. Python compares it with its own number.
-EXPORT int normfree_interface() { return 1; }
+EXPORT int normfree_interface() { return 2; }
 
 // Entropy and logsumexp [batch, n_head, n_query] of q [batch, n_head, n_query, head_dim] and k [batch, n_head / group,
 // n_key, head_dim]; shape: batch, n_head, group, n_query, n_key, head_dim, then the strides of q and k but for the last.
@@ -255,34 +269,77 @@ EXPORT void normfree_attention_entropy(const float* q, const float* k, const int
     }
 }
 
-// Of each row of weights [n_row, n_key], contiguous: the entropy, the sum and the smallest of its first
-// lengths[i % period] entries, and its first entry; the others are 0. A NaN makes the entropy and the sum NaN.
-EXPORT void normfree_weights_entropy(const float* weights, int64_t n_row, int64_t n_key, const int64_t* lengths,
-                                     int64_t period, float* entropy, float* totals, float* smallest, float* firsts,
-                                     int threads) {
-#pragma omp parallel for num_threads(threads)
+// Of each row of weights [n_row, n_key], contiguous: the entropy of its first lengths[i % period] entries, the others
+// being 0, and its first entry. A NaN makes the entropy NaN. Returns 1 where the sum of a row is further than max_error
+// from 1, plus 2 where an entry is not above 0.
+EXPORT int normfree_weights_entropy(const float* weights, int64_t n_row, int64_t n_key, const int64_t* lengths,
+                                    int64_t period, float max_error, float* entropy, float* firsts, int threads) {
+    constexpr int NO_DISTRIBUTION = 1, NOT_POSITIVE = 2;
+    Ints lane;
+    for (int i = 0; i < LANES; ++i) lane[i] = i;
+    int found = 0;
+#pragma omp parallel for num_threads(threads) reduction(| : found)
     for (int64_t i = 0; i < n_row; ++i) {
         const float* row = weights + i * n_key;
+        // short pieces far apart are not what processors fetch by themselves
+        for (int64_t j = 0; j < lengths[(i + FETCH_AHEAD) % period]; j += CACHE_LINE)
+            __builtin_prefetch(row + FETCH_AHEAD * n_key + j);
         const int64_t n = lengths[i % period], whole = n / LANES * LANES;
         Floats products = {}, total = {}, least = Floats{} + 1.0f;
         const Floats tiny = Floats{} + std::numeric_limits<float>::min();
         const auto add = [&](Floats p) {
             total += p;
-            least = p < least ? p : least;
             products += p * logarithm(larger(p, tiny));  // p ln p is nothing at the smallest normal number
         };
-        for (int64_t j = 0; j < whole; j += LANES) add(load(row + j));
-        smallest[i] = least[0];
-        for (int lane = 1; lane < LANES; ++lane) smallest[i] = least[lane] < smallest[i] ? least[lane] : smallest[i];
-        if (whole < n) {
-            Floats rest = {};
-            std::memcpy(&rest, row + whole, sizeof(float) * (n - whole));
-            add(rest);
-            for (int64_t j = whole; j < n; ++j) smallest[i] = row[j] < smallest[i] ? row[j] : smallest[i];
+        for (int64_t j = 0; j < whole; j += LANES) {
+            const Floats p = load(row + j);
+            least = p < least ? p : least;
+            add(p);
         }
-        totals[i] = sum(total);
-        const float h = -sum(products);
+        if (whole < n) {
+            Floats p = {};
+            std::memcpy(&p, row + whole, sizeof(float) * (whole + LANES <= n_key ? LANES : n_key - whole));
+            const Ints counts = lane < static_cast<int32_t>(n - whole);
+            const Floats rest = counts ? p : Floats{} + 1.0f;
+            least = rest < least ? rest : least;
+            add(counts ? p : Floats{});
+        }
+        const float sum_of_all = sum(total), h = -sum(products);
+        const float smallest = folded<VECTOR_BYTES>(least, [](auto a, auto b) { return a < b ? a : b; });
+        if (std::abs(sum_of_all - 1) > max_error) found |= NO_DISTRIBUTION;
+        // a NaN in a row leaves the smallest of it as it is
+        if (!(smallest > 0 && sum_of_all > 0)) found |= NOT_POSITIVE;
         entropy[i] = h < 0 ? 0 : h;
         firsts[i] = row[0];
     }
+    return found;
+}
+
+// Adds the queries of one call to the sums of a layer. entropy [batch, n_head, n_query], and share alike or null, are
+// summed over batch, share over its queries too; rows [n_query] and bound [n_query], or [n_head, n_query] with
+// bound_stride n_query, are sums over batch already. Of the sums, positions are the last dimension, stride those of one
+// head, and the pointers are those of the first query: all_rows, all_bound and all_entropy [n_head]; sinks [n_head].
+// Returns 1, and has added nothing, where an entropy or a share is NaN.
+EXPORT int normfree_add_queries(int64_t batch, int64_t n_head, int64_t n_query, const float* entropy,
+                                const float* share, const int64_t* rows, const double* bound, int64_t bound_stride,
+                                int64_t stride, int64_t* all_rows, double* all_bound, double* all_entropy,
+                                double* sinks) {
+    const int64_t size = n_head * n_query;
+    std::vector<double> sums(size), shares(size);
+    for (int64_t b = 0; b < batch; ++b)
+        for (int64_t i = 0; i < size; ++i) {
+            sums[i] += entropy[b * size + i];
+            if (share) shares[i] += share[b * size + i];
+        }
+    for (int64_t i = 0; i < size; ++i)
+        if (std::isnan(sums[i]) || std::isnan(shares[i])) return 1;
+    for (int64_t i = 0; i < n_query; ++i) all_rows[i] += rows[i];
+    for (int64_t h = 0; h < n_head; ++h) {
+        for (int64_t i = 0; i < n_query; ++i) {
+            all_bound[h * stride + i] += bound[h * bound_stride + i];
+            all_entropy[h * stride + i] += sums[h * n_query + i];
+            sinks[h] += shares[h * n_query + i];
+        }
+    }
+    return 0;
 }

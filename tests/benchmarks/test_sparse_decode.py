@@ -122,3 +122,7 @@ def test_a_cache_makes_more_room_when_it_is_full(monkeypatch: pytest.MonkeyPatch
         held = layer.update(key, value)
         assert torch.equal(held[0], keys)
         assert torch.equal(held[1], values)
+
+
+def test_a_ratio_keeps_its_digits_however_small_it_is() -> None:
+    assert sparse_decode._ratio([1.0], [812.0]) == {"median": 0.00123, "middle_80_percent": [0.00123, 0.00123]}

@@ -9,25 +9,40 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from normfree.modeling import activation_kernels
-from normfree.modeling.activation_kernels import count_nonzero, kernels_take, stream_sums
+from normfree.modeling.activation_kernels import count_nonzero, kernels_take
 from normfree.modeling.residual_stream import StreamStatistics
 
 pytestmark = pytest.mark.skipif(not kernels_take(torch.zeros(1)), reason="no compiled kernels")
 DTYPES = [torch.float32, torch.bfloat16]
 
 
+def stream_sums(x):
+    assert kernels_take(x)
+    return StreamStatistics.of(x)
+
+
 def assert_sums_are_right(x, rtol=1e-12):
     found, exact = stream_sums(x), x.double().numpy()
+    n_sequence, n_token, d = exact.shape
+    assert [found.n_sequences, found.n_tokens, found.moments.n] == [n_sequence, n_sequence * n_token, exact.size]
+    assert [found.nan, found.inf] == [0, 0]
     units = exact / np.linalg.norm(exact, axis=-1, keepdims=True)
     deviations = exact - exact.mean()
     # the sums of odd powers may cancel: their error is that of their terms
     terms = [np.abs(deviations**power).sum() for power in (2, 3, 4)]
     np.testing.assert_allclose(found.channel_squares.numpy(), (exact**2).sum((0, 1)), rtol=rtol)
-    np.testing.assert_allclose(found.directions.numpy(), (units.sum(1) ** 2).sum(-1), rtol=1e-9, atol=1e-9)
-    np.testing.assert_allclose(found.moments[0].item(), exact.mean(), rtol=0, atol=rtol * np.abs(exact).mean())
-    for power, moment, size in zip((2, 3, 4), found.moments[1:].tolist(), terms, strict=True):
-        np.testing.assert_allclose(moment, (deviations**power).sum(), rtol=0, atol=10 * rtol * size)
-    assert found.nonfinite.tolist() == [0, 0]
+    magnitudes = np.sort(np.abs(exact), axis=-1)
+    ratios = magnitudes[..., -1] / magnitudes[..., (d - 1) // 2]
+    np.testing.assert_allclose(found.ratios.item(), ratios.sum(), rtol=rtol)
+    if n_token > 1:
+        gram = (units @ units.transpose(0, 2, 1))[:, ~np.eye(n_token, dtype=bool)]
+        np.testing.assert_allclose(found.similarities.item(), gram.mean(-1).sum(), rtol=1e-9, atol=1e-9)
+    else:
+        assert found.similarities.isnan()
+    np.testing.assert_allclose(found.moments.mean.item(), exact.mean(), rtol=0, atol=rtol * np.abs(exact).mean())
+    moments = (found.moments.m2, found.moments.m3, found.moments.m4)
+    for power, moment, size in zip((2, 3, 4), moments, terms, strict=True):
+        np.testing.assert_allclose(moment.item(), (deviations**power).sum(), rtol=0, atol=10 * rtol * size)
 
 
 @settings(max_examples=150, deadline=None)
@@ -53,6 +68,43 @@ def test_every_library_that_this_cpu_runs_agrees_with_float64_numpy(library_for,
     assert_sums_are_right(x.transpose(0, 1))
     neurons = x.relu()
     assert count_nonzero(neurons) == int(np.count_nonzero(neurons.float().numpy()))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    d=st.integers(1, 300),
+    dtype=st.sampled_from(DTYPES),
+    kind=st.sampled_from(["many scales", "many equal", "close together", "all equal", "one large", "smallest numbers"]),
+    seed=st.integers(0, 2**31),
+)
+def test_the_median_of_magnitudes_however_they_lie(d, dtype, kind, seed):
+    """One token's largest over its median: numbers that differ in their exponents, in their last bits or not at all."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, 1, d, generator=generator)
+    if kind == "many scales":
+        x *= 10.0 ** torch.randint(-30, 30, (d,), generator=generator)
+    elif kind == "many equal":
+        x = x.round() + 0.5
+    elif kind == "close together":
+        x = 1 + torch.randint(0, 50, (1, 1, d), generator=generator) * 2.0**-23
+    elif kind == "all equal":
+        x = torch.full_like(x, -3.7)
+    elif kind == "one large":
+        x[..., 0] = 1e9
+    elif kind == "smallest numbers":
+        x = torch.randint(1, 90_000, (1, 1, d), generator=generator) * 1e-45
+    x = x.to(dtype)
+    magnitudes = np.sort(np.abs(x.double().numpy().ravel()))
+    with np.errstate(all="ignore"):
+        expected = magnitudes[-1] / magnitudes[(d - 1) // 2]
+    np.testing.assert_equal(stream_sums(x).ratios.item(), expected)
+
+
+def test_more_channels_than_small_counters_hold():
+    torch.manual_seed(0)
+    x = torch.randn(1, 2, 70_001)
+    magnitudes = x.abs().sort(dim=-1).values.double()
+    assert stream_sums(x).ratios.item() == pytest.approx((magnitudes[..., -1] / magnitudes[..., 35_000]).sum().item())
 
 
 @settings(max_examples=100, deadline=None)
@@ -83,8 +135,8 @@ def test_nan_and_infinite_entries_are_counted_apart():
     x[0, 1, 3] = x[1, 4, 19] = math.nan
     x[1, 0, 0] = -math.inf
     found = stream_sums(x)
-    assert found.nonfinite.tolist() == [2, 1]
-    assert found.moments.isnan().all()
+    assert [found.nan, found.inf] == [2, 1]
+    assert found.moments.packed()[1:].isnan().all()
     assert found.channel_squares.isfinite().tolist() == [channel not in (0, 3, 19) for channel in range(20)]
 
 
@@ -97,7 +149,7 @@ def test_threads_do_not_change_a_bit():
         two = stream_sums(x)
     finally:
         torch.set_num_threads(1)
-    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    assert torch.equal(one.packed, two.packed)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.float64])
@@ -112,5 +164,5 @@ def test_torch_says_the_same_where_there_are_no_kernels(without_libraries, monke
     monkeypatch.undo()
     activation_kernels.compiled.library.cache_clear()
     with_them = StreamStatistics.of(x)
-    torch.testing.assert_close(without.packed(), with_them.packed(), rtol=1e-9, atol=1e-9, equal_nan=True)
+    torch.testing.assert_close(without.packed, with_them.packed, rtol=1e-9, atol=1e-9, equal_nan=True)
     assert kernels_take(x) == (dtype in DTYPES)

@@ -297,7 +297,7 @@ def test_reducing_a_group_of_one_process_changes_nothing(tmp_path: Path) -> None
 
 def test_reducing_adds_up_what_the_processes_gather(monkeypatch: pytest.MonkeyPatch) -> None:
     mine, other = read_batch(1), read_batch(4)
-    others = iter([each.packed() for each in other._statistics if each is not None])
+    others = iter([each.packed for each in other._statistics if each is not None])
 
     def all_gather(everyones: list[torch.Tensor], mine: torch.Tensor) -> None:
         everyones[0].copy_(next(others))

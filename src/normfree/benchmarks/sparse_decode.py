@@ -324,10 +324,8 @@ def _is_alike(name: str, other: str) -> bool:
 
 
 def _ratio(slow: list[float], fast: list[float]) -> dict[str, Any]:
-    """Median of the rounds' ratios, and the middle 80 % of them."""
+    """Median of the rounds' ratios, and the middle 80 % of them, to three significant digits."""
     ratios = sorted(a / b for a, b in zip(slow, fast, strict=True))
     tenth = len(ratios) // 10
-    return {
-        "median": round(statistics.median(ratios), 2),
-        "middle_80_percent": [round(ratios[tenth], 2), round(ratios[-1 - tenth], 2)],
-    }
+    median, low, high = (float(f"{x:.3g}") for x in (statistics.median(ratios), ratios[tenth], ratios[-1 - tenth]))
+    return {"median": median, "middle_80_percent": [low, high]}

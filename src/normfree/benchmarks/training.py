@@ -19,19 +19,28 @@ import statistics
 import time
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
-from normfree import EntropyProbe, NormfreeForCausalLM
+from normfree import NormfreeForCausalLM
 from normfree.benchmarks.options import DTYPES, check_at_least
 from normfree.benchmarks.surroundings import surroundings, usual_device
-from normfree.modeling.residual_stream import ResidualStreamProbe
-from normfree.modeling.sparsity_probe import SparsityProbe
 from normfree.studies import Preset, load_preset
 from normfree.studies.relu_revival import LAYERNORM_GELU
 from normfree.studies.study import run_config
+from normfree.training.records import RunRecords
+from normfree.training.telemetry import Telemetry
 
 DEFAULT_INTERVAL = 100
 """Steps between two with telemetry, as a recipe has it."""
@@ -57,16 +66,17 @@ def benchmark_training(
     loaded = load_preset(preset)
     recipe = loaded.recipe
     device = usual_device()
-    variants, ours = _variants(loaded, device)
     tokens = recipe.micro_batch_size * loaded.data.sequence_length
-    for step in variants.values():
-        _timed(step, WARM_UP_STEPS, device)
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
     peaks = []
-    for _ in range(rounds):
-        for name in random.sample(list(variants), len(variants)):
-            seconds[name].append(_timed(variants[name], steps, device))
-        peaks.append(_matmul_peak(device, DTYPES[recipe.precision], peak_size))
+    with TemporaryDirectory() as folder:
+        variants, ours = _variants(loaded, device, Path(folder))
+        for step in variants.values():
+            _timed(step, WARM_UP_STEPS, device)
+        seconds: dict[str, list[float]] = {name: [] for name in variants}
+        for _ in range(rounds):
+            for name in random.sample(list(variants), len(variants)):
+                seconds[name].append(_timed(variants[name], steps, device))
+            peaks.append(_matmul_peak(device, DTYPES[recipe.precision], peak_size))
 
     def against(name: str, other: str) -> float:
         return round(statistics.median(b / a for a, b in zip(seconds[name], seconds[other], strict=True)), 3)
@@ -91,8 +101,8 @@ def benchmark_training(
     }
 
 
-def _variants(preset: Preset, device: torch.device) -> tuple[dict[str, Step], NormfreeForCausalLM]:
-    """Every variant's step, and our model."""
+def _variants(preset: Preset, device: torch.device, folder: Path) -> tuple[dict[str, Step], NormfreeForCausalLM]:
+    """Every variant's step, and our model; ``folder`` is that of the run with telemetry."""
     config = run_config(preset, LAYERNORM_GELU, seed=0).build_model_config(preset.data.vocab_size)
     batch = torch.randint(0, config.vocab_size, (preset.recipe.micro_batch_size, config.n_positions), device=device)
     dtype = DTYPES[preset.recipe.precision]
@@ -125,7 +135,7 @@ def _variants(preset: Preset, device: torch.device) -> tuple[dict[str, Step], No
     eager = _training_step(hugging_face("eager"), batch, dtype, output_attentions=True)
     return {
         "ours": _training_step(plain, batch, dtype),
-        "ours + telemetry": _with_telemetry(probed, _training_step(probed, batch, dtype)),
+        "ours + telemetry": _with_telemetry(probed, _training_step(probed, batch, dtype), folder),
         "ours sdpa": _training_step(ours("sdpa"), batch, dtype),
         "Hugging Face sdpa": _training_step(hugging_face("sdpa"), batch, dtype),
         "Hugging Face eager + entropy": _eager_entropy(eager),
@@ -149,14 +159,16 @@ def _training_step(model: PreTrainedModel, batch: torch.Tensor, dtype: torch.dty
     return step
 
 
-def _with_telemetry(model: NormfreeForCausalLM, step: Step) -> Step:
-    probe = EntropyProbe(model, count_nonfinite=True)
+def _with_telemetry(model: NormfreeForCausalLM, step: Step, folder: Path) -> Step:
+    """``step`` with the callback that the Trainer calls, which measures in every step."""
+    telemetry = Telemetry(RunRecords(folder), telemetry_steps=1, tokens_per_step=1)
+    arguments, state, control = TrainingArguments(str(folder)), TrainerState(), TrainerControl()
 
     def measured() -> None:
-        probe.reset()
-        with probe, ResidualStreamProbe(model) as residual, SparsityProbe(model) as sparsity:
-            step()
-        probe.per_head().tolist(), probe.nonfinite(), residual.by_layer(), sparsity.by_layer()
+        telemetry.on_step_begin(arguments, state, control, model=model)
+        step()
+        state.global_step += 1
+        telemetry.on_step_end(arguments, state, control, model=model)
 
     return measured
 

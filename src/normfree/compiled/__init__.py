@@ -51,8 +51,9 @@ def library_refuses(name: str, interface: int) -> str | None:
     return None
 
 
-def address(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+def address(tensor: Tensor | None, place: int = 0) -> ctypes.c_void_p:
+    """That of a tensor's element, counted in memory from its first."""
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr() + place * tensor.element_size())
 
 
 def sizes(*sizes: int) -> Sequence[ctypes.c_int64]:

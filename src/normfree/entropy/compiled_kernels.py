@@ -12,7 +12,9 @@ from normfree import compiled
 from normfree.compiled import address, size_array, sizes
 from normfree.entropy.visibility import Visibility
 
-NAME, INTERFACE = "attention_entropy", 1
+NAME, INTERFACE = "attention_entropy", 2
+NO_DISTRIBUTION, NOT_POSITIVE = 1, 2
+"""What the kernel finds of all rows of weights."""
 
 
 def kernels_refuse() -> str | None:
@@ -60,31 +62,71 @@ def entropy_and_lse(q: Tensor, k: Tensor, scale: float, visibility: Visibility) 
 
 
 class WeightSums(NamedTuple):
-    """Of each row of weights, float32 [batch, n_head, n_query]: entropy in nats, sum, smallest and first entry.
+    """What rows of weights say; a row with a NaN has NaN for its entropy.
 
-    A row with a NaN has NaN for its entropy and its sum.
+    entropy: of each row, nats, float32 [batch, n_head, n_query].
+    first: its first entry, likewise.
+    are_distributions: no row's sum is further from 1 than was allowed; NaN is no distance.
+    all_positive: no entry is 0, or NaN.
     """
 
     entropy: Tensor
-    totals: Tensor
-    smallest: Tensor
     first: Tensor
+    are_distributions: bool
+    all_positive: bool
 
 
-def weights_entropy(weights: Tensor, visibility: Visibility) -> WeightSums:
+def weights_entropy(weights: Tensor, visibility: Visibility, *, max_total_error: float) -> WeightSums:
     """Sums over attention weights that are there.
 
     weights: float32 [batch, n_head, n_query, n_key], on the CPU, 0 behind the last key that causality and window leave:
     what is there is not looked at.
     """
     weights, lengths = weights.contiguous(), visibility.last.contiguous()
-    sums = WeightSums(*torch.empty(4, *weights.shape[:3]))
-    compiled.library(NAME, INTERFACE).normfree_weights_entropy(
+    entropy, first = torch.empty(2, *weights.shape[:3])
+    found = compiled.library(NAME, INTERFACE).normfree_weights_entropy(
         address(weights),
-        *sizes(sums.entropy.numel(), weights.shape[3]),
+        *sizes(entropy.numel(), weights.shape[3]),
         address(lengths),
         *sizes(visibility.n_query),
-        *map(address, sums),
+        ctypes.c_float(max_total_error),
+        *map(address, (entropy, first)),
         torch.get_num_threads(),
     )
-    return sums
+    return WeightSums(entropy, first, not found & NO_DISTRIBUTION, not found & NOT_POSITIVE)
+
+
+class QuerySums(NamedTuple):
+    """What :func:`add_queries` adds to, all contiguous.
+
+    rows int64 [T]; bound and entropy float64 [n_head, T]; sink float64 [n_head].
+    """
+
+    rows: Tensor
+    bound: Tensor
+    entropy: Tensor
+    sink: Tensor
+
+
+def add_queries(
+    sums: QuerySums, start: int, entropy: Tensor, share: Tensor | None, rows: Tensor, bound: Tensor
+) -> bool:
+    """Adds the queries of a batch, at positions ``start`` and up, to the sums of a layer; all of it on the CPU.
+
+    entropy, and share if not None: float32 [batch, n_head, n_query], of every query. rows int64 [n_query] and bound
+    float64 [n_head or 1, n_query] are sums over the batch.
+
+    Returns:
+        False, and nothing is added, if an entropy or a share is NaN.
+    """
+    entropy, bound = entropy.contiguous(), bound.contiguous()
+    share = None if share is None else share.contiguous()
+    batch, n_head, n_query = entropy.shape
+    has_nan = compiled.library(NAME, INTERFACE).normfree_add_queries(
+        *sizes(batch, n_head, n_query),
+        *map(address, (entropy, share, rows, bound)),
+        *sizes(0 if bound.shape[0] == 1 else n_query, sums.rows.shape[0]),
+        *(address(each, start) for each in (sums.rows, sums.bound, sums.entropy)),
+        address(sums.sink),
+    )
+    return not has_nan

@@ -18,7 +18,7 @@ from normfree.entropy.interception import InterfaceCall, observe_attention
 from normfree.entropy.nonfinite import count_nonfinite
 from normfree.entropy.reading import Attention, UnreadableCallError, read_call
 from normfree.entropy.reference import read_weights
-from normfree.entropy.statistics import LayerStatistics
+from normfree.entropy.statistics import LayerStatistics, Queries
 from normfree.entropy.visibility import Visibility, visibility_of
 from normfree.errors import InputError, unknown_name
 
@@ -27,15 +27,22 @@ NEVER_CALLED = "it has made no call through transformers' attention interface"
 
 @dataclass(frozen=True)
 class _KnownMask:
-    """What a mask was found to say. It is held, so that no other can take its place in memory."""
+    """What a mask, or none, was found to say of calls of one kind. It is held, so that no other can take its place in
+    memory.
+    """
 
-    mask: Tensor
+    mask: Tensor | None
     version: int
-    shape: tuple[Any, ...]
+    kind: tuple[Any, ...]
     visibility: Visibility
+    queries: Queries
 
-    def is_same(self, mask: Tensor, shape: tuple[Any, ...]) -> bool:
-        return self.shape == shape and self.mask.is_set_to(mask) and self.version == mask._version
+    def is_same(self, mask: Tensor | None, kind: tuple[Any, ...]) -> bool:
+        if self.kind != kind:
+            return False
+        if self.mask is None or mask is None:
+            return self.mask is mask
+        return self.mask.is_set_to(mask) and self.version == mask._version
 
 
 class EntropyProbe:
@@ -138,7 +145,7 @@ class EntropyProbe:
         """Mean entropy over all queries, float32 [n_layer, n_head], nats; NaN for a head with any NaN
         query.
         """
-        return self._stack(_mean_entropy).float()
+        return self._mean_entropy().float()
 
     def per_position(self) -> Tensor:
         """Mean entropy of the queries at each position, float32 [n_layer, n_head, T], nats.
@@ -158,14 +165,14 @@ class EntropyProbe:
 
         float32 [n_layer, n_head], nats.
         """
-        return self._stack(_mean_bound).float()
+        return self._mean_bound().float()
 
     def normalized(self) -> Tensor:
         """``per_head`` over ``maximum``: float32 [n_layer, n_head], 1 for uniform attention.
 
         NaN also where every query sees one key only.
         """
-        return self._stack(lambda layer: _mean_entropy(layer) / _mean_bound(layer)).float()
+        return (self._mean_entropy() / self._mean_bound()).float()
 
     def sink_share(self) -> Tensor:
         """Mean attention paid to the first key of the sequence, float32 [n_layer, n_head].
@@ -173,12 +180,8 @@ class EntropyProbe:
         Over the queries of calls that start a sequence; queries that a KV cache continues are left out. The
         first key is the first that is not padding. NaN for a head with any NaN query.
         """
-
-        def mean(layer: LayerStatistics) -> Tensor:
-            share = layer.sink / layer.sink_rows
-            return share.masked_fill(layer.nan_rows.sum(-1) > 0, torch.nan)
-
-        return self._stack(mean).float()
+        share = self._stack(lambda layer: layer.sink / layer.sink_rows)
+        return share.masked_fill(self.nan_rows() > 0, torch.nan).float()
 
     def rows(self) -> Tensor:
         """Queries seen, NaN ones included: int64 [n_layer, n_head]."""
@@ -241,11 +244,9 @@ class EntropyProbe:
 
     def _record(self, row: int, attention: Attention, n_cached: int | None, *, is_causal: bool) -> None:
         q, k = attention.q, attention.k
-        visibility = self._visibility(attention)
         # without a transformers cache in sight the queries are the last positions of the keys'
         start = max(0, k.shape[2] - q.shape[2]) if n_cached is None else n_cached
-        counts = visibility.counts
-        valid = _valid_queries(visibility, start, counts, q.shape[0], is_causal=is_causal)
+        visibility, queries = self._visible_to(attention, start, is_causal=is_causal)
         read = None
         if attention.weights is not None and self._backend == "auto":
             read = read_weights(attention.weights, visibility)
@@ -258,18 +259,19 @@ class EntropyProbe:
         if row not in self._statistics:
             self._statistics[row] = LayerStatistics.zeros(q.shape[1], start + q.shape[2], q.device)
         layer = self._statistics[row]
-        layer.add_entropy(start, entropy, counts, valid)
-        if start == 0:
-            layer.add_sink(share, valid)
+        layer.add(queries, entropy, share if start == 0 else None)
         if self._count_nonfinite and not (read is not None and read.all_scores_finite):
             layer.add_nonfinite(count_nonfinite(q, k, attention.scale, visibility))
 
-    def _visibility(self, attention: Attention) -> Visibility:
-        """The visible keys of a call. A model gives its layers one mask, which is looked at once."""
+    def _visible_to(self, attention: Attention, start: int, *, is_causal: bool) -> tuple[Visibility, Queries]:
+        """The visible keys of a call and its queries, the first of them at position ``start``.
+
+        A model gives its layers one mask, which is looked at once.
+        """
         mask, q, k = attention.attention_mask, attention.q, attention.k
-        shape = (q.shape, k.shape, attention.is_causal, attention.sliding_window)
-        if mask is not None and self._mask is not None and self._mask.is_same(mask, shape):
-            return self._mask.visibility
+        kind = (q.shape, k.shape, q.device, attention.is_causal, attention.sliding_window, start, is_causal)
+        if self._mask is not None and self._mask.is_same(mask, kind):
+            return self._mask.visibility, self._mask.queries
         visibility = visibility_of(
             q,
             k,
@@ -277,9 +279,20 @@ class EntropyProbe:
             attention_mask=mask,
             sliding_window=attention.sliding_window,
         )
+        valid = _valid_queries(visibility, start, q.shape[0], is_causal=is_causal)
+        queries = Queries(start, valid, visibility.counts)
         # tensors of inference mode do not say whether they have been written to
-        self._mask = None if mask is None or mask.is_inference() else _KnownMask(mask, mask._version, shape, visibility)
-        return visibility
+        if mask is None or not mask.is_inference():
+            version = 0 if mask is None else mask._version
+            self._mask = _KnownMask(mask, version, kind, visibility, queries)
+        return visibility, queries
+
+    def _mean_entropy(self) -> Tensor:
+        mean = self._stack(lambda layer: layer.entropy.sum(-1)) / self.rows()
+        return mean.masked_fill(self.nan_rows() > 0, torch.nan)
+
+    def _mean_bound(self) -> Tensor:
+        return self._stack(lambda layer: layer.bound.sum(-1)) / self.rows()
 
     def _readable(self) -> dict[int, LayerStatistics]:
         return {row: each for row, each in self._statistics.items() if row not in self._refused}
@@ -313,7 +326,7 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _valid_queries(visibility: Visibility, start: int, counts: Tensor, batch: int, *, is_causal: bool) -> Tensor:
+def _valid_queries(visibility: Visibility, start: int, batch: int, *, is_causal: bool) -> Tensor:
     """Bool [batch, n_query]: the queries that are no padding, because they see their own key.
 
     ``start`` is the position of the first query. Where a cache has dropped old keys, or never had them, the
@@ -323,7 +336,7 @@ def _valid_queries(visibility: Visibility, start: int, counts: Tensor, batch: in
     if visibility.allowed is None:
         return torch.ones(batch, n_query, dtype=torch.bool, device=visibility.device)
     if not is_causal and n_query != n_key:
-        return (counts > 0).any(1).expand(batch, n_query)
+        return (visibility.counts > 0).any(1).expand(batch, n_query)
     own_key = torch.arange(n_query, device=visibility.device) + min(start, n_key - n_query)
     allowed = visibility.allowed
     index = own_key[None, None, :, None].expand(*allowed.shape[:2], -1, 1)
@@ -332,12 +345,3 @@ def _valid_queries(visibility: Visibility, start: int, counts: Tensor, batch: in
     else:
         sees_own = allowed.gather(-1, index)[..., 0]
     return sees_own.any(1).expand(batch, n_query)
-
-
-def _mean_entropy(layer: LayerStatistics) -> Tensor:
-    mean = layer.entropy.sum(-1) / layer.rows.sum()
-    return mean.masked_fill(layer.nan_rows.sum(-1) > 0, torch.nan)
-
-
-def _mean_bound(layer: LayerStatistics) -> Tensor:
-    return layer.bound.sum(-1) / layer.rows.sum()

@@ -94,10 +94,11 @@ def read_call(call: InterfaceCall) -> Attention:
     scaling = call.others.get("scaling")
     device = q.device.type
     if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
-        q, k = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (q, k))
+        dtype = torch.get_autocast_dtype(device)
+        q, k = (tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in (q, k))
     return Attention(
         q=q,
-        k=k[:, :, : masking.n_key],
+        k=k if masking.n_key == k.shape[2] else k[:, :, : masking.n_key],
         scale=float(scaling) if scaling is not None else q.shape[-1] ** -0.5,
         is_causal=masking.is_causal,
         attention_mask=masking.attention_mask,
@@ -162,7 +163,7 @@ def _dense_mask(call: InterfaceCall) -> Tensor | None:
     mask = call.attention_mask
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 4):
         raise UnreadableCallError("its mask is not a tensor [batch, n_head or 1, n_query, n_key]")
-    return None if mask is None else mask.detach()
+    return mask.detach() if mask is not None and mask.requires_grad else mask
 
 
 def _asks_for_causal(call: InterfaceCall) -> bool:

@@ -80,20 +80,21 @@ def read_weights(weights: Tensor, visibility: Visibility) -> ReadWeights | None:
 
     None if the rows are no distributions, as under attention dropout.
     """
-    all_scores_finite = False
+    all_positive = False
     if weights.dtype == torch.float32 and weights.device.type == "cpu" and compiled_kernels.are_fast():
-        entropy, totals, smallest, share = compiled_kernels.weights_entropy(weights, visibility)
-        # the least of them, because a NaN in one row leaves the smallest of it as it is
-        all_scores_finite = bool(torch.minimum(smallest, totals).min() > 0)
+        entropy, share, are_distributions, all_positive = compiled_kernels.weights_entropy(
+            weights, visibility, max_total_error=MAX_TOTAL_ERROR
+        )
     else:
-        entropy, totals, share = _entropy_by_blocks(weights, visibility), weights.sum(-1), weights[..., 0]
-    if bool(((totals - 1).abs() > MAX_TOTAL_ERROR).any()):
+        entropy, share = _entropy_by_blocks(weights, visibility), weights[..., 0]
+        are_distributions = not bool(((weights.sum(-1) - 1).abs() > MAX_TOTAL_ERROR).any())
+    if not are_distributions:
         return None
     if visibility.allowed is not None:
         sink = visibility.first_key().expand(*weights.shape[:2])[..., None, None]
         share = weights.gather(-1, sink.expand(-1, -1, weights.shape[2], -1))[..., 0]
-    entropy = entropy.masked_fill(visibility.counts == 0, torch.nan)
-    return ReadWeights(entropy.float(), share.float(), all_scores_finite)
+        entropy = entropy.masked_fill(visibility.counts == 0, torch.nan)
+    return ReadWeights(entropy.float(), share.float(), all_scores_finite=all_positive)
 
 
 def _entropy_by_blocks(weights: Tensor, visibility: Visibility) -> Tensor:

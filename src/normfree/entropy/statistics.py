@@ -3,12 +3,47 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from normfree.entropy import compiled_kernels
 from normfree.entropy.nonfinite import NonFiniteCount
+
+
+@dataclass(frozen=True)
+class Queries:
+    """The queries of an attention call, at positions ``start`` and up. The layers of a model often have them in common:
+    what is the same for all of them is found once.
+
+    valid: bool [batch, n_query], those that count.
+    counts: int64, the visible keys of each, broadcastable to [batch, n_head, n_query].
+    """
+
+    start: int
+    valid: Tensor
+    counts: Tensor
+
+    @cached_property
+    def all_valid(self) -> bool:
+        return bool(self.valid.all())
+
+    @cached_property
+    def n_valid(self) -> Tensor:
+        """int64 []"""
+        return self.valid.sum()
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """How many count at each position: int64 [n_query]."""
+        return self.valid.sum(0)
+
+    @cached_property
+    def bound(self) -> Tensor:
+        """Σ ln(number of visible keys) of those that count, at each position: float64 [n_head or 1, n_query]."""
+        return self.counts.double().log().where(self.valid[:, None], 0.0).sum(0)
 
 
 @dataclass
@@ -66,33 +101,35 @@ class LayerStatistics:
             for name in ("rows", "nan_rows", "entropy", "bound"):
                 setattr(self, name, pad(getattr(self, name), (0, missing)))
 
-    def add_entropy(self, start: int, entropy: Tensor, counts: Tensor, valid: Tensor) -> None:
-        """Add queries at positions ``start`` and up.
+    def add(self, queries: Queries, entropy: Tensor, share: Tensor | None) -> None:
+        """Add some queries, their entropies and the attention that they pay to the first key.
 
-        ``entropy`` float32 [batch, n_head, n_query]; ``counts`` int64, the visible keys, broadcastable to it;
-        ``valid`` bool [batch, n_query], the queries to count.
+        ``entropy`` and ``share`` [batch, n_head, n_query]; ``share`` is None for queries that go on with a sequence.
+        Where one is NaN the query counts as a row alone.
         """
-        self.grow(start + entropy.shape[2])
-        positions = slice(start, start + entropy.shape[2])
-        valid_rows = valid[:, None]
-        self.rows[positions] += valid.sum(0)
-        self.bound[:, positions] += counts.double().log().where(valid_rows, 0.0).sum(0)
-        total = _sum_of_all(entropy, valid, 0)
-        if total is None:
-            is_nan = entropy.isnan()
-            self.nan_rows[:, positions] += (is_nan & valid_rows).sum(0)
-            total = entropy.double().where(valid_rows & ~is_nan, 0.0).sum(0)
-        self.entropy[:, positions] += total
+        self.grow(queries.start + entropy.shape[2])
+        if share is not None:
+            self.sink_rows += queries.n_valid
+        if not self._add_at_once(queries, entropy, share):
+            self._add_one_by_one(queries, entropy, share)
 
-    def add_sink(self, share: Tensor, valid: Tensor) -> None:
-        """Add the shares [batch, n_head, n_query] of queries of whole sequences; NaN shares count as rows
-        alone.
-        """
-        total = _sum_of_all(share, valid, (0, 2))
-        if total is None:
-            total = share.double().where(valid[:, None] & ~share.isnan(), 0.0).sum((0, 2))
-        self.sink += total
-        self.sink_rows += valid.sum()
+    def _add_at_once(self, queries: Queries, entropy: Tensor, share: Tensor | None) -> bool:
+        """By the compiled kernel, if there is one, every query counts and none is NaN; says whether it has."""
+        on_cpu = entropy.device.type == "cpu" and entropy.dtype == torch.float32
+        if not on_cpu or compiled_kernels.kernels_refuse() is not None or not queries.all_valid:
+            return False
+        sums = compiled_kernels.QuerySums(self.rows, self.bound, self.entropy, self.sink)
+        return compiled_kernels.add_queries(sums, queries.start, entropy, share, queries.rows, queries.bound)
+
+    def _add_one_by_one(self, queries: Queries, entropy: Tensor, share: Tensor | None) -> None:
+        positions, valid_rows = slice(queries.start, queries.start + entropy.shape[2]), queries.valid[:, None]
+        is_nan = entropy.isnan()
+        self.rows[positions] += queries.rows
+        self.bound[:, positions] += queries.bound
+        self.nan_rows[:, positions] += (is_nan & valid_rows).sum(0)
+        self.entropy[:, positions] += entropy.double().where(valid_rows & ~is_nan, 0.0).sum(0)
+        if share is not None:
+            self.sink += share.double().where(valid_rows & ~share.isnan(), 0.0).sum((0, 2))
 
     def add_nonfinite(self, count: NonFiniteCount) -> None:
         self.nan_scores += count.nan
@@ -104,14 +141,3 @@ class LayerStatistics:
         """
         for field in fields(self):
             torch.distributed.all_reduce(getattr(self, field.name))
-
-
-def _sum_of_all(values: Tensor, valid: Tensor, dim: int | tuple[int, ...]) -> Tensor | None:
-    """The float64 sum of ``values`` over ``dim`` where every query counts and no value is NaN; None elsewhere.
-
-    On the CPU alone: elsewhere asking would wait for the device.
-    """
-    if values.device.type != "cpu" or not valid.all():
-        return None
-    total = values.sum(dim, dtype=torch.float64)
-    return None if total.isnan().any() else total

@@ -222,9 +222,11 @@ def _split_mask(mask: Tensor, q: Tensor, n_key: int) -> tuple[Tensor | None, Ten
             f"attention_mask must be broadcastable to [batch, n_head, n_query, n_key] = "
             f"{[*wanted, n_key]} with all keys written out, got shape {list(mask.shape)}"
         )
-    # models expand one mask over the batch: look at it once
-    for dim, stride in enumerate(mask.stride()[:3]):
-        mask = mask.narrow(dim, 0, 1) if stride == 0 else mask
+    # models have one mask for all sequences, expanded or written out for each: look at it once
+    for dim, stride in enumerate(mask.stride()[:2]):
+        first = mask.narrow(dim, 0, 1)
+        mask = first if stride == 0 or (mask.shape[dim] > 1 and torch.equal(first.expand_as(mask), mask)) else mask
+    mask = mask.narrow(2, 0, 1) if mask.stride(2) == 0 else mask
     mask = mask.to(q.device)
     if mask.dtype == torch.bool:
         return mask, None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,23 +10,8 @@ from torch import Tensor
 from normfree import compiled
 from normfree.compiled import address, sizes
 
-NAME, INTERFACE = "activations", 1
+NAME, INTERFACE = "activations", 2
 ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1}
-
-
-class StreamSums(NamedTuple):
-    """Sums over activations x [n_sequence, T, d].
-
-    channel_squares: Σ x² over tokens, float64 [d].
-    directions: |Σ_t x_t / |x_t||² of each sequence, float64 [n_sequence].
-    moments: the mean μ of all entries and Σ (x − μ)^p, p = 2, 3, 4: float64 [4].
-    nonfinite: numbers of NaN and of infinite entries, int64 [2].
-    """
-
-    channel_squares: Tensor
-    directions: Tensor
-    moments: Tensor
-    nonfinite: Tensor
 
 
 def kernels_take(x: Tensor) -> bool:
@@ -36,20 +20,16 @@ def kernels_take(x: Tensor) -> bool:
     return on_cpu and compiled.library_refuses(NAME, INTERFACE) is None
 
 
-def stream_sums(x: Tensor) -> StreamSums:
-    """The sums of x [n_sequence, T, d], which :func:`kernels_take`, in float64; the same whatever the threads."""
+def stream_sums(x: Tensor, sums: Tensor) -> None:
+    """Fills ``sums``, float64 [11 + d], with those of x [n_sequence, T, d], which :func:`kernels_take`.
+
+    They are in the order of :class:`normfree.modeling.residual_stream.StreamStatistics`, and the same whatever the
+    number of threads.
+    """
     x = x.contiguous()
-    sums = StreamSums(
-        torch.zeros(x.shape[2], dtype=torch.float64),
-        torch.empty(x.shape[0], dtype=torch.float64),
-        torch.empty(4, dtype=torch.float64),
-        torch.empty(2, dtype=torch.int64),
+    compiled.library(NAME, INTERFACE).normfree_stream_sums(
+        ELEMENT_TYPES[x.dtype], address(x), *sizes(*x.shape), address(sums), torch.get_num_threads()
     )
-    library = compiled.library(NAME, INTERFACE)
-    library.normfree_stream_sums(
-        ELEMENT_TYPES[x.dtype], address(x), *sizes(*x.shape), *map(address, sums), torch.get_num_threads()
-    )
-    return sums
 
 
 def count_nonzero(x: Tensor) -> int | None:

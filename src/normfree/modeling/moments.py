@@ -10,14 +10,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class CentralMoments:
-    """n numbers with mean μ and the sums M_p = Σ (x − μ)^p, p = 2, 3, 4: each float64 [], on the numbers' device.
+    """n numbers with mean μ and the sums M_p = Σ (x − μ)^p, p = 2, 3, 4: each float64, on the numbers' device. All have
+    one shape: [] of one stream, or that of several side by side.
 
     Two of them add up to the moments of both streams together, by the pairwise formulas of Pébay ("Formulas for Robust,
     One-Pass Parallel Computation of Covariances and Arbitrary-Order Statistical Moments", 2008, Eqs. 2.1, 3.1). Sums of
     raw powers would cancel where the mean is large.
     """
 
-    n: int
+    n: Tensor
     mean: Tensor
     m2: Tensor
     m3: Tensor
@@ -32,10 +33,11 @@ class CentralMoments:
         mean = x.mean()
         deviations = torch.sub(x, mean, out=None if scratch is None else x).flatten()
         squares = torch.mul(deviations, deviations, out=None if scratch is None else scratch.view(-1))
-        return cls(x.numel(), mean, squares.sum(), squares @ deviations, squares @ squares)
+        n = torch.full_like(mean, x.numel())
+        return cls(n, mean, squares.sum(), squares @ deviations, squares @ squares)
 
     def __add__(self, other: CentralMoments) -> CentralMoments:
-        n_a, n_b = float(self.n), float(other.n)
+        n_a, n_b = self.n, other.n
         n = n_a + n_b
         delta = other.mean - self.mean
         m2 = self.m2 + other.m2 + delta**2 * (n_a * n_b / n)
@@ -52,19 +54,17 @@ class CentralMoments:
             + 6 * delta**2 * (n_a**2 * other.m2 + n_b**2 * self.m2) / n**2
             + 4 * delta * (n_a * other.m3 - n_b * self.m3) / n
         )
-        return CentralMoments(self.n + other.n, self.mean + delta * (n_b / n), m2, m3, m4)
+        return CentralMoments(n, self.mean + delta * (n_b / n), m2, m3, m4)
 
     def excess_kurtosis(self) -> Tensor:
         """n M₄ / M₂² − 3: 0 for a normal distribution; NaN where all numbers are alike or one is not finite."""
         return self.n * self.m4 / self.m2**2 - 3
 
     def packed(self) -> Tensor:
-        """All of it in one float64 [5]."""
-        n = torch.full_like(self.mean, self.n)
-        return torch.stack([n, self.mean, self.m2, self.m3, self.m4])
+        """All of it in one float64 [..., 5]; n is exact up to 2⁵³."""
+        return torch.stack([self.n, self.mean, self.m2, self.m3, self.m4], dim=-1)
 
     @classmethod
     def unpacked(cls, packed: Tensor) -> CentralMoments:
         """The inverse of :meth:`packed`."""
-        n, mean, m2, m3, m4 = packed
-        return cls(int(n), mean, m2, m3, m4)
+        return cls(*packed.unbind(-1))

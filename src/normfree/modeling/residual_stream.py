@@ -18,11 +18,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from normfree.errors import InputError
 from normfree.modeling import activation_kernels
-from normfree.modeling.activation_kernels import StreamSums
 from normfree.modeling.attached import Attached
 from normfree.modeling.moments import CentralMoments
 
 NEVER_CALLED = "it has not been called"
+MOMENTS, CHANNEL_SQUARES = slice(6, 11), slice(11, None)
+"""Where :class:`StreamStatistics` has them."""
 
 
 def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -55,96 +56,82 @@ def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
 class StreamStatistics:
     """What is kept of one layer's activations x [n_sequence, T, d]: sums that add up over batches and processes.
 
-    channel_squares: Σ x² over tokens, float64 [d].
-    ratios: Σ over tokens of max_j |x_j| / median_j |x_j|, float64 [].
-    similarities: Σ over sequences of the mean cosine between two different tokens, float64 [].
-    nan, inf: numbers of such entries, int64 [].
+    ``packed`` is all of it, float64 [..., 11 + d]; what it holds, in this order, has the shape that is left: [] of one
+    layer, [n_layer] of several side by side. Counts are exact up to 2⁵³.
     """
 
-    n_sequences: int
-    n_tokens: int
-    channel_squares: Tensor
-    moments: CentralMoments
-    ratios: Tensor
-    similarities: Tensor
-    nan: Tensor
-    inf: Tensor
+    packed: Tensor
 
     @classmethod
     def of(cls, x: Tensor) -> StreamStatistics:
         """The statistics of one batch, x [n_sequence, T, d] of any float dtype."""
-        n_sequences, T, _ = x.shape
-        sums = activation_kernels.stream_sums(x) if activation_kernels.kernels_take(x) else _stream_sums(x)
-        similarities = (sums.directions - T) / (T * (T - 1) or torch.nan)
-        return cls(
-            n_sequences,
-            n_sequences * T,
-            sums.channel_squares,
-            CentralMoments(x.numel(), *sums.moments),
-            max_over_median(x).sum(),
-            similarities.sum(),
-            *sums.nonfinite,
-        )
+        if not activation_kernels.kernels_take(x):
+            return cls(_stream_sums(x))
+        packed = torch.empty(CHANNEL_SQUARES.start + x.shape[-1], dtype=torch.float64)
+        activation_kernels.stream_sums(x, packed)
+        return cls(packed)
+
+    @property
+    def n_sequences(self) -> Tensor:
+        return self.packed[..., 0]
+
+    @property
+    def n_tokens(self) -> Tensor:
+        return self.packed[..., 1]
+
+    @property
+    def ratios(self) -> Tensor:
+        """Σ over tokens of max_j |x_j| / median_j |x_j|; any number after a token with a NaN.
+
+        Of an even number of channels the median is the lower of the two in the middle.
+        """
+        return self.packed[..., 2]
+
+    @property
+    def similarities(self) -> Tensor:
+        """Σ over sequences of the mean cosine between two different tokens."""
+        return self.packed[..., 3]
+
+    @property
+    def nan(self) -> Tensor:
+        """The number of NaN entries."""
+        return self.packed[..., 4]
+
+    @property
+    def inf(self) -> Tensor:
+        """The number of infinite entries."""
+        return self.packed[..., 5]
+
+    @property
+    def moments(self) -> CentralMoments:
+        """Those of all entries."""
+        return CentralMoments.unpacked(self.packed[..., MOMENTS])
+
+    @property
+    def channel_squares(self) -> Tensor:
+        """Σ x² over tokens, of each channel: [..., d]."""
+        return self.packed[..., CHANNEL_SQUARES]
 
     def __add__(self, other: StreamStatistics) -> StreamStatistics:
-        return StreamStatistics(
-            self.n_sequences + other.n_sequences,
-            self.n_tokens + other.n_tokens,
-            self.channel_squares + other.channel_squares,
-            self.moments + other.moments,
-            self.ratios + other.ratios,
-            self.similarities + other.similarities,
-            self.nan + other.nan,
-            self.inf + other.inf,
-        )
-
-    def packed(self) -> Tensor:
-        """All of it in one float64 [d + 11]; counts are exact up to 2⁵³."""
-        counts = self.channel_squares.new_tensor([self.n_sequences, self.n_tokens])
-        sums = torch.stack([self.ratios, self.similarities, self.nan.double(), self.inf.double()])
-        return torch.cat([counts, sums, self.moments.packed(), self.channel_squares])
-
-    @classmethod
-    def unpacked(cls, packed: Tensor) -> StreamStatistics:
-        """The inverse of :meth:`packed`."""
-        n_sequences, n_tokens, ratios, similarities, nan, inf = packed[:6]
-        return cls(
-            int(n_sequences),
-            int(n_tokens),
-            packed[11:],
-            CentralMoments.unpacked(packed[6:11]),
-            ratios,
-            similarities,
-            nan.long(),
-            inf.long(),
-        )
+        packed = self.packed + other.packed
+        packed[..., MOMENTS] = (self.moments + other.moments).packed()
+        return StreamStatistics(packed)
 
 
-def _stream_sums(x: Tensor) -> StreamSums:
+def _stream_sums(x: Tensor) -> Tensor:
+    n_sequences, T, _ = x.shape
     # Fourth powers of all finite float32 numbers are finite in float64.
     x64 = x.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
     squares = x64.square()
     inverse_norm = squares.sum(dim=-1, keepdim=True).rsqrt()
-    directions = (inverse_norm.transpose(1, 2) @ x64).squeeze(1).square().sum(dim=-1)
-    nonfinite = torch.stack([x.isnan().sum(), x.isinf().sum()])
-    channel_squares = squares.sum(dim=(0, 1))
-    moments = CentralMoments.of(x64, scratch=squares)
-    return StreamSums(channel_squares, directions, moments.packed()[1:], nonfinite)
-
-
-def max_over_median(x: Tensor) -> Tensor:
-    """The largest over the median absolute entry of the last dimension, float64; for a NaN among them, any number.
-
-    Of an even number of entries the median is the lower of the two in the middle.
-    """
+    directions = (inverse_norm.transpose(1, 2) @ x64).square().sum()
+    similarities = (directions - n_sequences * T) / (T * (T - 1) or torch.nan)
     magnitudes = x.abs()
-    if x.device.type != "cpu":
-        return magnitudes.amax(dim=-1).double() / magnitudes.median(dim=-1).values.double()
-    # NumPy's vectorized sort takes a fifteenth of the time of torch's on a CPU, and less than its own selection.
-    values = (magnitudes.float() if x.dtype == torch.bfloat16 else magnitudes).numpy()
-    values.sort(axis=-1)
-    ordered = torch.from_numpy(values)
-    return ordered[..., -1].double() / ordered[..., (x.shape[-1] - 1) // 2].double()
+    ratios = magnitudes.amax(dim=-1).double() / magnitudes.median(dim=-1).values.double()
+    channel_squares = squares.sum(dim=(0, 1))
+    counts = channel_squares.new_tensor([n_sequences, n_sequences * T])
+    sums = torch.stack([ratios.sum(), similarities, x.isnan().sum().double(), x.isinf().sum().double()])
+    return torch.cat([counts, sums, CentralMoments.of(x64, scratch=squares).packed(), channel_squares])
 
 
 class ResidualStreamProbe(Attached):
@@ -196,26 +183,27 @@ class ResidualStreamProbe(Attached):
     @property
     def elements(self) -> Tensor:
         """Entries seen, int64 [n_layer]."""
-        return self._count(lambda each: torch.tensor(each.moments.n))
+        return self._seen().moments.n.long()
 
     @property
     def tokens(self) -> Tensor:
         """Tokens seen, int64 [n_layer]."""
-        return self._count(lambda each: torch.tensor(each.n_tokens))
+        return self._seen().n_tokens.long()
 
     @property
     def nan(self) -> Tensor:
         """NaN entries, int64 [n_layer]."""
-        return self._count(lambda each: each.nan)
+        return self._seen().nan.long()
 
     @property
     def inf(self) -> Tensor:
         """Infinite entries, int64 [n_layer]."""
-        return self._count(lambda each: each.inf)
+        return self._seen().inf.long()
 
     def rms(self) -> Tensor:
         """Root mean square of all entries, sqrt(Σ_αj X_αj² / (N d)): float64 [n_layer]."""
-        return self._stack(lambda each: (each.channel_squares.sum() / each.moments.n).sqrt())
+        seen = self._seen()
+        return (seen.channel_squares.sum(-1) / seen.moments.n).sqrt()
 
     def kurtosis(self) -> Tensor:
         """Kurtosis of the channels' RMS, the measure of outlier features of He et al. (2024): float64 [n_layer].
@@ -224,7 +212,8 @@ class ResidualStreamProbe(Attached):
         large, d where one channel holds everything (He et al., "Understanding and Minimising Outlier Features in
         Transformer Training", 2024, Section 2).
         """
-        return self._stack(lambda each: each.channel_squares.square().mean() / each.channel_squares.mean().square())
+        channel_squares = self._seen().channel_squares
+        return channel_squares.square().mean(-1) / channel_squares.mean(-1).square()
 
     def excess_kurtosis(self) -> Tensor:
         """Excess kurtosis of all entries pooled, E[(x − μ)⁴] / E[(x − μ)²]² − 3: float64 [n_layer].
@@ -232,7 +221,7 @@ class ResidualStreamProbe(Attached):
         0 for a normal distribution (Bondarenko et al., "Quantizable Transformers", 2023, report the kurtosis of the
         entries, without − 3). Unlike :meth:`kurtosis` it also sees single large tokens.
         """
-        return self._stack(lambda each: each.moments.excess_kurtosis())
+        return self._seen().moments.excess_kurtosis()
 
     def max_over_median(self) -> Tensor:
         """Mean over tokens α of max_j |X_αj| / median_j |X_αj|, He et al.'s max-median ratio: float64 [n_layer].
@@ -240,7 +229,8 @@ class ResidualStreamProbe(Attached):
         A mean of ratios within a token, so it is exact over a stream. Of an even number of channels the median is the
         lower of the two in the middle.
         """
-        return self._stack(lambda each: each.ratios / each.n_tokens)
+        seen = self._seen()
+        return seen.ratios / seen.n_tokens
 
     def token_cosine_similarity(self) -> Tensor:
         """Mean cosine between the representations of two different tokens of a sequence: float64 [n_layer].
@@ -249,7 +239,8 @@ class ResidualStreamProbe(Attached):
         pairs is (|Σ_t u_t|² − T) / (T (T − 1)), the mean off-diagonal entry of their Gram matrix, which is never
         built; then the mean over sequences (Noci et al., "Signal Propagation in Transformers", 2022, Section 3.1).
         """
-        return self._stack(lambda each: each.similarities / each.n_sequences)
+        seen = self._seen()
+        return seen.similarities / seen.n_sequences
 
     def by_layer(self) -> dict[str, Tensor]:
         """Every statistic by the name it is recorded under, each [n_layer]."""
@@ -269,10 +260,9 @@ class ResidualStreamProbe(Attached):
             return
         for layer, seen in enumerate(self._statistics):
             if seen is not None:
-                mine = seen.packed()
-                everyones = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
-                torch.distributed.all_gather(everyones, mine)
-                first, *others = (StreamStatistics.unpacked(each) for each in everyones)
+                everyones = [torch.empty_like(seen.packed) for _ in range(torch.distributed.get_world_size())]
+                torch.distributed.all_gather(everyones, seen.packed)
+                first, *others = map(StreamStatistics, everyones)
                 self._statistics[layer] = sum(others, first)
 
     def _reader(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
@@ -290,9 +280,9 @@ class ResidualStreamProbe(Attached):
 
         return read
 
-    def _stack(self, statistic: Callable[[StreamStatistics], Tensor]) -> Tensor:
-        missing = torch.tensor(torch.nan, dtype=torch.float64)
-        return torch.stack([missing if each is None else statistic(each).cpu() for each in self._statistics])
-
-    def _count(self, count: Callable[[StreamStatistics], Tensor]) -> Tensor:
-        return torch.stack([torch.tensor(0) if each is None else count(each).cpu() for each in self._statistics])
+    def _seen(self) -> StreamStatistics:
+        """That of all layers side by side, on the CPU; a layer that has not been read has counts of 0."""
+        read = {layer: each.packed.cpu() for layer, each in enumerate(self._statistics) if each is not None}
+        size = next((packed.shape for packed in read.values()), (CHANNEL_SQUARES.start + 1,))
+        nothing = torch.zeros(size, dtype=torch.float64)
+        return StreamStatistics(torch.stack([read.get(layer, nothing) for layer in range(len(self._statistics))]))

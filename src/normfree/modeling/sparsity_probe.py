@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,16 @@ from normfree.modeling import activation_kernels
 from normfree.modeling.attached import Attached
 from normfree.modeling.attention import SparkAttention
 from normfree.modeling.decoder import NormfreeForCausalLM
+
+
+@dataclass
+class _Mean:
+    total: float = 0.0
+    n: int = 0
+
+    def add(self, total: float, n: int) -> None:
+        self.total += total
+        self.n += n
 
 
 class SparsityProbe(Attached):
@@ -35,8 +46,7 @@ class SparsityProbe(Attached):
 
     def __init__(self, model: NormfreeForCausalLM) -> None:
         blocks = model.model.blocks
-        self._neurons = torch.zeros(len(blocks), 2, dtype=torch.float64)
-        self._keys = torch.zeros(len(blocks), 2, dtype=torch.float64)
+        self._neurons, self._keys = ([_Mean() for _ in blocks] for _ in range(2))
         self.has_sparse_attention = any(isinstance(block.attention, SparkAttention) for block in blocks)
         self._tracker = ModuleTracker()
         self._attached = ExitStack()
@@ -53,14 +63,14 @@ class SparsityProbe(Attached):
 
     def active_share(self) -> Tensor:
         """Share of the n_inner neurons that are not zero, over all tokens: float64 [n_layer]; NaN if none was seen."""
-        return self._neurons[:, 0] / self._neurons[:, 1]
+        return _means(self._neurons)
 
     def attended_keys(self) -> Tensor:
         """Mean number of keys with a weight above zero, over queries and heads of sparse attention: float64 [n_layer].
 
         NaN for softmax attention, whose weights are all above zero.
         """
-        return self._keys[:, 0] / self._keys[:, 1]
+        return _means(self._keys)
 
     def by_layer(self) -> dict[str, Tensor]:
         """``active_share``, and ``attended_keys`` for a model with sparse attention, each [n_layer]."""
@@ -72,9 +82,11 @@ class SparsityProbe(Attached):
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return
         device = torch.device("cuda") if torch.distributed.get_backend() == "nccl" else torch.device("cpu")
-        sums = torch.stack([self._neurons, self._keys]).to(device)
+        means = (*self._neurons, *self._keys)
+        sums = torch.tensor([[each.total, each.n] for each in means], dtype=torch.float64, device=device)
         torch.distributed.all_reduce(sums)
-        self._neurons, self._keys = sums.cpu().unbind()
+        for mean, (total, n) in zip(means, sums.tolist(), strict=True):
+            mean.total, mean.n = total, int(n)
 
     def _neuron_reader(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         @torch.no_grad()
@@ -82,8 +94,7 @@ class SparsityProbe(Attached):
             if self._tracker.is_bw:
                 return
             (neurons,) = inputs
-            self._neurons[layer, 0] += _count_nonzero(neurons)
-            self._neurons[layer, 1] += neurons.numel()
+            self._neurons[layer].add(_count_nonzero(neurons), neurons.numel())
 
         return read
 
@@ -93,10 +104,14 @@ class SparsityProbe(Attached):
             if self._tracker.is_bw:
                 return
             weights = output[1]
-            self._keys[layer, 0] += ((weights > 0).sum() + (weights * 0).sum(dtype=torch.float64)).cpu()
-            self._keys[layer, 1] += weights[..., 0].numel()
+            total = (weights > 0).sum() + (weights * 0).sum(dtype=torch.float64)
+            self._keys[layer].add(float(total), weights[..., 0].numel())
 
         return read
+
+
+def _means(means: list[_Mean]) -> Tensor:
+    return torch.tensor([each.total / each.n if each.n else math.nan for each in means], dtype=torch.float64)
 
 
 def _count_nonzero(x: Tensor) -> float:
