@@ -88,10 +88,10 @@ def tiny_run(corpus_folder: Path) -> Callable[..., RunConfig]:
 @pytest.fixture
 def without_libraries(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """As if no C++ kernels had been compiled; the folder that they are looked for in."""
-    compiled.library.cache_clear()
+    compiled.forget()
     monkeypatch.setattr(compiled, "__file__", str(tmp_path / "__init__.py"))
     yield tmp_path
-    compiled.library.cache_clear()
+    compiled.forget()
 
 
 @pytest.fixture

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from normfree import compiled
+from normfree.entropy import compiled_kernels
+from normfree.modeling import activation_kernels
+from normfree.sparsity.decode import extension
 
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "csrc").glob("*.cpp"))
@@ -18,17 +21,19 @@ NAMES = sorted(path.stem for path in (ROOT / "csrc").glob("*.cpp"))
 @pytest.mark.parametrize("name", NAMES)
 def test_a_missing_and_a_broken_library_are_named(without_libraries, name):
     assert "were not compiled" in compiled.library_refuses(name, 1)
+    with pytest.raises(compiled.NotCompiledError, match="were not compiled"):
+        compiled.library(name, 1)
     (without_libraries / f"{name}_default.so").write_bytes(b"not a library")
-    compiled.library.cache_clear()
+    compiled.forget()
     assert "could not be loaded" in compiled.library_refuses(name, 1)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_library_of_other_sources_is_refused(name):
-    if compiled.library_refuses(name, 1) is not None:
+@pytest.mark.parametrize("kernels", [activation_kernels, compiled_kernels, extension])
+def test_a_library_of_other_sources_is_refused(kernels):
+    if compiled.library_refuses(kernels.NAME, kernels.INTERFACE) is not None:
         pytest.skip("no compiled kernels")
-    assert isinstance(compiled.library(name, 1), ctypes.CDLL)
-    assert "install normfree again" in compiled.library_refuses(name, 2)
+    assert isinstance(compiled.library(kernels.NAME, kernels.INTERFACE), ctypes.CDLL)
+    assert "install normfree again" in compiled.library_refuses(kernels.NAME, kernels.INTERFACE + 1)
 
 
 HOOK = """

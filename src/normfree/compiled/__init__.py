@@ -21,34 +21,43 @@ class NotCompiledError(Exception):
     """Why compiled kernels cannot be used, in one line."""
 
 
-@cache
 def library(name: str, interface: int) -> ctypes.CDLL:
     """The kernels of ``csrc/NAME.cpp`` for this CPU; ``interface`` is what ``normfree_interface()`` has to return.
 
     Raises:
         NotCompiledError: there are none that it can run.
     """
-    folder = Path(__file__).parent
-    instructions = LIBRARIES.get(torch.backends.cpu.get_cpu_capability(), ("default",))
-    found = [path for each in instructions if (path := folder / f"{name}_{each}.so").exists()]
-    if not found:
-        raise NotCompiledError("its kernels were not compiled: install normfree where there is a C++ compiler")
-    try:
-        kernels = ctypes.CDLL(str(found[0]))
-    except OSError as error:
-        raise NotCompiledError(f"its kernels could not be loaded: {error}") from error
-    if kernels.normfree_interface() != interface:
-        raise NotCompiledError("its kernels were compiled from other sources: install normfree again")
-    return kernels
+    found = _library_or_reason(name, interface)
+    if isinstance(found, str):
+        raise NotCompiledError(found)
+    return found
 
 
 def library_refuses(name: str, interface: int) -> str | None:
     """Why these kernels cannot be used on this machine; None if they can."""
+    found = _library_or_reason(name, interface)
+    return found if isinstance(found, str) else None
+
+
+def forget() -> None:
+    """Look for the libraries again."""
+    _library_or_reason.cache_clear()
+
+
+@cache
+def _library_or_reason(name: str, interface: int) -> ctypes.CDLL | str:
+    folder = Path(__file__).parent
+    instructions = LIBRARIES.get(torch.backends.cpu.get_cpu_capability(), ("default",))
+    found = [path for each in instructions if (path := folder / f"{name}_{each}.so").exists()]
+    if not found:
+        return "its kernels were not compiled: install normfree where there is a C++ compiler"
     try:
-        library(name, interface)
-    except NotCompiledError as error:
-        return str(error)
-    return None
+        kernels = ctypes.CDLL(str(found[0]))
+    except OSError as error:
+        return f"its kernels could not be loaded: {error}"
+    if kernels.normfree_interface() != interface:
+        return "its kernels were compiled from other sources: install normfree again"
+    return kernels
 
 
 def address(tensor: Tensor | None, place: int = 0) -> ctypes.c_void_p:

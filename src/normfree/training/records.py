@@ -82,7 +82,9 @@ class _GrowingTable:
     def __init__(self, path: Path, columns: dict[str, str]) -> None:
         self._path = path
         self._columns = columns
-        self._schema = pa.Schema.from_pandas(self._frame([]))
+        # of a row, because an empty column of strings is one of anything to older pandas
+        row = tuple("" if kind == "str" else 0 for kind in columns.values())
+        self._schema = pa.Schema.from_pandas(self._frame([row]), preserve_index=False)
         self._added: list[tuple[object, ...]] = []
         self._last_step: int | None = None
         for _ in self.rows():  # a damaged file is found before a run goes on, not when it is next written
