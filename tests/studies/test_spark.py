@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from normfree.studies import StudyFolder, load_preset
-from normfree.studies.spark import CURVE, STUDY, savings_frame
+from normfree.studies.spark import CURVE, NORMS, STUDY, costs_frame, savings_frame
 from normfree.studies.study import run_config
 from normfree.training.records import LAYERS_FILE
 
@@ -98,6 +98,52 @@ def test_the_curve_of_active_neurons(normfree: Command, preset_file: Path, tmp_p
     page = (tmp_path / "study" / "report.html").read_text()
     assert "active 2 %" in page
     assert "Perplexity against dense SM+LN+G: " in page
+
+
+def test_networks_with_and_without_norms_are_of_one_size() -> None:
+    preset = load_preset("cpu")
+    configurations = NORMS.configurations(preset)
+    networks = ("", ", gated", ", Spark-FFN, all", ", Spark-FFN", ", Spark-FFN (exact)")
+    assert [each.label for each in configurations] == [
+        dense + name for dense in ("SM+LN+R", "SM+R") for name in networks
+    ]
+    for each in configurations:
+        config = run_config(preset, each, seed=0).build_model_config(512)
+        assert (config.norm, config.activation) == ("none" if each.label.startswith("SM+R") else "layernorm", "relu")
+        weights = {"gated": 3, "spark": 2, "dense": 2}[config.ffn] * config.n_inner * config.n_embd
+        assert weights == pytest.approx(2 * 512 * 128, rel=2e-3), each.label
+
+
+def test_the_cost_of_a_network_is_that_of_the_seeds_that_its_dense_one_has() -> None:
+    losses = pd.DataFrame(
+        [
+            *[("SM+R", seed, 3.0 + seed) for seed in (0, 1, 2)],
+            *[("SM+R, gated", seed, 3.5 + seed) for seed in (0, 2, 3)],
+            ("SM+R, Spark-FFN", 1, float("nan")),
+            ("SM+LN+R, gated", 0, 2.0),
+            ("SM+LN+R", 1, 2.0),
+        ],
+        columns=["configuration", "seed", "eval_loss"],
+    )
+    costs = costs_frame(losses)
+    assert costs[["network", "norms", "seeds"]].to_numpy().tolist() == [["gated", False, 2], ["Spark-FFN", False, 1]]
+    assert costs["nats"].tolist() == pytest.approx([0.5, float("nan")], nan_ok=True)
+    assert costs["nats_half_width"].tolist() == pytest.approx([0.0, float("nan")], nan_ok=True)
+
+
+@pytest.mark.usefixtures("blank_figures")
+def test_what_a_network_costs_with_and_without_norms(normfree: Command, preset_file: Path, tmp_path: Path) -> None:
+    seeds = ("--seeds", "0,1")
+    code, out, err = normfree("study", "spark-norms", "--preset", preset_file, "--out", "study", *SMALL, *seeds)
+    assert code == 0, err
+    results = StudyFolder.open(tmp_path / "study").results("runs")
+    losses = {(each.row["configuration"], each.row["seed"]): each.row["eval_loss"] for each in results}
+    page = (tmp_path / "study" / "report.html").read_text()
+    for dense in ("SM+LN+R", "SM+R"):
+        costs = [losses[f"{dense}, gated", seed] - losses[dense, seed] for seed in (0, 1)]
+        assert f"{sum(costs) / 2:+.3f}".replace("-", "−") in page
+    assert "Perplexity against dense SM+LN+R: " in page
+    assert "SM+R, Spark-FFN, all" in out
 
 
 @pytest.mark.usefixtures("blank_figures")

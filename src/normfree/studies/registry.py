@@ -45,6 +45,7 @@ STUDIES = {
         curse_of_depth.STUDY,
         spark.STUDY,
         spark.CURVE,
+        spark.NORMS,
         paper.FIGURES,
         scaling.SIZES,
         scaling.CONTEXT,

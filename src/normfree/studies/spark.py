@@ -26,6 +26,7 @@ from normfree.report import (
     evaluation_loss_curves,
     headwise_entropy_heatmaps,
     load_published,
+    mean_confidence_interval,
     perplexity_and_overload,
     sparsity_table,
 )
@@ -41,7 +42,7 @@ from normfree.studies.frames import (
 from normfree.studies.page import Findings, StudyPage
 from normfree.studies.preset import Preset
 from normfree.studies.relu_revival import LAYERNORM_GELU, LAYERNORM_RELU, RELU
-from normfree.studies.study import Configuration, Measurement, Study
+from normfree.studies.study import Configuration, Measurement, Study, run_config
 from normfree.training import RunResult, load_pretrained, load_run_config
 from normfree.training.configuration import read_yaml
 from normfree.training.records import LAYERS_FILE, METRICS_FILE, write_parquet
@@ -60,6 +61,16 @@ _FFN = {"ffn": "spark", "ffn_active": FFN_ACTIVE}
 _ATTENTION = {"attention": "spark", "attention_active": ATTENTION_ACTIVE}
 _EAGER = {"attn_implementation": "eager"}
 SPARK_FFN = Configuration("Spark-FFN", {**LAYERNORM_GELU.model, **_FFN})
+_GATED = ", gated"
+_NETWORKS: dict[str, dict[str, Any]] = {
+    "": {},
+    _GATED: {"ffn": "gated"},
+    ", Spark-FFN, all": {**_FFN, "ffn_active": 1.0},
+    ", Spark-FFN": _FFN,
+    ", Spark-FFN (exact)": {**_FFN, "topk": "exact"},
+}
+"""What the feed-forward network is, by what is added to the label of the dense model."""
+_NORMS = {True: "With norms", False: "Without"}
 CONFIGURATIONS = (
     LAYERNORM_GELU,
     LAYERNORM_RELU,
@@ -172,7 +183,13 @@ def _model_config(result: RunResult, without: Collection[str] = ()) -> NormfreeC
 def describe(page: StudyPage) -> Findings:
     """Measured sparsity and what it saves on paper, the entropy of heads, and what the paper reports."""
     sections = [*_sparsity_sections(page, nominal=FFN_ACTIVE), _overload_section(page), _published_section()]
-    return Findings(_lead(page.table), sections, _LIMITS)
+    return Findings(_lead(page.table, LAYERNORM_GELU.label), sections, _LIMITS)
+
+
+def describe_norms(page: StudyPage) -> Findings:
+    """What each step from a dense to a sparse network costs, with norms and without."""
+    sections = [_cost_section(page), *_sparsity_sections(page, nominal=FFN_ACTIVE)]
+    return Findings(_lead(page.table, LAYERNORM_RELU.label), sections, _LIMITS)
 
 
 def describe_curve(page: StudyPage) -> Findings:
@@ -198,7 +215,7 @@ def describe_curve(page: StudyPage) -> Findings:
             "aims at. At 100 % nothing is cut off: the product of the two parts alone. Dashed: the dense network.",
         )
         sections = [Section("By share of neurons", [figure]), *sections]
-    return Findings(_lead(page.table), sections, _LIMITS)
+    return Findings(_lead(page.table, LAYERNORM_GELU.label), sections, _LIMITS)
 
 
 def _sparsity_sections(page: StudyPage, *, nominal: float | None) -> list[Section]:
@@ -240,6 +257,57 @@ def _sparsity_sections(page: StudyPage, *, nominal: float | None) -> list[Sectio
     return sections
 
 
+def costs_frame(losses: pd.DataFrame) -> pd.DataFrame:
+    """What each network of the study ``spark-norms`` costs over the dense one with the same norms.
+
+    Args:
+        losses: configuration, seed, eval_loss.
+
+    Returns:
+        A row for each network that was trained beside its dense one: network, norms (bool), seeds, nats (mean over the
+        seeds that both have of the difference in evaluation loss), nats_half_width (of a 95 % t-interval; NaN for one
+        seed).
+    """
+    by_seed = {
+        label: dict(zip(runs["seed"], runs["eval_loss"], strict=True))
+        for label, runs in losses.groupby("configuration")
+    }
+    rows = []
+    for network in [name for name in _NETWORKS if name]:
+        for dense in (LAYERNORM_RELU, RELU):
+            alone, changed = (by_seed.get(label, {}) for label in (dense.label, dense.label + network))
+            differences = [float(changed[seed] - alone[seed]) for seed in alone.keys() & changed.keys()]
+            if differences:
+                cost = mean_confidence_interval(differences)
+                rows.append(
+                    {
+                        "network": network.removeprefix(", "),
+                        "norms": dense is LAYERNORM_RELU,
+                        "seeds": cost.n,
+                        "nats": cost.mean,
+                        "nats_half_width": (cost.high - cost.low) / 2,
+                    }
+                )
+    return pd.DataFrame(rows, columns=["network", "norms", "seeds", "nats", "nats_half_width"])
+
+
+def _cost_section(page: StudyPage) -> Section:
+    costs = costs_frame(pd.DataFrame([each.row for each in page.results]))
+    shown = pd.DataFrame(
+        [
+            {"Network": network, **{_NORMS[each["norms"]]: _nats(each) for _, each in rows.iterrows()}}
+            for network, rows in costs.groupby("network", sort=False)
+        ]
+    )
+    caption = "Evaluation loss over that of the dense ReLU network with the same norms, nats per token."
+    return Section("What each step costs", [Table(shown, caption, notes=(_NOTES[0], *_NETWORK_NOTES))])
+
+
+def _nats(row: pd.Series) -> str:
+    told = f"{row['nats']:+.3f}".replace("-", "−")
+    return told if np.isnan(row["nats_half_width"]) else f"{told} ± {row['nats_half_width']:.3f}"
+
+
 def _overload_section(page: StudyPage) -> Section:
     return Section(
         "Heads",
@@ -279,6 +347,10 @@ _NOTES = (
     "× as fast: of each run the median over rounds. A token of a small model is a few hundred small operations, and "
     "choosing rows adds to them; docs/sparse-decode.md has the times of one that waits for its weights.",
 )
+_NETWORK_NOTES = (
+    "Gated: the product of two parts that both read the whole input, in two thirds of the neurons. Spark-FFN, all: of "
+    "two that read a half each, nothing cut off. Then with 8 % of the neurons, by statistical and by exact top-k.",
+)
 _LIMITS = (
     "Perplexities are comparable only between rows of one table. The paper trains a model of 2 B parameters; at this "
     "size the width of the predictor, the number of neurons and the context are far from its own, and statistical "
@@ -286,13 +358,13 @@ _LIMITS = (
 )
 
 
-def _lead(table: pd.DataFrame) -> str:
+def _lead(table: pd.DataFrame, baseline: str) -> str:
     """Perplexity against the dense baseline, in words that hold whatever the numbers are."""
     finite = table.dropna(subset=["delta_percent"])
     others = finite[finite["loss_difference_over"] != "baseline"].sort_values("delta_percent")
     listed = ", ".join(f"{row['configuration']} {row['delta_percent']:+.1f} %" for _, row in others.iterrows())
     diverged = table.loc[table["diverged"] > 0, "configuration"].tolist()
-    told = f"Perplexity against dense {LAYERNORM_GELU.label}: {listed}." if len(others) else "Every other run diverged."
+    told = f"Perplexity against dense {baseline}: {listed}." if len(others) else "Every other run diverged."
     return told + (f" Runs diverged: {', '.join(diverged)}." if diverged else "")
 
 
@@ -307,6 +379,17 @@ STUDY = Study(
 )
 
 
+def _with_and_without_norms(preset: Preset) -> tuple[Configuration, ...]:
+    width = run_config(preset, RELU, seed=0).build_model_config(preset.data.vocab_size).n_inner
+    # three matrices of a gated network are then as many weights as two of a dense one
+    narrower = {_GATED: {"n_inner": 2 * width // 3}}
+    return tuple(
+        Configuration(dense.label + name, {**dense.model, **model, **narrower.get(name, {})})
+        for dense in (LAYERNORM_RELU, RELU)
+        for name, model in _NETWORKS.items()
+    )
+
+
 def _curve(preset: Preset) -> tuple[Configuration, ...]:
     return (LAYERNORM_GELU, *(active(share) for share in ACTIVE_SHARES))
 
@@ -317,5 +400,13 @@ CURVE = Study(
     baseline=LAYERNORM_GELU.label,
     configurations=_curve,
     describe=describe_curve,
+    measurement=lambda preset: _MEASUREMENT,
+)
+NORMS = Study(
+    name="spark-norms",
+    title="Spark Transformer: what a sparse feed-forward network costs with and without norms",
+    baseline=LAYERNORM_RELU.label,
+    configurations=_with_and_without_norms,
+    describe=describe_norms,
     measurement=lambda preset: _MEASUREMENT,
 )

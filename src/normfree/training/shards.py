@@ -26,7 +26,7 @@ def shard(model: nn.Module) -> None:
     (embeddings, final norm, unembedding) stays gathered between the two passes. Weights and gradients keep their
     precision on the way.
     """
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     mesh = init_device_mesh(device.type, (n_processes(),))
     for block in decoder_blocks(model).values():
         fully_shard(block, mesh=mesh)
