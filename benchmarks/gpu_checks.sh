@@ -5,7 +5,7 @@
 #     sh benchmarks/gpu_checks.sh study FOLDER      the four runs of the gpu preset; about ten
 #
 # FOLDER gets a log of each check, the figures as JSON, and summary.txt: exit codes (124: out of time) and seconds.
-# PYTHON says which Python has normfree's requirements; by default the one of .venv.
+# PYTHON says which Python has normfree installed, in any way; by default the one of .venv. The sources here are what is run.
 set -u
 part=${1:-} out=${2:-}
 [ -n "$out" ] || { sed -n 's/^# *\(sh .*FOLDER\).*/usage: \1/p' "$0" >&2; exit 2; }
