@@ -41,7 +41,7 @@ timings)
   bench step_cost-spark-gpu 120 step-cost spark --compile --layers 12 --heads 12 --tokens 1024
   bench step_cost-norms-gpu 120 step-cost norms --compile
   bench norm_free_inference-gpu 60 norm-free-inference
-  check tests-entropy 120 -m pytest -q -p no:cacheprovider tests/entropy
+  check tests-entropy 120 -m pytest -q -p no:cacheprovider tests/entropy tests/probes
   ;;
 study)
   check study-gpu 590 -m normfree study relu-revival --preset gpu --out "$out/relu-revival-gpu"

@@ -3,8 +3,9 @@
 from normfree.quiet import quiet_imports
 
 with quiet_imports():
-    from normfree.entropy import EntropyProbe, attention_entropy, entropy_bands
+    from normfree.entropy import attention_entropy, entropy_bands
     from normfree.modeling import NormfreeConfig, NormfreeForCausalLM, from_hf, sparse_decode
+    from normfree.probes import EntropyProbe
     from normfree.removal import remove_norms
     from normfree.sparsity import statistical_topk
 

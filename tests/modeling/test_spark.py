@@ -13,12 +13,12 @@ from scipy.special import erf, softmax
 from torch import nn
 
 from normfree import EntropyProbe, NormfreeConfig, NormfreeForCausalLM
-from normfree.entropy import EntropyRecorder
 from normfree.errors import InputError
 from normfree.modeling.activations import ACTIVATIONS
 from normfree.modeling.feedforward import FEED_FORWARDS
 from normfree.modeling.spark_attention import rotate_parts
 from normfree.modeling.sparsity_probe import SparsityProbe
+from normfree.probes import EntropyRecorder
 from tests.sparsity import numpy_topk
 
 from . import reference

@@ -1,19 +1,13 @@
-"""Exact entropy of attention, in memory linear in the number of keys, and a probe that reads it from any
-model.
-"""
+"""Exact entropy of attention, in memory linear in the number of keys."""
 
 from normfree.entropy.attention import attention_and_entropy
 from normfree.entropy.distribution import entropy_bands, uniform_entropy_bound
 from normfree.entropy.fused import BACKENDS, attention_entropy, select_backend
 from normfree.entropy.nonfinite import NonFiniteCount, count_nonfinite_scores
-from normfree.entropy.probe import EntropyProbe
-from normfree.entropy.recorder import EntropyRecorder
 from normfree.entropy.reference import attention_entropy_reference
 
 __all__ = [
     "BACKENDS",
-    "EntropyProbe",
-    "EntropyRecorder",
     "NonFiniteCount",
     "attention_and_entropy",
     "attention_entropy",

@@ -16,9 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from normfree.data import DataConfig, TokenBlocks, load_tokenizer, open_corpus, same_data
 from normfree.data.blocks import write_blocks
-from normfree.entropy import EntropyProbe, entropy_bands, uniform_entropy_bound
+from normfree.entropy import entropy_bands, uniform_entropy_bound
 from normfree.errors import InputError
 from normfree.files import write_text
+from normfree.probes import EntropyProbe
 from normfree.training import LoadedModel
 
 DEFAULT_SEQUENCE_LENGTH = 512

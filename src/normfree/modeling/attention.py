@@ -2,7 +2,7 @@
 
 A new one is one ``nn.Module`` built from ``(config, layer)`` and one line in ``ATTENTIONS``. The kernel is not chosen
 here: ``SoftmaxAttention`` calls transformers' attention interface (``sdpa``, ``eager``, ``flex_attention``, ...), where
-``normfree.entropy.EntropyProbe`` reads the queries and keys.
+``normfree.EntropyProbe`` reads the queries and keys.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, default_data_collator
 from transformers.trainer_utils import EvalLoopOutput
 
 from normfree.data.blocks import TokenBlocks
-from normfree.entropy import EntropyProbe
+from normfree.probes import EntropyProbe
 from normfree.training.checkpointing import CheckpointingTrainer
 from normfree.training.evaluation import mean_loss, sequence_losses
 

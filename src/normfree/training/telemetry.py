@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from normfree.entropy import EntropyProbe
 from normfree.modeling import NormfreeForCausalLM
 from normfree.modeling.activations import LearnableLeakyReLU
 from normfree.modeling.residual_stream import ResidualStreamProbe
 from normfree.modeling.sparsity_probe import SparsityProbe
+from normfree.probes import EntropyProbe
 from normfree.processes import largest
 from normfree.training.objectives import Objective
 from normfree.training.objectives.trainer import CROSS_ENTROPY

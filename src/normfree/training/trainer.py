@@ -18,11 +18,11 @@ from transformers import PrinterCallback, TrainerCallback, default_data_collator
 from transformers.utils.logging import disable_progress_bar
 
 from normfree.data import PackedData
-from normfree.entropy import EntropyProbe
 from normfree.errors import InputError, RunFailedError
 from normfree.files import write_text
 from normfree.locks import locked, sweep
 from normfree.modeling import NormfreeForCausalLM
+from normfree.probes import EntropyProbe
 from normfree.processes import is_lost_connection, n_processes, on_main
 from normfree.signals import deferred
 from normfree.training.checkpointing import StopWhenTold

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 
 from normfree import NormfreeForCausalLM
 from normfree.data import PackedData
-from normfree.entropy import EntropyRecorder, uniform_entropy_bound
+from normfree.entropy import uniform_entropy_bound
 from normfree.errors import InputError
+from normfree.probes import EntropyRecorder
 from normfree.training import RunConfig, RunResult, load_run_config, train
 from normfree.training.objectives.entropy_regularization import EntropyRegularizationOptions, entropy_penalty
 from normfree.training.objectives.trainer import OBJECTIVE_FILE

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from normfree.entropy import EntropyRecorder
 from normfree.errors import InputError
 from normfree.modeling import NormfreeConfig
+from normfree.probes import EntropyRecorder
 from normfree.training.objectives.objective import Objective, ObjectiveOptions, Term
 from normfree.training.run_folder import RESULTS_FILE, last_checkpoint
 

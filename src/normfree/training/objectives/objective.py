@@ -57,7 +57,7 @@ class Objective(ABC):
         Args:
             input_ids: int64 [batch, T], blocks without padding.
             logits: float32 [batch, T, vocab_size], the model's.
-            entropy: float32 [batch, n_layer, n_head] in nats, from :class:`normfree.entropy.EntropyRecorder`; given
+            entropy: float32 [batch, n_layer, n_head] in nats, from :class:`normfree.probes.EntropyRecorder`; given
                 where ``reads_entropy`` says so.
         """
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from normfree.data.blocks import NOT_PREDICTED
-from normfree.entropy import EntropyRecorder
 from normfree.files import written_whole
+from normfree.probes import EntropyRecorder
 from normfree.training.objectives.objective import Objective
 
 OBJECTIVE_FILE = "objective.safetensors"

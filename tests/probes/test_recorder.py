@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from normfree import NormfreeConfig, NormfreeForCausalLM
-from normfree.entropy import EntropyRecorder
 from normfree.errors import InputError
+from normfree.probes import EntropyRecorder
 
 from .small_models import build
 

@@ -8,8 +8,8 @@ from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from normfree.entropy.interception import InterfaceCall
-from normfree.entropy.reading import REFUSED_ARGUMENTS, UnreadableCallError, read_call
+from normfree.probes.interception import InterfaceCall
+from normfree.probes.reading import REFUSED_ARGUMENTS, UnreadableCallError, read_call
 
 
 def call_of(function, *, n_query=6, n_key=6, mask=None, module=None, n_positional=0, **others):

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from normfree.entropy.fused import attention_entropy
-from normfree.entropy.interception import InterfaceCall, observe_attention
-from normfree.entropy.probe import NEVER_CALLED, attention_modules
-from normfree.entropy.reading import Attention, UnreadableCallError, read_call
 from normfree.errors import InputError
+from normfree.probes.attention_entropy import NEVER_CALLED, attention_modules
+from normfree.probes.interception import InterfaceCall, observe_attention
+from normfree.probes.reading import Attention, UnreadableCallError, read_call
 
 
 class EntropyRecorder:

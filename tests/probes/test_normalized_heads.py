@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from normfree import NormfreeConfig, NormfreeForCausalLM
-from normfree.entropy import EntropyProbe
+from normfree.probes import EntropyProbe
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

@@ -17,7 +17,7 @@ from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from normfree.entropy.interception import InterfaceCall
+from normfree.probes.interception import InterfaceCall
 
 REFUSED_ARGUMENTS = {
     "softcap": "its scores are soft-capped",

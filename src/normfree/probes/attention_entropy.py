@@ -14,13 +14,13 @@ from torch.utils.module_tracker import ModuleTracker
 from transformers.cache_utils import Cache
 
 from normfree.entropy.fused import BACKENDS, attention_entropy_and_sink
-from normfree.entropy.interception import InterfaceCall, observe_attention
 from normfree.entropy.nonfinite import count_nonfinite
-from normfree.entropy.reading import Attention, UnreadableCallError, read_call
 from normfree.entropy.reference import read_weights
-from normfree.entropy.statistics import LayerStatistics, Queries
 from normfree.entropy.visibility import Visibility, visibility_of
 from normfree.errors import InputError, unknown_name
+from normfree.probes.interception import InterfaceCall, observe_attention
+from normfree.probes.reading import Attention, UnreadableCallError, read_call
+from normfree.probes.statistics import LayerStatistics, Queries
 
 NEVER_CALLED = "it has made no call through transformers' attention interface"
 

@@ -11,8 +11,8 @@ from transformers import BloomConfig, BloomForCausalLM, Gemma2Config, Gemma2ForC
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from normfree import NormfreeConfig, NormfreeForCausalLM
-from normfree.entropy import EntropyProbe
 from normfree.errors import InputError
+from normfree.probes import EntropyProbe
 
 from .small_models import ARCHITECTURES, N_HEAD, batch_of, build
 

@@ -3,7 +3,7 @@
 import torch
 import torch.multiprocessing as mp
 
-from normfree.entropy import EntropyProbe
+from normfree.probes import EntropyProbe
 
 from .small_models import batch_of, build
 
