@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from normfree.errors import InputError
 from normfree.modeling import NormfreeForCausalLM
-from normfree.modeling.convert import HF_ACTIVATIONS
+from normfree.modeling.conversion.options import HF_ACTIVATIONS
 from normfree.removal.fold import FOLDED
 
 EPSILON = 1e12

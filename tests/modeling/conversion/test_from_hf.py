@@ -24,7 +24,7 @@ from transformers.activations import ACT2FN
 from normfree import NormfreeConfig, NormfreeForCausalLM, from_hf
 from normfree.errors import InputError
 from normfree.modeling.activations import ACTIVATIONS
-from normfree.modeling.convert import HF_ACTIVATIONS
+from normfree.modeling.conversion.options import HF_ACTIVATIONS
 
 VOCAB, LENGTH = 43, 12
 

@@ -1,0 +1,87 @@
+"""``from_hf``: a Hugging Face causal language model as one of Normfree's, with the same logits."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from normfree.errors import InputError
+from normfree.modeling.conversion.family import FAMILIES, Family
+from normfree.modeling.decoder import NormfreeForCausalLM
+
+
+def from_hf(model: PreTrainedModel) -> NormfreeForCausalLM:
+    """A Hugging Face causal language model as one of ours, with the same logits.
+
+    Args:
+        model: of a class that a family of :mod:`normfree.modeling.conversion` declares; it is left as it is.
+
+    Returns:
+        A model with copies of the weights, of the same dtype, on the same device, in the same (training or
+        evaluation) mode, with the same dropout rates, attention implementation, token ids and generation
+        configuration.
+
+    Raises:
+        InputError: another class, an option our decoder has no counterpart for, or weights that are not the
+            architecture's own (adapters, quantized or offloaded weights, several dtypes).
+    """
+    name = type(model).__name__
+    family = _family_of(model)
+    dtypes = {str(parameter.dtype) for parameter in model.parameters()}
+    devices = {str(parameter.device) for parameter in model.parameters()}
+    if len(dtypes) > 1 or len(devices) > 1 or "meta" in devices:
+        raise InputError(
+            f"from_hf needs all weights of the {name} in memory, of one dtype on one device; "
+            f"it has {', '.join(sorted(dtypes))} on {', '.join(sorted(devices))}"
+        )
+    config, weights = family.convert(model)
+    with torch.device(model.device), no_init_weights():
+        converted: NormfreeForCausalLM = AutoModelForCausalLM.from_config(
+            config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
+        )
+    converted.tie_weights()
+    without_counterpart = sorted(converted.state_dict().keys() ^ weights.keys())
+    if without_counterpart:
+        raise InputError(f"from_hf: weights of the {name} without a counterpart: {', '.join(without_counterpart)}")
+    converted.load_state_dict(weights)
+    _copy_rotary_state(model, converted)
+    converted.generation_config = deepcopy(model.generation_config)
+    converted.train(model.training)
+    return converted
+
+
+def families() -> dict[str, Family]:
+    """The families that can be converted, by class name, in alphabetical order.
+
+    They are found by listing the modules of this package, so a new family is one new file.
+    """
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)], f"{__package__}."):
+        importlib.import_module(module.name)
+    return dict(sorted(FAMILIES.items()))
+
+
+def _family_of(model: PreTrainedModel) -> Family:
+    kind = type(model)
+    family = families().get(kind.__name__)
+    if family is None or kind.__module__ != family.module:
+        raise InputError(f"from_hf cannot convert a {kind.__name__}; allowed: {', '.join(families())}")
+    return family
+
+
+def _copy_rotary_state(model: PreTrainedModel, converted: NormfreeForCausalLM) -> None:
+    """Frequencies are not in the state dict, yet ``model.to(dtype)`` rounds, dynamic scaling moves them."""
+    rotary = converted.model.rotary_embedding
+    if rotary is None:
+        return
+    source: Any = model.base_model.rotary_emb
+    rotary.inv_freq = source.inv_freq.clone()
+    rotary.original_inv_freq = source.original_inv_freq.clone()
+    rotary.max_seq_len_cached = source.max_seq_len_cached
+    rotary.attention_scaling = source.attention_scaling
