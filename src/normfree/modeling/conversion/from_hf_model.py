@@ -71,7 +71,8 @@ def _family_of(model: PreTrainedModel) -> Family:
     kind = type(model)
     family = families().get(kind.__name__)
     if family is None or kind.__module__ != family.module:
-        raise InputError(f"from_hf cannot convert a {kind.__name__}; allowed: {', '.join(families())}")
+        name = kind.__name__ if family is None else f"{kind.__name__} of {kind.__module__}"
+        raise InputError(f"from_hf cannot convert a {name}; allowed: {', '.join(families())}")
     return family
 
 
