@@ -169,7 +169,7 @@ def test_a_removal_that_diverges_goes_back_and_waits_longer(
     (stretch,) = json.loads((tmp_path / "run" / REMOVAL_FILE).read_text())["stretches"]
     first = schedule.removals(config)[0].step
     assert stretch["step"] <= first
-    assert f"after ffn, layer {0}" in stretch["jump"]
+    assert "after the removal of ffn of layer 0" in stretch["jump"]
     metrics = pd.read_parquet(tmp_path / "run" / "metrics.parquet")
     losses = metrics[metrics["name"] == "cross_entropy_nats"]
     assert losses["step"].tolist() == list(range(1, 41))
@@ -186,6 +186,9 @@ def watch(
 
     class Gone:
         gone: ClassVar[list[Removal]] = []
+
+        def has_finite_std(self, removal: Removal) -> bool:
+            return True
 
         def apply(self, removal: Removal) -> None:
             pass
@@ -225,6 +228,23 @@ def test_a_jump_at_the_end_and_a_nan_are_divergence_at_once() -> None:
     assert watch([2.0] * 13 + [math.nan, 2.0, 2.0]) == 12
     assert watch([2.0] * 13 + [math.inf, 2.0, 2.0]) == 12
     assert watch([2.0, 2.0], removals=(0,)) == 0, "nothing to compare with"
+
+
+def test_stds_that_are_not_finite_are_divergence() -> None:
+    """Whatever made them so began with a removal, even if no loss has said so yet."""
+    midway = Midway(from_hf(stock("gpt2")), momentum=0.9)
+    removals = [Removal(3, "ffn", 0), Removal(5, "attention_qk", 1)]
+    callback = RemoveNorms(midway, removals)
+    midway.model.train()(tokens())
+    given: Any = (None, TrainerState(global_step=3), None)
+    callback.on_step_begin(*given)
+    norm = midway.model.model.blocks[1].attention_norm
+    norm.std[0] = math.inf
+    given[1].global_step = 5
+    with pytest.raises(DivergedError, match="stds that are not finite after the removal of ffn of layer 0") as diverged:
+        callback.on_step_begin(*given)
+    assert diverged.value.removal == removals[0]
+    assert norm.is_constant == [False, False]
 
 
 def test_a_removal_that_never_settles_is_bad_input(
@@ -400,6 +420,22 @@ def test_a_run_of_ours_takes_another_tokenizer_with_its_vocabulary(
     assert changed.run.recipe.batch_size == tiny_run().recipe.batch_size
     low_rank = plan(str(tmp_path / "run"), changes={"lora.alpha": 3}, seed=0, lora_rank=6)
     assert low_rank.run.lora == LoraOptions(rank=6, alpha=3)
+
+
+def test_a_schedule_brings_its_recipe(
+    tiny_run: Callable[..., RunConfig], data: PackedData, gpt2: Path, corpus: Path, tmp_path: Path
+) -> None:
+    published = load_schedule("gpt2-xl")
+    changes = {"data.corpus": f"directory:{corpus}"}
+    recipe = plan(str(gpt2), changes=changes, seed=0, schedule=published).run.recipe
+    assert (recipe.steps, recipe.decay_steps, recipe.warmup_steps) == (800, 1200, 20)
+    assert (recipe.learning_rate, recipe.final_learning_rate_ratio, recipe.batch_size) == (1e-4, 0.2, 512)
+    given = {**changes, "recipe.learning_rate": 3e-4, "recipe.steps": 900}
+    recipe = plan(str(gpt2), changes=given, seed=0, schedule=published).run.recipe
+    assert (recipe.steps, recipe.learning_rate, recipe.decay_steps) == (900, 3e-4, 1200)
+    train(tiny_run(), data, tmp_path / "run")
+    recipe = plan(str(tmp_path / "run"), changes={}, seed=0, schedule=published).run.recipe
+    assert (recipe.steps, recipe.batch_size) == (800, tiny_run().recipe.batch_size)
 
 
 def test_models_that_cannot_be_removed_from(normfree: Command, gpt2: Path, corpus: Path, tmp_path: Path) -> None:

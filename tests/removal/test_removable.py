@@ -80,6 +80,36 @@ def test_constant_readers_divide_by_the_running_mean_of_both_kinds_of_tokens(kin
     torch.testing.assert_close(uniform, centered / torch.tensor(frozen["ordinary"]).float() * module.weight + bias)
 
 
+@pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
+def test_published_special_tokens_are_end_of_text_for_the_values_only(kind: str) -> None:
+    """Queries and keys divide by the mean over all tokens; values divide end-of-text by its own."""
+    module = removable(kind, momentum=0.9, end_of_text=[2])
+    module.tokens = SpecialTokens([2], "published")
+    mean = end_of_text = np.nan
+    for seed in range(3):
+        x, ids = batch(seed)
+        is_end = (ids == 2).numpy()
+        own = stds(kind, x)
+        mean = own.mean() if seed == 0 else 0.9 * mean + 0.1 * own.mean()
+        end_of_text = own[is_end].mean() if seed == 0 else 0.9 * end_of_text + 0.1 * own[is_end].mean()
+        module.tokens.see(ids)
+        module(x)
+    module.make_constant(0)
+    module.make_constant(1)
+    module.eval()
+    centered = x - x.mean(-1, keepdim=True) if kind == "layernorm" else x
+    bias = module.bias if module.bias is not None else 0.0
+    all_alike = torch.full(ids.shape, mean)
+    divisors = (all_alike, torch.where(ids == 2, torch.tensor(end_of_text), all_alike))
+    for reading, divisor in zip(module(x), divisors, strict=True):
+        torch.testing.assert_close(reading, centered / divisor[..., None].float() * module.weight + bias)
+
+    module.tokens.end_of_text = None
+    module.tokens.see(ids)
+    for reading in module(x):
+        torch.testing.assert_close(reading, centered / all_alike[..., None].float() * module.weight + bias)
+
+
 def test_stds_move_in_training_only_and_get_no_gradient() -> None:
     module = removable("layernorm")
     x, ids = batch(0)
@@ -88,7 +118,7 @@ def test_stds_move_in_training_only_and_get_no_gradient() -> None:
     with torch.no_grad():
         module.train()(x)
     assert module.std.isnan().all()
-    with pytest.raises(InputError, match="before a batch has been seen"):
+    with pytest.raises(InputError, match="no batch has been seen yet"):
         module.make_constant(0)
     module(x)
     module.make_constant(0)

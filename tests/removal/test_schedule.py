@@ -1,14 +1,19 @@
-"""Schedules against the steps that the paper's code has, and what a schedule must not say."""
+"""Schedules against the configurations of the released models, and what a schedule must not say.
+
+``published_schedules.csv`` holds the published configurations (arXiv 2507.02559 and its public code).
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from normfree import NormfreeConfig
 from normfree.errors import InputError
+from normfree.removal.plan import LARGE, LARGE_SEQUENCE_LENGTH, RECIPE
 from normfree.removal.schedule import (
     BLOCK_PARTS,
     SCHEDULES,
@@ -18,9 +23,9 @@ from normfree.removal.schedule import (
     automatic_schedule,
     load_schedule,
 )
+from normfree.training.recipe import Recipe
 
-PUBLISHED = {"gpt2": (12, 300), "gpt2-medium": (24, 500), "gpt2-large": (36, 600), "gpt2-xl": (48, 800)}
-"""Layers, and optimizer steps of the published runs."""
+PUBLISHED = pd.read_csv(Path(__file__).parent / "published_schedules.csv").set_index("model")
 
 
 def config(n_layer: int = 2, **options: Any) -> NormfreeConfig:
@@ -36,11 +41,35 @@ def test_gpt2_small_goes_at_the_published_steps() -> None:
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_published_schedules_fit_their_models(name: str) -> None:
-    n_layer, n_step = PUBLISHED[name]
-    removals = load_schedule(name).removals(config(n_layer))
-    assert len(removals) == 3 * n_layer + 3
-    assert removals[-1].step < n_step
+def test_every_field_of_a_published_schedule(name: str) -> None:
+    published = PUBLISHED.loc[name]
+    n_layer = int(published["n_layer"])
+    schedule = load_schedule(name)
+    steps: dict[str, list[int]] = {}
+    for step, part, _ in schedule.removals(config(n_layer)):
+        steps.setdefault(part, []).append(step)
+    for part, column in (("ffn", "ffn"), ("attention_qk", "qk"), ("attention_v", "v")):
+        first = published[f"first_{column}_step"]
+        assert steps[part] == [first + published[f"{column}_gap"] * layer for layer in range(n_layer)]
+    for part, column in (("final", "final_norm"), ("end_of_text", "end_of_text"), ("first_token", "first_token")):
+        assert steps[part] == [published[f"{column}_step"]]
+    assert schedule.std_loss_weight == published["auxiliary_loss_weight"]
+    assert schedule.std_momentum == published["std_momentum"]
+    assert schedule.special_tokens == "published"
+
+    recipe = Recipe.model_validate(RECIPE | LARGE | schedule.recipe.model_dump(exclude_none=True))
+    T = LARGE_SEQUENCE_LENGTH
+    recipe.check(T)
+    assert published["sequence_length"] == T
+    assert recipe.batch_size * T == published["tokens_per_step_nominal"]
+    assert recipe.n_steps(T) == published["step_released"] > steps["first_token"][0]
+    assert recipe.n_decay_steps(T) == published["steps_configured"]
+    assert recipe.n_warmup_steps(T) == published["warmup_steps"]
+    assert recipe.learning_rate_decay == "cosine"
+    assert recipe.learning_rate == published["learning_rate"]
+    final = recipe.learning_rate * recipe.final_learning_rate_ratio
+    assert final == pytest.approx(published["learning_rate_final"], rel=1e-8)
+    assert recipe.weight_decay == published["weight_decay"]
 
 
 @pytest.mark.parametrize("n_layer", [1, 6, 12, 48])

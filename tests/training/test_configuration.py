@@ -85,3 +85,11 @@ def test_what_the_data_decide_may_not_stand_in_the_model(tiny_run: Callable[...,
 def test_the_model_gets_vocabulary_and_length_from_the_data(tiny_run: Callable[..., RunConfig]) -> None:
     config = tiny_run().build_model_config(290, eos_token_id=3)
     assert (config.vocab_size, config.n_positions, config.eos_token_id) == (290, 16, 3)
+
+
+@pytest.mark.parametrize("options", [{"decay_steps": 7}, {"decay_steps": 8, "warmup_steps": 8}])
+def test_a_decay_does_not_end_before_the_budget_or_the_warmup(
+    tiny_run: Callable[..., RunConfig], options: dict[str, int]
+) -> None:
+    with pytest.raises(InputError, match=rf"recipe.decay_steps is {options['decay_steps']}, before the end"):
+        tiny_run(steps=8, **options).recipe.check(16)

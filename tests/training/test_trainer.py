@@ -63,11 +63,36 @@ def assert_same(first: RunResult, second: RunResult) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_training_is_adamw_with_linear_warmup_and_decay_on_the_same_batches(
-    data: PackedData, tiny_run: Callable[..., RunConfig], tmp_path: Path
+def half_cosine(step: int) -> float:
+    """From 1 at step 2 to 0.2 at step 12."""
+    return 0.2 + 0.8 * (1 + math.cos(math.pi * (step - 2) / 10)) / 2
+
+
+@pytest.mark.parametrize(
+    ("options", "decay"),
+    [
+        ({"warmup_ratio": 0.25}, lambda step: (8 - step) / 6),
+        (
+            {
+                "warmup_steps": 2,
+                "learning_rate_decay": "cosine",
+                "final_learning_rate_ratio": 0.2,
+                "decay_steps": 12,
+            },
+            half_cosine,
+        ),
+    ],
+    ids=["linear to the end", "a cosine that is longer than the budget"],
+)
+def test_training_is_adamw_with_warmup_and_decay_on_the_same_batches(
+    options: dict[str, Any],
+    decay: Callable[[int], float],
+    data: PackedData,
+    tiny_run: Callable[..., RunConfig],
+    tmp_path: Path,
 ) -> None:
     """An independent loop, written out from the recipe, gives the same losses."""
-    run, batches = tiny_run(steps=8, warmup_ratio=0.25, learning_rate=0.01), BatchLog()
+    run, batches = tiny_run(steps=8, learning_rate=0.01, **options), BatchLog()
     result = train(run, data, tmp_path / "run", callbacks=(batches,))
 
     set_seed(run.seed)
@@ -79,7 +104,7 @@ def test_training_is_adamw_with_linear_warmup_and_decay_on_the_same_batches(
     expected = []
     for step, batch in enumerate(batches.batches):
         for group in optimizer.param_groups:
-            group["lr"] = 0.01 * (step / 2 if step < 2 else (8 - step) / 6)
+            group["lr"] = 0.01 * (step / 2 if step < 2 else decay(step))
         logits = model(batch).logits
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
         expected.append(loss.item())

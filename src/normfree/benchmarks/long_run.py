@@ -169,5 +169,5 @@ def _endless(preset: str, hours: float) -> RunConfig:
     would be as long."""
     config = run_config(load_preset(preset), LAYERNORM_GELU, seed=0)
     tokens = int(max(hours, 1) * 3600 * MOST_TOKENS_A_SECOND)
-    changed = {"telemetry_steps": 1, "tokens": tokens, "steps": None, "warmup_ratio": 0.0}
+    changed = {"telemetry_steps": 1, "tokens": tokens, "steps": None, "warmup_ratio": 0.0, "warmup_steps": None}
     return config.model_copy(update={"recipe": config.recipe.model_copy(update=changed)})

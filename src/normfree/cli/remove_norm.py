@@ -22,7 +22,10 @@ def remove_norm(
     out: Annotated[Path | None, typer.Option(help="Folder for runs and models; default removal/MODEL.")] = None,
     schedule: Annotated[
         str | None,
-        typer.Option(help="gpt2, gpt2-medium, gpt2-large, gpt2-xl or a YAML file; default: by depth and budget."),
+        typer.Option(
+            help="gpt2, gpt2-medium, gpt2-large, gpt2-xl (published, with their recipe) or a YAML file; "
+            "default: by depth and budget."
+        ),
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="Fine-tuning budget, in tokens.")] = None,
     steps: Annotated[int | None, typer.Option(help="Fine-tuning budget, in optimizer steps.")] = None,
@@ -53,7 +56,7 @@ def remove_norm(
     check_alone("normfree remove-norm", "leave the launcher out: its statistics would be those of one of them")
     wanted = changes(set_, tokens=tokens, steps=steps, corpus=corpus, tokenizer=tokenizer)
     chosen = load_schedule(schedule) if schedule is not None else None
-    planned = plan(model, changes=wanted, seed=seed, lora_rank=lora)
+    planned = plan(model, changes=wanted, seed=seed, lora_rank=lora, schedule=chosen)
     console = open_console(json_)
     data = planned.prepare_data(cache_dir, progress=console.is_terminal)
     run = planned.run

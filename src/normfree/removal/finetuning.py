@@ -10,6 +10,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -41,9 +42,9 @@ MAX_STRETCHES = 3
 class StdLoss(Objective):
     """cross-entropy + ``weight`` · mean over tokens of (s - m)², or plain cross-entropy with a weight of 0.
 
-    s is the std of a token before the final norm, m the mean of s over the tokens that are not special, taken as a
-    constant ("Transformers Don't Need LayerNorm at Inference Time", Section 3): all tokens are drawn to one std before
-    that std becomes a constant.
+    s is the std of a token before the final norm, m the mean of s over the tokens that the constant std averages (see
+    :class:`~normfree.removal.removable.SpecialTokens`), taken as a constant ("Transformers Don't Need LayerNorm at
+    Inference Time", Section 3): all tokens are drawn to one std before that std becomes a constant.
     """
 
     reads_entropy = False
@@ -65,19 +66,19 @@ class StdLoss(Objective):
     def terms(self, input_ids: Tensor, logits: Tensor, entropy: Tensor | None) -> dict[str, Term]:
         if self.final is None:
             return {}
-        own_std, special = self.final.own_std, self.midway.tokens.mask
+        own_std, left_out = self.final.own_std, self.midway.tokens.left_out
         assert own_std is not None, "the forward pass has been through the final norm"
-        assert special is not None, "and the model has been told the tokens"
-        ordinary = ~special
+        ordinary = torch.ones_like(own_std, dtype=torch.bool) if left_out is None else ~left_out
         mean = (own_std.detach() * ordinary).sum() / ordinary.sum().clamp_min(1)
         return {STD_LOSS: Term((own_std - mean).square().mean(), self.weight)}
 
 
 class DivergedError(Exception):
-    """The loss has jumped after ``removal``, and stayed there."""
+    """Training has diverged after ``removal``."""
 
-    def __init__(self, removal: Removal, loss: float, baseline: float) -> None:
-        super().__init__(f"{loss:.3f} nats after {removal.part}, layer {removal.layer}, from {baseline:.3f}")
+    def __init__(self, removal: Removal, what: str) -> None:
+        place = removal.part if removal.layer is None else f"{removal.part} of layer {removal.layer}"
+        super().__init__(f"{what} after the removal of {place}")
         self.removal = removal
 
 
@@ -130,12 +131,14 @@ class RemoveNorms(TrainerCallback):
         if loss <= baseline + MAX_JUMP:
             self._high.clear()
             return
-        self._high.append(DivergedError(gone[-1], loss, baseline))
+        self._high.append(DivergedError(gone[-1], f"a loss of {loss:.3f} nats, from {baseline:.3f},"))
         if not math.isfinite(loss) or math.isnan(baseline) or len(self._high) == JUMP_STEPS:
             raise self._high[0]
 
     def _remove(self, removals: Any) -> None:
         for removal in removals:
+            if self.midway.gone and not self.midway.has_finite_std(removal):
+                raise DivergedError(self.midway.gone[-1], "stds that are not finite")
             self.midway.apply(removal)
         if all(each in self.midway.gone for each in self.removals):
             self.midway.finish()
@@ -223,7 +226,7 @@ def _train(
     callbacks: tuple[TrainerCallback, ...],
 ) -> RunResult:
     def intervene(to_change: NormfreeForCausalLM) -> tuple[Objective, TrainerCallback]:
-        midway = Midway(to_change, momentum=schedule.std_momentum)
+        midway = Midway(to_change, momentum=schedule.std_momentum, special_tokens=schedule.special_tokens)
         return StdLoss(midway, schedule.std_loss_weight), RemoveNorms(midway, schedule.removals(model))
 
     return train(run, data, folder, callbacks=callbacks, intervene=intervene)

@@ -12,12 +12,12 @@ from normfree.modeling import NormfreeConfig, NormfreeForCausalLM
 from normfree.modeling.blocks import Block
 from normfree.modeling.norms import SCALED_NORMS
 from normfree.removal.fold import FOLDED
-from normfree.removal.removable import MIDWAY, RemovableNorm, SpecialTokens
-from normfree.removal.schedule import Part, Removal
+from normfree.removal.removable import MIDWAY, VALUES, RemovableNorm, SpecialTokens, Treatment
+from normfree.removal.schedule import SPECIAL_PARTS, Part, Removal
 
 NORMS_TO_REMOVE = ("layernorm", "rmsnorm")
 READERS: dict[Part, tuple[str, int]] = {"ffn": ("ffn_norm", 0), "attention_qk": ("attention_norm", 0)}
-READERS["attention_v"] = ("attention_norm", 1)
+READERS["attention_v"] = ("attention_norm", VALUES)
 """The norm of a block and the place of the reader in it, by part."""
 
 
@@ -31,12 +31,12 @@ class Midway:
         InputError: the model has no norms to remove, or not in pre placement.
     """
 
-    def __init__(self, model: NormfreeForCausalLM, *, momentum: float) -> None:
+    def __init__(self, model: NormfreeForCausalLM, *, momentum: float, special_tokens: Treatment = "separate") -> None:
         check_removable(model.config)
         self.model = model
         self.original = {option: getattr(model.config, option) for option in ("norm", "final_norm")}
         eos = model.config.eos_token_id
-        self.tokens = SpecialTokens([eos] if isinstance(eos, int) else eos)
+        self.tokens = SpecialTokens([eos] if isinstance(eos, int) else eos, special_tokens)
         self.gone: list[Removal] = []
         self._momentum = momentum
         for block in model.model.blocks:
@@ -51,18 +51,22 @@ class Midway:
         """Makes a part constant, or ends the special treatment of some tokens.
 
         Raises:
-            InputError: it is gone already, or no batch has been seen yet.
+            InputError: it is gone already, or its running std is not finite.
         """
         self.gone.append(removal)
-        if removal.part == "end_of_text":
+        reader = self._reader(removal)
+        if reader is not None:
+            norm, place = reader
+            norm.make_constant(place)
+        elif removal.part == "end_of_text":
             self.tokens.end_of_text = None
-        elif removal.part == "first_token":
-            self.tokens.includes_first = False
-        elif removal.layer is None:
-            self._norm("final_norm", None).make_constant(0)
         else:
-            name, reader = READERS[removal.part]
-            self._norm(name, removal.layer).make_constant(reader)
+            self.tokens.includes_first = False
+
+    def has_finite_std(self, removal: Removal) -> bool:
+        """True if the std that a part would divide by is finite; always for special tokens."""
+        reader = self._reader(removal)
+        return reader is None or bool(reader[0].std[reader[1]].isfinite())
 
     def norms(self) -> Iterator[tuple[str, RemovableNorm]]:
         """The removable norms by module name, in the model's order."""
@@ -90,6 +94,15 @@ class Midway:
         if not isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):
             return norm
         return RemovableNorm(norm, n_reader=n_reader, momentum=self._momentum, tokens=self.tokens)
+
+    def _reader(self, removal: Removal) -> tuple[RemovableNorm, int] | None:
+        """The norm that a removal makes constant, and for which of its readers; None for special tokens."""
+        if removal.part in SPECIAL_PARTS:
+            return None
+        if removal.layer is None:
+            return self._norm("final_norm", None), 0
+        name, reader = READERS[removal.part]
+        return self._norm(name, removal.layer), reader
 
     def _norm(self, name: str, layer: int | None) -> RemovableNorm:
         owner = self.model.model if layer is None else self.model.model.blocks[layer]

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from normfree.data import PackedData, prepare_data, same_data
 from normfree.errors import InputError, invalid_fields, unknown_name
+from normfree.removal.schedule import RemovalSchedule
 from normfree.training import RunConfig, load_pretrained
 from normfree.training.configuration import with_changes
 
@@ -54,13 +55,20 @@ class Plan:
         return same_data(self.run.data, cache_dir, self.fingerprint, progress=progress)
 
 
-def plan(source: str, *, changes: Mapping[str, Any], seed: int, lora_rank: int | None = None) -> Plan:
+def plan(
+    source: str,
+    *,
+    changes: Mapping[str, Any],
+    seed: int,
+    lora_rank: int | None = None,
+    schedule: RemovalSchedule | None = None,
+) -> Plan:
     """How the norms of the model ``source`` are taken out: by fine-tuning that starts from it.
 
     A run of ours is fine-tuned on the data it was trained on, in batches of the same size, for ``SHARE_OF_TRAINING`` of
     its tokens; any other model on the corpus that ``changes`` name, with its own tokenizer, for ``PUBLISHED_STEPS`` of
-    512 sequences. ``changes`` set any value, by its dotted name: ``data.corpus``, ``recipe.steps``, and with a
-    ``lora_rank`` ``lora.alpha``.
+    512 sequences. The ``recipe`` of ``schedule`` overrides both, and ``changes`` override it: they set any value by its
+    dotted name, such as ``data.corpus``, ``recipe.steps`` and, with a ``lora_rank``, ``lora.alpha``.
 
     Raises:
         InputError: the model cannot be loaded, no corpus is named for one that is no run, or a name or value is wrong.
@@ -75,6 +83,8 @@ def plan(source: str, *, changes: Mapping[str, Any], seed: int, lora_rank: int |
         data = trained.data.model_dump(exclude_unset=True)
         recipe |= {name: getattr(trained.recipe, name) for name in FROM_THE_RUN}
         recipe["steps"] = max(1, round(SHARE_OF_TRAINING * trained.recipe.n_steps(trained.data.sequence_length)))
+    if schedule is not None:
+        recipe |= schedule.recipe.model_dump(exclude_none=True)
     sections = {"data": data, "recipe": recipe}
     if lora_rank is not None:
         sections["lora"] = {"rank": lora_rank}

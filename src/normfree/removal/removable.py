@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,25 +14,42 @@ MIDWAY = "removable"
 """The ``norm`` of a model whose norms are being removed; no configuration allows it."""
 STD = "std"
 SPECIAL_STD = "special_std"
+VALUES = 1
+"""The reader of attention's norm that values have; queries and keys have reader 0."""
+Treatment = Literal["separate", "published"]
+TREATMENTS: tuple[Treatment, ...] = get_args(Treatment)
 
 
 class SpecialTokens:
-    """Which tokens are divided by a std of their own, while there are any: the first of each sequence, and end-of-text.
+    """Which tokens are divided by a std of their own until their stage of the schedule.
 
-    The first token's residual stream is many times longer than that of all others in most trained models, so its std is
-    taken apart from theirs until the end of the removal (Section 3.2). All norms of a model share one of these, and
-    it is told the tokens before each forward pass.
+    - ``separate``: the first token of each sequence and end-of-text, for every reader; the std of all others leaves
+      them out. In most trained models the first token's residual stream is many times longer than that of all others.
+    - ``published``: end-of-text, for the values only; the std of all others averages over all tokens, the first and
+      end-of-text included. So have the released models of "Transformers Don't Need LayerNorm at Inference Time".
+
+    All norms of a model share one instance, which sees the tokens before each forward pass.
     """
 
-    def __init__(self, end_of_text: Sequence[int] | None) -> None:
-        self.includes_first = True
+    def __init__(self, end_of_text: Sequence[int] | None, treatment: Treatment = "separate") -> None:
+        self.treatment = treatment
+        self.includes_first = treatment == "separate"
         self.end_of_text = end_of_text
         self.mask: Tensor | None = None
 
     @property
     def has_any(self) -> bool:
-        """Whether any tokens are special still."""
+        """True while any token is special."""
         return self.includes_first or bool(self.end_of_text)
+
+    @property
+    def left_out(self) -> Tensor | None:
+        """Tokens that the std of all others leaves out, bool [batch, T, 1]; None for none."""
+        return self.mask if self.treatment == "separate" else None
+
+    def concerns(self, reader: int) -> bool:
+        """True if the reader divides special tokens by a std of their own."""
+        return self.treatment == "separate" or reader == VALUES
 
     def see(self, input_ids: Tensor) -> None:
         """Notes the special tokens of ``input_ids``, int64 [batch, T], whole sequences: bool [batch, T, 1]."""
@@ -47,8 +65,8 @@ class RemovableNorm(nn.Module):
     """A LayerNorm or RMSNorm with the weights it had, whose division can be made constant for one reader at a time.
 
     While it trains, it keeps a running mean of its tokens' stds, ``std_r ← m · std_r + (1 - m) · mean std`` for every
-    reader r that still divides by each token's own; the special tokens apart. Once constant, a reader's std stays as it
-    is: it is no parameter. The first batch sets the mean, whatever the momentum m.
+    reader r that still divides by each token's own; special tokens as :class:`SpecialTokens` says. Once constant, a
+    reader's std stays as it is: it is no parameter. The first batch sets the mean, whatever the momentum m.
 
     With ``keeps_own_std`` the last batch's stds, [batch, T, 1] with their gradient, stay in ``own_std``.
 
@@ -90,12 +108,15 @@ class RemovableNorm(nn.Module):
         """From now on ``reader`` divides by its running std.
 
         Raises:
-            InputError: it already does, or no batch has been seen yet.
+                InputError: it already does, or its running std is not finite.
         """
         if self.is_constant[reader]:
             raise InputError("a norm is removed twice; a schedule removes each once")
         if not self.std[reader].isfinite():
-            raise InputError("a norm is removed before a batch has been seen; let the schedule begin after step 0")
+            raise InputError(
+                "a norm is removed whose std is not finite: no batch has been seen yet, or training has diverged; let "
+                "the schedule begin after step 0"
+            )
         self.is_constant[reader] = True
 
     def forget_special_tokens(self) -> None:
@@ -109,15 +130,17 @@ class RemovableNorm(nn.Module):
         return scaled if self.bias is None else scaled + self.bias
 
     def _constant_std(self, reader: int) -> Tensor:
-        if not self.tokens.has_any or self.tokens.mask is None or not self.special_std[reader].isfinite():
+        has_special = self.tokens.has_any and self.tokens.mask is not None and self.tokens.concerns(reader)
+        if not has_special or not self.special_std[reader].isfinite():
             return self.std[reader]
+        assert self.tokens.mask is not None
         return torch.where(self.tokens.mask, self.special_std[reader], self.std[reader])
 
     @torch.no_grad()
     def _update(self, own_std: Tensor) -> None:
-        mask = self.tokens.mask
-        special = torch.zeros_like(own_std, dtype=torch.bool) if mask is None else mask
-        for buffer, among in ((self.std, ~special), (self.special_std, special)):
+        none = torch.zeros_like(own_std, dtype=torch.bool)
+        special, left_out = (none if each is None else each for each in (self.tokens.mask, self.tokens.left_out))
+        for buffer, among in ((self.std, ~left_out), (self.special_std, special)):
             n = among.sum()
             if n == 0:
                 continue

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from normfree.errors import InputError, invalid_fields, unknown_name
 from normfree.modeling import NormfreeConfig
+from normfree.removal.removable import Treatment
 from normfree.training.configuration import read_yaml
 
 Part = Literal["ffn", "attention_qk", "attention_v", "final", "end_of_text", "first_token"]
@@ -46,13 +47,31 @@ class Stage(BaseModel):
     layers: tuple[int, ...] | None = None
 
 
+class ScheduleRecipe(BaseModel):
+    """The part of a fine-tuning recipe that a schedule was made for; names and meanings are those of
+    :class:`~normfree.training.Recipe`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: int | None = Field(default=None, ge=1)
+    learning_rate: float | None = Field(default=None, gt=0)
+    final_learning_rate_ratio: float | None = Field(default=None, ge=0, lt=1)
+    decay_steps: int | None = Field(default=None, ge=1)
+    warmup_steps: int | None = Field(default=None, ge=0)
+    weight_decay: float | None = Field(default=None, ge=0)
+
+
 class RemovalSchedule(BaseModel):
     """A schedule of "Transformers Don't Need LayerNorm at Inference Time", Section 3.
 
     stages: in this order.
-    std_momentum: of the running mean of each norm's std; 0 takes that of the last batch, as the paper's code does.
+    std_momentum: of the running mean of each norm's std, once a micro-batch; 0 takes that of the last one.
     std_loss_weight: of the auxiliary loss, the mean squared difference between the stds of all tokens before the final
-        norm and their mean over the tokens that are not special.
+        norm and their mean.
+    special_tokens: which tokens have a std of their own until their stage, as in
+        :class:`~normfree.removal.removable.SpecialTokens`.
+    recipe: the recipe that goes with the schedule, used wherever the user names no other value.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -60,6 +79,8 @@ class RemovalSchedule(BaseModel):
     stages: tuple[Stage, ...]
     std_momentum: float = Field(default=0.9, ge=0, lt=1)
     std_loss_weight: float = Field(default=0.0, ge=0)
+    special_tokens: Treatment = "separate"
+    recipe: ScheduleRecipe = ScheduleRecipe()
 
     def removals(self, model: NormfreeConfig) -> list[Removal]:
         """Every removal for a model of that configuration, in order. Steps between two are rounded together.

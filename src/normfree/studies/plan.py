@@ -136,7 +136,14 @@ def _sweep(preset: Preset, configuration: Configuration) -> Iterator[PlannedRun]
     for factor in LEARNING_RATE_FACTORS:
         run = run_config(preset, configuration, seed, learning_rate=factor * preset.recipe.learning_rate)
         recipe = run.recipe.model_copy(
-            update={"steps": steps, "tokens": None, "warmup_ratio": warmup / steps, "save_steps": steps}
+            update={
+                "steps": steps,
+                "tokens": None,
+                "warmup_ratio": warmup / steps,
+                "warmup_steps": None,
+                "decay_steps": None,
+                "save_steps": steps,
+            }
         )
         yield PlannedRun(
             f"sweep/{configuration.slug}/learning-rate-{recipe.learning_rate:g}",

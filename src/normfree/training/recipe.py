@@ -26,8 +26,10 @@ class Recipe(BaseModel):
     Weight decay acts on weights and, as in the public code, on learnable slopes (``decay_slopes``), never on norms and
     biases.
 
-    After its warm-up the learning rate falls to ``final_learning_rate_ratio`` of itself, along half a cosine or in a
-    straight line (to 0 only).
+    The learning rate rises over ``warmup_steps``, or over ``warmup_ratio`` of the budget. Then it falls to
+    ``final_learning_rate_ratio`` of itself, along half a cosine or in a straight line (to 0 only). ``decay_steps`` is
+    the step at which it gets there, counted from the first; default: the last. A larger one stops training midway
+    through the decay.
 
     A budget is given either in ``steps`` (optimizer steps) or in ``tokens``, which is rounded down to whole steps.
     ``batch_size`` counts the sequences of one optimizer step over all devices; a device holds at most
@@ -50,8 +52,10 @@ class Recipe(BaseModel):
 
     learning_rate: float = Field(1e-3, gt=0)
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
+    warmup_steps: int | None = Field(None, ge=0)
     learning_rate_decay: Literal["linear", "cosine"] = "linear"
     final_learning_rate_ratio: float = Field(0.0, ge=0, lt=1)
+    decay_steps: int | None = Field(None, ge=1)
     weight_decay: float = Field(0.1, ge=0)
     decay_slopes: bool = True
     adam_beta1: float = Field(0.9, ge=0, lt=1)
@@ -106,8 +110,14 @@ class Recipe(BaseModel):
         return steps
 
     def n_warmup_steps(self, sequence_length: int) -> int:
-        """Steps over which the learning rate rises from 0: ``warmup_ratio`` of the budget, rounded up."""
+        """Steps over which the learning rate rises from 0; a ``warmup_ratio`` of the budget is rounded up."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
         return math.ceil(round(self.warmup_ratio * self.n_steps(sequence_length), 6))
+
+    def n_decay_steps(self, sequence_length: int) -> int:
+        """Steps from the first until the learning rate is at its end, warm-up included."""
+        return self.n_steps(sequence_length) if self.decay_steps is None else self.decay_steps
 
     def n_tokens(self, sequence_length: int) -> int:
         """Tokens trained on: whole steps only."""
@@ -117,10 +127,16 @@ class Recipe(BaseModel):
         """Whether this machine and these processes can follow the recipe.
 
         Raises:
-            InputError: the budget is smaller than a step, the batch does not divide over the processes, or their
-                launcher was told to share the model out in a way of its own.
+            InputError: the budget is smaller than a step, ``decay_steps`` ends before it or before the warm-up, the
+                batch does not divide over the processes, or their launcher was told to share the model out in a way of
+                its own.
         """
-        self.n_steps(sequence_length)
+        steps, warmup = self.n_steps(sequence_length), self.n_warmup_steps(sequence_length)
+        if self.decay_steps is not None and self.decay_steps < max(steps, warmup + 1):
+            raise InputError(
+                f"recipe.decay_steps is {self.decay_steps}, before the end of the budget ({steps} steps) or of the "
+                f"warm-up ({warmup}); raise it or leave it out"
+            )
         if self.batch_size % n_processes():
             raise InputError(
                 f"recipe.batch_size ({self.batch_size}) does not divide over {n_processes()} processes; start a number "

@@ -83,12 +83,14 @@ class NormfreeTrainer(EvaluatingTrainer):
         self,
         *,
         decay_slopes: bool,
+        decay_steps: int,
         adapters: Adapters | None = None,
         watch: NonfiniteWatch | None = None,
         order: TrainingOrder | None = None,
         **options: Any,
     ) -> None:
         self.decay_slopes = decay_slopes
+        self.decay_steps = decay_steps
         self.adapters = adapters
         self.watch = watch
         self.order = order
@@ -104,6 +106,10 @@ class NormfreeTrainer(EvaluatingTrainer):
 
     def _get_train_sampler(self, *arguments: Any) -> Any:
         return super()._get_train_sampler(*arguments) if self.order is None else self.order
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """The decay may be longer than the training; see :class:`~normfree.training.Recipe`."""
+        return super().create_scheduler(self.decay_steps, optimizer)
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         names: list[str] = super().get_decay_parameter_names(model)
@@ -230,6 +236,7 @@ def _train(
         sharded=config.recipe.is_sharded,
         objective=objective,
         decay_slopes=config.recipe.decay_slopes,
+        decay_steps=config.recipe.n_decay_steps(sequence_length),
         adapters=adapters,
         watch=watch,
         order=order,
