@@ -10,7 +10,14 @@ from triton.compiler import ASTSource
 from normfree.entropy import triton_kernels as kernels
 
 H100 = GPUTarget("cuda", 90, 32)
-POINTERS = {"mask": "*u8", "entropy": "*fp32", "lse": "*fp32", "gradient": "*fp32", "scale": "fp32"}
+POINTERS = {
+    "mask": "*u8",
+    "entropy": "*fp32",
+    "lse": "*fp32",
+    "gradient": "*fp32",
+    "lse_gradient": "*fp32",
+    "scale": "fp32",
+}
 CONSTANTS = {
     "HEAD_DIM": 40,
     "VALUE_DIM": 24,

@@ -19,23 +19,33 @@ def visible(n_query, n_key, is_causal, sliding_window):
     return mask
 
 
-def scores_of(q, k, scale):
+def scores_of(q, k, scale, softcap=None):
     """Float64 [batch, n_head, n_query, n_key]."""
     q, k = q.detach().double().numpy(), k.detach().double().numpy()
     k = np.repeat(k, q.shape[1] // k.shape[1], axis=1)
-    return np.einsum("bhid,bhjd->bhij", q, k) * scale
+    scores = np.einsum("bhid,bhjd->bhij", q, k) * scale
+    return scores if softcap is None else softcap * np.tanh(scores / softcap)
 
 
-def entropy_of(scores, mask):
-    """[batch, n_head, n_query] nats; NaN where ``mask`` (bool, broadcastable) leaves nothing."""
+def weights_of(scores, mask, sinks=None):
+    """Softmax [batch, n_head, n_query, n_key] over the keys that ``mask`` (bool, broadcastable) leaves, NaN where it
+    leaves none. ``sinks``, broadcastable to [batch, n_head, n_query], have one more column, the last.
+    """
     mask = np.broadcast_to(mask, scores.shape)
     masked = np.where(mask, scores, -np.inf)
+    if sinks is not None:
+        sink = np.broadcast_to(np.asarray(sinks, dtype=np.float64), scores.shape[:3])[..., None]
+        masked = np.concatenate([masked, np.where(mask.any(-1, keepdims=True), sink, -np.inf)], axis=-1)
     with np.errstate(all="ignore"):
-        shifted = masked - masked.max(-1, keepdims=True)
-        p = np.exp(shifted)
-        p /= p.sum(-1, keepdims=True)
-        terms = np.where(p > 0, -p * np.log(np.where(p > 0, p, 1.0)), 0.0)
-    return np.where(mask.any(-1), terms.sum(-1), np.nan)
+        p = np.exp(masked - masked.max(-1, keepdims=True))
+        return p / p.sum(-1, keepdims=True)
+
+
+def entropy_of(scores, mask, sinks=None):
+    """[batch, n_head, n_query] nats; NaN where ``mask`` (bool, broadcastable) leaves nothing."""
+    p = weights_of(scores, mask, sinks)
+    terms = np.where(p > 0, -p * np.log(np.where(p > 0, p, 1.0)), 0.0)
+    return np.where(np.broadcast_to(mask, scores.shape).any(-1), terms.sum(-1), np.nan)
 
 
 def lengths(q, k):

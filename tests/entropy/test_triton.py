@@ -22,7 +22,7 @@ from normfree.entropy.fused import attention_entropy_and_sink
 from normfree.entropy.visibility import visibility_of
 from normfree.errors import InputError
 
-from .numpy_entropy import EPS32, entropy_of, gradient_tolerances, scores_of, tolerance, visible
+from .numpy_entropy import EPS32, entropy_of, gradient_tolerances, scores_of, tolerance, visible, weights_of
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'normfree[dev]'")
 # the interpreter computes with NumPy, which warns where the kernels make NaN on purpose
@@ -72,6 +72,14 @@ def promised(q, k, scale):
     return 4 * EPS32 * (1 + scale * lengths[0] * lengths[1])
 
 
+def with_sinks(q, k, options, seed=0):
+    """The options with logits of learned sinks, and the float64 tolerance of scores next to them."""
+    sinks = torch.randn(q.shape[1], generator=torch.Generator().manual_seed(seed))
+    lengths = [float(each.double().norm(dim=-1).max()) for each in (q, k)]
+    tolerance = 4 * EPS32 * (1 + q.shape[-1] ** -0.5 * lengths[0] * lengths[1] + float(sinks.abs().max()))
+    return options | {"sinks": sinks.to(DEVICE)}, sinks.double().numpy()[None, :, None], tolerance
+
+
 def on_device(*tensors):
     return [tensor.to(DEVICE) for tensor in tensors]
 
@@ -105,6 +113,31 @@ def test_gradients_agree_with_float64_autograd(case, seed):
     entropy = partial(entropy_by_triton, **options)
     actual = gradients_of(entropy, *on_device(q, k, weight), torch.float32)
     for mine, right, most in zip(actual, expected, allowed, strict=True):
+        assert mine.isfinite().all()
+        assert (mine - right).norm() <= most
+
+
+@settings(max_examples=20, deadline=None)
+@given(case=attention_cases(magnitudes=(-1.0, 2.0)))
+def test_sinks_join_the_kernel_s_softmax(case):
+    q, k, options, allowed = case
+    options, sinks, tolerance = with_sinks(q, k, options)
+    expected = entropy_of(scores_of(q, k, q.shape[-1] ** -0.5), allowed, sinks)
+    entropy = entropy_by_triton(*on_device(q, k), **options).cpu()
+    np.testing.assert_allclose(entropy.numpy(), expected, rtol=0, atol=tolerance)
+
+
+@settings(max_examples=10, deadline=None)
+@given(case=attention_cases(magnitudes=(-1.0, 1.0)), seed=st.integers(0, 1000))
+def test_gradients_with_sinks_agree_with_float64_autograd(case, seed):
+    q, k, options, _ = case
+    options, _, tolerance = with_sinks(q, k, options, seed)
+    weight = torch.randn(q.shape[:3], generator=torch.Generator().manual_seed(seed))
+    on_cpu = options | {"sinks": options["sinks"].cpu()}
+    expected = gradients_of(partial(attention_entropy_reference, **on_cpu), q, k, weight, torch.float64)
+    actual = gradients_of(partial(entropy_by_triton, **options), *on_device(q, k, weight), torch.float32)
+    for mine, right, other in zip(actual, expected, (k, q), strict=True):
+        most = 1e-5 * right.norm() + 2 * tolerance * weight.norm() * other.double().norm(dim=-1).max()
         assert mine.isfinite().all()
         assert (mine - right).norm() <= most
 
@@ -204,9 +237,25 @@ def test_output_and_entropy_in_one_pass(case, value_dim):
     np.testing.assert_allclose(output.double().cpu().numpy(), expected, rtol=0, atol=rounding)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_output_and_entropy_in_one_pass_with_sinks(dtype):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n_head, 33, 16).to(dtype) for n_head in (4, 2, 2))
+    options, sinks, tolerance = with_sinks(q, k, {})
+    output, entropy = attention_and_entropy(*on_device(q, k, v), backend="triton", **options)
+    scores, allowed = scores_of(q, k, 0.25), visible(33, 33, True, None)
+    np.testing.assert_allclose(entropy.cpu().numpy(), entropy_of(scores, allowed, sinks), rtol=0, atol=tolerance)
+    expected = weights_of(scores, allowed, sinks)[..., :-1] @ np.repeat(v.double().numpy(), 2, axis=1)
+    rounding = 3 * torch.finfo(dtype).eps * float(v.abs().max()) + 10 * tolerance
+    assert output.dtype == dtype
+    np.testing.assert_allclose(output.double().cpu().numpy(), expected, rtol=0, atol=rounding)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"softcap": 50.0}, "takes scores without a soft-cap, got softcap=50"),
+        ({"bias": torch.ones(4, 4)}, "not biases"),
         ({"q": torch.randn(1, 2, 4, 8, dtype=torch.float64)}, "computes in float32"),
         ({"attention_mask": torch.ones(1, 1, 4, 4)}, "float masks that add"),
         ({"q": torch.randn(1, 2, 4, 300), "k": torch.randn(1, 2, 4, 300)}, "head dims up to 256"),

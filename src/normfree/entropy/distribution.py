@@ -57,7 +57,12 @@ def entropy_bands(entropy: Tensor | NDArray[Any] | Sequence[Any], maximum: float
 
 
 def uniform_entropy_bound(
-    n_query: int, n_key: int | None = None, is_causal: bool = True, sliding_window: int | None = None
+    n_query: int,
+    n_key: int | None = None,
+    is_causal: bool = True,
+    sliding_window: int | None = None,
+    *,
+    has_sink: bool = False,
 ) -> float:
     """The largest entropy a head can have, in nats: the mean over the queries of ln(number of visible keys).
 
@@ -68,6 +73,7 @@ def uniform_entropy_bound(
         n_key: number of keys; None means ``n_query``.
         is_causal: whether a query sees no key behind its own position.
         sliding_window: number of keys a query sees, as in :func:`normfree.entropy.attention_entropy`.
+        has_sink: whether a learned sink joins every softmax, one more choice than there are keys.
 
     Raises:
         InputError: a size or window below 1, or causal attention with fewer keys than queries.
@@ -76,4 +82,4 @@ def uniform_entropy_bound(
     if n_query < 1 or n_key < 1:
         raise InputError(f"n_query and n_key must be at least 1, got {n_query} and {n_key}")
     first, last = visible_range(n_query, n_key, is_causal=is_causal, sliding_window=sliding_window)
-    return float((last - first).to(torch.float64).log().mean())
+    return float((last - first + has_sink).to(torch.float64).log().mean())

@@ -8,7 +8,10 @@ its ε) is
 attention with the keys as its values, plus the logsumexp that flash kernels keep anyway. Adding one fixed
 vector to all keys of a head changes nothing in p, so the keys are centred first: the two terms are then
 small and their difference loses little. The compiled and the triton kernels keep the running sums of an online softmax
-instead, whose difference loses nothing.
+instead, whose difference loses nothing. A soft-cap is not linear, so keys are not centred under one.
+
+Learned sinks join afterwards, from the entropy and logsumexp of the keys alone (``scoring.join_sinks``): kernels need
+not know them.
 """
 
 from __future__ import annotations
@@ -16,15 +19,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from normfree.entropy import compiled_kernels
 from normfree.entropy.nonfinite import score_bound
-from normfree.entropy.reference import block_scores, distribution, reference_kernel
-from normfree.entropy.visibility import Visibility, visibility_of
+from normfree.entropy.reference import block_products, block_scores, distribution, masked_scores, reference_kernel
+from normfree.entropy.scoring import Scoring, check_sinks, join_sinks, scoring_of, soft_capped
+from normfree.entropy.visibility import Block, Visibility, visibility_of
 from normfree.errors import InputError, unknown_name
 
 HALF_PRECISION = (torch.bfloat16, torch.float16)
@@ -32,13 +36,29 @@ MAX_TRITON_HEAD_DIM = 256
 PART_ELEMENTS = 2**18
 """Elements of q that the CPU's backends work on at a time (1 MiB in float32), unless one sequence has more."""
 
-Kernel = Callable[[Tensor, Tensor, float, Visibility], tuple[Tensor, Tensor]]
-"""``(q, k, scale, visibility) -> (entropy, lse)``, q and k both float32 or float64, keys centred.
+Kernel = Callable[[Tensor, Tensor, Scoring, Visibility], tuple[Tensor, Tensor]]
+"""``(q, k, scoring, visibility) -> (entropy, lse)``, q and k both float32 or float64, keys centred where there is no
+soft-cap.
 
 The triton kernel also takes half-precision q and k of one dtype as they are, keys not centred. Both results are
-[batch, n_head, n_query]; ``lse`` has no gradient. Rows without a visible key, and rows that meet a non-finite
-score, have NaN entropy.
+[batch, n_head, n_query] and differentiable. Rows without a visible key, and rows that meet a non-finite score, have NaN
+entropy.
 """
+
+
+class Evaluated(NamedTuple):
+    """What a backend says of some sequences.
+
+    entropy: nats, float32 [batch, n_head, n_query], learned sinks included.
+    attended: the share of attention that learned sinks leave to the keys, likewise; None where there are no sinks.
+    lse: of the keys alone, in the dtype of q and k, which are raised and centred as the kernel took them.
+    """
+
+    entropy: Tensor
+    attended: Tensor | None
+    lse: Tensor
+    q: Tensor
+    k: Tensor
 
 
 def attention_entropy(
@@ -50,14 +70,21 @@ def attention_entropy(
     attention_mask: Tensor | None = None,
     backend: str = "auto",
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Exact entropy of softmax attention for every query, in nats (ReLU's Revival, Eq. 8, without its ε).
 
-    Differentiable in q and k (twice and more with the reference backend only). Half-precision inputs are
+    The softmax is that of cap · tanh(scale · q·k / cap) + bias + mask over the visible keys, joined by a learned sink
+    where there is one.
+
+    Differentiable in q, k, bias and sinks (twice and more with the reference backend only). Half-precision inputs are
     raised to float32 first, float64 stays float64. The error in float32 is that of a difference of two
     numbers of the size of the scores: about 4 · 1.2e-7 · (1 + scale · max|q_i| · max|k_j - mean k|) nats, so
     1e-6 for ordinary scores and a few 1e-3 for scores of 1e4. The triton backend multiplies half-precision inputs
-    as they are (their products are exact in float32) and without centring: there it is max|k_j|.
+    as they are (their products are exact in float32) and without centring: there, and with a soft-cap or sinks, it is
+    max|k_j|.
 
     Args:
         q: queries [batch, n_head, n_query, head_dim], any floating-point dtype.
@@ -71,87 +98,130 @@ def attention_entropy(
             key. Applies on top of ``is_causal`` and ``sliding_window``.
         backend: a name of ``BACKENDS``, or "auto"; :func:`select_backend` says what "auto" takes.
         sliding_window: number of keys a query sees, itself included; without causality as many on both sides.
+        softcap: bound that tanh puts on the scaled scores before bias and mask (Gemma 2: 50); None for none.
+        bias: float, added to the scores after the soft-cap (ALiBi, relative positions), broadcastable to
+            [batch, n_head, n_query, n_key]; entries at or below half the most negative finite number of its dtype hide
+            the key. Applies on top of everything above.
+        sinks: logits of learned attention sinks (gpt-oss) [n_head], or [batch or 1, n_head, n_query or 1]. A sink joins
+            the softmax's normaliser and is no key.
 
     Returns:
-        float32 [batch, n_head, n_query], never negative. NaN for a query that sees no key at all, and for a
-        query that meets a NaN or infinite score.
+        float32 [batch, n_head, n_query], never negative, at most ln(number of visible keys), or of one more with
+        ``sinks``. NaN for a query that sees no key at all, sink or not, and for a query that meets a NaN or infinite
+        score, that of a sink included. A soft-cap makes a finite score of an infinite one.
+
+        With ``sinks`` it is the entropy of the whole distribution that the softmax makes, the sink included: a head
+        that leaves its attention to the sink has entropy 0, as one that leaves it to the first token has. The entropy
+        of the distribution over the keys alone, renormalised, does not depend on sinks: pass none for it.
 
     Raises:
         InputError: shapes, dtypes or devices that do not fit together, or an unknown or unfit backend.
     """
-    visibility = visibility_of(q, k, is_causal=is_causal, attention_mask=attention_mask, sliding_window=sliding_window)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    visibility = visibility_of(
+        q, k, is_causal=is_causal, attention_mask=attention_mask, sliding_window=sliding_window, bias=bias
+    )
+    scoring = scoring_of(q, scale, softcap)
+    sinks = None if sinks is None else check_sinks(sinks, q)
     with torch.autocast(q.device.type, enabled=False):
-        return entropy_by_parts(q, k, scale, visibility, backend)
+        return entropy_and_attended(q, k, scoring, visibility, sinks, backend)[0]
 
 
-def entropy_by_parts(q: Tensor, k: Tensor, scale: float, visibility: Visibility, backend: str) -> Tensor:
-    """:func:`attention_entropy` for a visibility that is already known."""
-    return torch.cat([_evaluate(*part)[0] for part in _parts(q, k, scale, visibility, backend)])
+def entropy_and_attended(
+    q: Tensor, k: Tensor, scoring: Scoring, visibility: Visibility, sinks: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor | None]:
+    """``entropy`` and ``attended`` of :class:`Evaluated` for arguments that have been checked."""
+    parts = [_evaluate(*part) for part in _parts(q, k, scoring, visibility, sinks, backend)]
+    attended = [each.attended for each in parts if each.attended is not None]
+    return torch.cat([each.entropy for each in parts]), torch.cat(attended) if attended else None
 
 
 def attention_entropy_and_sink(
-    q: Tensor, k: Tensor, scale: float, visibility: Visibility, backend: str
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    visibility: Visibility,
+    backend: str,
+    *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Entropy in nats and the attention paid to the first visible key of the sequence, from one pass.
 
     Both float32 [batch, n_head, n_query]; the share has no gradient, and is 0 for a query that cannot see
-    that key.
+    that key. Learned ``sinks`` take their part of the attention before any key does.
     """
+    scoring = scoring_of(q, scale, softcap)
+    sinks = None if sinks is None else check_sinks(sinks, q)
     with torch.autocast(q.device.type, enabled=False):
-        parts = [_entropy_and_sink(*part) for part in _parts(q, k, scale, visibility, backend)]
+        parts = [_entropy_and_sink(*part) for part in _parts(q, k, scoring, visibility, sinks, backend)]
     entropy, share = (torch.cat(each) for each in zip(*parts, strict=True))
     return entropy, share
 
 
 def _entropy_and_sink(
-    q: Tensor, k: Tensor, scale: float, visibility: Visibility, backend: str
+    q: Tensor, k: Tensor, scoring: Scoring, visibility: Visibility, sinks: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:
-    entropy, lse, q, k = _evaluate(q, k, scale, visibility, backend)
+    entropy, attended, lse, q, k = _evaluate(q, k, scoring, visibility, sinks, backend)
     with torch.no_grad():
-        sink = visibility.first_key()
+        first = visibility.first_key()
         sequence = torch.arange(q.shape[0], device=q.device)[:, None]
         head = torch.arange(q.shape[1], device=q.device)
-        key = k[sequence, head // (q.shape[1] // k.shape[1]), sink]
-        score = scale * (q.to(lse.dtype) @ key.to(lse.dtype)[..., None])[..., 0]
+        key = k[sequence, head // (q.shape[1] // k.shape[1]), first]
+        product = scoring.scale * (q.to(lse.dtype) @ key.to(lse.dtype)[..., None])[..., 0]
+        score = soft_capped(product, scoring.softcap)
         if visibility.bias is not None:
             bias = visibility.bias.expand(*q.shape[:2], *visibility.bias.shape[2:])
-            score = score + bias[sequence, head, :, sink]
-        share = (score - lse).exp().clamp_max(1.0).where(visibility.sees(sink), 0.0)
-    return entropy, share.float()
+            score = score + bias[sequence, head, :, first]
+        share = (score - lse).exp().clamp_max(1.0)
+        share = share if attended is None else share * attended
+        return entropy, share.where(visibility.sees(first), 0.0).float()
 
 
 def _parts(
-    q: Tensor, k: Tensor, scale: float, visibility: Visibility, backend: str
-) -> Iterator[tuple[Tensor, Tensor, float, Visibility, str]]:
+    q: Tensor, k: Tensor, scoring: Scoring, visibility: Visibility, sinks: Tensor | None, backend: str
+) -> Iterator[tuple[Tensor, Tensor, Scoring, Visibility, Tensor | None, str]]:
     """The arguments of :func:`_evaluate` for some sequences at a time, as each takes copies of its queries and keys."""
-    name = select(q, k, visibility) if backend == "auto" else backend
+    name = select(q, k, scoring, visibility) if backend == "auto" else backend
     n_sequence = max(1, PART_ELEMENTS // q[0].numel()) if name in ("compiled", "cpu") else q.shape[0]
     for start in range(0, q.shape[0], n_sequence):
         some = slice(start, start + n_sequence)
-        yield q[some], k[some], scale, visibility.of_sequences(some), name
+        some_sinks = sinks if sinks is None or sinks.shape[0] == 1 else sinks[some]
+        yield q[some], k[some], scoring, visibility.of_sequences(some), some_sinks, name
 
 
 def _evaluate(
-    q: Tensor, k: Tensor, scale: float, visibility: Visibility, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(entropy, lse, q, k)``: float32 entropy, and the logsumexp with the raised q and centred k it
-    belongs to.
-    """
+    q: Tensor, k: Tensor, scoring: Scoring, visibility: Visibility, sinks: Tensor | None, backend: str
+) -> Evaluated:
     if backend not in BACKENDS:
         raise unknown_name("entropy backend", backend, ["auto", *BACKENDS])
-    q, k = prepared(q, k, backend)
-    entropy, lse = BACKENDS[backend](q, k, scale, visibility)
-    return entropy.clamp_min(0.0).float(), lse, q, k
+    q, k, centre = prepared(q, k, scoring, backend)
+    entropy, lse = BACKENDS[backend](q, k, scoring, visibility)
+    entropy, attended = entropy.clamp_min(0.0), None
+    if sinks is not None:
+        entropy, attended = join_sinks(entropy, whole_lse(lse, q, centre, scoring), sinks)
+    return Evaluated(entropy.float(), attended, lse, q, k)
 
 
-def prepared(q: Tensor, k: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """q and k as the kernel of that backend takes them."""
+def prepared(q: Tensor, k: Tensor, scoring: Scoring, backend: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """q and k as the kernel of that backend takes them, and what was subtracted from all keys of a head, if anything:
+    [batch, n_kv_head, 1, head_dim].
+    """
     if backend == "triton" and q.dtype == k.dtype and q.dtype in HALF_PRECISION:
-        return q, k
+        return q, k, None
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), torch.float32)
     q, k = q.to(dtype), k.to(dtype)
-    return q, k - _centre(k.detach())
+    if scoring.softcap is not None:
+        return q, k, None
+    centre = _centre(k.detach())
+    return q, k - centre, centre
+
+
+def whole_lse(lse: Tensor, q: Tensor, centre: Tensor | None, scoring: Scoring) -> Tensor:
+    """The logsumexp of the scores with keys that are not centred."""
+    if centre is None:
+        return lse
+    centre = centre.repeat_interleave(q.shape[1] // centre.shape[1], dim=1)
+    return lse + scoring.scale * (q @ centre.transpose(-1, -2))[..., 0]
 
 
 def select_backend(
@@ -161,33 +231,43 @@ def select_backend(
     is_causal: bool = True,
     attention_mask: Tensor | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
 ) -> str:
-    """The backend that :func:`attention_entropy` takes for these inputs under ``backend="auto"``."""
-    visibility = visibility_of(q, k, is_causal=is_causal, attention_mask=attention_mask, sliding_window=sliding_window)
-    return select(q, k, visibility)
+    """The backend that :func:`attention_entropy` takes for these inputs under ``backend="auto"``, sinks or not."""
+    visibility = visibility_of(
+        q, k, is_causal=is_causal, attention_mask=attention_mask, sliding_window=sliding_window, bias=bias
+    )
+    return select(q, k, scoring_of(q, None, softcap), visibility)
 
 
-def select(q: Tensor, k: Tensor, visibility: Visibility) -> str:
-    """:func:`select_backend` for a visibility that is already known."""
+def select(q: Tensor, k: Tensor, scoring: Scoring, visibility: Visibility) -> str:
+    """:func:`select_backend` for arguments that have been checked."""
     if q.device.type == "cpu":
-        if compiled_kernels.are_fast() and compiled_refuses(q, k, visibility) is None:
+        if compiled_kernels.are_fast() and compiled_refuses(q, k, scoring, visibility) is None:
             return "compiled"
-        return "cpu" if visibility.bias is None else "chunked"
-    return "triton" if triton_refuses(q, k, visibility) is None else "chunked"
+        return "cpu" if scores_refuse(scoring, visibility) is None else "chunked"
+    return "triton" if triton_refuses(q, k, scoring, visibility) is None else "chunked"
 
 
-def compiled_refuses(q: Tensor, k: Tensor, visibility: Visibility) -> str | None:
+def scores_refuse(scoring: Scoring, visibility: Visibility) -> str | None:
+    """Why a kernel for products of queries and keys alone cannot make these scores; None if it can."""
+    if visibility.bias is not None:
+        return "takes masks that hide keys, not biases or float masks that add other numbers to the scores"
+    return None if scoring.softcap is None else f"takes scores without a soft-cap, got softcap={scoring.softcap:g}"
+
+
+def compiled_refuses(q: Tensor, k: Tensor, scoring: Scoring, visibility: Visibility) -> str | None:
     """Why the compiled CPU kernels cannot take these inputs; None if they can."""
     if q.device.type != "cpu":
         return f"it needs q and k on the CPU, got {q.device}"
     if torch.float64 in (q.dtype, k.dtype):
         return "it computes in float32, got float64"
-    if visibility.bias is not None:
-        return "it takes masks that hide keys, not float masks that add other numbers to the scores"
-    return compiled_kernels.kernels_refuse()
+    reason = scores_refuse(scoring, visibility)
+    return compiled_kernels.kernels_refuse() if reason is None else f"it {reason}"
 
 
-def triton_refuses(q: Tensor, k: Tensor, visibility: Visibility) -> str | None:
+def triton_refuses(q: Tensor, k: Tensor, scoring: Scoring, visibility: Visibility) -> str | None:
     """Why the triton kernels cannot take these inputs; None if they can."""
     if find_spec("triton") is None:
         return "needs the package triton, which comes with torch's CUDA wheels"
@@ -197,8 +277,9 @@ def triton_refuses(q: Tensor, k: Tensor, visibility: Visibility) -> str | None:
         return "computes in float32, got float64"
     if q.shape[-1] > MAX_TRITON_HEAD_DIM:
         return f"takes head dims up to {MAX_TRITON_HEAD_DIM}, got {q.shape[-1]}"
-    if visibility.bias is not None:
-        return "takes masks that hide keys, not float masks that add other numbers to the scores"
+    reason = scores_refuse(scoring, visibility)
+    if reason is not None:
+        return reason
     if q.device.type != ("cpu" if IS_INTERPRETED else "cuda") or torch.version.hip is not None:
         return f"needs q and k on an NVIDIA GPU (or the CPU and Triton's interpreter), got {q.device}"
     return None
@@ -212,36 +293,35 @@ def _centre(k: Tensor) -> Tensor:
     return centre if centre.isfinite().all() else k.where(k.isfinite(), 0.0).mean(2, keepdim=True)
 
 
-def _chunked(q: Tensor, k: Tensor, scale: float, visibility: Visibility) -> tuple[Tensor, Tensor]:
-    """Scores in blocks of query rows: any device, any mask, O(rows · n_key) memory."""
+def _chunked(q: Tensor, k: Tensor, scoring: Scoring, visibility: Visibility) -> tuple[Tensor, Tensor]:
+    """Scores in blocks of query rows: any device, any scores, O(rows · n_key) memory."""
     entropies, lses = [], []
     for block in visibility.blocks(q.shape[0] * q.shape[1] * visibility.n_key):
-        attention = distribution(block_scores(q, k, scale, block), block.allowed)
+        attention = distribution(block_scores(q, k, scoring, block), block.allowed)
         entropies.append(attention.entropy())
         lses.append(attention.lse)
     return torch.cat(entropies[::-1], dim=-1), torch.cat(lses[::-1], dim=-1)
 
 
-def _compiled(q: Tensor, k: Tensor, scale: float, visibility: Visibility) -> tuple[Tensor, Tensor]:
+def _compiled(q: Tensor, k: Tensor, scoring: Scoring, visibility: Visibility) -> tuple[Tensor, Tensor]:
     """One pass by the C++ kernels."""
-    reason = compiled_refuses(q, k, visibility)
+    reason = compiled_refuses(q, k, scoring, visibility)
     if reason is not None:
         raise InputError(f"backend 'compiled' cannot be used: {reason}; use 'auto' or 'chunked'")
-    return compiled_kernels.entropy_and_lse(q, k, scale, visibility)
+    return compiled_kernels.entropy_and_lse(q, k, scoring.scale, visibility)
 
 
-def _cpu(q: Tensor, k: Tensor, scale: float, visibility: Visibility) -> tuple[Tensor, Tensor]:
+def _cpu(q: Tensor, k: Tensor, scoring: Scoring, visibility: Visibility) -> tuple[Tensor, Tensor]:
     """torch's flash attention for CPU with the keys as the values."""
     if q.device.type != "cpu":
         raise InputError(f"backend 'cpu' needs q and k on the CPU, got {q.device}; use 'auto' or 'chunked'")
-    if visibility.bias is not None:
-        raise InputError(
-            "backend 'cpu' takes masks that hide keys, not float masks that add other numbers to the scores; "
-            "use 'auto' or 'chunked'"
-        )
+    reason = scores_refuse(scoring, visibility)
+    if reason is not None:
+        raise InputError(f"backend 'cpu' {reason}; use 'auto' or 'chunked'")
+    scale = scoring.scale
     if not _scores_stay_finite(q, k, scale):
         # the kernel turns a NaN row into zeros, and a NaN key into NaN for rows that cannot see it
-        return _chunked(q, k, scale, visibility)
+        return _chunked(q, k, scoring, visibility)
 
     allowed = visibility.allowed
     aligned = visibility.has_full_rows or (visibility.sliding_window is None and visibility.n_query == visibility.n_key)
@@ -282,62 +362,92 @@ def _scores_stay_finite(q: Tensor, k: Tensor, scale: float) -> bool:
 class _RecomputedEntropy(torch.autograd.Function):
     """A kernel without a gradient of its own, and the gradient recomputed in blocks of query rows.
 
-    ∂H_i/∂s_ij = -p_ij (ln p_ij + H_i). The logsumexp that a flash kernel returns must not be differentiated:
-    torch has no derivative for it and does not say so.
+    ∂H_i/∂s_ij = -p_ij (ln p_ij + H_i) and ∂lse_i/∂s_ij = p_ij. ``bias`` is that of ``visibility``.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, kernel: Kernel, q: Tensor, k: Tensor, scale: float, visibility: Visibility
+        ctx: Any,
+        kernel: Kernel,
+        q: Tensor,
+        k: Tensor,
+        bias: Tensor | None,
+        scoring: Scoring,
+        visibility: Visibility,
     ) -> tuple[Tensor, Tensor]:
-        entropy, lse = kernel(q, k, scale, visibility)
         ctx.save_for_backward(q, k)
-        ctx.scale, ctx.visibility = scale, visibility
-        ctx.mark_non_differentiable(lse)
-        return entropy, lse
+        ctx.scoring, ctx.visibility = scoring, visibility
+        ctx.set_materialize_grads(False)
+        return kernel(q, k, scoring, visibility)
 
     @staticmethod
-    def backward(ctx: Any, entropy_grad: Tensor, _: Tensor) -> tuple[None, Tensor, Tensor, None, None]:
+    def backward(
+        ctx: Any, entropy_grad: Tensor | None, lse_grad: Tensor | None
+    ) -> tuple[None, Tensor, Tensor, Tensor | None, None, None]:
         if torch.is_grad_enabled():
             raise InputError(
                 "the entropy of a fast backend has a first derivative only, and create_graph=True asks for the "
                 "second; use backend='reference'"
             )
         q, k = ctx.saved_tensors
-        scale, visibility = ctx.scale, ctx.visibility
+        scoring, visibility = ctx.scoring, ctx.visibility
         batch, n_head, _, head_dim = q.shape
         n_kv_head = k.shape[1]
         q_grad, k_grad = torch.empty_like(q), torch.zeros_like(k)
+        bias_grad = torch.zeros_like(visibility.bias, dtype=q.dtype) if ctx.needs_input_grad[3] else None
         with torch.autocast(q.device.type, enabled=False):
             for block in visibility.blocks(batch * n_head * visibility.n_key):
-                attention = distribution(block_scores(q, k, scale, block), block.allowed)
-                row_entropy = -(attention.p * attention.log_p).sum(-1, keepdim=True)
-                row_grad = scale * entropy_grad[:, :, block.rows, None]
-                score_grad = -attention.p * (attention.log_p + row_entropy) * row_grad
-                score_grad = score_grad.view(batch, n_kv_head, -1, score_grad.shape[-1])
+                score_grad, product_grad = _block_gradients(q, k, scoring, block, entropy_grad, lse_grad)
+                if bias_grad is not None and block.bias is not None:
+                    rows = block.rows if bias_grad.shape[2] > 1 else slice(None)
+                    bias_grad[:, :, rows, block.columns] += score_grad.sum_to_size(block.bias.shape)
+                product_grad = product_grad.view(batch, n_kv_head, -1, product_grad.shape[-1])
                 q_rows = q[:, :, block.rows].reshape(batch, n_kv_head, -1, head_dim)
                 keys = k[:, :, block.columns]
-                q_grad[:, :, block.rows] = (score_grad @ keys).view(batch, n_head, -1, head_dim)
-                k_grad[:, :, block.columns] += score_grad.transpose(-1, -2) @ q_rows
-        return None, q_grad, k_grad, None, None
+                q_grad[:, :, block.rows] = (product_grad @ keys).view(batch, n_head, -1, head_dim)
+                k_grad[:, :, block.columns] += product_grad.transpose(-1, -2) @ q_rows
+        return None, q_grad, k_grad, bias_grad, None, None
 
 
-def _triton(q: Tensor, k: Tensor, scale: float, visibility: Visibility) -> tuple[Tensor, Tensor]:
+def _block_gradients(
+    q: Tensor, k: Tensor, scoring: Scoring, block: Block, entropy_grad: Tensor | None, lse_grad: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients in the scores of a block and in its q·k: both [batch, n_head, rows, columns]."""
+    capped = soft_capped(block_products(q, k, scoring.scale, block), scoring.softcap)
+    attention = distribution(masked_scores(capped, block), block.allowed)
+    score_grad = torch.zeros_like(attention.p)
+    if entropy_grad is not None:
+        row_entropy = -(attention.p * attention.log_p).sum(-1, keepdim=True)
+        score_grad = -attention.p * (attention.log_p + row_entropy) * entropy_grad[:, :, block.rows, None]
+    if lse_grad is not None:
+        score_grad = score_grad + attention.p * lse_grad[:, :, block.rows, None]
+    slope = scoring.scale if scoring.softcap is None else scoring.scale * (1 - (capped / scoring.softcap).square())
+    return score_grad, score_grad * slope
+
+
+def _recomputed(
+    kernel: Kernel, q: Tensor, k: Tensor, scoring: Scoring, visibility: Visibility
+) -> tuple[Tensor, Tensor]:
+    result: tuple[Tensor, Tensor] = _RecomputedEntropy.apply(kernel, q, k, visibility.bias, scoring, visibility)
+    return result
+
+
+def _triton(q: Tensor, k: Tensor, scoring: Scoring, visibility: Visibility) -> tuple[Tensor, Tensor]:
     """One pass in Triton, forward and backward."""
-    reason = triton_refuses(q, k, visibility)
+    reason = triton_refuses(q, k, scoring, visibility)
     if reason is not None:
         raise InputError(f"backend 'triton' {reason}; use 'auto' or 'chunked'")
     from normfree.entropy.triton import TritonEntropy
 
-    result: tuple[Tensor, Tensor] = TritonEntropy.apply(q, k, scale, visibility)
+    result: tuple[Tensor, Tensor] = TritonEntropy.apply(q, k, scoring.scale, visibility)
     return result
 
 
 BACKENDS: dict[str, Kernel] = {
     "reference": reference_kernel,
-    "compiled": partial(_RecomputedEntropy.apply, _compiled),
-    "cpu": partial(_RecomputedEntropy.apply, _cpu),
-    "chunked": partial(_RecomputedEntropy.apply, _chunked),
+    "compiled": partial(_recomputed, _compiled),
+    "cpu": partial(_recomputed, _cpu),
+    "chunked": partial(_recomputed, _chunked),
     "triton": _triton,
 }
-"""The kernels by name. All are differentiable in q and k; a new one is one line."""
+"""The kernels by name. All are differentiable in q, k and the bias; a new one is one line."""

@@ -32,7 +32,8 @@ def count_nonfinite_scores(
     The scores are those of q's own dtype, computed as eager attention does: the product q·k rounded to that
     dtype, then times ``scale``. In float16 the product overflows above 65,504 although the scaled score
     would fit, and that is what breaks training. Hidden keys (causality, mask) are not counted; a float mask
-    is not added.
+    or a bias is not added. Scores are counted before a soft-cap, whose tanh makes a finite number of an infinite one;
+    learned sinks are no scores.
 
     A head whose largest |q_i| times largest |k_j| is far below the dtype's maximum has none
     (Cauchy–Schwarz), which takes O(T); only the other heads are counted, in blocks of query rows. The norms themselves

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from normfree.entropy import compiled_kernels
+from normfree.entropy.scoring import Scoring, check_sinks, scoring_of, soft_capped
 from normfree.entropy.visibility import BLOCK_ELEMENTS, Block, Visibility, visibility_of
 
 MAX_TOTAL_ERROR = 1e-3
@@ -34,20 +35,27 @@ class Distribution(NamedTuple):
         return (-(self.p * self.log_p).sum(-1)).masked_fill(self.lse == -torch.inf, torch.nan)
 
 
-def block_scores(q: Tensor, k: Tensor, scale: float, block: Block) -> Tensor:
-    """Scores [batch, n_head, rows, columns] of one block, biased, -inf at hidden keys; in the dtype of q
-    and k.
-    """
+def block_products(q: Tensor, k: Tensor, scale: float, block: Block) -> Tensor:
+    """scale · q·k [batch, n_head, rows, columns] of one block, in the dtype of q and k."""
     batch, n_head, _, head_dim = q.shape
     n_kv_head = k.shape[1]
     q_rows = (q[:, :, block.rows] * scale).reshape(batch, n_kv_head, -1, head_dim)
-    scores = q_rows @ k[:, :, block.columns].transpose(-1, -2)
-    scores = scores.view(batch, n_head, -1, scores.shape[-1])
+    products = q_rows @ k[:, :, block.columns].transpose(-1, -2)
+    return products.view(batch, n_head, -1, products.shape[-1])
+
+
+def masked_scores(scores: Tensor, block: Block) -> Tensor:
+    """Scores of one block with its bias, -inf at hidden keys."""
     if block.bias is not None:
         scores = scores + block.bias.to(scores.dtype)
-    if block.allowed is not None:
-        scores = scores.masked_fill(~block.allowed, -torch.inf)
-    return scores
+    return scores if block.allowed is None else scores.masked_fill(~block.allowed, -torch.inf)
+
+
+def block_scores(q: Tensor, k: Tensor, scoring: Scoring, block: Block) -> Tensor:
+    """Scores [batch, n_head, rows, columns] of one block, soft-capped, biased, -inf at hidden keys; in the dtype of q
+    and k.
+    """
+    return masked_scores(soft_capped(block_products(q, k, scoring.scale, block), scoring.softcap), block)
 
 
 def distribution(scores: Tensor, allowed: Tensor | None) -> Distribution:
@@ -118,13 +126,13 @@ def _log_(x: Tensor) -> Tensor:
     return x
 
 
-def reference_kernel(q: Tensor, k: Tensor, scale: float, visibility: Visibility) -> tuple[Tensor, Tensor]:
+def reference_kernel(q: Tensor, k: Tensor, scoring: Scoring, visibility: Visibility) -> tuple[Tensor, Tensor]:
     """``(entropy, lse)`` [batch, n_head, n_query] with the whole score matrix in memory; see
     ``fused.Kernel``.
     """
     block = visibility.block(0, visibility.n_query)
-    attention = distribution(block_scores(q, k, scale, block), block.allowed)
-    return attention.entropy(), attention.lse.detach()
+    attention = distribution(block_scores(q, k, scoring, block), block.allowed)
+    return attention.entropy(), attention.lse
 
 
 def attention_entropy_reference(
@@ -135,6 +143,9 @@ def attention_entropy_reference(
     is_causal: bool = True,
     attention_mask: Tensor | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """Entropy [batch, n_head, n_query] in nats, computed and returned in ``dtype``; differentiable.
@@ -142,8 +153,19 @@ def attention_entropy_reference(
     Arguments and errors are those of :func:`normfree.entropy.attention_entropy`. Takes O(n_query · n_key)
     memory.
     """
-    visibility = visibility_of(q, k, is_causal=is_causal, attention_mask=attention_mask, sliding_window=sliding_window)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    visibility = visibility_of(
+        q, k, is_causal=is_causal, attention_mask=attention_mask, sliding_window=sliding_window, bias=bias
+    )
+    scoring = scoring_of(q, scale, softcap)
     with torch.autocast(q.device.type, enabled=False):
-        entropy, _ = reference_kernel(q.to(dtype), k.to(dtype), scale, visibility)
-        return entropy.clamp_min(0.0)
+        block = visibility.block(0, visibility.n_query)
+        scores = block_scores(q.to(dtype), k.to(dtype), scoring, block)
+        if sinks is None:
+            return distribution(scores, block.allowed).entropy().clamp_min(0.0)
+        sees_no_key = (scores == -torch.inf).all(-1)
+        sink = check_sinks(sinks, q).to(dtype)[..., None].expand(*scores.shape[:3], 1)
+        allowed = None
+        if block.allowed is not None:
+            allowed = torch.nn.functional.pad(block.allowed, (0, 1), value=True)
+        attention = distribution(torch.cat([scores, sink], dim=-1), allowed)
+        return attention.entropy().clamp_min(0.0).masked_fill(sees_no_key, torch.nan)

@@ -31,7 +31,7 @@ IS_INTERPRETED = not isinstance(forward_kernel, JITFunction)
 
 
 class TritonEntropy(torch.autograd.Function):
-    """``fused.Kernel``: ``apply(q, k, scale, visibility) -> (entropy, lse)``, both float32.
+    """``apply(q, k, scale, visibility) -> (entropy, lse)``, both float32.
 
     q and k have one dtype, float32 or half. The gradients are recomputed in blocks, in float32, each written by
     one program: the same inputs give the same bits.
@@ -42,11 +42,11 @@ class TritonEntropy(torch.autograd.Function):
         entropy, lse, _ = _forward(q, k, None, scale, visibility)
         ctx.save_for_backward(q, k, entropy, lse)
         ctx.scale, ctx.visibility = scale, visibility
-        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
         return entropy, lse
 
     @staticmethod
-    def backward(ctx: Any, entropy_grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, entropy_grad: Tensor | None, lse_grad: Tensor | None) -> tuple[Tensor, Tensor, None, None]:
         if torch.is_grad_enabled():
             raise InputError(
                 "the entropy of a fast backend has a first derivative only, and create_graph=True asks for the "
@@ -55,7 +55,10 @@ class TritonEntropy(torch.autograd.Function):
         q, k, entropy, lse = ctx.saved_tensors
         tiles = _tiles(4 * q.shape[-1], is_backward=True)
         shared = _shared_arguments(q, k, ctx.scale, ctx.visibility, tiles)
-        rows = {"entropy": entropy, "lse": lse, "gradient": entropy_grad.float().contiguous()}
+        entropy_grad, lse_grad = (
+            torch.zeros_like(lse) if each is None else each.float().contiguous() for each in (entropy_grad, lse_grad)
+        )
+        rows = {"entropy": entropy, "lse": lse, "gradient": entropy_grad, "lse_gradient": lse_grad}
         q_grad, k_grad = (torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in (q, k))
         precision = _precision(torch.float32)
         with torch.cuda.device_of(q):
@@ -68,15 +71,15 @@ class TritonEntropy(torch.autograd.Function):
 
 def fused_attention_and_entropy(
     q: Tensor, k: Tensor, v: Tensor, scale: float, visibility: Visibility
-) -> tuple[Tensor, Tensor]:
-    """``(output, entropy)`` from one pass, without gradients.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(output, entropy, lse)`` from one pass, without gradients.
 
     Output [batch, n_head, n_query, value_dim] in the dtype of v, which is that of q and k; zeros for a query that
     sees no key.
     """
-    entropy, _, output = _forward(q, k, v, scale, visibility)
+    entropy, lse, output = _forward(q, k, v, scale, visibility)
     assert output is not None
-    return output, entropy
+    return output, entropy, lse
 
 
 def _forward(

@@ -277,13 +277,17 @@ def _score_gradient(
     entropy: tl.tensor,
     lse: tl.tensor,
     gradient: tl.tensor,
+    lse_gradient: tl.tensor,
     scale: tl.tensor,
     PRECISION: tl.constexpr,
 ) -> tl.tensor:
-    """scale · ∂(gradient · H)/∂s = -scale · gradient · p (ln p + H), float32 [queries, keys]."""
+    """scale · ∂(gradient · H + lse_gradient · lse)/∂s = -scale · p (gradient · (ln p + H) - lse_gradient), float32
+    [queries, keys].
+    """
     log_p = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - lse[:, None]
     p = tl.exp2(log_p * LOG2E)
-    return tl.where(seen, -(scale * gradient)[:, None] * p * (log_p + entropy[:, None]), 0.0)
+    outer = gradient[:, None] * (log_p + entropy[:, None]) - lse_gradient[:, None]
+    return tl.where(seen, -scale * p * outer, 0.0)
 
 
 @triton.jit
@@ -294,6 +298,7 @@ def query_gradient_kernel(
     entropy: tl.tensor,
     lse: tl.tensor,
     gradient: tl.tensor,
+    lse_gradient: tl.tensor,
     out: tl.tensor,
     scale: tl.tensor,
     n_head: tl.tensor,
@@ -330,6 +335,7 @@ def query_gradient_kernel(
     row_entropy = tl.load(entropy + places, mask=inside, other=0.0)
     row_lse = tl.load(lse + places, mask=inside, other=0.0)
     row_gradient = tl.load(gradient + places, mask=inside, other=0.0)
+    row_lse_gradient = tl.load(lse_gradient + places, mask=inside, other=0.0)
     lowest = _first_key(start + (n_key - n_query), window, HAS_WINDOW) // BLOCK_N * BLOCK_N
     bottom = tl.minimum(start + BLOCK_M, n_query) - 1 + (n_key - n_query)
     highest = _last_key(bottom, n_key, window, IS_CAUSAL, HAS_WINDOW)
@@ -349,7 +355,9 @@ def query_gradient_kernel(
             HAS_WINDOW,
             HAS_MASK,
         )
-        score_gradient = _score_gradient(q, k, seen, row_entropy, row_lse, row_gradient, scale, PRECISION)
+        score_gradient = _score_gradient(
+            q, k, seen, row_entropy, row_lse, row_gradient, row_lse_gradient, scale, PRECISION
+        )
         q_gradient += tl.dot(score_gradient, k, input_precision=PRECISION)
     dims = tl.arange(0, BLOCK_D)
     stored = inside[:, None] & (dims < HEAD_DIM)[None, :]
@@ -364,6 +372,7 @@ def key_gradient_kernel(
     entropy: tl.tensor,
     lse: tl.tensor,
     gradient: tl.tensor,
+    lse_gradient: tl.tensor,
     out: tl.tensor,
     scale: tl.tensor,
     n_head: tl.tensor,
@@ -415,6 +424,7 @@ def key_gradient_kernel(
             row_entropy = tl.load(entropy + places + rows, mask=inside, other=0.0)
             row_lse = tl.load(lse + places + rows, mask=inside, other=0.0)
             row_gradient = tl.load(gradient + places + rows, mask=inside, other=0.0)
+            row_lse_gradient = tl.load(lse_gradient + places + rows, mask=inside, other=0.0)
             seen = _seen(
                 rows,
                 keys,
@@ -427,7 +437,9 @@ def key_gradient_kernel(
                 HAS_WINDOW,
                 HAS_MASK,
             )
-            score_gradient = _score_gradient(q, k, seen, row_entropy, row_lse, row_gradient, scale, PRECISION)
+            score_gradient = _score_gradient(
+                q, k, seen, row_entropy, row_lse, row_gradient, row_lse_gradient, scale, PRECISION
+            )
             k_gradient += tl.dot(tl.trans(score_gradient), q, input_precision=PRECISION)
     dims = tl.arange(0, BLOCK_D)
     stored = (keys < n_key)[:, None] & (dims < HEAD_DIM)[None, :]

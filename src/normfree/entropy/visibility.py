@@ -55,6 +55,7 @@ class Visibility:
     allowed: Tensor | None
     bias: Tensor | None
     device: torch.device
+    batch_and_heads: tuple[int, int]
 
     @property
     def has_full_rows(self) -> bool:
@@ -90,12 +91,43 @@ class Visibility:
         bias = None if self.bias is None else _rows_of(self.bias, rows)[..., columns]
         return Block(rows, columns, allowed, bias)
 
+    def with_bias(self, bias: Tensor) -> Visibility:
+        """The same with numbers added to the scores, on top of those that a float mask adds.
+
+        ``bias`` is a floating-point tensor broadcastable to [batch, n_head, n_query, n_key] and keeps its gradient.
+        Entries at or below half the most negative finite number of its dtype hide the key.
+
+        Raises:
+            InputError: its shape, dtype or device do not fit.
+        """
+        wanted = (*self.batch_and_heads, self.n_query, self.n_key)
+        shape = (1,) * (4 - bias.dim()) + tuple(bias.shape)
+        if len(shape) > 4 or any(size not in (1, full) for size, full in zip(shape, wanted, strict=True)):
+            raise InputError(
+                f"bias must be broadcastable to [batch, n_head, n_query, n_key] = {list(wanted)}, "
+                f"got shape {list(bias.shape)}"
+            )
+        if not bias.is_floating_point():
+            raise InputError(f"bias must have a floating-point dtype, got {bias.dtype}; hide keys by attention_mask")
+        if bias.device != self.device:
+            raise InputError(f"bias is on {bias.device} and q on {self.device}; put them on one device")
+        bias = bias.reshape(shape)
+        bias = bias.expand(*shape[:3], self.n_key) if shape[3] == 1 else bias
+        hidden = bias.detach() <= torch.finfo(bias.dtype).min / 2
+        allowed = self.allowed
+        if hidden.any():
+            allowed = ~hidden if allowed is None else allowed & ~hidden
+            bias = bias.masked_fill(hidden, 0.0)
+        # a sum in half precision would lose what each of the two says
+        return replace(self, allowed=allowed, bias=bias if self.bias is None else self.bias.double() + bias.double())
+
     def of_sequences(self, some: slice) -> Visibility:
         """That of some sequences of the batch."""
         allowed, bias = (
             mask if mask is None or mask.shape[0] == 1 else mask[some] for mask in (self.allowed, self.bias)
         )
-        return replace(self, allowed=allowed, bias=bias)
+        batch = len(range(*some.indices(self.batch_and_heads[0])))
+        return replace(self, allowed=allowed, bias=bias, batch_and_heads=(batch, self.batch_and_heads[1]))
 
     def columns(self, rows: slice) -> slice:
         """The keys that causality and window leave to any of some query rows."""
@@ -163,11 +195,17 @@ def visible_range(n_query: int, n_key: int, *, is_causal: bool, sliding_window: 
 
 
 def visibility_of(
-    q: Tensor, k: Tensor, *, is_causal: bool, attention_mask: Tensor | None, sliding_window: int | None
+    q: Tensor,
+    k: Tensor,
+    *,
+    is_causal: bool,
+    attention_mask: Tensor | None,
+    sliding_window: int | None,
+    bias: Tensor | None = None,
 ) -> Visibility:
     """The visible keys of every query, after checking the shapes and dtypes of all inputs.
 
-    q [batch, n_head, n_query, head_dim]; k [batch, n_kv_head, n_key, head_dim]; ``attention_mask`` as in
+    q [batch, n_head, n_query, head_dim]; k [batch, n_kv_head, n_key, head_dim]; ``attention_mask`` and ``bias`` as in
     :func:`normfree.entropy.attention_entropy`.
 
     Raises:
@@ -176,16 +214,18 @@ def visibility_of(
     _check_query_and_key(q, k)
     n_query, n_key = q.shape[2], k.shape[2]
     first, last = visible_range(n_query, n_key, is_causal=is_causal, sliding_window=sliding_window)
-    allowed = bias = None
+    allowed = mask_bias = None
     if attention_mask is not None:
-        allowed, bias = _split_mask(attention_mask, q, n_key)
+        allowed, mask_bias = _split_mask(attention_mask, q, n_key)
         causal_last = torch.arange(1, n_query + 1) + (n_key - n_query)
         if allowed is not None and n_query <= n_key and _is_causal_mask(allowed, causal_last):
             # kernels that know causality need no mask for it
             allowed, is_causal, last = None, True, torch.minimum(last, causal_last)
     # a window that holds all keys is none, and a kernel that knows no windows can do it
     window = sliding_window if sliding_window is not None and sliding_window < n_key else None
-    return Visibility(n_query, n_key, is_causal, window, first, last, allowed, bias, q.device)
+    shape = (q.shape[0], q.shape[1])
+    visibility = Visibility(n_query, n_key, is_causal, window, first, last, allowed, mask_bias, q.device, shape)
+    return visibility if bias is None else visibility.with_bias(bias)
 
 
 def _check_query_and_key(q: Tensor, k: Tensor) -> None:
