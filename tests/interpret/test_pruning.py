@@ -141,6 +141,18 @@ def test_a_meaning_of_the_index_that_no_name_tells_is_found_by_the_logits(tmp_pa
     export_pruned(model, [3, 4], tmp_path / "pruned", source="here")
 
 
+def test_a_configuration_that_allows_no_such_model_says_why_in_one_line(tmp_path, monkeypatch):
+    model = stock("llama")
+
+    def refuse(*arguments, **keywords):
+        raise ValueError("the layer types\ndo not fit")
+
+    monkeypatch.setattr(type(model.config), "from_dict", refuse)
+    refused(
+        model, [1], tmp_path, r"LlamaConfig allows no model of the layers that are left \(the layer types do not fit"
+    )
+
+
 def test_nothing_is_written_over(tmp_path):
     (tmp_path / "pruned").mkdir()
     (tmp_path / "pruned" / "notes.txt").write_text("mine")

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from normfree import NormfreeConfig, NormfreeForCausalLM, from_hf
 from normfree.errors import InputError
@@ -109,6 +116,40 @@ def test_other_models_with_linear_layers_can_be_quantized():
     model = LlamaForCausalLM(LlamaConfig(vocab_size=60, **sizes, bos_token_id=0, eos_token_id=0)).eval()
     frame = quantization_cost(model, torch.randint(0, 60, (2, 8)))
     assert np.isfinite(frame["eval_loss"]).all()
+
+
+def mixtral():
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    experts = {"num_local_experts": 2, "num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 0}
+    return MixtralForCausalLM(MixtralConfig(vocab_size=60, **sizes, **experts)).eval()
+
+
+def gpt2_with_one_linear_layer():
+    config = GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=60, n_positions=8, bos_token_id=0, eos_token_id=0)
+    model = GPT2LMHeadModel(config).eval()
+    model.transformer.h[1].mlp.c_fc = nn.Linear(16, 64)
+    return model
+
+
+def jamba_like():
+    model = gpt2_with_one_linear_layer()
+    for block in model.transformer.h:
+        block.attn, block.mlp = nn.Linear(16, 16), nn.Conv1d(16, 16, 4, groups=16)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (mixtral, r"leave 6 weights of MixtralForCausalLM in full precision, model.layers.0.mlp.gate.weight"),
+        (gpt2_with_one_linear_layer, r"leave 7 weights of GPT2LMHeadModel in full precision, transformer.h.0.attn"),
+        (jamba_like, r"leave 2 weights of GPT2LMHeadModel in full precision, transformer.h.0.mlp.weight"),
+    ],
+)
+def test_a_model_that_int8_would_reach_in_part_is_refused(make, says):
+    for scheme in SCHEMES:
+        with pytest.raises(InputError, match=says):
+            quantized(make(), scheme)
 
 
 def test_gpt2s_own_layers_are_refused_and_converted_ones_are_not():

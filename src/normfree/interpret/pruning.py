@@ -9,15 +9,17 @@ import json
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
 from normfree.errors import InputError
 from normfree.files import folder_written_whole, write_text
-from normfree.interpret.depth.block_calls import record
+from normfree.interpret.depth.block_calls import RecordedPass, check_independence, record
 from normfree.modeling import NormfreeConfig
 from normfree.modeling.norms import SCALED_NORMS
 from normfree.modeling.residual_stream import decoder_blocks
@@ -54,12 +56,16 @@ def prune_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMod
     Raises:
         InputError: the layers do not fit (see :func:`check_layers`), or one that is left would mean something else at
             its new place: a norm scaled by depth, DeepNorm, an architecture whose blocks differ by index. What no name
-            tells is found by comparing the logits with those of ``model`` with the blocks skipped.
+            tells is found by comparing the options of its modules, and the logits with those of ``model`` with the
+            blocks skipped. Or a block reads more of others than the residual stream (see
+            :func:`~normfree.interpret.depth.block_calls.check_independence`).
     """
     blocks = list(decoder_blocks(model))
     kept = check_layers(layers, len(blocks))
+    check_independence(_checked_pass(model))
     pruned = _built(model, _pruned_config(model.config, kept, len(blocks)), blocks, kept)
-    _check_same(model, layers, pruned)
+    _check_same_options(model, pruned, kept)
+    _check_same_logits(model, layers, pruned)
     return pruned
 
 
@@ -81,19 +87,21 @@ def export_pruned(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not empty; name another folder for the pruned model")
     pruned = prune_layers(model, layers)
-    record_ = {
+    kept = check_layers(layers, len(decoder_blocks(model)))
+    origin = {
         "source": source,
         "n_layer": len(decoder_blocks(model)),
         "dropped_layers": sorted(layers),
-        "kept_layers": check_layers(layers, len(decoder_blocks(model))),
+        "kept_layers": kept,
     }
     with folder_written_whole(folder) as temporary:
         pruned.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        write_text(temporary / PRUNING_FILE, json.dumps(record_, indent=2) + "\n")
+        write_text(temporary / PRUNING_FILE, json.dumps(origin, indent=2) + "\n")
         reloaded = AutoModelForCausalLM.from_pretrained(temporary, use_safetensors=True, trust_remote_code=False)
-        _check_same(model, layers, _on(model, reloaded.eval()))
+        _check_same_options(model, reloaded, kept)
+        _check_same_logits(model, layers, _on(model, reloaded.eval()))
     return reloaded
 
 
@@ -142,7 +150,13 @@ def _pruned_config(config: PreTrainedConfig, kept: list[int], n_layer: int) -> P
     if getattr(text, "n_post_layer", None) is not None:
         of_text["n_post_layer"] = sum(layer < text.n_post_layer for layer in kept)
     options["dtype"] = config.dtype
-    return type(config).from_dict(options)
+    try:
+        return type(config).from_dict(options)
+    except Exception as error:  # of whatever kind the configuration's own checks raise
+        raise InputError(
+            f"{type(config).__name__} allows no model of the layers that are left ({' '.join(str(error).split())}); "
+            "drop others"
+        ) from error
 
 
 def _check_places(config: NormfreeConfig, kept: list[int]) -> None:
@@ -161,13 +175,49 @@ def _check_places(config: NormfreeConfig, kept: list[int]) -> None:
         raise InputError("norm_placement 'mix' has at least one post-norm layer; keep one of the first")
 
 
+def _check_same_options(model: PreTrainedModel, pruned: PreTrainedModel, kept: Sequence[int]) -> None:
+    """Checks that the blocks that are left have the options they had, whether or not a few tokens show it.
+
+    A sliding window shows in the logits of sequences longer than it only. What equals the index of the layer at both
+    places is that index; where a block computes with it, the logits tell.
+    """
+    before, after = decoder_blocks(model), decoder_blocks(pruned)
+    names = list(before)
+    for place, (layer, block) in enumerate(zip(kept, after.values(), strict=True)):
+        theirs, own = _options(before[names[layer]]), _options(block)
+        for name in sorted(theirs.keys() | own.keys()):
+            was, now = theirs.get(name), own.get(name)
+            if was != now and (was, now) != (layer, place):
+                raise InputError(
+                    f"layer {layer} of {type(model).__name__} has {name} {was!r}, and {now!r} as layer {place}: what a "
+                    "layer does depends on its index; drop layers from the end, or others"
+                )
+
+
+def _options(block: nn.Module) -> dict[str, Any]:
+    """The plain values that a block's modules hold, by dotted name."""
+    return {
+        f"{module_name}.{name}".lstrip("."): value
+        for module_name, module in block.named_modules()
+        for name, value in [("class", type(module).__qualname__), *vars(module).items()]
+        if not name.startswith("_") and isinstance(value, (bool, int, float, str, NoneType))
+    }
+
+
 @torch.no_grad()
-def _check_same(model: PreTrainedModel, layers: Sequence[int], pruned: PreTrainedModel) -> None:
+def _checked_pass(model: PreTrainedModel) -> RecordedPass:
+    """A pass over a few random tokens."""
     config: Any = model.config.get_text_config()
     n_token = min(_CHECK_TOKENS, getattr(config, "max_position_embeddings", None) or _CHECK_TOKENS)
     tokens = torch.randint(0, config.vocab_size, (2, n_token), generator=torch.Generator().manual_seed(0))
-    expected = record(model, tokens).logits_without(layers)
-    logits = pruned(input_ids=tokens.to(pruned.device), use_cache=False).logits
+    return record(model, tokens)
+
+
+@torch.no_grad()
+def _check_same_logits(model: PreTrainedModel, layers: Sequence[int], pruned: PreTrainedModel) -> None:
+    recorded = _checked_pass(model)
+    expected = recorded.logits_without(layers)
+    logits = pruned(input_ids=recorded.tokens.to(pruned.device), use_cache=False).logits
     size = float(expected[expected.isfinite()].abs().max()) if expected.isfinite().any() else 1.0
     tolerance = max(1e-3, 4 * torch.finfo(expected.dtype).eps)
     if not torch.allclose(logits, expected, rtol=tolerance, atol=tolerance * size, equal_nan=True):

@@ -57,16 +57,12 @@ def quantized(model: PreTrainedModel, scheme: str) -> PreTrainedModel:
     stay in full precision.
 
     Raises:
-        InputError: torchao is missing, the scheme is unknown, or the blocks hold no ``nn.Linear``.
+        InputError: torchao is missing, the scheme is unknown, or the blocks hold no ``nn.Linear``, or weights of two or
+            more dimensions outside them (fused experts, convolutions), which would stay in full precision.
     """
     if scheme not in SCHEMES:
         raise unknown_name("quantization scheme", scheme, SCHEMES)
-    blocks = decoder_blocks(model)
-    if not any(isinstance(module, nn.Linear) for block in blocks.values() for module in block.modules()):
-        raise InputError(
-            f"the blocks of {type(model).__name__} hold no nn.Linear to quantize; "
-            "convert it with normfree.from_hf first"
-        )
+    _check_all_linear(model)
     smaller = copy.deepcopy(model)
     for block in decoder_blocks(smaller).values():
         _quantize(block, scheme)
@@ -102,6 +98,32 @@ def quantization_cost(model: PreTrainedModel, sequences: torch.Tensor, batch_siz
             "increase_percent": [100 * (perplexity(loss - full) - 1) for loss in losses.values()],
         }
     )
+
+
+def _check_all_linear(model: PreTrainedModel) -> None:
+    """Checks that every matrix of the blocks is the weight of an ``nn.Linear``, so that all of them are quantized."""
+    modules = [
+        (f"{block_name}.{name}", module)
+        for block_name, block in decoder_blocks(model).items()
+        for name, module in block.named_modules()
+    ]
+    if not any(isinstance(module, nn.Linear) for _, module in modules):
+        raise InputError(
+            f"the blocks of {type(model).__name__} hold no nn.Linear to quantize; "
+            "convert it with normfree.from_hf first"
+        )
+    left = [
+        f"{module_name}.{name}"
+        for module_name, module in modules
+        if not isinstance(module, nn.Linear)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim >= 2
+    ]
+    if left:
+        raise InputError(
+            f"int8 would leave {len(left)} weights of {type(model).__name__} in full precision, {left[0]} first: they "
+            "belong to no nn.Linear, and the loss would be that of a model quantized in part"
+        )
 
 
 def _quantize(module: nn.Module, scheme: str) -> None:

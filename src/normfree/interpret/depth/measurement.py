@@ -60,8 +60,9 @@ def measure_depth(
 ) -> DepthMeasurement:
     """How ``model``, any transformers decoder in evaluation mode, uses its layers, read on ``tokens``.
 
-    A batch costs a forward pass, another half a pass a layer for the skipped ones, the unembedding once a layer for the
-    dropped ones, ``n_probe`` backward passes for the Jacobians, and a forward and backward pass for the gradients.
+    A batch costs four forward passes, another half a pass a layer for the skipped ones, the unembedding once a layer
+    for the dropped ones, ``n_probe`` backward passes for the Jacobians, and a forward and backward pass for the
+    gradients.
 
     Args:
         model: computes in its own precision; what is summed up is so in float64.
@@ -93,11 +94,10 @@ def measure_depth(
     without_last: list[torch.Tensor] = []
     squared: list[torch.Tensor] = []
     nonfinite = torch.zeros((), dtype=torch.int64)
-    for i, batch in enumerate(tokens.split(batch_size)):
+    for batch in tokens.split(batch_size):
         with torch.no_grad():
             recorded = record(model, batch)
-        if i == 0:
-            check_independence(recorded)
+        check_independence(recorded)
         plain.append(sequence_losses(recorded.logits, recorded.tokens).double().cpu())
         variances.append(token_variances(recorded.streams))
         nonfinite = nonfinite + nonfinite_entries(recorded.streams)
