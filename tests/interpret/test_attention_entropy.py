@@ -60,7 +60,7 @@ def sequences_of(measured, corpus, tmp_path, n_sequences=N_SEQUENCE, tokenizer=N
         sequence_length=sequence_length,
         n_sequences=n_sequences,
         cache_dir=tmp_path / "cache",
-    )
+    ).tokens
 
 
 @torch.no_grad()

@@ -82,7 +82,7 @@ def test_a_diverged_model_ends_in_a_report(tmp_path: Path) -> None:
     with torch.no_grad():
         broken.transformer.h[1].mlp.c_proj.bias.fill_(torch.inf)
     found = {"broken": measure_depth(broken, tokens(3, 8)), "whole": measure_depth(stock("llama"), tokens(3, 8))}
-    table = write_depth_page(found, tmp_path, "normfree depth broken whole").set_index("model")
+    table = write_depth_page(found, tmp_path, "normfree depth", sequences="2 sequences").set_index("model")
     assert table.loc["broken", "nonfinite_entries"] > 0
     text = (tmp_path / "report.html").read_text()
     assert "broken: the loss is not finite" in text

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from normfree.cli.options import (
     DEFAULT_CACHE_DIR,
+    Bos,
     CacheDir,
     Compared,
     ComparedCorpus,
@@ -33,6 +34,7 @@ def depth(
     probes: Annotated[int, typer.Option(help="Random vectors a sequence for each Jacobian.")] = 8,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences in memory at once.")] = 8,
     out: Annotated[Path, typer.Option(help="Folder for CSV files, figures and the report.")] = Path("depth"),
+    bos: Bos = None,
     cache_dir: CacheDir = DEFAULT_CACHE_DIR,
     json_: Json = False,
 ) -> None:
@@ -50,29 +52,30 @@ def depth(
         raise InputError("a model is named twice; name each once")
     console = open_console(json_)
     measured = load_pretrained(models[0])
-    tokens = token_sequences(
+    sequences_read = token_sequences(
         measured,
         corpus=corpus,
         tokenizer=tokenizer,
         sequence_length=sequence_length,
         n_sequences=sequences,
         cache_dir=cache_dir,
+        bos=bos,
     )
     found = {}
     for source in models:
         if measured.source != source:
             measured = load_pretrained(source)  # one model at a time in memory
         name = model_name(source, models)
-        with console.status(f"{name}: {len(tokens)} sequences of {tokens.shape[1]} tokens"):
-            found[name] = measure_depth(measured.model, tokens, n_probe=probes, batch_size=batch_size)
-    table = write_depth_page(found, out, f"normfree depth {' '.join(models)}")
+        with console.status(f"{name}: {sequences_read}"):
+            found[name] = measure_depth(measured.model, sequences_read.tokens, n_probe=probes, batch_size=batch_size)
+    table = write_depth_page(found, out, f"normfree depth {' '.join(models)}", sequences=str(sequences_read))
     if json_:
         frames = {name: each.frames() for name, each in found.items()}
         rows = {
             name: {key: json.loads(frame.to_json(orient="records", double_precision=9)) for key, frame in each.items()}
             for name, each in frames.items()
         }
-        print(json.dumps({"folder": str(out), "models": rows}))
+        print(json.dumps({"folder": str(out), "beginning": sequences_read.beginning.summary(), "models": rows}))
         return
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     columns = {
@@ -91,6 +94,7 @@ def depth(
         values = {str(key): value for key, value in row.items()}
         shown.add_row(str(row["model"]), *(form.format(**values) for form in columns.values()))
     console.print(shown)
+    console.print(f"Read on {sequences_read}", highlight=False)
     for row in table[table["nonfinite_entries"] > 0].to_dict("records"):
         console.print(
             f"{row['model']}: {row['nonfinite_entries']:,} entries of the residual stream are NaN or infinite",

@@ -10,7 +10,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from normfree.cli.options import DEFAULT_CACHE_DIR, CacheDir, Json, open_console
+from normfree.cli.options import DEFAULT_CACHE_DIR, Bos, CacheDir, Json, open_console
 
 
 def entropy(
@@ -25,6 +25,7 @@ def entropy(
     ] = None,
     sequences: Annotated[int, typer.Option(help="Sequences to measure on.")] = 32,
     out: Annotated[Path | None, typer.Option(help="Folder for CSV and figures; default entropy/MODEL.")] = None,
+    bos: Bos = None,
     cache_dir: CacheDir = DEFAULT_CACHE_DIR,
     json_: Json = False,
 ) -> None:
@@ -41,28 +42,29 @@ def entropy(
     from normfree.training import load_pretrained
 
     measured = load_pretrained(model)
-    tokens = token_sequences(
+    sequences_read = token_sequences(
         measured,
         corpus=corpus,
         tokenizer=tokenizer,
         sequence_length=sequence_length,
         n_sequences=sequences,
         cache_dir=cache_dir,
+        bos=bos,
     )
     console = open_console(json_)
-    with console.status(f"{len(tokens)} sequences of {tokens.shape[1]} tokens"):
-        result = measure_attention_entropy(measured.model, tokens)
+    with console.status(str(sequences_read)):
+        result = measure_attention_entropy(measured.model, sequences_read.tokens)
     name = Path(model).resolve().name if Path(model).exists() else model
     folder = out or Path("entropy") / name.replace("/", "--")
     write_attention_entropy(result, folder)
     frame = result.heads.assign(model=name, context_length=result.sequence_length, configuration=name, seed=0)
     save_figure(headwise_entropy_heatmaps(frame, maximum=result.uniform_bound), folder, "headwise_entropy")
     if json_:
-        print(json.dumps({"folder": str(folder), **result.summary()}))
+        beginning = sequences_read.beginning.summary()
+        print(json.dumps({"folder": str(folder), "beginning": beginning, **result.summary()}))
         return
     console.print(
-        f"{name}: attention entropy in nats over {result.n_sequences} sequences of {result.sequence_length} tokens; "
-        f"uniform attention has {result.uniform_bound:.3f}",
+        f"{name}: attention entropy in nats over {sequences_read}; uniform attention has {result.uniform_bound:.3f}",
         highlight=False,
     )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from normfree.cli.options import (
     DEFAULT_CACHE_DIR,
+    Bos,
     CacheDir,
     Compared,
     ComparedCorpus,
@@ -35,6 +36,7 @@ def interpret(
     ] = None,
     neurons: Annotated[int, typer.Option(help="Candidate confidence neurons to ablate.")] = 20,
     out: Annotated[Path, typer.Option(help="Folder for CSV files, figures and the report.")] = Path("interpretation"),
+    bos: Bos = None,
     cache_dir: CacheDir = DEFAULT_CACHE_DIR,
     json_: Json = False,
 ) -> None:
@@ -50,26 +52,28 @@ def interpret(
     console = open_console(json_)
     loaded = {model_name(each, models): load_pretrained(each) for each in models}
     first = next(iter(loaded.values()))
-    tokens = token_sequences(
+    sequences_read = token_sequences(
         first,
         corpus=corpus,
         tokenizer=tokenizer,
         sequence_length=sequence_length,
         n_sequences=sequences,
         cache_dir=cache_dir,
+        bos=bos,
     )
+    beginning = sequences_read.beginning
     if prompts is not None:
-        pairs = read_prompts(prompts, tokenizer_of(first))
+        pairs = read_prompts(prompts, tokenizer_of(first), beginning)
     else:
-        pairs = induction_pairs(tokens, max(1, sequences // 2))
+        pairs = induction_pairs(sequences_read.tokens, max(1, sequences // 2), n_beginning=len(beginning))
     found = {}
     for name, each in loaded.items():
-        with console.status(f"{name}: {len(tokens)} sequences, {len(pairs.answers)} prompts, {neurons} neurons"):
-            found[name] = interpret_model(each.as_normfree(), tokens, pairs, n_neuron=neurons)
-    table = write_interpretation(found, out, f"normfree interpret {' '.join(models)}")
+        with console.status(f"{name}: {sequences_read}, {len(pairs.answers)} prompts, {neurons} neurons"):
+            found[name] = interpret_model(each.as_normfree(), sequences_read.tokens, pairs, n_neuron=neurons)
+    table = write_interpretation(found, out, f"normfree interpret {' '.join(models)}", sequences=str(sequences_read))
     if json_:
         rows = json.loads(table.to_json(orient="records", double_precision=9))
-        print(json.dumps({"folder": str(out), "summary": rows}))
+        print(json.dumps({"folder": str(out), "beginning": beginning.summary(), "summary": rows}))
         return
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in table.columns:
@@ -77,4 +81,5 @@ def interpret(
     for row in table.to_dict("records"):
         shown.add_row(*(value if isinstance(value, str) else f"{value:.3f}" for value in row.values()))
     console.print(shown)
+    console.print(f"Read on {sequences_read}", highlight=False)
     console.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True)

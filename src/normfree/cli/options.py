@@ -22,6 +22,13 @@ ComparedTokenizer = Annotated[
     str | None, typer.Option(help="A tokenizer's name or folder; default: the first model's.")
 ]
 ComparedLength = Annotated[int | None, typer.Option(help="T; default: the first model's.")]
+Bos = Annotated[
+    bool | None,
+    typer.Option(
+        "--bos/--no-bos",
+        help="Begin sequences with the beginning-of-text token, or do not; default: as the model's tokenizer does.",
+    ),
+]
 LOG_WIDTH = 110
 DEFAULT_CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "normfree"
 

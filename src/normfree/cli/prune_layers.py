@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from normfree.cli.options import DEFAULT_CACHE_DIR, CacheDir, Json, numbers, open_console
+from normfree.cli.options import DEFAULT_CACHE_DIR, Bos, CacheDir, Json, numbers, open_console
 from normfree.errors import InputError
 
 
@@ -27,6 +27,7 @@ def prune_layers(
     tokenizer: Annotated[str | None, typer.Option(help="A tokenizer's name or folder; default: the model's.")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="T, for --drop-similar; default: the model's.")] = None,
     sequences: Annotated[int, typer.Option(help="Sequences for --drop-similar.")] = 32,
+    bos: Bos = None,
     cache_dir: CacheDir = DEFAULT_CACHE_DIR,
     json_: Json = False,
 ) -> None:
@@ -46,8 +47,9 @@ def prune_layers(
 
     if sum(choice is not None for choice in (drop, drop_last, drop_similar)) != 1:
         raise InputError("give exactly one of --drop, --drop-last and --drop-similar")
-    if drop_similar is None and (corpus is not None or sequence_length is not None):
-        raise InputError("--corpus and --sequence-length are for --drop-similar; leave them out")
+    if drop_similar is None and (corpus, sequence_length, bos) != (None, None, None):
+        raise InputError("--corpus, --sequence-length and --bos are for --drop-similar; leave them out")
+    sequences_read = None
     chosen = numbers("--drop", drop, "8,9,10") if drop is not None else []
     console = open_console(json_)
     loaded = load_pretrained(model)
@@ -57,15 +59,16 @@ def prune_layers(
             raise InputError(f"cannot drop the last {drop_last} of {n_layer} layers; drop 1 to {n_layer - 1}")
         chosen = list(range(n_layer - drop_last, n_layer))
     if drop_similar is not None:
-        tokens = token_sequences(
+        sequences_read = token_sequences(
             loaded,
             corpus=corpus,
             tokenizer=tokenizer,
             sequence_length=sequence_length,
             n_sequences=sequences,
             cache_dir=cache_dir,
+            bos=bos,
         )
-        chosen = most_similar_block(measure_angular_distance(loaded.model, tokens), drop_similar)
+        chosen = most_similar_block(measure_angular_distance(loaded.model, sequences_read.tokens), drop_similar)
     try:
         reader = tokenizer_of(loaded)
     except InputError:
@@ -79,12 +82,15 @@ def prune_layers(
         "parameters_before": loaded.model.num_parameters(),
         "tokenizer": reader is not None,
     }
+    if sequences_read is not None:
+        result["beginning"] = sequences_read.beginning.summary()
     if json_:
         print(json.dumps(result))
         return
     console.print(
         f"Dropped {len(chosen)} of {n_layer} layers ({', '.join(map(str, sorted(chosen)))}): "
         f"{result['parameters_before']:,} parameters before, {result['parameters']:,} now"
+        + ("" if sequences_read is None else f"; chosen on {sequences_read}")
         + ("" if reader is not None else "; no tokenizer was saved with the model"),
         highlight=False,
         soft_wrap=True,

@@ -1,5 +1,6 @@
 """Data: corpus -> tokenizer -> packed, memory-mapped blocks of tokens."""
 
+from normfree.data.beginning import Beginning
 from normfree.data.blocks import SplitStatistics, TokenBlocks
 from normfree.data.configuration import DataConfig
 from normfree.data.corpus import CORPORA, open_corpus
@@ -9,6 +10,7 @@ from normfree.data.tokenizer import load_tokenizer, train_tokenizer
 
 __all__ = [
     "CORPORA",
+    "Beginning",
     "Corpus",
     "CorpusStatistics",
     "DataConfig",

@@ -1,9 +1,10 @@
 """Blocks of tokens on disk: how documents are cut into them, written, and read back memory-mapped."""
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from normfree.data.tokenizer import vocabulary_size
+from normfree.errors import InputError
 
 NOT_PREDICTED = -100
 """The label of a token that is not predicted, for transformers as for torch."""
@@ -91,7 +93,7 @@ class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
 class _BlockWriter:
     """Writes a .npy file [n_blocks, T] whose length is known only at the end."""
 
-    def __init__(self, path: Path, sequence_length: int, dtype: np.dtype[np.unsignedinteger]) -> None:
+    def __init__(self, path: Path, sequence_length: int, dtype: np.dtype[Any]) -> None:
         self._file = path.open("wb")
         self._sequence_length = sequence_length
         self._dtype = dtype
@@ -107,10 +109,10 @@ class _BlockWriter:
         self._write_header()
         self._file.close()
 
-    def append(self, tokens: NDArray[np.unsignedinteger]) -> None:
-        """Append tokens, a whole number of blocks."""
-        self._file.write(tokens.tobytes())
-        self._n_blocks += len(tokens) // self._sequence_length
+    def append(self, blocks: NDArray[Any]) -> None:
+        """Append blocks, [n, T]."""
+        self._file.write(blocks.astype(self._dtype, copy=False).tobytes())
+        self._n_blocks += len(blocks)
 
     def _write_header(self) -> None:
         np.lib.format.write_array_header_1_0(
@@ -123,12 +125,86 @@ class _BlockWriter:
         )
 
 
+class Blocks(NamedTuple):
+    """Whole blocks of tokens, and which of them are predicted, [n, T] each."""
+
+    tokens: NDArray[np.int64]
+    predicted: NDArray[np.bool_]
+
+    @classmethod
+    def empty(cls, sequence_length: int) -> Self:
+        """No block of ``sequence_length`` tokens."""
+        return cls(np.empty((0, sequence_length), np.int64), np.empty((0, sequence_length), np.bool_))
+
+
+class Cutter:
+    """Cuts documents into blocks of T tokens that all begin with ``beginning``, whose tokens are not predicted.
+
+    Document follows document, each with its own beginning, until :meth:`drop` separates them.
+    """
+
+    def __init__(self, sequence_length: int, beginning: tuple[int, ...]) -> None:
+        if sequence_length <= len(beginning) + 1:
+            raise InputError(
+                f"sequences of {sequence_length} tokens have no room behind the {len(beginning)} that the tokenizer "
+                "puts first; give longer ones"
+            )
+        self._T = sequence_length
+        self._beginning = np.asarray(beginning, np.int64)
+        self._left = np.empty(0, np.int64)
+        self._left_predicted = np.empty(0, np.bool_)
+
+    @property
+    def n_left(self) -> int:
+        """Tokens that no block holds yet, a beginning in front of them not counted."""
+        return max(0, len(self._left) - len(self._beginning))
+
+    def cut(self, tokens: NDArray[np.int64], predicted: NDArray[np.bool_], separator: int | None = None) -> Blocks:
+        """The blocks that a document completes; ``separator`` goes in front of it, in the block of the one before."""
+        T, n = self._T, len(self._beginning)
+        before = np.asarray([] if separator is None or (n and not len(self._left)) else [separator], np.int64)
+        start = len(self._left) + len(before)
+        unpredicted = np.zeros(n, np.bool_)
+        stream = np.concatenate([self._left, before, self._beginning, tokens])
+        mask = np.concatenate([self._left_predicted, np.ones(len(before), np.bool_), unpredicted, predicted])
+        if len(stream) < T:
+            self._keep(stream, mask)
+            return Blocks.empty(T)
+        # Of a beginning that the first block cuts through, the second block has the whole.
+        again = T if start + n <= T else start + n
+        rest, rest_mask = stream[again:], mask[again:]
+        n_more = len(rest) // (T - n)
+        more, more_mask = rest[: n_more * (T - n)].reshape(-1, T - n), rest_mask[: n_more * (T - n)].reshape(-1, T - n)
+        blocks = np.concatenate([stream[None, :T], self._with_beginning(more)])
+        masks = np.concatenate([mask[None, :T], np.hstack([np.tile(unpredicted, (n_more, 1)), more_mask])])
+        left = rest[n_more * (T - n) :]
+        if len(left):
+            self._keep(np.concatenate([self._beginning, left]), np.concatenate([unpredicted, rest_mask[-len(left) :]]))
+        else:
+            self._keep(left, rest_mask[:0])
+        return Blocks(blocks, masks)
+
+    def drop(self) -> int:
+        """Drops what is left; the number of tokens, a beginning in front of them not counted."""
+        n_dropped = self.n_left
+        self._keep(self._left[:0], self._left_predicted[:0])
+        return n_dropped
+
+    def _with_beginning(self, bodies: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.hstack([np.tile(self._beginning, (len(bodies), 1)), bodies])
+
+    def _keep(self, tokens: NDArray[np.int64], predicted: NDArray[np.bool_]) -> None:
+        self._left, self._left_predicted = tokens, predicted
+
+
 def write_blocks(
     path: Path,
     documents: Iterable[str],
     tokenizer: PreTrainedTokenizerBase,
     *,
     sequence_length: int,
+    beginning: tuple[int, ...] = (),
+    predicted_path: Path | None = None,
     separator: int | None = None,
     max_tokens: int | None = None,
     report: Callable[[int], object] = lambda _: None,
@@ -140,38 +216,45 @@ def write_blocks(
         documents: Read only as far as ``max_tokens`` needs.
         tokenizer: Adds no special tokens of its own, and takes text that looks like a special token as text.
         sequence_length: T.
+        beginning: The first tokens of each block, and of each document: a block has T - len(beginning) others.
+        predicted_path: The .npy file to write which tokens are predicted to, bool: those of no beginning.
         separator: None cuts each document apart and drops its remainder (``chunks``). A token id joins the
-            documents with that token between them first and drops only the last remainder (``packed``).
+            documents with that token between them and drops only the last remainder (``packed``).
         max_tokens: Upper bound on the tokens written.
         report: Called with the number of tokens written so far.
+
+    Raises:
+        InputError: the beginning leaves no room in a block.
     """
     T = sequence_length
-    dtype = token_dtype(tokenizer)
-    most = None if max_tokens is None else max_tokens // T * T
+    most = None if max_tokens is None else max_tokens // T
     statistics = SplitStatistics()
-    remainder = np.empty(0, dtype)
-    with _BlockWriter(path, T, dtype) as writer:
+    cutter = Cutter(T, beginning)
+    with contextlib.ExitStack() as stack:
+        writer = stack.enter_context(_BlockWriter(path, T, token_dtype(tokenizer)))
+        masks = None
+        if predicted_path is not None:
+            masks = stack.enter_context(_BlockWriter(predicted_path, T, np.dtype(np.bool_)))
         for n_bytes, ids in _tokenize(documents, tokenizer):
+            tokens = np.asarray(ids, np.int64)
+            between = separator if statistics.documents else None
             statistics.documents += 1
             statistics.bytes += n_bytes
             statistics.document_tokens += len(ids)
-            tokens = np.asarray(ids, dtype)
-            if separator is not None and statistics.documents > 1:
-                tokens = np.concatenate([remainder, np.asarray([separator], dtype), tokens])
-            whole = len(tokens) // T * T
-            taken = whole if most is None else min(whole, most - statistics.tokens)
-            writer.append(tokens[:taken])
-            statistics.tokens += taken
-            remainder = tokens[whole:]
+            blocks = cutter.cut(tokens, np.ones(len(tokens), np.bool_), between)
+            taken = slice(None if most is None else most - statistics.blocks)
+            writer.append(blocks.tokens[taken])
+            if masks is not None:
+                masks.append(blocks.predicted[taken])
+            statistics.blocks += len(blocks.tokens[taken])
             if separator is None:
-                statistics.dropped_tokens += len(remainder)
-            report(statistics.tokens)
-            if statistics.tokens == most:
+                statistics.dropped_tokens += cutter.drop()
+            report(statistics.blocks * T)
+            if statistics.blocks == most:
                 break
         else:
-            if separator is not None:
-                statistics.dropped_tokens = len(remainder)
-    statistics.blocks = statistics.tokens // T
+            statistics.dropped_tokens += cutter.drop()
+    statistics.tokens = statistics.blocks * T
     return statistics
 
 

@@ -11,6 +11,8 @@ from pydantic import (
     model_validator,
 )
 
+from normfree.data.beginning import BeginningRule
+
 Cut = Literal["chunks", "packed"]
 
 SMALLEST_TRAINED_VOCABULARY = 257
@@ -30,6 +32,10 @@ class DataConfig(BaseModel):
         Vocabulary of the tokenizer to train, end-of-text token included. Only for ``tokenizer="train"``.
     sequence_length:
         T, tokens in a block.
+    beginning:
+        What every sequence and every document begins with: ``none`` (text only), ``tokenizer`` (the special tokens
+        that the tokenizer puts before a text) or ``bos_token`` (the same, and where it puts none its
+        beginning-of-text token). They count among the T tokens and are not predicted.
     cut:
         ``chunks``: each document is cut into blocks of its own and its shorter remainder is dropped (ReLU's
         Revival and the Hugging Face course). ``packed``: documents are joined with the end-of-text token
@@ -51,6 +57,7 @@ class DataConfig(BaseModel):
     tokenizer: str = Field("train", min_length=1)
     vocab_size: int = Field(4096, ge=SMALLEST_TRAINED_VOCABULARY)
     sequence_length: int = Field(128, ge=2)
+    beginning: BeginningRule = "none"
     cut: Cut = "chunks"
     train_tokens: int | None = Field(None, ge=1)
     eval_tokens: int | None = Field(None, ge=1)
@@ -65,6 +72,11 @@ class DataConfig(BaseModel):
                 f"vocab_size is {self.vocab_size} but tokenizer {self.tokenizer!r} brings its own "
                 "vocabulary; leave vocab_size out or set tokenizer to 'train'"
             )
+        if self.tokenizer == "train" and self.beginning != "none":
+            raise ValueError(
+                f"beginning is {self.beginning!r} but a tokenizer trained here puts nothing before a text; leave "
+                "beginning out or name a tokenizer"
+            )
         for name, cap in (("train_tokens", self.train_tokens), ("eval_tokens", self.eval_tokens)):
             if cap is not None and cap < self.sequence_length:
                 raise ValueError(
@@ -74,9 +86,12 @@ class DataConfig(BaseModel):
         return self
 
     @model_serializer(mode="wrap")
-    def _without_inapplicable_vocab_size(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_what_does_not_apply(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # A dumped config is read back with every field given explicitly, and would then be refused.
         fields: dict[str, Any] = serialize(self)
         if self.tokenizer != "train":
             fields.pop("vocab_size", None)
+        # Runs on text only keep the configuration, and the fingerprint, that they had before there was this field.
+        if self.beginning == "none":
+            fields.pop("beginning", None)
         return fields

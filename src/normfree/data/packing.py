@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerBase
 
+from normfree.data.beginning import Beginning
 from normfree.data.blocks import SplitStatistics, TokenBlocks, write_blocks
 from normfree.data.configuration import DataConfig
 from normfree.data.corpus import open_corpus
@@ -151,10 +152,12 @@ def _blocks(folder: Path, split: Split) -> TokenBlocks:
 
 def _fingerprint(config: DataConfig, corpus: Corpus, tokenizer: PreTrainedTokenizerBase | None) -> str:
     """16 hexadecimal digits that stand for the tokens: the same documents at another path have the same."""
-    parts = config.model_dump(mode="json", exclude={"corpus", "tokenizer"})
+    parts = config.model_dump(mode="json", exclude={"corpus", "tokenizer", "beginning"})
     parts["format_version"] = FORMAT_VERSION
     parts["documents"] = corpus.fingerprint
     parts["tokenizer"] = "train" if tokenizer is None else _tokenizer_identity(tokenizer)
+    if tokenizer is not None and (beginning := Beginning.of(tokenizer, config.beginning)):
+        parts["beginning"] = beginning.token_ids
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -177,6 +180,7 @@ def _build(
         start("training the tokenizer", None)
         tokenizer = train_tokenizer(corpus.documents("train"), config.vocab_size)
     tokenizer.save_pretrained(folder / "tokenizer")
+    beginning = Beginning.of(tokenizer, config.beginning).token_ids
     caps = {"train": config.train_tokens, "eval": config.eval_tokens}
     splits = {}
     for split in SPLITS:
@@ -188,6 +192,7 @@ def _build(
                 corpus.pairs(split),
                 tokenizer,
                 sequence_length=config.sequence_length,
+                beginning=beginning,
                 max_tokens=caps[split],
             )
         else:
@@ -196,6 +201,8 @@ def _build(
                 corpus.documents(split),
                 tokenizer,
                 sequence_length=config.sequence_length,
+                beginning=beginning,
+                predicted_path=folder / f"{split}_predicted.npy" if beginning else None,
                 separator=_separator(tokenizer, config),
                 max_tokens=caps[split],
                 report=report,

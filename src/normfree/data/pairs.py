@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from normfree.data.blocks import SplitStatistics, token_dtype
+from normfree.data.blocks import Blocks, Cutter, SplitStatistics, token_dtype
 from normfree.data.configuration import DataConfig
 from normfree.data.documents import Split
 from normfree.data.local import LocalCorpus
@@ -63,12 +63,14 @@ def write_pairs(
     tokenizer: PreTrainedTokenizerBase,
     *,
     sequence_length: int,
+    beginning: tuple[int, ...] = (),
     max_tokens: int | None = None,
 ) -> SplitStatistics:
     """Write pairs as blocks of tokens [n, T], and which of them are predicted, bool [n, T].
 
-    Pair follows pair: the prompt, the completion and an end-of-text token, cut wherever a block is full; the last
-    remainder is dropped. Completions and their end-of-text tokens are predicted. All pairs are held in memory.
+    Pair follows pair: the beginning, the prompt, the completion and an end-of-text token, cut wherever a block is full;
+    every block begins with the beginning, and the last remainder is dropped. Completions and their end-of-text tokens
+    are predicted. All pairs are held in memory.
 
     Raises:
         InputError: the tokenizer has no end-of-text token.
@@ -76,24 +78,26 @@ def write_pairs(
     if tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no end-of-text token to end completions with; use another one")
     statistics = SplitStatistics()
-    tokens: list[int] = []
-    predicted: list[bool] = []
-    most = None if max_tokens is None else max_tokens // sequence_length * sequence_length
+    cutter = Cutter(sequence_length, beginning)
+    blocks = [Blocks.empty(sequence_length)]
+    most = None if max_tokens is None else max_tokens // sequence_length
     for pair in pairs:
         prompt, completion = (_tokens(text, tokenizer) for text in pair)
         statistics.documents += 1
         statistics.bytes += sum(len(text.encode("utf-8")) for text in pair)
         statistics.document_tokens += len(prompt) + len(completion)
-        tokens += [*prompt, *completion, tokenizer.eos_token_id]
-        predicted += [False] * len(prompt) + [True] * (len(completion) + 1)
-        if most is not None and len(tokens) >= most:
-            del tokens[most:], predicted[most:]
+        tokens = np.asarray([*prompt, *completion, tokenizer.eos_token_id], np.int64)
+        blocks.append(cutter.cut(tokens, np.arange(len(tokens)) >= len(prompt)))
+        statistics.blocks += len(blocks[-1].tokens)
+        if most is not None and statistics.blocks >= most:
             break
-    statistics.blocks, statistics.dropped_tokens = divmod(len(tokens), sequence_length)
-    statistics.tokens = statistics.blocks * sequence_length
-    shape = statistics.blocks, sequence_length
-    np.save(path, np.asarray(tokens[: statistics.tokens], token_dtype(tokenizer)).reshape(shape))
-    np.save(predicted_path, np.asarray(predicted[: statistics.tokens], np.bool_).reshape(shape))
+    else:
+        statistics.dropped_tokens = cutter.drop()
+    tokens, predicted = (np.concatenate(parts)[:most] for parts in zip(*blocks, strict=True))
+    statistics.blocks = len(tokens)
+    statistics.tokens = tokens.size
+    np.save(path, tokens.astype(token_dtype(tokenizer)))
+    np.save(predicted_path, predicted)
     return statistics
 
 

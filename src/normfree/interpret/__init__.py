@@ -2,6 +2,7 @@
 
 from normfree.interpret.attention_entropy import (
     AttentionEntropy,
+    TokenSequences,
     measure_attention_entropy,
     token_sequences,
     tokenizer_of,
@@ -53,6 +54,7 @@ __all__ = [
     "LogitAttribution",
     "PatchingAgreement",
     "PromptPairs",
+    "TokenSequences",
     "agreement",
     "attention_sinks",
     "check_quantization",

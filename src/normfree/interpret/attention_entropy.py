@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from normfree.data import DataConfig, TokenBlocks, load_tokenizer, open_corpus, same_data
+from normfree.data import Beginning, DataConfig, TokenBlocks, load_tokenizer, open_corpus, same_data
+from normfree.data.beginning import BeginningRule
 from normfree.data.blocks import write_blocks
 from normfree.entropy import entropy_bands, uniform_entropy_bound
 from normfree.errors import InputError
@@ -25,6 +26,22 @@ from normfree.training import LoadedModel
 DEFAULT_SEQUENCE_LENGTH = 512
 NEARLY_ALL = 1 - 1e-9
 """Share of a corpus' documents to measure on: a finished model needs no others to be kept for training."""
+
+
+@dataclass(frozen=True)
+class TokenSequences:
+    """Sequences to measure on.
+
+    tokens: int64 [n, T], no padding; each begins with the tokens of ``beginning``.
+    beginning: what that is, by the rule that gave it.
+    """
+
+    tokens: torch.Tensor
+    beginning: Beginning
+
+    def __str__(self) -> str:
+        n, T = self.tokens.shape
+        return f"{n} sequences of {T} tokens ({self.beginning})"
 
 
 @dataclass(frozen=True)
@@ -83,11 +100,14 @@ def token_sequences(
     sequence_length: int | None,
     n_sequences: int,
     cache_dir: Path,
-) -> torch.Tensor:
+    bos: bool | None = None,
+) -> TokenSequences:
     """The first ``n_sequences`` sequences to measure on: int64 [n_sequences, T], each from within one document.
 
     Without ``corpus`` they are a run's own evaluation sequences. Otherwise the corpus is tokenized with
-    ``tokenizer``: by default the run's, or the one saved with the model.
+    ``tokenizer``: by default the run's, or the one saved with the model. Sequences of a run begin as those that it was
+    trained on; those of any other model with what the tokenizer puts before a text, so that the model sees what it was
+    trained on.
 
     Args:
         measured: the model that will read them.
@@ -96,6 +116,7 @@ def token_sequences(
         sequence_length: T; None means the run's, or 512, or what positions the model has if they are fewer.
         n_sequences: at least 1.
         cache_dir: where the data of runs are prepared.
+        bos: whether sequences begin with a beginning-of-text token, where that is not left to the model.
 
     Raises:
         InputError: no corpus or tokenizer, too long sequences, too few of them, or tokens that the model lacks.
@@ -109,11 +130,12 @@ def token_sequences(
             f"give at most {measured.n_positions}"
         )
     if corpus is None:
-        tokens = _own_sequences(measured, tokenizer, T, cache_dir)
+        tokens, beginning = _own_sequences(measured, tokenizer, T, cache_dir, bos)
         where = f"the evaluation data of {measured.source}"
     else:
         reader = load_tokenizer(tokenizer) if tokenizer is not None else tokenizer_of(measured)
-        tokens = _corpus_sequences(corpus, reader, T, n_sequences)
+        beginning = Beginning.of(reader, _beginning_rule(measured, bos))
+        tokens = _corpus_sequences(corpus, reader, T, n_sequences, beginning)
         where = f"corpus {corpus!r}"
     if len(tokens) < n_sequences:
         raise InputError(
@@ -127,7 +149,14 @@ def token_sequences(
             f"the tokenizer gives token {int(tokens.max())}, the vocabulary of {measured.source} has {n_vocabulary}; "
             "give the tokenizer that the model was trained with"
         )
-    return tokens
+    return TokenSequences(tokens, beginning)
+
+
+def _beginning_rule(measured: LoadedModel, bos: bool | None) -> BeginningRule:
+    """How sequences for a model begin: as ``bos`` says, as a run's own do, or as the model's tokenizer has it."""
+    if bos is not None:
+        return "bos_token" if bos else "none"
+    return "tokenizer" if measured.data is None else measured.data.beginning
 
 
 @torch.no_grad()
@@ -159,7 +188,9 @@ def _default_sequence_length(measured: LoadedModel) -> int:
     return min(DEFAULT_SEQUENCE_LENGTH, measured.n_positions or DEFAULT_SEQUENCE_LENGTH)
 
 
-def _own_sequences(measured: LoadedModel, tokenizer: str | None, sequence_length: int, cache_dir: Path) -> torch.Tensor:
+def _own_sequences(
+    measured: LoadedModel, tokenizer: str | None, sequence_length: int, cache_dir: Path, bos: bool | None
+) -> tuple[torch.Tensor, Beginning]:
     if measured.data is None or measured.fingerprint is None:
         raise InputError(f"{measured.source} is no run with data of its own; name a corpus to measure on")
     if tokenizer is not None:
@@ -169,11 +200,14 @@ def _own_sequences(measured: LoadedModel, tokenizer: str | None, sequence_length
             f"the evaluation data of {measured.source} are sequences of {measured.data.sequence_length} tokens, "
             f"not {sequence_length}; name a corpus to measure on other lengths"
         )
-    return _tensor(same_data(measured.data, cache_dir, measured.fingerprint).eval)
+    if bos is not None:
+        raise InputError("a run's own evaluation sequences begin as they do; name a corpus, or leave --bos out")
+    data = same_data(measured.data, cache_dir, measured.fingerprint)
+    return _tensor(data.eval), Beginning.of(data.tokenizer, measured.data.beginning)
 
 
 def _corpus_sequences(
-    corpus: str, tokenizer: PreTrainedTokenizerBase, sequence_length: int, n_sequences: int
+    corpus: str, tokenizer: PreTrainedTokenizerBase, sequence_length: int, n_sequences: int, beginning: Beginning
 ) -> torch.Tensor:
     opened = open_corpus(DataConfig.model_validate({"corpus": corpus, "eval_fraction": NEARLY_ALL}))
     with tempfile.TemporaryDirectory() as folder:
@@ -183,6 +217,7 @@ def _corpus_sequences(
             opened.documents("eval"),
             tokenizer,
             sequence_length=sequence_length,
+            beginning=beginning.token_ids,
             max_tokens=n_sequences * sequence_length,
         )
         return _tensor(TokenBlocks(path))

@@ -10,13 +10,17 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from normfree.data import Beginning
 from normfree.errors import InputError
 from normfree.interpret.patching import PromptPairs
 
-FIELDS = ("clean", "corrupted", "answer", "wrong_answer")
+PROMPTS = ("clean", "corrupted")
+ANSWERS = ("answer", "wrong_answer")
+FIELDS = (*PROMPTS, *ANSWERS)
+NO_BEGINNING = Beginning()
 
 
-def induction_pairs(sequences: torch.Tensor, n: int, *, seed: int = 0) -> PromptPairs:
+def induction_pairs(sequences: torch.Tensor, n: int, *, n_beginning: int = 0, seed: int = 0) -> PromptPairs:
     """``n`` prompts that end as an earlier part of them went on: ... A B ... A, whose answer is B.
 
     Half of a sequence, and behind it one of its tokens A that stands there once; the answer is the token B behind A.
@@ -26,6 +30,7 @@ def induction_pairs(sequences: torch.Tensor, n: int, *, seed: int = 0) -> Prompt
     Args:
         sequences: int64 [m, T], T at least 8; each gives at most one pair.
         n: pairs.
+        n_beginning: tokens that every sequence begins with; none of them is an A.
         seed: of the choices of A and C.
 
     Raises:
@@ -37,6 +42,7 @@ def induction_pairs(sequences: torch.Tensor, n: int, *, seed: int = 0) -> Prompt
     for sequence in sequences[:, : sequences.shape[1] // 2].numpy():
         tokens, counts = np.unique(sequence, return_counts=True)
         places = np.flatnonzero(np.isin(sequence[:-1], tokens[counts == 1]))
+        places = places[places >= n_beginning]
         others = np.setdiff1d(vocabulary, tokens)
         if len(places) and len(others) and len(found) < n:
             place = int(generator.choice(places))
@@ -52,8 +58,10 @@ def induction_pairs(sequences: torch.Tensor, n: int, *, seed: int = 0) -> Prompt
     return PromptPairs(*(torch.from_numpy(np.asarray(each, dtype=np.int64)) for each in zip(*found, strict=True)))
 
 
-def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> PromptPairs:
+def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, beginning: Beginning = NO_BEGINNING) -> PromptPairs:
     """Pairs from a file of JSON lines, each with the texts ``clean``, ``corrupted``, ``answer`` and ``wrong_answer``.
+
+    Prompts begin with ``beginning``, unless they are written with it.
 
     Raises:
         InputError: the file cannot be read, a line is not of that form, prompts have different numbers of tokens, or an
@@ -73,17 +81,18 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> PromptPairs:
         if not isinstance(content, dict) or any(not isinstance(content.get(name), str) for name in FIELDS):
             raise InputError(f"{where}: each line is an object with the texts {', '.join(FIELDS)}")
         for name in FIELDS:
-            rows[name].append(tokenizer(content[name], add_special_tokens=False)["input_ids"])
-        for name in FIELDS[2:]:
+            token_ids = tokenizer(content[name], add_special_tokens=False)["input_ids"]
+            rows[name].append(beginning.before(token_ids) if name in PROMPTS else token_ids)
+        for name in ANSWERS:
             if len(rows[name][-1]) != 1:
                 raise InputError(f"{where}: {name} {content[name]!r} is {len(rows[name][-1])} tokens; give one token")
         length = len(rows["clean"][0])
-        for name in FIELDS[:2]:
+        for name in PROMPTS:
             if len(rows[name][-1]) != length:
                 raise InputError(
                     f"{where}: {name} has {len(rows[name][-1])} tokens and the first prompt {length}; give all the same"
                 )
     if not rows["clean"]:
         raise InputError(f"{path} has no prompts; give one object a line with {', '.join(FIELDS)}")
-    prompts = [torch.tensor(rows[name], dtype=torch.int64) for name in FIELDS[:2]]
-    return PromptPairs(*prompts, *(torch.tensor(rows[name], dtype=torch.int64)[:, 0] for name in FIELDS[2:]))
+    prompts = [torch.tensor(rows[name], dtype=torch.int64) for name in PROMPTS]
+    return PromptPairs(*prompts, *(torch.tensor(rows[name], dtype=torch.int64)[:, 0] for name in ANSWERS))

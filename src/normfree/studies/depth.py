@@ -45,8 +45,12 @@ MOST_RUNS_IN_FULL = 4
 """Of more runs the laws of growth have no table: it has four rows a run."""
 
 
-def write_depth_page(found: Mapping[str, DepthMeasurement], folder: Path, command: str) -> pd.DataFrame:
+def write_depth_page(
+    found: Mapping[str, DepthMeasurement], folder: Path, command: str, *, sequences: str
+) -> pd.DataFrame:
     """Writes what was measured of each model, by name, into ``folder``: CSV files, figures, ``report.html``.
+
+    The page names the ``sequences`` that the models read.
 
     Returns:
         The summary, a row a model (see :func:`normfree.interpret.measure_depth`).
@@ -76,7 +80,12 @@ def write_depth_page(found: Mapping[str, DepthMeasurement], folder: Path, comman
         title="How depth is used: " + ", ".join(found),
         lead=" ".join(_sentence(row) for _, row in table.iterrows()),
         sections=[Section("Result", blocks), *depth_sections(frames, folder / FIGURES_FOLDER)],
-        meta={"Made by": f"normfree {version('normfree')}", "Date": date.today().isoformat(), "Command": command},
+        meta={
+            "Made by": f"normfree {version('normfree')}",
+            "Date": date.today().isoformat(),
+            "Command": command,
+            "Read on": sequences,
+        },
     )
     write_report(folder / "report.html", page)
     return table

@@ -66,8 +66,12 @@ def interpret(
     }
 
 
-def write_interpretation(found: Mapping[str, Mapping[str, pd.DataFrame]], folder: Path, command: str) -> pd.DataFrame:
+def write_interpretation(
+    found: Mapping[str, Mapping[str, pd.DataFrame]], folder: Path, command: str, *, sequences: str
+) -> pd.DataFrame:
     """Writes what :func:`interpret` found of each model, by name, into ``folder``: CSV files, figures, ``report.html``.
+
+    The page names the ``sequences`` that the models read.
 
     Returns:
         The summary, one row a model: model, attribution_nmae (median over the heads), patching_pearson,
@@ -87,7 +91,12 @@ def write_interpretation(found: Mapping[str, Mapping[str, pd.DataFrame]], folder
         title="What the norms hide: interpretability of " + ", ".join(found),
         lead=_lead(table),
         sections=_sections(frames, table, folder / FIGURES_FOLDER),
-        meta={"Made by": f"normfree {version('normfree')}", "Date": date.today().isoformat(), "Command": command},
+        meta={
+            "Made by": f"normfree {version('normfree')}",
+            "Date": date.today().isoformat(),
+            "Command": command,
+            "Read on": sequences,
+        },
     )
     write_report(folder / "report.html", page)
     return table
