@@ -1,5 +1,7 @@
 """How calls of each attention implementation are read, where this machine cannot run the implementation itself."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -85,11 +87,89 @@ def test_arguments_that_change_the_weights_are_refused(argument):
     assert read_call(call_of(sdpa_attention_forward, **{argument: None})).is_causal
 
 
-def test_other_calls_that_are_not_understood_are_refused():
+def with_sinks(*shape):
     module = nn.Module()
-    module.sinks = nn.Parameter(torch.zeros(4))
-    with pytest.raises(UnreadableCallError, match="attention sink"):
-        read_call(call_of(sdpa_attention_forward, module=module))
+    module.sinks = nn.Parameter(torch.randn(shape))
+    return module
+
+
+def test_flash_and_flex_take_a_soft_cap_and_a_learned_sink():
+    module = with_sinks(4)
+    for function in (flash_attention_forward, flex_attention_forward):
+        attention = read_call(call_of(function, module=module, softcap=30, s_aux=module.sinks))
+        assert attention.softcap == 30.0
+        assert torch.equal(attention.sinks, module.sinks)
+        assert not attention.sinks.requires_grad
+        assert attention.weights is None
+    # flash attention rounds the sink to the queries' precision
+    call = call_of(flash_attention_forward, module=module, s_aux=module.sinks)
+    half = dataclasses.replace(call, query=call.query.half(), key=call.key.half())
+    assert torch.equal(read_call(half).sinks, module.sinks.half())
+
+
+def test_sdpa_and_flex_take_a_position_bias():
+    bias = torch.randn(1, 4, 6, 9)
+    attention = read_call(call_of(sdpa_attention_forward, n_key=9, position_bias=bias))
+    assert torch.equal(attention.bias, bias[..., :6])  # the empty end of a static cache
+    assert torch.equal(read_call(call_of(flex_attention_forward, n_key=9, position_bias=bias)).bias, bias)
+
+
+def eager_ignoring(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """An eager function that knows nothing but the mask."""
+
+
+def eager_with_all(module, query, key, value, attention_mask, softcap=None, position_bias=None, **kwargs):
+    return module.sinks
+
+
+def test_eager_functions_are_asked_what_they_take():
+    module, bias = with_sinks(4, 1, 1), torch.randn(1, 1, 6, 6)
+
+    def eager(function, **others):
+        return dataclasses.replace(call_of(function, module=module, **others), is_eager=True)
+
+    attention = read_call(eager(eager_with_all, softcap=2.0, position_bias=bias, s_aux=module.sinks))
+    assert attention.softcap == 2.0
+    assert torch.equal(attention.bias, bias)
+    assert torch.equal(attention.sinks, module.sinks.flatten())
+    assert torch.equal(read_call(eager(eager_with_all)).sinks, module.sinks.flatten())
+    with pytest.raises(UnreadableCallError, match="not the one of its module"):
+        read_call(eager(eager_with_all, s_aux=torch.zeros(4)))
+    with pytest.raises(
+        UnreadableCallError, match="has a learned attention sink that its attention function does not take"
+    ):
+        read_call(eager(eager_ignoring))
+    module.sinks = None
+    with pytest.raises(UnreadableCallError, match="has a soft-cap that its attention function does not take"):
+        read_call(eager(eager_ignoring, softcap=2.0))
+    assert read_call(eager(eager_with_all)).sinks is None
+
+
+@pytest.mark.parametrize(
+    ("function", "others", "reason"),
+    [
+        (sdpa_attention_forward, {"s_aux": torch.zeros(4)}, "has a learned attention sink that its"),
+        (sdpa_attention_forward, {"sinks": torch.zeros(2, 4, 6, 1)}, "has a learned attention sink that its"),
+        (sdpa_attention_forward, {"softcap": 50.0}, "has a soft-cap that its"),
+        (sdpa_attention_forward, {"module": with_sinks(4)}, "has a learned attention sink that its"),
+        (flash_attention_forward, {"position_bias": torch.zeros(1, 1, 6, 6)}, "has a position bias that its"),
+        (flash_attention_forward, {"softcap": 0.0}, "soft-capped by 0.0"),
+        (flex_attention_forward, {"s_aux": torch.zeros(3)}, r"sinks have shape \[3\]"),
+        (flex_attention_forward, {"position_bias": torch.zeros(1, 3, 6, 6)}, r"shape \[1, 3, 6, 6\]"),
+        (flex_attention_forward, {"position_bias": torch.zeros(6, 6)}, r"shape \[6, 6\]"),
+        (flex_attention_forward, {"position_bias": torch.zeros(1, 1, 6, 6).bool()}, "position bias has torch.bool"),
+    ],
+)
+def test_what_a_function_ignores_or_nobody_knows_is_refused(function, others, reason):
+    with pytest.raises(UnreadableCallError, match=reason):
+        read_call(call_of(function, **others))
+
+
+def test_other_calls_that_are_not_understood_are_refused():
+    compressing = nn.Module()
+    compressing.compressor = nn.Linear(1, 1)
+    with pytest.raises(UnreadableCallError, match="compressed keys"):
+        read_call(call_of(sdpa_attention_forward, module=compressing))
     with pytest.raises(UnreadableCallError, match="by place"):
         read_call(call_of(sdpa_attention_forward, n_positional=1))
     with pytest.raises(UnreadableCallError, match="not a tensor"):

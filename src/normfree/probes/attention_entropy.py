@@ -163,7 +163,7 @@ class EntropyProbe:
     def maximum(self) -> Tensor:
         """Mean of ln(number of visible keys) over the same queries: the largest that ``per_head`` could be.
 
-        float32 [n_layer, n_head], nats.
+        float32 [n_layer, n_head], nats. A learned sink counts as one more key.
         """
         return self._mean_bound().float()
 
@@ -239,7 +239,7 @@ class EntropyProbe:
             try:
                 attention = read_call(call)
                 self._record(row, attention, n_cached, is_causal=getattr(call.module, "is_causal", True))
-            except UnreadableCallError as reason:
+            except (UnreadableCallError, InputError) as reason:
                 self._refused[row] = str(reason)
 
     def _record(self, row: int, attention: Attention, n_cached: int | None, *, is_causal: bool) -> None:
@@ -255,21 +255,41 @@ class EntropyProbe:
         if read is not None:
             entropy, share = read.entropy, read.sink_share
         else:
-            entropy, share = attention_entropy_and_sink(q, k, attention.scale, visibility, self._backend)
+            entropy, share = attention_entropy_and_sink(
+                q,
+                k,
+                attention.scale,
+                visibility,
+                self._backend,
+                softcap=attention.softcap,
+                sinks=attention.sinks,
+            )
         if row not in self._statistics:
             self._statistics[row] = LayerStatistics.zeros(q.shape[1], start + q.shape[2], q.device)
         layer = self._statistics[row]
         layer.add(queries, entropy, share if start == 0 else None)
-        if self._count_nonfinite and not (read is not None and read.all_scores_finite):
+        # a soft-cap makes finite scores of infinite ones
+        known_finite = read is not None and read.all_scores_finite and attention.softcap is None
+        if self._count_nonfinite and not known_finite:
             layer.add_nonfinite(count_nonfinite(q, k, attention.scale, visibility))
 
     def _visible_to(self, attention: Attention, start: int, *, is_causal: bool) -> tuple[Visibility, Queries]:
         """The visible keys of a call and its queries, the first of them at position ``start``.
 
-        A model gives its layers one mask, which is looked at once.
+        A model gives its layers one mask, which is looked at once; biases are each layer's own.
         """
+        visibility, queries = self._masked_for(attention, start, is_causal=is_causal)
+        if attention.bias is None:
+            return visibility, queries
+        biased = visibility.with_bias(attention.bias)
+        if biased.allowed is not visibility.allowed:
+            queries = _queries_of(biased, start, attention, is_causal=is_causal)
+        return biased, queries
+
+    def _masked_for(self, attention: Attention, start: int, *, is_causal: bool) -> tuple[Visibility, Queries]:
         mask, q, k = attention.attention_mask, attention.q, attention.k
-        kind = (q.shape, k.shape, q.device, attention.is_causal, attention.sliding_window, start, is_causal)
+        has_sinks = attention.sinks is not None
+        kind = (q.shape, k.shape, q.device, attention.is_causal, attention.sliding_window, start, is_causal, has_sinks)
         if self._mask is not None and self._mask.is_same(mask, kind):
             return self._mask.visibility, self._mask.queries
         visibility = visibility_of(
@@ -279,8 +299,7 @@ class EntropyProbe:
             attention_mask=mask,
             sliding_window=attention.sliding_window,
         )
-        valid = _valid_queries(visibility, start, q.shape[0], is_causal=is_causal)
-        queries = Queries(start, valid, visibility.counts)
+        queries = _queries_of(visibility, start, attention, is_causal=is_causal)
         # tensors of inference mode do not say whether they have been written to
         if mask is None or not mask.is_inference():
             version = 0 if mask is None else mask._version
@@ -324,6 +343,11 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in named.items()
         if not any(inner is not module and inner in named.values() for inner in module.modules())
     }
+
+
+def _queries_of(visibility: Visibility, start: int, attention: Attention, *, is_causal: bool) -> Queries:
+    valid = _valid_queries(visibility, start, attention.q.shape[0], is_causal=is_causal)
+    return Queries(start, valid, visibility.counts + (attention.sinks is not None))
 
 
 def _valid_queries(visibility: Visibility, start: int, batch: int, *, is_causal: bool) -> Tensor:

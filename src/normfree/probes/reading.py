@@ -1,11 +1,14 @@
 """What an attention call means: transformers' implementations differ in their conventions for masks.
 
-A call that attends by anything other than softmax(scale · q·k + mask) is refused with the reason; nothing is
-guessed.
+A call that attends by anything other than the softmax of :func:`normfree.attention_entropy`, soft-cap, bias and learned
+sinks included, is refused with the reason; nothing is guessed. Attention functions take any keyword argument and may
+ignore it, so an argument counts only for functions that are known to use it.
 """
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,10 +23,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from normfree.probes.interception import InterfaceCall
 
 REFUSED_ARGUMENTS = {
-    "softcap": "its scores are soft-capped",
-    "position_bias": "a position bias is added to its scores",
-    "s_aux": "its softmax has a learned attention sink",
-    "sinks": "its softmax has a learned attention sink",
     "cache": "its keys are in a paged cache",
     "block_indices": "it attends to selected blocks of keys",
     "indices": "it attends to selected keys",
@@ -31,6 +30,16 @@ REFUSED_ARGUMENTS = {
     "cu_seq_lens_q": "several sequences are packed into one row",
 }
 """Arguments of an attention call that change the attention weights, and the reason to name."""
+
+SCORING_ARGUMENTS = {
+    "softcap": "soft-cap",
+    "position_bias": "position bias",
+    "s_aux": "learned attention sink",
+    "sinks": "learned attention sink",
+}
+"""Arguments that change the scores or the softmax's normaliser in a known way, and what to call them. Eager functions
+read the sink that others get as ``s_aux`` from their module.
+"""
 
 SELECTING_ARGUMENTS = ("n_active",)
 """Arguments of an attention call that say how many keys it attends to, chosen by a rule of its own."""
@@ -42,11 +51,12 @@ class UnreadableCallError(Exception):
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention in our own conventions: the arguments of :func:`normfree.entropy.attention_entropy`.
+    """One attention in our own conventions: the arguments of :func:`normfree.attention_entropy`.
 
     ``weights`` are those it attended with, float32 or float64 [batch, n_head, n_query, n_key], where its function has
-    made them and handed them back. With ``selects`` it attends to some of the visible keys only, and its weights alone
-    say with which distribution.
+    made them and handed them back; those next to a learned sink are left out, as functions differ in whether they sum
+    to 1. With ``selects`` it attends to some of the visible keys only, and its weights alone say with which
+    distribution.
     """
 
     q: Tensor
@@ -57,6 +67,9 @@ class Attention:
     sliding_window: int | None
     weights: Tensor | None
     selects: bool = False
+    softcap: float | None = None
+    bias: Tensor | None = None
+    sinks: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -78,8 +91,8 @@ def read_call(call: InterfaceCall) -> Attention:
     for name, reason in REFUSED_ARGUMENTS.items():
         if call.others.get(name) is not None:
             raise UnreadableCallError(reason)
-    if getattr(call.module, "sinks", None) is not None:
-        raise UnreadableCallError(REFUSED_ARGUMENTS["sinks"])
+    if getattr(call.module, "compressor", None) is not None:  # DeepSeek-V4
+        raise UnreadableCallError("it attends to compressed keys, which are no positions of the sequence")
     if call.n_positional:
         raise UnreadableCallError("it passes arguments behind the mask by place, so their meaning is not known")
     q, k = call.query, call.key
@@ -91,6 +104,8 @@ def read_call(call: InterfaceCall) -> Attention:
         name = getattr(call.function, "__qualname__", repr(call.function))
         raise UnreadableCallError(f"the mask conventions of its attention function {name} are not known")
     masking = read_masking(call)
+    _check_scoring(call)
+    sinks = _sinks(call)
     scaling = call.others.get("scaling")
     device = q.device.type
     if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
@@ -103,9 +118,67 @@ def read_call(call: InterfaceCall) -> Attention:
         is_causal=masking.is_causal,
         attention_mask=masking.attention_mask,
         sliding_window=masking.sliding_window,
-        weights=_weights(call),
+        weights=_weights(call) if sinks is None else None,
         selects=any(call.others.get(name) is not None for name in SELECTING_ARGUMENTS),
+        softcap=_softcap(call),
+        bias=_bias(call, masking.n_key),
+        sinks=sinks,
     )
+
+
+def _check_scoring(call: InterfaceCall) -> None:
+    """That the attention function uses what the call says of scores and sinks."""
+    given = {name for name in SCORING_ARGUMENTS if call.others.get(name) is not None}
+    if isinstance(getattr(call.module, "sinks", None), Tensor) and "sinks" not in given:
+        given.add("s_aux")
+    used = set(inspect.signature(call.function).parameters) if call.is_eager else _USES[call.function]
+    code = getattr(inspect.unwrap(call.function), "__code__", None)
+    if call.is_eager and code is not None and "sinks" in code.co_names:
+        used.add("s_aux")  # as module.sinks
+    for name in sorted(given - used):
+        raise UnreadableCallError(f"it has a {SCORING_ARGUMENTS[name]} that its attention function does not take")
+
+
+def _softcap(call: InterfaceCall) -> float | None:
+    softcap = call.others.get("softcap")
+    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        raise UnreadableCallError(f"its scores are soft-capped by {softcap}")
+    return None if softcap is None else float(softcap)
+
+
+def _bias(call: InterfaceCall, n_key: int) -> Tensor | None:
+    bias = call.others.get("position_bias")
+    if bias is None:
+        return None
+    shape = (*call.query.shape[:3], call.key.shape[2])
+    fits = bias.dim() == 4 and all(size in (1, full) for size, full in zip(bias.shape, shape, strict=True))
+    if not fits or not bias.is_floating_point():
+        raise UnreadableCallError(f"its position bias has {bias.dtype} and shape {list(bias.shape)}")
+    bias = bias.detach()
+    return bias if bias.shape[3] == 1 else bias[..., :n_key]
+
+
+def _sinks(call: InterfaceCall) -> Tensor | None:
+    """Logits of learned sinks, [n_head] or [batch or 1, n_head, n_query or 1]."""
+    sinks = call.others.get("sinks")
+    if sinks is not None and sinks.dim() == 4 and sinks.shape[3] == 1:
+        sinks = sinks[..., 0]  # a column of the scores
+    if sinks is None:
+        sinks, own = call.others.get("s_aux"), getattr(call.module, "sinks", None)
+        if call.is_eager and sinks is not None and sinks is not own:
+            raise UnreadableCallError("it passes a learned attention sink that is not the one of its module")
+        sinks = own if call.is_eager else sinks
+    if sinks is None:
+        return None
+    if call.function is flash_attention_forward:
+        sinks = sinks.to(call.query.dtype)
+    batch, n_head, n_query = call.query.shape[:3]
+    one_a_head = sinks.numel() == n_head == max(sinks.shape)
+    if one_a_head:
+        return sinks.detach().reshape(n_head)
+    if sinks.shape not in ((batch, n_head, n_query), (1, n_head, n_query)):
+        raise UnreadableCallError(f"its learned attention sinks have shape {list(sinks.shape)}")
+    return sinks.detach()
 
 
 def _read_eager(call: InterfaceCall) -> _Masking:
@@ -176,3 +249,10 @@ _READERS: Mapping[Callable[..., Any], Callable[[InterfaceCall], _Masking]] = {
     flash_attention_forward: _read_flash,
     flex_attention_forward: _read_flex,
 }
+
+_USES: Mapping[Callable[..., Any], set[str]] = {
+    sdpa_attention_forward: {"position_bias"},
+    flash_attention_forward: {"softcap", "s_aux"},
+    flex_attention_forward: {"softcap", "position_bias", "s_aux"},
+}
+"""Which of ``SCORING_ARGUMENTS`` the attention functions use; they ignore the others."""

@@ -19,7 +19,8 @@ class Queries:
     what is the same for all of them is found once.
 
     valid: bool [batch, n_query], those that count.
-    counts: int64, the visible keys of each, broadcastable to [batch, n_head, n_query].
+    counts: int64, what the softmax of each chooses from, its visible keys and a learned sink if there is one;
+    broadcastable to [batch, n_head, n_query].
     """
 
     start: int
