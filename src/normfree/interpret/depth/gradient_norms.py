@@ -7,12 +7,12 @@ from contextlib import contextmanager
 
 import pandas as pd
 import torch
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from normfree.interpret.depth.averages import mean_and_standard_error
 from normfree.interpret.depth.block_calls import record
 from normfree.modeling.residual_stream import decoder_blocks
+from normfree.training.evaluation import token_losses
 
 
 def measure_gradient_norms(model: PreTrainedModel, tokens: torch.Tensor, batch_size: int = 8) -> pd.DataFrame:
@@ -31,8 +31,7 @@ def measure_gradient_norms(model: PreTrainedModel, tokens: torch.Tensor, batch_s
     with torch.enable_grad(), _trainable(model):
         for batch in tokens.split(batch_size):
             recorded = record(model, batch)
-            logits, labels = recorded.logits[:, :-1].float(), recorded.tokens[:, 1:]
-            losses = cross_entropy(logits.transpose(1, 2), labels, reduction="none").mean(dim=1)
+            losses = token_losses(recorded.logits, recorded.tokens).mean(dim=1)
             streams = recorded.streams[:-1]
             # Sequences do not see one another: in the stream, the gradient of the sum is each sequence's own.
             gradients = torch.autograd.grad(losses.sum(), [*streams, *parameters], allow_unused=True)
