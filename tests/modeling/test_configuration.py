@@ -153,6 +153,8 @@ WRONG_TYPES: list[tuple[str, Any]] = [
     ("ffn_active", "0.1"),
     ("attention_predictor_dim", [4]),
     ("bos_token_id", "<s>"),
+    ("sliding_window", "4"),
+    ("layer_types", "full_attention"),
 ]
 
 NOT_DEFAULT: dict[str, Any] = {
@@ -193,6 +195,8 @@ NOT_DEFAULT: dict[str, Any] = {
         "partial_rotary_factor": 0.4,
         "factor": 2.0,
     },
+    "sliding_window": 5,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     "initializer_range": 0.07,
     "scale_residual_init": True,
     "scale_embeddings": True,
@@ -270,6 +274,7 @@ def test_round_trip_of_one_option(option: str, tmp_path: Path) -> None:
         "attention_active": ("attention",),
         "attention_predictor_dim": ("attention",),
         "topk": ("attention",),
+        "layer_types": ("n_layer", "sliding_window"),
     }
     options = {each: NOT_DEFAULT[each] for each in (*needed.get(option, ()), option)}
     config = NormfreeConfig(**options)
@@ -283,8 +288,25 @@ def test_round_trip_of_one_option(option: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "left_out",
     [
-        ("norm_placement", "n_post_layer", "activation", "negative_slope", "slope_sharing"),
-        ("parallel_residual", "ffn", "ffn_active", "ffn_predictor_dim"),
+        (
+            "norm_placement",
+            "n_post_layer",
+            "activation",
+            "negative_slope",
+            "slope_sharing",
+            "sliding_window",
+            "layer_types",
+        ),
+        (
+            "parallel_residual",
+            "ffn",
+            "ffn_active",
+            "ffn_predictor_dim",
+            "attention",
+            "attention_active",
+            "attention_predictor_dim",
+            "topk",
+        ),
     ],
 )
 def test_round_trip_of_all_options_together(left_out: tuple[str, ...], tmp_path: Path) -> None:
@@ -315,6 +337,8 @@ def test_defaults_are_filled_in() -> None:
     assert NormfreeConfig().dyt_alpha is None
     assert NormfreeConfig().n_post_layer is None
     assert NormfreeConfig().rope_parameters is None
+    assert NormfreeConfig(n_layer=2).layer_types == ["full_attention"] * 2
+    assert NormfreeConfig(n_layer=2, sliding_window=3).layer_types == ["sliding_attention"] * 2
     assert NormfreeConfig(position="rotary").rope_parameters == {
         "rope_type": "default",
         "rope_theta": 10000.0,

@@ -21,6 +21,7 @@ from normfree.errors import InputError
 from normfree.files import folder_written_whole, write_text
 from normfree.interpret.depth.block_calls import RecordedPass, check_independence, record
 from normfree.modeling import NormfreeConfig
+from normfree.modeling.layer_types import SLIDING
 from normfree.modeling.norms import SCALED_NORMS
 from normfree.modeling.residual_stream import decoder_blocks
 
@@ -147,6 +148,8 @@ def _pruned_config(config: PreTrainedConfig, kept: list[int], n_layer: int) -> P
         if isinstance(value, list) and len(value) == n_layer and not name.endswith(("_token_id", "_token_ids")):
             of_text[name] = [value[layer] for layer in kept]
     of_text[text.attribute_map.get(_N_LAYER, _N_LAYER)] = len(kept)
+    if isinstance(text, NormfreeConfig) and SLIDING not in of_text["layer_types"]:
+        of_text["sliding_window"] = None
     if getattr(text, "n_post_layer", None) is not None:
         of_text["n_post_layer"] = sum(layer < text.n_post_layer for layer in kept)
     options["dtype"] = config.dtype

@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 
 from normfree.errors import InputError
+from normfree.modeling.layer_types import SLIDING
 from normfree.modeling.norms import build_head_norm
 from normfree.modeling.residual import ResidualProjection
 from normfree.modeling.spark_attention import rotate_parts, spark_attention_forward
@@ -74,6 +75,7 @@ class SoftmaxAttention(nn.Module):
         self.num_key_value_groups = config.n_head // config.n_kv_head
         self.head_dim = config.head_dim
         self.scaling = config.head_dim**-0.5
+        self.sliding_window = config.sliding_window if config.layer_types[layer] == SLIDING else None
         biased = BIASED_PROJECTIONS[config.attention_bias]
         self.q_proj = nn.Linear(config.n_embd, config.n_head * config.head_dim, bias="q" in biased)
         self.k_proj = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, bias="k" in biased)
@@ -143,6 +145,7 @@ class SoftmaxAttention(nn.Module):
             attention_mask,
             dropout=self.config.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
+            sliding_window=self.sliding_window,
             **kwargs,
         )
 

@@ -14,6 +14,7 @@ from normfree.modeling.activations import ACTIVATIONS, LEAKY_ACTIVATIONS
 from normfree.modeling.attention import ATTENTIONS, BIASED_PROJECTIONS
 from normfree.modeling.blocks import PLACEMENTS, QKV_NORM_PLACEMENTS
 from normfree.modeling.feedforward import FEED_FORWARDS
+from normfree.modeling.layer_types import settle_layer_types
 from normfree.modeling.norms import NORMS, SCALED_NORMS
 from normfree.modeling.spark_sizes import SparkSizes, check_spark_rotation, settle_spark_options
 
@@ -52,7 +53,9 @@ class NormfreeConfig(PreTrainedConfig):
         ``attention``: ``softmax | spark``; ``attention_bias``: which projections have a bias, ``none | qk | qkv |
         all`` (also ``False``, ``True`` for ``none``, ``all``); ``position``: ``learned | rotary``;
         ``rope_parameters``: transformers' dictionary (``rope_type``, ``rope_theta``, ``partial_rotary_factor``, ...),
-        rotary only.
+        rotary only; ``layer_types``: ``full_attention | sliding_attention`` for each layer, and ``sliding_window``:
+        keys that a query of a sliding layer sees, itself included. By default all layers are sliding if there is a
+        window, else full.
     Sparsity (``ffn`` or ``attention`` spark), each a count, or a float: a share
         ``ffn_active``: neurons computed for a token, default 0.08 of ``n_inner``; ``ffn_predictor_dim``: dimensions of
         ``n_embd`` that choose them, default half; ``attention_active``: keys that a query attends to at most, default
@@ -91,12 +94,14 @@ class NormfreeConfig(PreTrainedConfig):
         n_inner: int
         attention_bias: str
         qk_norm: str
+        layer_types: list[str]
     else:
         n_kv_head: int | None = None
         head_dim: int | None = None
         n_inner: int | None = None
         attention_bias: str | bool = "all"
         qk_norm: str | bool = "none"
+        layer_types: list[str] | None = None
 
     norm: str = "layernorm"
     norm_placement: str = "pre"
@@ -123,6 +128,7 @@ class NormfreeConfig(PreTrainedConfig):
     attention: str = "softmax"
     position: str = "learned"
     rope_parameters: dict[str, Any] | None = None
+    sliding_window: int | None = None
 
     initializer_range: float | int = 0.02
     scale_residual_init: bool = False
@@ -163,6 +169,7 @@ class NormfreeConfig(PreTrainedConfig):
         if self.norm_placement == "mix" and self.n_post_layer is None:
             self.n_post_layer = max(1, self.n_layer // 4)
         settle_spark_options(self)
+        settle_layer_types(self)
         super().__post_init__(**kwargs)
 
     def convert_rope_params_to_dict(self, **kwargs: Any) -> dict[str, Any]:

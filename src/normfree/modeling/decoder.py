@@ -9,7 +9,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -22,6 +21,7 @@ from normfree.modeling.blocks import Block, build_block
 from normfree.modeling.cache_keyword import CACHE, takes_either_name
 from normfree.modeling.configuration import NormfreeConfig
 from normfree.modeling.constant_std import ConstantStdNorm
+from normfree.modeling.layer_types import attention_masks
 from normfree.modeling.norms import DynamicTanh, build_final_norm
 from normfree.modeling.residual import INITIAL_SCALE, ResidualProjection
 
@@ -144,10 +144,12 @@ class NormfreeModel(NormfreePreTrainedModel):
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
 
         named_cache: dict[str, Any] = {CACHE: cache}
-        mask = create_causal_mask(
+        kinds = self.config.layer_types
+        masks = attention_masks(
+            kinds,
+            attention_mask,
             config=self.config,
             inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
             position_ids=position_ids,
             **named_cache,
         )
@@ -162,10 +164,10 @@ class NormfreeModel(NormfreePreTrainedModel):
         x = self.embedding_dropout(x)
         # A block that is computed again in the backward pass would append its keys twice.
         is_checkpointed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        for block in self.blocks:
+        for block, kind in zip(self.blocks, kinds, strict=True):
             x = block(
                 x,
-                attention_mask=mask,
+                attention_mask=masks[kind],
                 position_embeddings=position_embeddings,
                 cache=None if is_checkpointed else cache,
                 use_cache=use_cache,

@@ -41,7 +41,13 @@ def block_cost(measurer: Measurer, config: NormfreeConfig, layer: int, sequence_
     """
     described = {**engine_config(config), "n_layer": 1, "activations": [config.activations[layer]]}
     options = {name: getattr(config, name) for name in NormfreeConfig.option_names()}
-    small = {"n_layer": 1, "activation": config.activations[layer], "vocab_size": 2, "n_positions": sequence_length}
+    small = {
+        "n_layer": 1,
+        "layer_types": None,
+        "activation": config.activations[layer],
+        "vocab_size": 2,
+        "n_positions": sequence_length,
+    }
     if "learnable_leaky_relu" not in small.values():
         options["slope_sharing"] = None
     if small["activation"] not in ("leaky_relu", "learnable_leaky_relu"):

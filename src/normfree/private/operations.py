@@ -73,6 +73,7 @@ def check_supported(config: NormfreeConfig) -> None:
         ("ffn", _FEED_FORWARDS),
         ("attention", ("softmax",)),
         ("qk_norm", ("none",)),
+        ("sliding_window", (None,)),
         ("scale_embeddings", (False,)),
     ):
         _check_option(option, getattr(config, option), allowed)

@@ -37,6 +37,7 @@ def to_gpt2(model: NormfreeForCausalLM) -> GPT2LMHeadModel:
         "norm_is_centered": True,
         "parallel_residual": False,
         "qk_norm": "none",
+        "sliding_window": None,
         "scale_embeddings": False,
         "ffn": "dense",
         "position": "learned",

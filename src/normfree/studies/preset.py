@@ -73,6 +73,15 @@ class Preset(BaseModel):
             raise ValueError("seeds must be different numbers from 0")
         return seeds
 
+    @field_validator("model")
+    @classmethod
+    def _check_model(cls, model: dict[str, Any]) -> dict[str, Any]:
+        if model.get("sliding_window") is not None:
+            raise ValueError(
+                "sliding_window is not for studies: their figures draw the largest entropy of full causal attention"
+            )
+        return model
+
     @property
     def n_layer(self) -> int:
         """Layers of the model."""

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from normfree.entropy import uniform_entropy_bound
+from normfree.errors import InputError
 from normfree.modeling import NormfreeConfig
 from normfree.training.objectives.objective import Objective, ObjectiveOptions, Term
 
@@ -51,13 +52,22 @@ class EntropyRegularizationOptions(ObjectiveOptions):
 
 
 class EntropyRegularization(Objective):
-    """See :class:`EntropyRegularizationOptions`; the thresholds, [n_layer, n_head], are learned."""
+    """See :class:`EntropyRegularizationOptions`; the thresholds, [n_layer, n_head], are learned.
+
+    Raises:
+        InputError: the model has a sliding window, under which layers differ in their largest entropy.
+    """
 
     reads_entropy = True
     term_names = (PENALTY,)
 
     def __init__(self, options: EntropyRegularizationOptions, model: NormfreeConfig) -> None:
         super().__init__()
+        if model.sliding_window is not None:
+            raise InputError(
+                "objective entropy_regularization takes thresholds as shares of the largest entropy of full causal "
+                f"attention, and the model has sliding_window {model.sliding_window}; leave one of them out"
+            )
         self.options = options
         self.maximum = uniform_entropy_bound(model.n_positions)
         start = torch.full((model.n_layer, model.n_head), options.initial_threshold)
