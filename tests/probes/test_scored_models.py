@@ -13,9 +13,8 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, T5Config, T5Model
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from normfree import attention_entropy
 from normfree.errors import InputError
-from normfree.probes import EntropyProbe
+from normfree.probes import EntropyProbe, EntropyRecorder
 from normfree.probes.interception import InterfaceCall, observe_attention
 from normfree.probes.reading import read_call
 
@@ -193,20 +192,42 @@ def test_sinks_of_every_query_s_own():
         attentions = model(input_ids=batch_of("none")["input_ids"], output_attentions=True).attentions
     over_tokens = [call for call in calls if call.others.get("sinks") is not None]
     for call, weights in zip(over_tokens, attentions, strict=True):
-        read = read_call(call)
-        assert read.sinks.shape == (2, 4, 16)
-        entropy = attention_entropy(
-            read.q,
-            read.k,
-            scale=read.scale,
-            is_causal=read.is_causal,
-            attention_mask=read.attention_mask,
-            bias=read.bias,
-            sinks=read.sinks,
-        )
+        attention = read_call(call)
+        assert attention.sinks.shape == (2, 4, 16)
+        with torch.no_grad():
+            entropy = attention.entropy()
         p = weights.double().numpy()
         expected = -plogp(p).sum(-1) - plogp(np.maximum(1 - p.sum(-1), 0))
         np.testing.assert_allclose(entropy.numpy(), expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "inkling_text", "gpt_oss", "flint"])
+def test_a_loss_on_the_entropy_reaches_all_that_makes_it(name):
+    """The gradient in every weight, biases and sinks included, is that of autograd through the model's own weights."""
+    model, ids = build(name, initializer_range=0.15), batch_of("none")["input_ids"]
+    with EntropyRecorder(model) as recorded:
+        attentions = model(input_ids=ids, output_attentions=True).attentions
+    entropy, weighting = recorded.per_head(), torch.randn(2, 3, 4)
+
+    def terms(p):
+        return -p * p.clamp_min(1e-30).log()
+
+    expected = []
+    for weights in attentions:
+        sink = 1 - weights.sum(-1) if name in ("gpt_oss", "flint") else torch.zeros(())
+        expected.append((terms(weights).sum(-1) + terms(sink)).mean(-1))
+    expected = torch.stack(expected, dim=1)
+    torch.testing.assert_close(entropy.double(), expected.double(), rtol=0, atol=TOLERANCE)
+    named = dict(model.named_parameters())
+    found = torch.autograd.grad((entropy * weighting).sum(), named.values(), retain_graph=True, allow_unused=True)
+    right = torch.autograd.grad((expected * weighting).sum(), named.values(), allow_unused=True)
+    reached = [parameter for parameter, gradient in zip(named, found, strict=True) if gradient is not None]
+    assert sum(parameter.endswith("sinks") for parameter in reached) == (3 if name in ("gpt_oss", "flint") else 0)
+    assert any("rel_logits_proj" in parameter for parameter in reached) == (name == "inkling_text")
+    whole = torch.stack([each.norm() for each in right if each is not None]).norm()
+    for mine, other in zip(found, right, strict=True):
+        assert (mine is None) == (other is None)
+        assert mine is None or (mine - other).norm() <= 1e-4 * whole
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])

@@ -20,6 +20,7 @@ from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from normfree.entropy import attention_entropy
 from normfree.probes.interception import InterfaceCall
 
 REFUSED_ARGUMENTS = {
@@ -71,6 +72,20 @@ class Attention:
     bias: Tensor | None = None
     sinks: Tensor | None = None
 
+    def entropy(self) -> Tensor:
+        """By queries and keys: float32 [batch, n_head, n_query], nats, with the gradients of all that makes it."""
+        return attention_entropy(
+            self.q,
+            self.k,
+            scale=self.scale,
+            is_causal=self.is_causal,
+            attention_mask=self.attention_mask,
+            sliding_window=self.sliding_window,
+            softcap=self.softcap,
+            bias=self.bias,
+            sinks=self.sinks,
+        )
+
 
 @dataclass(frozen=True)
 class _Masking:
@@ -81,7 +96,7 @@ class _Masking:
 
 
 def read_call(call: InterfaceCall) -> Attention:
-    """The attention that a call computes; its queries and keys keep their gradients.
+    """The attention that a call computes; its queries, keys, bias and sinks keep their gradients.
 
     Under autocast float32 queries and keys are rounded as the attention function itself will round them.
 
@@ -154,7 +169,6 @@ def _bias(call: InterfaceCall, n_key: int) -> Tensor | None:
     fits = bias.dim() == 4 and all(size in (1, full) for size, full in zip(bias.shape, shape, strict=True))
     if not fits or not bias.is_floating_point():
         raise UnreadableCallError(f"its position bias has {bias.dtype} and shape {list(bias.shape)}")
-    bias = bias.detach()
     return bias if bias.shape[3] == 1 else bias[..., :n_key]
 
 
@@ -175,10 +189,10 @@ def _sinks(call: InterfaceCall) -> Tensor | None:
     batch, n_head, n_query = call.query.shape[:3]
     one_a_head = sinks.numel() == n_head == max(sinks.shape)
     if one_a_head:
-        return sinks.detach().reshape(n_head)
+        return sinks.reshape(n_head)
     if sinks.shape not in ((batch, n_head, n_query), (1, n_head, n_query)):
         raise UnreadableCallError(f"its learned attention sinks have shape {list(sinks.shape)}")
-    return sinks.detach()
+    return sinks
 
 
 def _read_eager(call: InterfaceCall) -> _Masking:

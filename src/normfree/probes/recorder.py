@@ -9,7 +9,6 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from normfree.entropy.fused import attention_entropy
 from normfree.errors import InputError
 from normfree.probes.attention_entropy import NEVER_CALLED, attention_modules
 from normfree.probes.interception import InterfaceCall, observe_attention
@@ -54,8 +53,8 @@ class EntropyRecorder:
     def per_head(self) -> Tensor:
         """Entropy of each sequence, layer and head, mean over the queries: float32 [batch, n_layer, n_head], nats.
 
-        Differentiable in the queries and keys, and through them in the model's weights. The sequences must have no
-        padding; NaN where a query of the head is NaN (a non-finite score).
+        Differentiable in the queries, keys, position biases and learned sinks, and through them in the model's weights.
+        The sequences must have no padding; NaN where a query of the head is NaN (a non-finite score).
 
         Raises:
             InputError: a layer's attention could not be read, or layers differ in their number of heads.
@@ -64,7 +63,7 @@ class EntropyRecorder:
             if module not in self._read:
                 reason = self._refused.get(module, NEVER_CALLED)
                 raise InputError(f"the attention entropy of {name} cannot be read: {reason}")
-        layers = [_mean_entropy(self._read[module]) for module in self._names]
+        layers = [self._read[module].entropy().mean(dim=-1) for module in self._names]
         if len({layer.shape for layer in layers}) > 1:
             raise InputError("the layers of this model differ in their number of heads: no common table of heads")
         return torch.stack(layers, dim=1)
@@ -78,15 +77,3 @@ class EntropyRecorder:
                 self._read[call.module] = attention
             except UnreadableCallError as reason:
                 self._refused[call.module] = str(reason)
-
-
-def _mean_entropy(attention: Attention) -> Tensor:
-    entropy = attention_entropy(
-        attention.q,
-        attention.k,
-        scale=attention.scale,
-        is_causal=attention.is_causal,
-        attention_mask=attention.attention_mask,
-        sliding_window=attention.sliding_window,
-    )
-    return entropy.mean(dim=-1)
