@@ -20,6 +20,7 @@ from normfree.errors import InputError
 from normfree.modeling.layer_types import SLIDING
 from normfree.modeling.norms import build_head_norm
 from normfree.modeling.residual import ResidualProjection
+from normfree.modeling.softcap import soft_capped
 from normfree.modeling.spark_attention import rotate_parts, spark_attention_forward
 from normfree.sparsity import TOPKS
 
@@ -30,6 +31,10 @@ BIASED_PROJECTIONS = {"none": "", "qk": "qk", "qkv": "qkv", "all": "qkvo"}
 """Values of ``attention_bias`` and the projections that have a bias under each."""
 
 
+WITHOUT_SOFTCAP = ("sdpa",)
+"""Attention implementations of transformers that cannot soft-cap scores."""
+
+
 def eager_attention_forward(
     module: nn.Module,
     query: torch.Tensor,
@@ -38,23 +43,38 @@ def eager_attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention that materialises its weights (ReLU's Revival, Eq. 2): the ``eager`` implementation.
 
     query [batch, n_head, n_query, head_dim]; key and value [batch, n_kv_head, n_key, head_dim]; ``attention_mask``
-    additive, broadcastable to [batch, n_head, n_query, n_key]. Returns the output [batch, n_query, n_head, head_dim]
-    and the weights, float32 [batch, n_head, n_query, n_key].
+    additive, broadcastable to [batch, n_head, n_query, n_key]; ``softcap``: scores s become softcap tanh(s / softcap)
+    before the mask (Gemma 2, 2024, Section 2). Returns the output [batch, n_query, n_head, head_dim] and the weights,
+    float32 [batch, n_head, n_query, n_key].
     """
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = query @ key.transpose(-1, -2) * scaling
+    scores = soft_capped(query @ key.transpose(-1, -2) * scaling, softcap)
     if attention_mask is not None:
         scores = scores + attention_mask
     weights = scores.softmax(dim=-1, dtype=torch.float32)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return (weights.to(value.dtype) @ value).transpose(1, 2).contiguous(), weights
+
+
+def check_softcap_implementation(name: str | None) -> None:
+    """Checks that the attention implementation ``name`` can soft-cap scores.
+
+    Raises:
+        InputError: it cannot.
+    """
+    if name in WITHOUT_SOFTCAP:
+        raise InputError(
+            f"attention implementation {name!r} cannot soft-cap scores, and attn_logit_softcapping is set; "
+            "use model.set_attn_implementation('eager'), or flex_attention"
+        )
 
 
 class SoftmaxAttention(nn.Module):
@@ -74,8 +94,9 @@ class SoftmaxAttention(nn.Module):
         self.layer_idx = layer  # the names that transformers' attention implementations read
         self.num_key_value_groups = config.n_head // config.n_kv_head
         self.head_dim = config.head_dim
-        self.scaling = config.head_dim**-0.5
+        self.scaling = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
         self.sliding_window = config.sliding_window if config.layer_types[layer] == SLIDING else None
+        self.softcap = config.attn_logit_softcapping
         biased = BIASED_PROJECTIONS[config.attention_bias]
         self.q_proj = nn.Linear(config.n_embd, config.n_head * config.head_dim, bias="q" in biased)
         self.k_proj = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, bias="k" in biased)
@@ -137,6 +158,9 @@ class SoftmaxAttention(nn.Module):
         attend: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+        if self.softcap is not None:
+            check_softcap_implementation(self.config._attn_implementation)
+            kwargs["softcap"] = self.softcap  # transformers' name, which its implementations and probes read
         return attend(
             self,
             query,

@@ -22,6 +22,16 @@ ROPE_TYPES = ("default", *ROPE_INIT_FUNCTIONS)
 ROPE_PARAMETERS = (*RopeParameters.__annotations__, "type")
 SLOPE_SHARINGS = ("layer", "global")
 POSITIONS = ("learned", "rotary")
+POSITIVE_OPTIONS = (
+    "norm_eps",
+    "initializer_range",
+    "dyt_alpha",
+    "dyt_attention_alpha",
+    "attention_scale",
+    "attn_logit_softcapping",
+    "embedding_scale",
+    "final_logit_softcapping",
+)
 QK_NORMS = ("none", "layernorm", "rmsnorm")
 
 
@@ -55,7 +65,12 @@ class NormfreeConfig(PreTrainedConfig):
         ``rope_parameters``: transformers' dictionary (``rope_type``, ``rope_theta``, ``partial_rotary_factor``, ...),
         rotary only; ``layer_types``: ``full_attention | sliding_attention`` for each layer, and ``sliding_window``:
         keys that a query of a sliding layer sees, itself included. By default all layers are sliding if there is a
-        window, else full.
+        window, else full; ``positions_skip_padding``: positions count the tokens of ``attention_mask`` alone (OPT), instead
+        of all, padding included (learned only); ``attention_scale``: factor of the scores q·k, default
+        1/sqrt(``head_dim``); ``attn_logit_softcapping``: scores s become c tanh(s / c) (Gemma 2; softmax only).
+    Embedding and unembedding
+        ``embedding_scale``: a fixed factor of the token embeddings, in their dtype (Gemma: sqrt(``n_embd``));
+        ``tie_word_embeddings``; ``lm_head_bias``; ``final_logit_softcapping``: logits l become c tanh(l / c) (Gemma 2).
     Sparsity (``ffn`` or ``attention`` spark), each a count, or a float: a share
         ``ffn_active``: neurons computed for a token, default 0.08 of ``n_inner``; ``ffn_predictor_dim``: dimensions of
         ``n_embd`` that choose them, default half; ``attention_active``: keys that a query attends to at most, default
@@ -126,19 +141,24 @@ class NormfreeConfig(PreTrainedConfig):
     topk: str | None = None
 
     attention: str = "softmax"
+    attention_scale: float | int | None = None
+    attn_logit_softcapping: float | int | None = None
     position: str = "learned"
+    positions_skip_padding: bool = False
     rope_parameters: dict[str, Any] | None = None
     sliding_window: int | None = None
 
     initializer_range: float | int = 0.02
     scale_residual_init: bool = False
     scale_embeddings: bool = False
+    embedding_scale: float | int | None = None
     embedding_dropout: float | int = 0.0
     attention_dropout: float | int = 0.0
     residual_dropout: float | int = 0.0
 
     tie_word_embeddings: bool = True
     lm_head_bias: bool = False
+    final_logit_softcapping: float | int | None = None
     use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -266,7 +286,7 @@ class NormfreeConfig(PreTrainedConfig):
         for option in ("embedding_dropout", "attention_dropout", "residual_dropout"):
             if not 0 <= getattr(self, option) < 1:
                 raise InputError(f"{option} is {getattr(self, option)}; it must be in [0, 1)")
-        for option in ("norm_eps", "initializer_range", "dyt_alpha", "dyt_attention_alpha"):
+        for option in POSITIVE_OPTIONS:
             value = getattr(self, option)
             if value is not None and not 0 < value < inf:
                 raise InputError(f"{option} is {value}; it must be positive and finite")
@@ -287,6 +307,16 @@ class NormfreeConfig(PreTrainedConfig):
             )
         if self.rope_parameters and self.position != "rotary":
             raise InputError(f"rope_parameters mean nothing with position {self.position!r}; use position: rotary")
+        if self.positions_skip_padding and self.position != "learned":
+            raise InputError(
+                f"positions_skip_padding means nothing with position {self.position!r}, whose scores depend on "
+                "differences of positions; leave it out"
+            )
+        if self.scale_embeddings and self.embedding_scale is not None:
+            raise InputError("scale_embeddings learns the scale that embedding_scale fixes; give one of them")
+        for option in ("attention_scale", "attn_logit_softcapping"):
+            if getattr(self, option) is not None and self.attention == "spark":
+                raise InputError(f"{option} is not defined for attention 'spark'; leave it out, or use softmax")
         self._check_norms()
         self._check_placement()
 

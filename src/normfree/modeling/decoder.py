@@ -16,14 +16,16 @@ from transformers.utils.output_capturing import capture_outputs
 
 from normfree.errors import InputError
 from normfree.modeling.activations import LearnableLeakyReLU
-from normfree.modeling.attention import ATTENTIONS, SoftmaxAttention
+from normfree.modeling.attention import ATTENTIONS, SoftmaxAttention, check_softcap_implementation
 from normfree.modeling.blocks import Block, build_block
 from normfree.modeling.cache_keyword import CACHE, takes_either_name
 from normfree.modeling.configuration import NormfreeConfig
 from normfree.modeling.constant_std import ConstantStdNorm
+from normfree.modeling.embedding import build_embedding, positions_after, positions_among_tokens
 from normfree.modeling.layer_types import attention_masks
 from normfree.modeling.norms import DynamicTanh, build_final_norm
 from normfree.modeling.residual import INITIAL_SCALE, ResidualProjection
+from normfree.modeling.softcap import soft_capped
 
 
 class NormfreePreTrainedModel(PreTrainedModel):
@@ -73,6 +75,9 @@ class NormfreePreTrainedModel(PreTrainedModel):
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
         """transformers' check, for attention that has one implementation only."""
         only = ATTENTIONS[self.config.attention].implementation
+        if self.config.attn_logit_softcapping is not None:
+            check_softcap_implementation(attn_implementation)
+            attn_implementation = attn_implementation or "eager"
         if only is None:
             return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
         if attn_implementation not in (None, only):
@@ -88,7 +93,7 @@ class NormfreeModel(NormfreePreTrainedModel):
 
     def __init__(self, config: NormfreeConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.embed_tokens = build_embedding(config)
         self.embed_positions = nn.Embedding(config.n_positions, config.n_embd) if config.position == "learned" else None
         # It reads only what every rotary configuration of transformers has.
         self.rotary_embedding = GPTNeoXRotaryEmbedding(cast(Any, config)) if config.position == "rotary" else None
@@ -141,7 +146,10 @@ class NormfreeModel(NormfreePreTrainedModel):
             cache = DynamicCache(config=self.config)
         if position_ids is None:
             seen = cache.get_seq_length() if cache is not None else 0
-            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
+            if self.config.positions_skip_padding and attention_mask is not None:
+                position_ids = positions_among_tokens(seen, attention_mask)
+            else:
+                position_ids = positions_after(seen, inputs_embeds)
 
         named_cache: dict[str, Any] = {CACHE: cache}
         kinds = self.config.layer_types
@@ -217,7 +225,9 @@ class NormfreeForCausalLM(NormfreePreTrainedModel, GenerationMixin):
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         assert outputs.last_hidden_state is not None
-        logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
+        logits = soft_capped(
+            self.lm_head(outputs.last_hidden_state[:, keep, :]), self.config.final_logit_softcapping
+        )
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

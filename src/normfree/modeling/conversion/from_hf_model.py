@@ -79,9 +79,9 @@ def _family_of(model: PreTrainedModel) -> Family:
 def _copy_rotary_state(model: PreTrainedModel, converted: NormfreeForCausalLM) -> None:
     """Frequencies are not in the state dict, yet ``model.to(dtype)`` rounds, dynamic scaling moves them."""
     rotary = converted.model.rotary_embedding
-    if rotary is None:
-        return
-    source: Any = model.base_model.rotary_emb
+    source: Any = getattr(model.base_model, "rotary_emb", None)
+    if rotary is None or not hasattr(source, "inv_freq"):
+        return  # GPT-J has a table instead, which its converter checks
     rotary.inv_freq = source.inv_freq.clone()
     rotary.original_inv_freq = source.original_inv_freq.clone()
     rotary.max_seq_len_cached = source.max_seq_len_cached

@@ -32,7 +32,7 @@ def shared_options(model: Any) -> dict[str, Any]:
         "n_layer": hf.num_hidden_layers,
         "n_head": hf.num_attention_heads,
         "n_embd": hf.hidden_size,
-        "initializer_range": hf.initializer_range,
+        "initializer_range": getattr(hf, "initializer_range", 0.02),  # OPT has another name for it
         "tie_word_embeddings": model.get_output_embeddings().weight is model.get_input_embeddings().weight,
         "use_cache": hf.use_cache,
         "bos_token_id": hf.bos_token_id,

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from transformers import PreTrainedModel
 
+from normfree.errors import InputError
+
 
 def renamed(model: PreTrainedModel, names: dict[str, str]) -> dict[str, torch.Tensor]:
     """The model's state dict; each key of ``names`` in a parameter's name is replaced by its value, in order."""
@@ -30,3 +32,18 @@ def split_fused(
         else:
             separate[name] = tensor
     return separate
+
+
+def computed(name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``value``, float64, of the weight ``name`` that a conversion computes from others, in ``dtype``.
+
+    Raises:
+        InputError: half precision would round it, and the conversion change the model.
+    """
+    rounded = value.to(dtype)
+    if dtype.itemsize < torch.float32.itemsize and not torch.equal(rounded.double(), value):
+        raise InputError(
+            f"from_hf computes {name} from other weights, and {str(dtype).removeprefix('torch.')} cannot hold the "
+            "result; convert the model in float32: from_hf(model.float())"
+        )
+    return rounded

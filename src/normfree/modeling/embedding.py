@@ -1,0 +1,59 @@
+"""Token embeddings, and the positions of tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from normfree.modeling.configuration import NormfreeConfig
+
+
+class ScaledEmbedding(nn.Embedding):
+    """Embeddings times a fixed number (Vaswani et al. 2017, Section 3.4: sqrt(n_embd)).
+
+    The number is rounded to the dtype of the weights before the product, as Gemma does it. The scale belongs to the
+    embedding, not to the decoder: ``inputs_embeds`` are taken as they are.
+    """
+
+    def __init__(self, vocab_size: int, n_embd: int, scale: float) -> None:
+        super().__init__(vocab_size, n_embd)
+        self.scale = scale
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        embedded = super().forward(input_ids)
+        return embedded * torch.full((), self.scale, dtype=self.weight.dtype, device=embedded.device)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, scale={self.scale}"
+
+
+def build_embedding(config: NormfreeConfig) -> nn.Embedding:
+    """The token embedding [vocab_size, n_embd]."""
+    if config.embedding_scale is None:
+        return nn.Embedding(config.vocab_size, config.n_embd)
+    return ScaledEmbedding(config.vocab_size, config.n_embd, config.embedding_scale)
+
+
+def positions_after(n_seen: int, x: torch.Tensor) -> torch.Tensor:
+    """The positions of ``x`` [batch, T, n_embd] after ``n_seen`` others, padding counted: int64 [1, T]."""
+    return (torch.arange(x.shape[1], device=x.device) + n_seen).unsqueeze(0)
+
+
+def positions_among_tokens(n_seen: int, attention_mask: torch.Tensor) -> torch.Tensor:
+    """The number of tokens before each token, padding not counted: int64 [batch, T].
+
+    ``attention_mask`` [batch, n_seen + T] is 1 for tokens and 0 for padding, whose position is 0.
+
+    Raises:
+        ValueError: the mask has another number of dimensions, and does not say which tokens are padding.
+    """
+    if attention_mask.dim() != 2:
+        raise ValueError(
+            f"positions_skip_padding needs an attention_mask [batch, T], not one of {attention_mask.dim()} dimensions; "
+            "give position_ids as well"
+        )
+    tokens = attention_mask.long()
+    return ((tokens.cumsum(dim=1) - 1) * tokens)[:, n_seen:]
