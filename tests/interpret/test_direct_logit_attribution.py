@@ -236,7 +236,13 @@ def test_bad_input(change, message):
 
 @pytest.mark.parametrize(
     "options",
-    [{"norm": "dyt"}, {"norm": "layernorm_scaling"}, {"norm": "none", "qk_norm": True}, {"scale_embeddings": True}],
+    [
+        {"norm": "dyt"},
+        {"norm": "layernorm_scaling"},
+        {"norm": "none", "qk_norm": True},
+        {"scale_embeddings": True},
+        {"embedding_multiplier": 3.0, "attn_logit_softcapping": 0.5, "attention_scale": 0.3},
+    ],
     ids=str,
 )
 def test_contributions_add_up_whatever_the_norms_of_the_blocks_are(options):
@@ -252,6 +258,12 @@ def test_models_that_cannot_be_taken_apart():
     for placement in ("sandwich", "hybrid", "hybrid_star", "mix", "deepnorm"):
         with pytest.raises(InputError, match=f"norm_placement is '{placement}'"):
             direct_logit_attribution(decoder(norm="layernorm", norm_placement=placement), sequences, sequences)
+    capped = decoder(final_logit_softcapping=30.0)
+    for read in (direct_logit_attribution, direct_effects):
+        with pytest.raises(InputError, match=r"soft-capped \(final_logit_softcapping = 30\.0\)"):
+            read(capped, sequences, sequences)
+    with pytest.raises(InputError, match="final_logit_softcapping"):
+        direct_attribution_errors(capped, sequences)
     with pytest.raises(InputError, match="final norm of the class DynamicTanh"):
         direct_logit_attribution(decoder(norm="dyt", final_norm="dyt"), sequences, sequences)
     post = decoder(norm="layernorm", norm_placement="post")

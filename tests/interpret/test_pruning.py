@@ -75,6 +75,7 @@ def test_the_kinds_of_layers_stay_with_their_layers():
         ({"norm_placement": "mix", "n_post_layer": 2}, [0, 3]),
         ({"norm_placement": "hybrid_star"}, [1]),
         ({"norm": "layernorm_scaling"}, [3, 4]),
+        ({"attn_logit_softcapping": 0.5, "final_logit_softcapping": 2.0, "embedding_multiplier": 3.0}, [1, 2]),
     ],
 )
 def test_ours_reloads_as_the_model_with_these_layers_skipped(options, layers, tmp_path):

@@ -63,6 +63,10 @@ def linear(weights: Weights, prefix: str, x: Array) -> Array:
     return x @ weights[f"{prefix}.weight"].T + weights.get(f"{prefix}.bias", 0.0)
 
 
+def capped(x: Array, cap: float | None) -> Array:
+    return x if cap is None else cap * np.tanh(x / cap)
+
+
 def rotate(x: Array, theta: float, fraction: float) -> Array:
     """Rotary positions: pair (j, j + d/2) of the first d = fraction * head_dim turns by m * theta^(-2j/d)."""
     turned = x.copy()
@@ -98,7 +102,8 @@ def attention(config: NormfreeConfig, weights: Weights, prefix: str, x: Array) -
             q, k = rotate(q, theta, fraction), rotate(k, theta, fraction)
         rows = []
         for i in range(len(x)):
-            weight = np.exp(k[: i + 1] @ q[i] / np.sqrt(width))
+            scale = 1 / np.sqrt(width) if config.attention_scale is None else config.attention_scale
+            weight = np.exp(capped(k[: i + 1] @ q[i] * scale, config.attn_logit_softcapping))
             rows.append(weight / weight.sum() @ v[: i + 1])
         heads.append(np.array(rows))
     return linear(weights, f"{prefix}.o_proj", np.concatenate(heads, axis=-1))
@@ -160,7 +165,7 @@ def block(config: NormfreeConfig, weights: Weights, prefix: str, layer: int, x: 
 
 def logits(config: NormfreeConfig, weights: Weights, input_ids: NDArray[np.int64]) -> Array:
     """Next-token logits [T, vocab_size] of one sequence of token ids [T]."""
-    x = weights["model.embed_tokens.weight"][input_ids]
+    x = weights["model.embed_tokens.weight"][input_ids] * (config.embedding_multiplier or 1.0)
     if config.position == "learned":
         x = x + weights["model.embed_positions.weight"][: len(input_ids)]
     if config.scale_embeddings:
@@ -168,7 +173,7 @@ def logits(config: NormfreeConfig, weights: Weights, input_ids: NDArray[np.int64
     for layer in range(config.n_layer):
         x = block(config, weights, f"model.blocks.{layer}.", layer, x)
     x = norm(config.final_norm, weights, "model.final_norm", config.norm_eps, x)
-    return x @ weights["lm_head.weight"].T
+    return capped(x @ weights["lm_head.weight"].T, config.final_logit_softcapping)
 
 
 def loss(config: NormfreeConfig, weights: Weights, input_ids: NDArray[np.int64]) -> float:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from normfree import NormfreeConfig, NormfreeForCausalLM
+from normfree.errors import InputError
 from normfree.modeling.attention import BIASED_PROJECTIONS
 
 from . import reference
@@ -43,6 +45,33 @@ def test_implementations_agree_with_sdpa(implementation: str, variant: str) -> N
         torch.testing.assert_close(model(ids).logits, whole, rtol=0, atol=1e-5)
         actual = model(ids, attention_mask=left_padded()).logits
     torch.testing.assert_close(actual[kept], padded[kept], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_soft_caps_are_the_same_in_flex_attention(variant: str) -> None:
+    model = build(**VARIANTS[variant], attn_logit_softcapping=0.3)
+    assert model.config._attn_implementation == "eager"
+    ids, kept = torch.randint(19, (2, 13)), left_padded().bool()
+    expected = model(ids, attention_mask=left_padded()).logits[kept]
+    model.set_attn_implementation("flex_attention")
+    with torch.compiler.set_stance("force_eager"):
+        actual = model(ids, attention_mask=left_padded()).logits[kept]
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+
+
+def test_soft_caps_are_refused_where_an_implementation_has_none(tmp_path: Path) -> None:
+    message = "attention implementation 'sdpa' cannot soft-cap scores"
+    model = build(attn_logit_softcapping=0.3)
+    with pytest.raises(InputError, match=message):
+        model.set_attn_implementation("sdpa")
+    model.save_pretrained(tmp_path)
+    assert NormfreeForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "eager"
+    with pytest.raises(InputError, match=message):
+        NormfreeForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")
+    model.config._attn_implementation_internal = "sdpa"
+    with pytest.raises(InputError, match=message):
+        model(torch.randint(19, (2, 13)))
 
 
 @torch.no_grad()

@@ -47,6 +47,9 @@ DECODERS: dict[str, dict[str, Any]] = {
     "hybrid-star-grouped": {**PYTHIA, "norm_placement": "hybrid_star", "n_kv_head": 2, "norm": "rmsnorm"},
     "qk-norm-without-other-norms": {**PYTHIA, "qk_norm": "rmsnorm", "norm": "none", "final_norm": "none"},
     "scaled-embeddings": {"scale_embeddings": True},
+    "multiplied-embeddings": {"embedding_multiplier": 3.7, "attention_scale": 0.9},
+    "soft-capped": {"attn_logit_softcapping": 0.4, "final_logit_softcapping": 1.5, "attention_scale": 2},
+    "soft-capped-grouped": {**PYTHIA, "n_kv_head": 2, "attn_logit_softcapping": 1, "final_logit_softcapping": 0.5},
     "pythia": {**PYTHIA, "parallel_residual": True, "tie_word_embeddings": False},
     "grouped-gated": {
         **PYTHIA,

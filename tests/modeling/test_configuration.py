@@ -58,7 +58,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     *(
         ({option: value}, f"{option} is {value}; it must be positive and finite")
-        for option in ("norm_eps", "initializer_range")
+        for option in (
+            "norm_eps",
+            "initializer_range",
+            "attention_scale",
+            "attn_logit_softcapping",
+            "final_logit_softcapping",
+            "embedding_multiplier",
+        )
         for value in (0.0, -1e-5, float("nan"), float("inf"))
     ),
     (
@@ -71,6 +78,15 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"slope_sharing": "global"}, "slope_sharing means nothing for activation 'gelu'"),
     ({"activation": "leaky_relu", "slope_sharing": "layer"}, "slope_sharing means nothing"),
     ({"rope_parameters": {"rope_theta": 1e4}}, "rope_parameters mean nothing with position 'learned'"),
+    ({**ROTARY, "positions_skip_padding": True}, "positions_skip_padding means nothing with position 'rotary'"),
+    (
+        {"scale_embeddings": True, "embedding_multiplier": 2.0},
+        "scale_embeddings learns the factor that embedding_multiplier fixes; give one of them",
+    ),
+    *(
+        ({"attention": "spark", option: 2.0}, f"{option} is not defined for attention 'spark'")
+        for option in ("attention_scale", "attn_logit_softcapping")
+    ),
     *(
         (
             {"norm_placement": placement, "parallel_residual": True},
@@ -188,7 +204,10 @@ NOT_DEFAULT: dict[str, Any] = {
     "topk": "exact",
     "attention_bias": "qk",
     "qk_norm": "rmsnorm",
+    "attention_scale": 0.2,
+    "attn_logit_softcapping": 30.0,
     "position": "rotary",
+    "positions_skip_padding": True,
     "rope_parameters": {
         "rope_type": "linear",
         "rope_theta": 500.0,
@@ -200,11 +219,13 @@ NOT_DEFAULT: dict[str, Any] = {
     "initializer_range": 0.07,
     "scale_residual_init": True,
     "scale_embeddings": True,
+    "embedding_multiplier": 1.5,
     "embedding_dropout": 0.1,
     "attention_dropout": 0.2,
     "residual_dropout": 0.3,
     "tie_word_embeddings": False,
     "lm_head_bias": True,
+    "final_logit_softcapping": 20.0,
     "use_cache": False,
     "bos_token_id": 3,
     "eos_token_id": [4, 5],
@@ -289,23 +310,13 @@ def test_round_trip_of_one_option(option: str, tmp_path: Path) -> None:
     "left_out",
     [
         (
-            "norm_placement",
-            "n_post_layer",
-            "activation",
-            "negative_slope",
-            "slope_sharing",
-            "sliding_window",
-            "layer_types",
+            *("norm_placement", "n_post_layer", "activation", "negative_slope", "slope_sharing"),
+            *("attention_scale", "attn_logit_softcapping", "positions_skip_padding", "scale_embeddings"),
+            *("sliding_window", "layer_types"),
         ),
         (
-            "parallel_residual",
-            "ffn",
-            "ffn_active",
-            "ffn_predictor_dim",
-            "attention",
-            "attention_active",
-            "attention_predictor_dim",
-            "topk",
+            *("parallel_residual", "ffn", "ffn_active", "ffn_predictor_dim", "topk", "embedding_multiplier"),
+            *("attention", "attention_active", "attention_predictor_dim", "position", "rope_parameters"),
         ),
     ],
 )

@@ -39,6 +39,12 @@ ARRANGEMENTS: dict[str, dict[str, Any]] = {
     "dyt-everywhere": {"norm": "dyt", "final_norm": "dyt", "dyt_attention_alpha": 0.8, "scale_embeddings": True},
     "qk-norm-scaling": {"norm": "rmsnorm_scaling", "final_norm": "rmsnorm", "qk_norm": "layernorm", "n_kv_head": 2},
     "grouped-gated": {"n_kv_head": 2, "ffn": "gated", "norm": "rmsnorm", "activation": "silu"},
+    "soft-capped": {
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 5.0,
+        "embedding_multiplier": 4.0,
+        "attention_scale": 0.3,
+    },
 }
 
 
@@ -137,7 +143,8 @@ def test_gradient_checkpointing_changes_no_gradient(arrangement: str) -> None:
 def test_a_training_step_in_bf16_autocast(arrangement: str, implementation: str) -> None:
     """Heads are normalized in bf16, residual streams in float32: what comes out of norms may be of either dtype."""
     model = build(**ARRANGEMENTS[arrangement]).train()
-    model.set_attn_implementation(implementation)
+    if model.config.attn_logit_softcapping is None:
+        model.set_attn_implementation(implementation)
     expected = model(tokens(), labels=tokens()).loss
     with torch.autocast("cpu", torch.bfloat16):
         actual = model(tokens(), labels=tokens()).loss
@@ -343,3 +350,43 @@ def test_logits_to_keep() -> None:
     torch.testing.assert_close(model(tokens(), logits_to_keep=2).logits, whole[:, -2:])
     kept = torch.tensor([0, 5])
     torch.testing.assert_close(model(tokens(), logits_to_keep=kept).logits, whole[:, kept])
+
+
+@torch.no_grad()
+def test_an_embedding_multiplier_is_the_embeddings_own() -> None:
+    model = build(embedding_multiplier=16**0.5 + 0.01).to(torch.bfloat16).eval()
+    embedding = model.get_input_embeddings()
+    rounded = torch.tensor(model.config.embedding_multiplier, dtype=torch.bfloat16)
+    assert torch.equal(embedding(tokens()), embedding.weight[tokens()] * rounded)
+    assert torch.equal(model(inputs_embeds=embedding(tokens())).logits, model(tokens()).logits)
+    model.resize_token_embeddings(25)
+    assert torch.equal(model.get_input_embeddings()(tokens()), embedding.weight[tokens()] * rounded)
+
+
+@torch.no_grad()
+def test_positions_that_skip_padding() -> None:
+    model = reference.perturb(build(positions_skip_padding=True)).eval()
+    ids = tokens()
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    alone = model(ids[1:, 4:]).logits[0]
+    torch.testing.assert_close(model(ids, attention_mask=mask).logits[1, 4:], alone, rtol=0, atol=1e-5)
+    counted = build(positions_skip_padding=False)
+    counted.load_state_dict(model.state_dict())
+    assert not torch.allclose(counted.eval()(ids, attention_mask=mask).logits[1, 4:], alone, atol=1e-3)
+    torch.testing.assert_close(model(ids).logits, counted(ids).logits)
+
+    cache = DynamicCache(config=model.config)
+    steps = [
+        model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache, use_cache=True).logits
+        for start, stop in ((0, 6), (6, 9), (9, 11))
+    ]
+    torch.testing.assert_close(torch.cat(steps, dim=1)[1, 4:], alone, rtol=0, atol=1e-5)
+
+    hole = torch.ones_like(ids)
+    hole[:, 3:5] = 0
+    positions = torch.tensor([[0, 1, 2, 0, 0, 3, 4, 5, 6, 7, 8]])
+    expected = model(ids, attention_mask=hole, position_ids=positions).logits
+    assert torch.equal(model(ids, attention_mask=hole).logits, expected)
+    with pytest.raises(ValueError, match="with another mask give position_ids as well"):
+        model(ids, attention_mask=torch.zeros(2, 1, 11, 11))

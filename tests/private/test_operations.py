@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 
@@ -94,9 +95,17 @@ def test_shapes_as_text() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"norm_placement": "sandwich"}, {"qk_norm": "rmsnorm"}, {"norm_placement": "hybrid"}]
+    "options",
+    [
+        {"norm_placement": "sandwich"},
+        {"qk_norm": "rmsnorm"},
+        {"norm_placement": "hybrid"},
+        {"embedding_multiplier": 2.0},
+        {"attn_logit_softcapping": 50.0},
+        {"final_logit_softcapping": 30.0},
+    ],
 )
-def test_what_has_no_counterpart_is_refused(options: dict[str, str]) -> None:
+def test_what_has_no_counterpart_is_refused(options: dict[str, Any]) -> None:
     (name,) = options
-    with pytest.raises(InputError, match=f"{name} '.*' has no encrypted counterpart yet; those with one: "):
+    with pytest.raises(InputError, match=f"{name} .* has no encrypted counterpart yet; those with one: "):
         block_steps(NormfreeConfig(**SIZES, **options), 0, 16)

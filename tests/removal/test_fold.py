@@ -66,6 +66,13 @@ def test_it_is_a_transformers_model(name: str, tmp_path: Path) -> None:
         {"final_norm": "layernorm", "norm": "none", "attention_bias": "none"},
         {"norm": "rmsnorm", "final_norm": "rmsnorm", "attention_bias": "none"},
         {"parallel_residual": True, "position": "rotary"},
+        {
+            "attn_logit_softcapping": 0.5,
+            "final_logit_softcapping": 2.0,
+            "embedding_multiplier": 4.0,
+            "attention_scale": 0.7,
+            "positions_skip_padding": True,
+        },
     ],
 )
 def test_options(options: dict[str, Any]) -> None:

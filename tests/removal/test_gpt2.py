@@ -47,6 +47,19 @@ def test_the_residual_stream_is_that_of_the_folded_model() -> None:
         (lambda: constant_std_of("gpt2").half(), "float16 cannot hold"),
         (lambda: constant_std(from_hf(stock("gpt2")), qk_norm="layernorm"), "qk_norm = 'layernorm' has no counterpart"),
         (lambda: constant_std(from_hf(stock("gpt2")), scale_embeddings=True), "scale_embeddings = True has no"),
+        *(
+            (
+                lambda option=option, value=value: constant_std(from_hf(stock("gpt2")), **{option: value}),
+                f"{option} = {value} has no counterpart in GPT-2",
+            )
+            for option, value in (
+                ("embedding_multiplier", 2.0),
+                ("attention_scale", 1.0),
+                ("attn_logit_softcapping", 30.0),
+                ("final_logit_softcapping", 30.0),
+                ("positions_skip_padding", True),
+            )
+        ),
     ],
 )
 def test_what_gpt2_cannot_be_is_named(model: Any, message: str) -> None:

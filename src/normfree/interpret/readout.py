@@ -39,8 +39,15 @@ class Readout:
         """The readout of ``model``.
 
         Raises:
-            InputError: its final norm is none of LayerNorm, RMSNorm, constant-std norm and no norm.
+            InputError: its final norm is none of LayerNorm, RMSNorm, constant-std norm and no norm, or its logits are
+                soft-capped.
         """
+        if model.config.final_logit_softcapping is not None:
+            raise InputError(
+                f"the logits of the model are soft-capped (final_logit_softcapping = "
+                f"{model.config.final_logit_softcapping}), so they are no sum of contributions even with every std "
+                "frozen; use a model without it"
+            )
         norm = deepcopy(model.model.final_norm).double()
         if not isinstance(norm, (nn.LayerNorm, nn.RMSNorm, ConstantStdNorm, nn.Identity)):
             raise InputError(

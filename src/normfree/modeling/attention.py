@@ -51,7 +51,7 @@ def eager_attention_forward(
     query [batch, n_head, n_query, head_dim]; key and value [batch, n_kv_head, n_key, head_dim]; ``attention_mask``
     additive, broadcastable to [batch, n_head, n_query, n_key]; ``softcap``: scores s become softcap tanh(s / softcap)
     before the mask (Gemma 2, 2024, Section 2). Returns the output [batch, n_query, n_head, head_dim] and the weights,
-    float32 [batch, n_head, n_query, n_key].
+    float32 or float64 [batch, n_head, n_query, n_key].
     """
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
@@ -59,7 +59,7 @@ def eager_attention_forward(
     scores = soft_capped(query @ key.transpose(-1, -2) * scaling, softcap)
     if attention_mask is not None:
         scores = scores + attention_mask
-    weights = scores.softmax(dim=-1, dtype=torch.float32)
+    weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return (weights.to(value.dtype) @ value).transpose(1, 2).contiguous(), weights
 

@@ -29,7 +29,7 @@ POSITIVE_OPTIONS = (
     "dyt_attention_alpha",
     "attention_scale",
     "attn_logit_softcapping",
-    "embedding_scale",
+    "embedding_multiplier",
     "final_logit_softcapping",
 )
 QK_NORMS = ("none", "layernorm", "rmsnorm")
@@ -65,11 +65,11 @@ class NormfreeConfig(PreTrainedConfig):
         ``rope_parameters``: transformers' dictionary (``rope_type``, ``rope_theta``, ``partial_rotary_factor``, ...),
         rotary only; ``layer_types``: ``full_attention | sliding_attention`` for each layer, and ``sliding_window``:
         keys that a query of a sliding layer sees, itself included. By default all layers are sliding if there is a
-        window, else full; ``positions_skip_padding``: positions count the tokens of ``attention_mask`` alone (OPT), instead
-        of all, padding included (learned only); ``attention_scale``: factor of the scores q·k, default
+        window, else full; ``positions_skip_padding``: positions count the tokens of ``attention_mask`` alone (OPT),
+        instead of all, padding included (learned only); ``attention_scale``: factor of the scores q·k, default
         1/sqrt(``head_dim``); ``attn_logit_softcapping``: scores s become c tanh(s / c) (Gemma 2; softmax only).
     Embedding and unembedding
-        ``embedding_scale``: a fixed factor of the token embeddings, in their dtype (Gemma: sqrt(``n_embd``));
+        ``embedding_multiplier``: a fixed factor of the token embeddings, in their dtype (Gemma: sqrt(``n_embd``));
         ``tie_word_embeddings``; ``lm_head_bias``; ``final_logit_softcapping``: logits l become c tanh(l / c) (Gemma 2).
     Sparsity (``ffn`` or ``attention`` spark), each a count, or a float: a share
         ``ffn_active``: neurons computed for a token, default 0.08 of ``n_inner``; ``ffn_predictor_dim``: dimensions of
@@ -151,7 +151,7 @@ class NormfreeConfig(PreTrainedConfig):
     initializer_range: float | int = 0.02
     scale_residual_init: bool = False
     scale_embeddings: bool = False
-    embedding_scale: float | int | None = None
+    embedding_multiplier: float | int | None = None
     embedding_dropout: float | int = 0.0
     attention_dropout: float | int = 0.0
     residual_dropout: float | int = 0.0
@@ -312,8 +312,8 @@ class NormfreeConfig(PreTrainedConfig):
                 f"positions_skip_padding means nothing with position {self.position!r}, whose scores depend on "
                 "differences of positions; leave it out"
             )
-        if self.scale_embeddings and self.embedding_scale is not None:
-            raise InputError("scale_embeddings learns the scale that embedding_scale fixes; give one of them")
+        if self.scale_embeddings and self.embedding_multiplier is not None:
+            raise InputError("scale_embeddings learns the factor that embedding_multiplier fixes; give one of them")
         for option in ("attention_scale", "attn_logit_softcapping"):
             if getattr(self, option) is not None and self.attention == "spark":
                 raise InputError(f"{option} is not defined for attention 'spark'; leave it out, or use softmax")

@@ -225,9 +225,7 @@ class NormfreeForCausalLM(NormfreePreTrainedModel, GenerationMixin):
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         assert outputs.last_hidden_state is not None
-        logits = soft_capped(
-            self.lm_head(outputs.last_hidden_state[:, keep, :]), self.config.final_logit_softcapping
-        )
+        logits = soft_capped(self.lm_head(outputs.last_hidden_state[:, keep, :]), self.config.final_logit_softcapping)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

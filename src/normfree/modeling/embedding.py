@@ -32,9 +32,9 @@ class ScaledEmbedding(nn.Embedding):
 
 def build_embedding(config: NormfreeConfig) -> nn.Embedding:
     """The token embedding [vocab_size, n_embd]."""
-    if config.embedding_scale is None:
+    if config.embedding_multiplier is None:
         return nn.Embedding(config.vocab_size, config.n_embd)
-    return ScaledEmbedding(config.vocab_size, config.n_embd, config.embedding_scale)
+    return ScaledEmbedding(config.vocab_size, config.n_embd, config.embedding_multiplier)
 
 
 def positions_after(n_seen: int, x: torch.Tensor) -> torch.Tensor:
@@ -48,12 +48,12 @@ def positions_among_tokens(n_seen: int, attention_mask: torch.Tensor) -> torch.T
     ``attention_mask`` [batch, n_seen + T] is 1 for tokens and 0 for padding, whose position is 0.
 
     Raises:
-        ValueError: the mask has another number of dimensions, and does not say which tokens are padding.
+        ValueError: the mask is of another kind, which does not say which tokens are padding.
     """
-    if attention_mask.dim() != 2:
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
         raise ValueError(
-            f"positions_skip_padding needs an attention_mask [batch, T], not one of {attention_mask.dim()} dimensions; "
-            "give position_ids as well"
+            "positions_skip_padding counts the tokens of an attention_mask [batch, T]; with another mask give "
+            "position_ids as well"
         )
     tokens = attention_mask.long()
     return ((tokens.cumsum(dim=1) - 1) * tokens)[:, n_seen:]

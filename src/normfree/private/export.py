@@ -13,6 +13,7 @@ from torch import nn
 from normfree.errors import InputError
 from normfree.modeling import NormfreeConfig, NormfreeForCausalLM
 from normfree.modeling.activations import LearnableLeakyReLU
+from normfree.modeling.attention import SoftmaxAttention
 from normfree.modeling.blocks import Block
 from normfree.modeling.constant_std import ConstantStdNorm
 from normfree.modeling.norms import DynamicTanh
@@ -82,14 +83,15 @@ def one_hot(tokens: torch.Tensor, vocab_size: int) -> npt.NDArray[np.float32]:
 def _block_tensors(block: nn.Module, config: NormfreeConfig) -> Iterator[tuple[str, torch.Tensor]]:
     assert isinstance(block, Block)
     attention, ffn = block.attention, block.ffn
+    assert isinstance(attention, SoftmaxAttention)
     names = {name: attention.get_submodule(f"{name}_proj") for name in "qkvo"}
     names |= {
         name: ffn.get_submodule(f"{name}_proj") for name in ("up", "down", "gate") if hasattr(ffn, f"{name}_proj")
     }
     for name, projection in names.items():
         assert isinstance(projection, nn.Linear)
-        # 1/sqrt(head_dim) costs nothing in the weights of the queries.
-        scale = config.head_dim**-0.5 if name == "q" else 1.0
+        # The scale of the scores costs nothing in the weights of the queries.
+        scale = attention.scaling if name == "q" else 1.0
         yield f"{name}_weight", projection.weight.T * scale
         if projection.bias is not None:
             yield f"{name}_bias", projection.bias * scale

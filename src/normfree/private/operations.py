@@ -75,6 +75,9 @@ def check_supported(config: NormfreeConfig) -> None:
         ("qk_norm", ("none",)),
         ("sliding_window", (None,)),
         ("scale_embeddings", (False,)),
+        ("embedding_multiplier", (None,)),
+        ("attn_logit_softcapping", (None,)),
+        ("final_logit_softcapping", (None,)),
     ):
         _check_option(option, getattr(config, option), allowed)
     for name in config.activations:

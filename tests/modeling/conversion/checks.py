@@ -54,6 +54,7 @@ class FamilyChecks:
     sizes: options that every model of these tests has.
     cases: other options by name; "" has none.
     refused: options, and what the error says.
+    kept_options: options of the same name on both sides.
     dropouts: options, and the embedding, attention and residual dropout that they become.
     """
 
@@ -73,6 +74,10 @@ class FamilyChecks:
     }
     cases: ClassVar[dict[str, dict[str, Any]]]
     refused: ClassVar[list[tuple[dict[str, Any], str]]] = []
+    kept_options: ClassVar[tuple[str, ...]] = (
+        *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache"),
+        "initializer_range",
+    )
     dropouts: ClassVar[tuple[dict[str, Any], tuple[float, float, float]]] = (
         {"attention_dropout": 0.2},
         (0.0, 0.2, 0.0),
@@ -170,7 +175,7 @@ class FamilyChecks:
         assert ours.dtype == ours.config.dtype == torch.bfloat16
         assert ours.generation_config == theirs.generation_config
         assert ours.generation_config is not theirs.generation_config
-        for option in ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "initializer_range"):
+        for option in self.kept_options:
             assert getattr(ours.config, option) == getattr(theirs.config, option)
         assert not from_hf(theirs.eval()).training
 

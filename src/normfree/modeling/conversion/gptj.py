@@ -33,7 +33,7 @@ def convert_gptj(model: Any) -> Converted:
         norm_eps=hf.layer_norm_epsilon,
         parallel_residual=True,
         activation=activation_name("activation_function", hf.activation_function),
-        attention_bias=False,
+        attention_bias="none",
         position="rotary",
         rope_parameters={
             "rope_type": "default",

@@ -83,7 +83,7 @@ def _plain_norms(model: Any, has_final_norm: bool) -> dict[str, torch.Tensor]:
         for norm in ("attention_norm", "ffn_norm")
     ]
     ones = torch.ones(model.config.hidden_size, dtype=model.dtype, device=model.device)
-    weights = {}
+    weights: dict[str, torch.Tensor] = {}
     for name in [*names, "model.final_norm"] if has_final_norm else names:
         weights |= {f"{name}.weight": ones, f"{name}.bias": torch.zeros_like(ones)}
     return weights
