@@ -37,7 +37,7 @@ def saved(folder: Path, template: str | None, **options: str | None) -> str:
     return str(folder)
 
 
-def tiny_llama() -> LlamaForCausalLM:
+def tiny_llama(initializer_range: float = 0.5) -> LlamaForCausalLM:
     """A random model with a row for each of their tokens."""
     torch.manual_seed(0)
     return LlamaForCausalLM(
@@ -47,8 +47,8 @@ def tiny_llama() -> LlamaForCausalLM:
             num_key_value_heads=1,
             hidden_size=16,
             intermediate_size=32,
-            vocab_size=304,
+            vocab_size=VOCABULARY + len(SPECIAL),
             max_position_embeddings=64,
-            initializer_range=0.5,
+            initializer_range=initializer_range,
         )
     )

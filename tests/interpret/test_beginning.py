@@ -7,7 +7,7 @@ import torch
 
 from normfree.data import Beginning, load_tokenizer
 from normfree.errors import InputError
-from normfree.interpret import attention_sinks, induction_pairs, read_prompts, token_sequences
+from normfree.interpret import attention_sinks, induction_pairs, measure_depth, read_prompts, token_sequences
 from normfree.training import load_pretrained, train
 from tests.data.beginnings import TEMPLATES, saved, tiny_llama
 
@@ -92,3 +92,15 @@ def test_induction_never_asks_what_follows_a_beginning():
     with pytest.raises(InputError, match="give 0 induction prompts"):
         induction_pairs(sequences, 1, n_beginning=1)
     assert (induction_pairs(sequences, 1).clean[:, -1] == 300).all()
+
+
+def test_depth_predicts_no_beginning(models, corpus_folder):
+    found = read(models, "several", corpus_folder)
+    model = load_pretrained(str(models / "several")).model
+    measured = measure_depth(model, found.tokens, n_probe=2, n_beginning=2)
+    logits = model.double()(input_ids=found.tokens).logits[:, 1:-1]
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), found.tokens[:, 2:])
+    assert measured.summary["loss_nats"][0] == pytest.approx(losses.item(), abs=1e-5)
+    losses.backward()
+    gradient = torch.cat([each.grad.flatten() for each in model.model.layers[0].parameters()]).norm().item()
+    assert measured.gradient_norms["parameter_gradient_norm"][0] == pytest.approx(gradient, rel=1e-4)

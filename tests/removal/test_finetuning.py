@@ -426,7 +426,7 @@ def test_a_schedule_brings_its_recipe(
     tiny_run: Callable[..., RunConfig], data: PackedData, gpt2: Path, corpus: Path, tmp_path: Path
 ) -> None:
     published = load_schedule("gpt2-xl")
-    changes = {"data.corpus": f"directory:{corpus}"}
+    changes = {"data.corpus": f"directory:{corpus}", "data.tokenizer": "train"}
     recipe = plan(str(gpt2), changes=changes, seed=0, schedule=published).run.recipe
     assert (recipe.steps, recipe.decay_steps, recipe.warmup_steps) == (800, 1200, 20)
     assert (recipe.learning_rate, recipe.final_learning_rate_ratio, recipe.batch_size) == (1e-4, 0.2, 512)

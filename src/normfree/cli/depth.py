@@ -67,7 +67,13 @@ def depth(
             measured = load_pretrained(source)  # one model at a time in memory
         name = model_name(source, models)
         with console.status(f"{name}: {sequences_read}"):
-            found[name] = measure_depth(measured.model, sequences_read.tokens, n_probe=probes, batch_size=batch_size)
+            found[name] = measure_depth(
+                measured.model,
+                sequences_read.tokens,
+                n_probe=probes,
+                batch_size=batch_size,
+                n_beginning=len(sequences_read.beginning),
+            )
     table = write_depth_page(found, out, f"normfree depth {' '.join(models)}", sequences=str(sequences_read))
     if json_:
         frames = {name: each.frames() for name, each in found.items()}

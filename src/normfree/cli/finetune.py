@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from normfree.cli.options import DEFAULT_CACHE_DIR, CacheDir, Json, changes, open_console
+from normfree.cli.options import DEFAULT_CACHE_DIR, Bos, CacheDir, Json, changes, open_console
 
 
 def finetune(
@@ -26,6 +26,7 @@ def finetune(
         list[str] | None,
         typer.Option("--set", help="Change any value, e.g. --set recipe.learning_rate=3e-5. Can be repeated."),
     ] = None,
+    bos: Bos = None,
     cache_dir: CacheDir = DEFAULT_CACHE_DIR,
     json_: Json = False,
 ) -> None:
@@ -35,11 +36,12 @@ def finetune(
 
     Example: normfree finetune studies/curse-of-depth-cpu/runs/pre-ln/seed-0 --corpus pairs:pairs.jsonl --out runs/tuned
     """
+    from normfree.data import Beginning
     from normfree.processes import is_main_process, main_first
     from normfree.training import StudyProgress, load_pretrained, train
     from normfree.training.finetuning import finetuning_run
 
-    wanted = changes(set_, tokens=tokens, steps=steps, corpus=corpus, tokenizer=None)
+    wanted = changes(set_, tokens=tokens, steps=steps, corpus=corpus, tokenizer=None, bos=bos)
     console = open_console(json_)
     run, data = main_first(
         lambda: finetuning_run(
@@ -55,13 +57,14 @@ def finetune(
     n_tokens = run.recipe.n_tokens(run.data.sequence_length)
     with StudyProgress(n_tokens, console=console, description="finetune") as progress:
         row = train(run, data, out, callbacks=(progress.run(model, n_tokens),)).row
+    beginning = Beginning.of(data.tokenizer, run.data.beginning)
     if json_:
         if is_main_process():
-            print(json.dumps({"folder": str(out), **row}))
+            print(json.dumps({"folder": str(out), "beginning": beginning.summary(), **row}))
         return
     console.print(
         f"{model}: evaluation loss of the completions {row['eval_loss']:.4f} nats per token, perplexity "
-        f"{row['eval_ppl']:.2f} ({row['status']}); {out}",
+        f"{row['eval_ppl']:.2f} ({row['status']}), {beginning}; {out}",
         highlight=False,
         soft_wrap=True,
     )

@@ -22,6 +22,7 @@ from normfree.cli.options import (
     model_name,
     open_console,
 )
+from normfree.errors import InputError
 
 
 def interpret(
@@ -62,6 +63,11 @@ def interpret(
         bos=bos,
     )
     beginning = sequences_read.beginning
+    if len(beginning) > 1:
+        raise InputError(
+            f"sequences of {models[0]} begin with {' '.join(beginning.tokens)}, and the tools here predict all tokens "
+            "but the first; give --no-bos"
+        )
     if prompts is not None:
         pairs = read_prompts(prompts, tokenizer_of(first), beginning)
     else:

@@ -59,7 +59,13 @@ def model_name(source: str, among: list[str]) -> str:
 
 
 def changes(
-    assignments: list[str] | None, *, tokens: int | None, steps: int | None, corpus: str | None, tokenizer: str | None
+    assignments: list[str] | None,
+    *,
+    tokens: int | None,
+    steps: int | None,
+    corpus: str | None,
+    tokenizer: str | None,
+    bos: bool | None = None,
 ) -> dict[str, Any]:
     """What the options and ``--set`` change, by dotted name; an option goes before a ``--set`` of the same name.
 
@@ -68,7 +74,14 @@ def changes(
     """
     if tokens is not None and steps is not None:
         raise InputError("give --tokens or --steps, not both")
-    options = {"recipe.tokens": tokens, "recipe.steps": steps, "data.corpus": corpus, "data.tokenizer": tokenizer}
+    options: dict[str, Any] = {
+        "recipe.tokens": tokens,
+        "recipe.steps": steps,
+        "data.corpus": corpus,
+        "data.tokenizer": tokenizer,
+    }
+    if bos is not None:
+        options["data.beginning"] = "bos_token" if bos else "none"
     given = {option: value for option, value in options.items() if value is not None}
     return dict(_assignment("--set", text, "model.n_layer=4") for text in assignments or []) | given
 

@@ -10,7 +10,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from normfree.cli.options import DEFAULT_CACHE_DIR, CacheDir, Json, changes, open_console
+from normfree.cli.options import DEFAULT_CACHE_DIR, Bos, CacheDir, Json, changes, open_console
 from normfree.locks import locked
 from normfree.processes import check_alone
 
@@ -39,6 +39,7 @@ def remove_norm(
         list[str] | None,
         typer.Option("--set", help="Change any value, e.g. --set recipe.learning_rate=3e-4. Can be repeated."),
     ] = None,
+    bos: Bos = None,
     cache_dir: CacheDir = DEFAULT_CACHE_DIR,
     json_: Json = False,
 ) -> None:
@@ -48,13 +49,14 @@ def remove_norm(
 
     Example: normfree remove-norm studies/relu-revival-cpu/runs/sm-ln-g/seed-0
     """
+    from normfree.data import Beginning
     from normfree.removal import remove
     from normfree.removal.plan import plan
     from normfree.removal.schedule import load_schedule
     from normfree.training import StudyProgress
 
     check_alone("normfree remove-norm", "leave the launcher out: its statistics would be those of one of them")
-    wanted = changes(set_, tokens=tokens, steps=steps, corpus=corpus, tokenizer=tokenizer)
+    wanted = changes(set_, tokens=tokens, steps=steps, corpus=corpus, tokenizer=tokenizer, bos=bos)
     chosen = load_schedule(schedule) if schedule is not None else None
     planned = plan(model, changes=wanted, seed=seed, lora_rank=lora, schedule=chosen)
     console = open_console(json_)
@@ -72,10 +74,11 @@ def remove_norm(
             vanilla=vanilla,
             callbacks=lambda variant, n_tokens: (progress.run(variant, n_tokens),),
         )
+    beginning = Beginning.of(data.tokenizer, run.data.beginning)
     if json_:
         exports = {"norm_free": str(result.norm_free), "gpt2": str(result.gpt2) if result.gpt2 else None}
         rows = json.loads(result.table.to_json(orient="records", double_precision=9))
-        print(json.dumps({"folder": str(folder), **exports, "table": rows}))
+        print(json.dumps({"folder": str(folder), "beginning": beginning.summary(), **exports, "table": rows}))
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("variant", "fine-tuning tokens", "loss, nats", "perplexity", "Δ loss"):
@@ -84,6 +87,7 @@ def remove_norm(
         numbers = (f"{row['eval_loss']:.4f}", f"{row['eval_ppl']:.2f}", f"{row['delta_loss']:+.4f}")
         table.add_row(row["variant"], f"{row['finetuning_tokens']:,}", *numbers)
     console.print(table)
+    console.print(f"Sequences of {run.data.sequence_length} tokens, {beginning}", highlight=False)
     console.print(f"Without norms: {result.norm_free}", highlight=False, soft_wrap=True)
     if result.gpt2 is not None:
         console.print(f"As a stock GPT-2: {result.gpt2}", highlight=False, soft_wrap=True)

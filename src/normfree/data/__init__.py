@@ -1,6 +1,6 @@
 """Data: corpus -> tokenizer -> packed, memory-mapped blocks of tokens."""
 
-from normfree.data.beginning import Beginning
+from normfree.data.beginning import Beginning, natural_rule
 from normfree.data.blocks import SplitStatistics, TokenBlocks
 from normfree.data.configuration import DataConfig
 from normfree.data.corpus import CORPORA, open_corpus
@@ -19,6 +19,7 @@ __all__ = [
     "TokenBlocks",
     "load_packed_data",
     "load_tokenizer",
+    "natural_rule",
     "open_corpus",
     "prepare_data",
     "same_data",

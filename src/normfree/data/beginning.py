@@ -7,6 +7,7 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from normfree.data.tokenizer import load_tokenizer
 from normfree.errors import InputError
 
 BeginningRule = Literal["none", "tokenizer", "bos_token"]
@@ -59,6 +60,15 @@ class Beginning:
     def summary(self) -> dict[str, list[int] | list[str] | str]:
         """All of it, as JSON can hold it."""
         return {"token_ids": list(self.token_ids), "tokens": list(self.tokens), "rule": self.rule}
+
+
+def natural_rule(tokenizer: str) -> BeginningRule:
+    """``tokenizer`` if the tokenizer of that name or folder puts anything before a text, else ``none``.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    return "tokenizer" if added_before(load_tokenizer(tokenizer)) else "none"
 
 
 def added_before(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from normfree.data import PackedData, prepare_data, same_data
+from normfree.data import PackedData, natural_rule, prepare_data, same_data
 from normfree.errors import InputError, invalid_fields, unknown_name
 from normfree.removal.schedule import RemovalSchedule
 from normfree.training import RunConfig, load_pretrained
@@ -66,9 +66,10 @@ def plan(
     """How the norms of the model ``source`` are taken out: by fine-tuning that starts from it.
 
     A run of ours is fine-tuned on the data it was trained on, in batches of the same size, for ``SHARE_OF_TRAINING`` of
-    its tokens; any other model on the corpus that ``changes`` name, with its own tokenizer, for ``PUBLISHED_STEPS`` of
-    512 sequences. The ``recipe`` of ``schedule`` overrides both, and ``changes`` override it: they set any value by its
-    dotted name, such as ``data.corpus``, ``recipe.steps`` and, with a ``lora_rank``, ``lora.alpha``.
+    its tokens; any other model on the corpus that ``changes`` name, with its own tokenizer and what that puts before a
+    text, for ``PUBLISHED_STEPS`` of 512 sequences. The ``recipe`` of ``schedule`` overrides both, and ``changes``
+    override it: they set any value by its dotted name, such as ``data.corpus``, ``recipe.steps`` and, with a
+    ``lora_rank``, ``lora.alpha``.
 
     Raises:
         InputError: the model cannot be loaded, no corpus is named for one that is no run, or a name or value is wrong.
@@ -95,6 +96,8 @@ def plan(
     sections = with_changes(sections, changes)
     if trained is None and "corpus" not in sections["data"]:
         raise InputError(f"{source} is no run with data of its own; name a corpus to fine-tune on with --corpus")
+    if trained is None and "beginning" not in sections["data"] and sections["data"]["tokenizer"] != "train":
+        sections["data"]["beginning"] = natural_rule(sections["data"]["tokenizer"])
     content = {
         "model_name": source,
         "configuration": "removal",

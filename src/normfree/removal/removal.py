@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from math import nan
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 import yaml
 from transformers import PreTrainedModel, TrainerCallback
 
-from normfree.data import PackedData
+from normfree.data import PackedData, TokenBlocks
 from normfree.errors import InputError
 from normfree.files import folder_written_whole, write_text
 from normfree.modeling import NormfreeForCausalLM
@@ -28,7 +27,7 @@ from normfree.removal.gpt2 import to_gpt2
 from normfree.removal.midway import check_removable
 from normfree.removal.schedule import RemovalSchedule, automatic_schedule, load_schedule
 from normfree.training import RunConfig, load_pretrained, train
-from normfree.training.evaluation import evaluation_losses, perplexity
+from normfree.training.evaluation import evaluation_losses, mean_loss, perplexity
 from normfree.training.pretrained import starting_model
 from normfree.training.trainer import check_data
 
@@ -98,13 +97,12 @@ def remove(
     _claim(folder, schedule)
     tokens = run.recipe.n_tokens(T)
 
-    sequences = torch.from_numpy(np.asarray(data.eval.tokens, dtype=np.int64))
-    losses = {ORIGINAL: _loss(original, sequences)}
+    losses = {ORIGINAL: _loss(original, data.eval)}
     del original  # each run loads it again, and trains beside whatever is still held
     if vanilla:
         control = run.model_copy(update={"configuration": VANILLA})
         train(control, data, folder / VANILLA, callbacks=callbacks(VANILLA, tokens))
-        losses[VANILLA] = _loss(load_pretrained(str(folder / VANILLA)).as_normfree(), sequences)
+        losses[VANILLA] = _loss(load_pretrained(str(folder / VANILLA)).as_normfree(), data.eval)
     removing = run.model_copy(update={"configuration": NORM_FREE})
     place, following = folder / REMOVAL_FOLDER, callbacks(NORM_FREE, tokens)
     try:
@@ -114,14 +112,16 @@ def remove(
         raise
     constant = constant_std_model(place)
     norm_free = remove_norms(constant)
-    losses[NORM_FREE] = _loss(norm_free, sequences)
+    losses[NORM_FREE] = _loss(norm_free, data.eval)
     _export(norm_free, data, folder / NORM_FREE_FOLDER)
     gpt2 = _export_gpt2(constant, data, folder / GPT2_FOLDER)
     return RemovalResult(_write_table(losses, tokens, folder), folder / NORM_FREE_FOLDER, gpt2)
 
 
-def _loss(model: NormfreeForCausalLM, sequences: torch.Tensor) -> float:
-    return float(evaluation_losses(model.eval(), sequences).mean())
+def _loss(model: NormfreeForCausalLM, blocks: TokenBlocks) -> float:
+    items = blocks.__getitems__(list(range(len(blocks))))
+    sequences, labels = (torch.stack([item[name] for item in items]) for name in ("input_ids", "labels"))
+    return mean_loss(evaluation_losses(model.eval(), sequences, labels=labels), blocks.n_predicted())
 
 
 def _claim(folder: Path, schedule: RemovalSchedule) -> None:

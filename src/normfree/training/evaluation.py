@@ -37,15 +37,19 @@ def sequence_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def evaluation_losses(model: PreTrainedModel, sequences: torch.Tensor, batch_size: int = 8) -> NDArray[np.float64]:
+def evaluation_losses(
+    model: PreTrainedModel, sequences: torch.Tensor, batch_size: int = 8, *, labels: torch.Tensor | None = None
+) -> NDArray[np.float64]:
     """The mean next-token loss of each of ``sequences``, int64 [n, T] without padding, in nats: float64 [n].
 
-    The model stays in the mode and the precision it is in.
+    The model stays in the mode and the precision it is in. ``labels``, by default the sequences, are -100 where a token
+    is not predicted.
     """
+    labels = sequences if labels is None else labels
     losses = []
-    for batch in sequences.split(batch_size):
-        tokens = batch.to(model.device)
-        losses.append(sequence_losses(model(input_ids=tokens, use_cache=False).logits, tokens).cpu())
+    for tokens, targets in zip(sequences.split(batch_size), labels.split(batch_size), strict=True):
+        logits = model(input_ids=tokens.to(model.device), use_cache=False).logits
+        losses.append(sequence_losses(logits, targets.to(model.device)).cpu())
     return torch.cat(losses).double().numpy()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from normfree.data import DataConfig, PackedData, prepare_data
+from normfree.data import DataConfig, PackedData, natural_rule, prepare_data
 from normfree.errors import InputError, invalid_fields, unknown_name
 from normfree.training.configuration import RunConfig, with_changes
 from normfree.training.pretrained import LoadedModel
@@ -43,7 +43,7 @@ def finetuning_run(
 ) -> tuple[RunConfig, PackedData]:
     """A run that goes on from ``loaded`` on a corpus of prompts and completions, and its data.
 
-    The model keeps its tokenizer, and its sequence length up to ``LONGEST_SEQUENCE``.
+    The model keeps its tokenizer, what its sequences begin with, and its sequence length up to ``LONGEST_SEQUENCE``.
 
     Args:
         loaded: the model to begin with.
@@ -73,6 +73,9 @@ def finetuning_run(
     sections = with_changes(sections, changes)
     if "corpus" not in sections["data"]:
         raise InputError("name what to fine-tune on with --corpus, such as pairs:FILE.jsonl")
+    if "beginning" not in sections["data"]:
+        rule = natural_rule(sections["data"]["tokenizer"]) if trained is None else trained.data.beginning
+        sections["data"]["beginning"] = rule
     try:
         data = prepare_data(DataConfig.model_validate(sections["data"]), cache_dir, progress=progress)
         if not {"steps", "tokens"} & sections["recipe"].keys():

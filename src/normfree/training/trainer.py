@@ -167,6 +167,8 @@ def train(
         raise InputError("a model that is changed while it trains is trained by one process; start one only")
     config.recipe.check(config.data.sequence_length)
     check_data(data, config.recipe)
+    if config.objective is not None:
+        config.objective.check_data(data, folder)
     # transformers' own bars (one for each checkpoint) would break up ours.
     disable_progress_bar()
     on_main(lambda: check_claim(folder, config, data))

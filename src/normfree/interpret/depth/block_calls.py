@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from normfree.errors import InputError
 from normfree.modeling.residual_stream import decoder_blocks
+from normfree.training.evaluation import sequence_losses
 
 STREAM_KEYWORD = "hidden_states"
 """What transformers names a block's first argument, the residual stream, where it is passed by keyword."""
@@ -59,12 +60,19 @@ class RecordedPass:
     """One pass of a model over ``tokens`` [batch, T], with the calls of its blocks, in order.
 
     logits: [batch, T, vocab_size].
+    n_beginning: tokens that every sequence begins with, which are not predicted.
     """
 
     model: PreTrainedModel
     tokens: torch.Tensor
     calls: Sequence[BlockCall]
     logits: torch.Tensor
+    n_beginning: int = 0
+
+    def losses(self, logits: torch.Tensor) -> torch.Tensor:
+        """The mean next-token loss of each sequence, in nats, float32 [batch], of logits [batch, T, vocab_size]."""
+        known = max(0, self.n_beginning - 1)
+        return sequence_losses(logits[:, known:], self.tokens[:, known:])
 
     @property
     def streams(self) -> list[torch.Tensor]:
@@ -97,7 +105,7 @@ class RecordedPass:
             yield
 
 
-def record(model: PreTrainedModel, tokens: torch.Tensor) -> RecordedPass:
+def record(model: PreTrainedModel, tokens: torch.Tensor, n_beginning: int = 0) -> RecordedPass:
     """Runs ``model`` over ``tokens`` (int64 [batch, T], no padding) and keeps every block's call.
 
     Raises:
@@ -124,7 +132,7 @@ def record(model: PreTrainedModel, tokens: torch.Tensor) -> RecordedPass:
     missing = [name for name in blocks if name not in found]
     if missing:
         raise InputError(f"{missing[0]} of {type(model).__name__} is not called in a forward pass: not a layer")
-    return RecordedPass(model, tokens, [found[name] for name in blocks], logits)
+    return RecordedPass(model, tokens, [found[name] for name in blocks], logits, n_beginning)
 
 
 @torch.no_grad()

@@ -15,8 +15,12 @@ from normfree.modeling.residual_stream import decoder_blocks
 from normfree.training.evaluation import token_losses
 
 
-def measure_gradient_norms(model: PreTrainedModel, tokens: torch.Tensor, batch_size: int = 8) -> pd.DataFrame:
+def measure_gradient_norms(
+    model: PreTrainedModel, tokens: torch.Tensor, batch_size: int = 8, n_beginning: int = 0
+) -> pd.DataFrame:
     """The gradient of the mean next-token loss over ``tokens`` (int64 [n, T]), by layer; ``.grad`` stays as it is.
+
+    The first ``n_beginning`` tokens of a sequence are not predicted.
 
     Returns:
         The frame ``gradient_norms`` of a measurement: layer; parameter_gradient_norm, the norm of the gradient of the
@@ -28,10 +32,11 @@ def measure_gradient_norms(model: PreTrainedModel, tokens: torch.Tensor, batch_s
     parameters = list({id(each): each for block in blocks for each in block}.values())
     sums = [torch.zeros_like(each, dtype=torch.float32) for each in parameters]
     of_streams = []
+    known = max(0, n_beginning - 1)
     with torch.enable_grad(), _trainable(model):
         for batch in tokens.split(batch_size):
             recorded = record(model, batch)
-            losses = token_losses(recorded.logits, recorded.tokens).mean(dim=1)
+            losses = token_losses(recorded.logits[:, known:], recorded.tokens[:, known:]).mean(dim=1)
             streams = recorded.streams[:-1]
             # Sequences do not see one another: in the stream, the gradient of the sum is each sequence's own.
             gradients = torch.autograd.grad(losses.sum(), [*streams, *parameters], allow_unused=True)

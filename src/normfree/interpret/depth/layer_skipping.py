@@ -9,7 +9,6 @@ import torch
 
 from normfree.interpret.depth.averages import mean_and_standard_error
 from normfree.interpret.depth.block_calls import RecordedPass
-from normfree.training.evaluation import sequence_losses
 
 
 @torch.no_grad()
@@ -73,4 +72,4 @@ def loss_increase_frame(name: str, numbers: Iterable[int], losses: torch.Tensor,
 
 
 def _losses(recorded: RecordedPass, outputs: dict[int, object]) -> torch.Tensor:
-    return sequence_losses(recorded.logits_with(outputs), recorded.tokens).double().cpu()
+    return recorded.losses(recorded.logits_with(outputs)).double().cpu()

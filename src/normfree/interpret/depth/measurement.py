@@ -20,7 +20,6 @@ from normfree.interpret.depth.gradient_norms import measure_gradient_norms
 from normfree.interpret.depth.jacobian import jacobian_frame, squared_jacobian_distances
 from normfree.interpret.depth.layer_skipping import loss_increase_frame, losses_without_each, losses_without_last
 from normfree.interpret.depth.variance import WITHOUT_FIRST, nonfinite_entries, token_variances, variance_frames
-from normfree.training.evaluation import sequence_losses
 
 UNDECIDED = "undecided"
 """In place of a law of growth where none could be fitted."""
@@ -56,7 +55,13 @@ class DepthMeasurement:
 
 
 def measure_depth(
-    model: PreTrainedModel, tokens: torch.Tensor, *, n_probe: int = 8, batch_size: int = 8, seed: int = 0
+    model: PreTrainedModel,
+    tokens: torch.Tensor,
+    *,
+    n_probe: int = 8,
+    batch_size: int = 8,
+    seed: int = 0,
+    n_beginning: int = 0,
 ) -> DepthMeasurement:
     """How ``model``, any transformers decoder in evaluation mode, uses its layers, read on ``tokens``.
 
@@ -70,6 +75,7 @@ def measure_depth(
         n_probe: random vectors a sequence and block for the Jacobians, at least 2.
         batch_size: sequences a pass.
         seed: of the probes.
+        n_beginning: tokens that every sequence begins with; the loss is of those behind them.
 
     Returns:
         The frames; the row ``summary`` has n_layer, n_sequences, sequence_length, loss_nats and its standard_error
@@ -96,9 +102,9 @@ def measure_depth(
     nonfinite = torch.zeros((), dtype=torch.int64)
     for batch in tokens.split(batch_size):
         with torch.no_grad():
-            recorded = record(model, batch)
+            recorded = record(model, batch, n_beginning)
         check_independence(recorded)
-        plain.append(sequence_losses(recorded.logits, recorded.tokens).double().cpu())
+        plain.append(recorded.losses(recorded.logits).double().cpu())
         variances.append(token_variances(recorded.streams))
         nonfinite = nonfinite + nonfinite_entries(recorded.streams)
         angles.append(angular_distances(recorded.streams))
@@ -117,7 +123,7 @@ def measure_depth(
         loss_increase_frame("layer", range(n_layer), skipped_losses, losses),
         dropped,
         jacobian_frame(torch.cat(squared, dim=-1)),
-        measure_gradient_norms(model, tokens, batch_size),
+        measure_gradient_norms(model, tokens, batch_size, n_beginning),
         _summary(tokens, losses, skipped_losses - losses, residual_variance, variance_growth),
     )
 

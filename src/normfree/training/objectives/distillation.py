@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from normfree.data import Beginning, PackedData, load_tokenizer
 from normfree.errors import InputError
 from normfree.modeling import NormfreeConfig
 from normfree.probes import EntropyRecorder
 from normfree.training.objectives.objective import Objective, ObjectiveOptions, Term
-from normfree.training.run_folder import RESULTS_FILE, last_checkpoint
+from normfree.training.run_folder import CONFIG_FILE, RESULTS_FILE, last_checkpoint
 
 KL = "distillation_kl_nats"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 ENTROPY_MISMATCH = "entropy_mismatch_nats_squared"
 
 
@@ -44,9 +46,31 @@ class DistillationOptions(ObjectiveOptions):
         return self.entropy_weight > 0
 
     def build(self, model: NormfreeConfig, folder: Path) -> Distillation:
+        return Distillation(self, load_teacher(self._folder(folder), model, same_heads=self.reads_entropy))
+
+    def check_data(self, data: PackedData, folder: Path) -> None:
+        """Checks that sequences begin with what the teacher's tokenizer puts before a text.
+
+        Runs of ours, and teachers that no tokenizer is saved with, are taught with the student's sequences.
+
+        Raises:
+            InputError: they do not.
+        """
+        teacher = self._folder(folder)
+        if not (teacher / "config.json").is_file() or (teacher.parent / CONFIG_FILE).is_file():
+            return
+        if not any((teacher / name).is_file() for name in TOKENIZER_FILES):
+            return
+        beginning = Beginning.of(load_tokenizer(str(teacher)), "tokenizer")
+        if tuple(data.train.tokens[0, : len(beginning)].tolist()) != beginning.token_ids:
+            raise InputError(
+                f"objective.teacher: the tokenizer of {teacher} puts {' '.join(beginning.tokens)} before a text and "
+                "the sequences here begin without it; set data.beginning to tokenizer"
+            )
+
+    def _folder(self, run_folder: Path) -> Path:
         # Resolved first: the system finds no ".." of a folder that is not there yet.
-        teacher = (folder / self.teacher).resolve()
-        return Distillation(self, load_teacher(teacher, model, same_heads=self.reads_entropy))
+        return (run_folder / self.teacher).resolve()
 
 
 class Distillation(Objective):

@@ -11,6 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from normfree.data import PackedData
 from normfree.errors import InputError
 from normfree.modeling import NormfreeConfig
 from normfree.training.recipe import Recipe
@@ -84,6 +85,13 @@ class ObjectiveOptions(BaseModel, ABC):
 
         Raises:
             InputError: it does not fit that model, or something it needs cannot be loaded.
+        """
+
+    def check_data(self, data: PackedData, folder: Path) -> None:
+        """Checks that a run in ``folder`` can follow the objective on ``data``: all do, unless they say otherwise.
+
+        Raises:
+            InputError: it cannot.
         """
 
     def check(self, recipe: Recipe) -> None:
