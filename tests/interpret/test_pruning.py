@@ -64,6 +64,15 @@ def test_the_kinds_of_layers_stay_with_their_layers():
     assert prune_layers(hybrid, [1, 3]).config.activation == ["gelu", "silu", "relu"]
 
 
+TWO_ROPES = {
+    "position": "rotary",
+    "layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention", "full_attention"],
+    "sliding_window": 4,
+    "rope_parameters": {"sliding_attention": {"rope_theta": 2.0}, "full_attention": {"rope_theta": 50.0}},
+}
+"""Without layers 0 and 3 no layer is sliding, and one set of rotary parameters is left."""
+
+
 @pytest.mark.parametrize(
     ("options", "layers"),
     [
@@ -75,6 +84,8 @@ def test_the_kinds_of_layers_stay_with_their_layers():
         ({"norm_placement": "mix", "n_post_layer": 2}, [0, 3]),
         ({"norm_placement": "hybrid_star"}, [1]),
         ({"norm": "layernorm_scaling"}, [3, 4]),
+        (TWO_ROPES, [1, 2]),
+        (TWO_ROPES, [0, 3]),
         ({"attn_logit_softcapping": 0.5, "final_logit_softcapping": 2.0, "embedding_multiplier": 3.0}, [1, 2]),
     ],
 )

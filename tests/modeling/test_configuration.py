@@ -14,6 +14,7 @@ from normfree.errors import InputError
 from normfree.modeling.blocks import PLACEMENTS
 
 ROTARY = {"position": "rotary"}
+MIXED = {"n_layer": 2, "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 4}
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     # unknown names, with the nearest one
@@ -146,6 +147,30 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({**ROTARY, "rope_parameters": {"partial_rotary_factor": 1.5}}, "names 96 of the head_dim = 64"),
     ({**ROTARY, "rope_parameters": {"partial_rotary_factor": 0.001}}, "names 0 of the head_dim = 64"),
+    (
+        {**ROTARY, **MIXED, "rope_parameters": {"full_attention": {}}},
+        "rope_parameters have no set for sliding_attention, which layer_types has; give one for each kind",
+    ),
+    (
+        {**ROTARY, "rope_parameters": {"full_attention": {}, "sliding_attention": {}}},
+        "rope_parameters of sliding_attention mean nothing: layer_types has no such layer",
+    ),
+    (
+        {**ROTARY, **MIXED, "rope_parameters": {"full_attention": {}, "sliding_atention": {}}},
+        "unknown layer type in rope_parameters 'sliding_atention' (did you mean 'sliding_attention'?)",
+    ),
+    (
+        {**ROTARY, **MIXED, "rope_parameters": {"full_attention": {}, "sliding_attention": None}},
+        "rope_parameters of sliding_attention are None; give a dictionary",
+    ),
+    (
+        {**ROTARY, **MIXED, "rope_parameters": {"full_attention": {}, "sliding_attention": {"rope_theta": -1}}},
+        "rope_theta is -1; it must be a positive, finite number",
+    ),
+    (
+        {**ROTARY, **MIXED, "rope_parameters": {"full_attention": {"rope_type": "linear"}, "sliding_attention": {}}},
+        "Missing required keys",
+    ),
     ({**ROTARY, "n_embd": 36, "n_head": 4}, "names 9 of the head_dim = 9; use an even head_dim"),
 ]
 
@@ -391,3 +416,18 @@ def test_a_quarter_of_the_layers_of_mix_are_post(n_layer: int, n_post_layer: int
 )
 def test_norms_of_the_heads(options: dict[str, Any], expected: dict[str, str]) -> None:
     assert NormfreeConfig(**options).head_norms == expected
+
+
+def test_rotary_parameters_by_kind_of_layer(tmp_path: Path) -> None:
+    given = {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {}}
+    config = NormfreeConfig(**ROTARY, **MIXED, rope_parameters=given)
+    assert given == {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {}}
+    expected = {
+        "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    }
+    assert config.rope_parameters == expected
+    for other in round_trips(config, tmp_path):
+        assert other.rope_parameters == expected
+    one = NormfreeConfig(**ROTARY, rope_parameters={"full_attention": {"rope_theta": 7.0}})
+    assert one.rope_parameters == {"rope_type": "default", "rope_theta": 7.0}

@@ -39,6 +39,16 @@ ARRANGEMENTS: dict[str, dict[str, Any]] = {
     "dyt-everywhere": {"norm": "dyt", "final_norm": "dyt", "dyt_attention_alpha": 0.8, "scale_embeddings": True},
     "qk-norm-scaling": {"norm": "rmsnorm_scaling", "final_norm": "rmsnorm", "qk_norm": "layernorm", "n_kv_head": 2},
     "grouped-gated": {"n_kv_head": 2, "ffn": "gated", "norm": "rmsnorm", "activation": "silu"},
+    "gemma-3": {
+        "norm": "rmsnorm",
+        "final_norm": "rmsnorm",
+        "norm_placement": "sandwich",
+        "ffn": "gated",
+        "qk_norm": "rmsnorm",
+        "embedding_multiplier": 4.0,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "sliding_window": 4,
+    },
     "soft-capped": {
         "attn_logit_softcapping": 2.0,
         "final_logit_softcapping": 5.0,
@@ -390,3 +400,23 @@ def test_positions_that_skip_padding() -> None:
     assert torch.equal(model(ids, attention_mask=hole).logits, expected)
     with pytest.raises(ValueError, match="with another mask give position_ids as well"):
         model(ids, attention_mask=torch.zeros(2, 1, 11, 11))
+
+
+@torch.no_grad()
+def test_rotary_parameters_by_kind_of_layer(tmp_path: Path) -> None:
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    sets = {"full_attention": {"rope_theta": 7.0, "partial_rotary_factor": 0.5}, "sliding_attention": {"rope_theta": 2}}
+    options = {"position": "rotary", "layer_types": kinds, "sliding_window": 4, "n_embd": 32}
+    model = reference.perturb(build(**options, rope_parameters=sets)).eval()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    expected = model(tokens()).logits
+    assert torch.equal(loaded(tokens()).logits, expected)
+    for kind, other in (("full_attention", kinds[0]), ("sliding_attention", kinds[1])):
+        changed = build(**options, rope_parameters={**sets, kind: sets[other]}).eval()
+        changed.load_state_dict(model.state_dict())
+        assert not torch.allclose(changed(tokens()).logits, expected, atol=1e-3)
+    same = build(**options, rope_parameters={kind: {"rope_theta": 3.0} for kind in sets}).eval()
+    flat = build(**options, rope_parameters={"rope_theta": 3.0}).eval()
+    flat.load_state_dict(same.state_dict())
+    assert torch.equal(flat(tokens()).logits, same(tokens()).logits)

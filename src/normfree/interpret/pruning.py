@@ -24,6 +24,7 @@ from normfree.modeling import NormfreeConfig
 from normfree.modeling.layer_types import SLIDING
 from normfree.modeling.norms import SCALED_NORMS
 from normfree.modeling.residual_stream import decoder_blocks
+from normfree.modeling.rotary import parameter_sets
 
 PRUNING_FILE = "pruning.json"
 """In a pruned model's folder: what it was made from, and which of its layers are left."""
@@ -150,6 +151,8 @@ def _pruned_config(config: PreTrainedConfig, kept: list[int], n_layer: int) -> P
     of_text[text.attribute_map.get(_N_LAYER, _N_LAYER)] = len(kept)
     if isinstance(text, NormfreeConfig) and SLIDING not in of_text["layer_types"]:
         of_text["sliding_window"] = None
+    if isinstance(text, NormfreeConfig) and None not in parameter_sets(text):
+        of_text["rope_parameters"] = {kind: of_text["rope_parameters"][kind] for kind in set(of_text["layer_types"])}
     if getattr(text, "n_post_layer", None) is not None:
         of_text["n_post_layer"] = sum(layer < text.n_post_layer for layer in kept)
     options["dtype"] = config.dtype

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 from normfree.errors import InputError, unknown_name
 from normfree.modeling.activations import ACTIVATIONS, LEAKY_ACTIVATIONS
@@ -16,10 +15,9 @@ from normfree.modeling.blocks import PLACEMENTS, QKV_NORM_PLACEMENTS
 from normfree.modeling.feedforward import FEED_FORWARDS
 from normfree.modeling.layer_types import settle_layer_types
 from normfree.modeling.norms import NORMS, SCALED_NORMS
-from normfree.modeling.spark_sizes import SparkSizes, check_spark_rotation, settle_spark_options
+from normfree.modeling.rotary import check_parameters, settled_parameters
+from normfree.modeling.spark_sizes import SparkSizes, settle_spark_options
 
-ROPE_TYPES = ("default", *ROPE_INIT_FUNCTIONS)
-ROPE_PARAMETERS = (*RopeParameters.__annotations__, "type")
 SLOPE_SHARINGS = ("layer", "global")
 POSITIONS = ("learned", "rotary")
 POSITIVE_OPTIONS = (
@@ -63,11 +61,12 @@ class NormfreeConfig(PreTrainedConfig):
         ``attention``: ``softmax | spark``; ``attention_bias``: which projections have a bias, ``none | qk | qkv |
         all`` (also ``False``, ``True`` for ``none``, ``all``); ``position``: ``learned | rotary``;
         ``rope_parameters``: transformers' dictionary (``rope_type``, ``rope_theta``, ``partial_rotary_factor``, ...),
-        rotary only; ``layer_types``: ``full_attention | sliding_attention`` for each layer, and ``sliding_window``:
-        keys that a query of a sliding layer sees, itself included. By default all layers are sliding if there is a
-        window, else full; ``positions_skip_padding``: positions count the tokens of ``attention_mask`` alone (OPT),
-        instead of all, padding included (learned only); ``attention_scale``: factor of the scores q·k, default
-        1/sqrt(``head_dim``); ``attn_logit_softcapping``: scores s become c tanh(s / c) (Gemma 2; softmax only).
+        or one for each kind in ``layer_types``, by its name (Gemma 3), rotary only; ``layer_types``: ``full_attention
+        | sliding_attention`` for each layer, and ``sliding_window``: keys that a query of a sliding layer sees, itself
+        included. By default all layers are sliding if there is a window, else full; ``positions_skip_padding``:
+        positions count the tokens of ``attention_mask`` alone (OPT), instead of all, padding included (learned only);
+        ``attention_scale``: factor of the scores q·k, default 1/sqrt(``head_dim``); ``attn_logit_softcapping``: scores
+        s become c tanh(s / c) (Gemma 2; softmax only).
     Embedding and unembedding
         ``embedding_multiplier``: a fixed factor of the token embeddings, in their dtype (Gemma: sqrt(``n_embd``));
         ``tie_word_embeddings``; ``lm_head_bias``; ``final_logit_softcapping``: logits l become c tanh(l / c) (Gemma 2).
@@ -196,9 +195,9 @@ class NormfreeConfig(PreTrainedConfig):
         """transformers' standard form of ``rope_parameters``; learned positions have none."""
         if self.position != "rotary":
             return kwargs
-        self.rope_parameters = dict(self.rope_parameters or {})  # transformers fills it in; the caller's stays
+        self.rope_parameters = settled_parameters(self)
         kwargs = super().convert_rope_params_to_dict(**kwargs)
-        self._check_rope_parameters(self.rope_parameters)
+        check_parameters(self)
         return kwargs
 
     @property
@@ -371,26 +370,3 @@ class NormfreeConfig(PreTrainedConfig):
 
     def _qk_norm_like_norm(self) -> str:
         return "layernorm" if self.norm in ("layernorm", "layernorm_scaling") else "rmsnorm"
-
-    def _check_rope_parameters(self, parameters: dict[str, Any]) -> None:
-        for name in parameters:
-            if name not in ROPE_PARAMETERS:
-                raise unknown_name("name in rope_parameters", name, ROPE_PARAMETERS)
-        if parameters["rope_type"] not in ROPE_TYPES:
-            raise unknown_name("rope_type", parameters["rope_type"], ROPE_TYPES)
-        fraction = parameters.get("partial_rotary_factor", 1.0)
-        for name, value in (("rope_theta", parameters["rope_theta"]), ("partial_rotary_factor", fraction)):
-            if not isinstance(value, (int, float)) or not 0 < value < inf:
-                raise InputError(f"{name} is {value!r}; it must be a positive, finite number")
-        assert self.head_dim is not None, "it is set before"
-        rotated = int(self.head_dim * fraction)
-        if not 1 <= rotated <= self.head_dim - self.head_dim % 2:
-            raise InputError(
-                f"rotary positions turn pairs of dimensions, but partial_rotary_factor {fraction} names {rotated} of "
-                f"the head_dim = {self.head_dim}; use an even head_dim and a factor in (0, 1]"
-            )
-        check_spark_rotation(self, rotated)
-        try:
-            self.validate_rope()
-        except (KeyError, ValueError) as error:
-            raise InputError(f"rope_parameters: {error.args[0]}") from error

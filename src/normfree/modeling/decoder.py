@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,7 +10,6 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Generation
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -25,6 +24,7 @@ from normfree.modeling.embedding import build_embedding, positions_after, positi
 from normfree.modeling.layer_types import attention_masks
 from normfree.modeling.norms import DynamicTanh, build_final_norm
 from normfree.modeling.residual import INITIAL_SCALE, ResidualProjection
+from normfree.modeling.rotary import build_rotary, rotations
 from normfree.modeling.softcap import soft_capped
 
 
@@ -95,8 +95,7 @@ class NormfreeModel(NormfreePreTrainedModel):
         super().__init__(config)
         self.embed_tokens = build_embedding(config)
         self.embed_positions = nn.Embedding(config.n_positions, config.n_embd) if config.position == "learned" else None
-        # It reads only what every rotary configuration of transformers has.
-        self.rotary_embedding = GPTNeoXRotaryEmbedding(cast(Any, config)) if config.position == "rotary" else None
+        self.rotary_embedding = build_rotary(config)
         self.embedding_scale = nn.Parameter(torch.full((1,), config.n_embd**0.5)) if config.scale_embeddings else None
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
         self.blocks = nn.ModuleList([build_block(config, layer) for layer in range(config.n_layer)])
@@ -162,13 +161,11 @@ class NormfreeModel(NormfreePreTrainedModel):
             **named_cache,
         )
         x = inputs_embeds
-        position_embeddings = None
         if self.embed_positions is not None:
             x = x + self.embed_positions(position_ids)
         if self.embedding_scale is not None:
             x = x * self.embedding_scale.to(x.dtype)
-        if self.rotary_embedding is not None:
-            position_embeddings = self.rotary_embedding(x, position_ids)
+        rotated = rotations(self.rotary_embedding, kinds, x, position_ids)
         x = self.embedding_dropout(x)
         # A block that is computed again in the backward pass would append its keys twice.
         is_checkpointed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
@@ -176,7 +173,7 @@ class NormfreeModel(NormfreePreTrainedModel):
             x = block(
                 x,
                 attention_mask=masks[kind],
-                position_embeddings=position_embeddings,
+                position_embeddings=rotated[kind],
                 cache=None if is_checkpointed else cache,
                 use_cache=use_cache,
                 **kwargs,

@@ -15,6 +15,7 @@ from transformers.initialization import no_init_weights
 from normfree.errors import InputError
 from normfree.modeling.conversion.family import FAMILIES, Family
 from normfree.modeling.decoder import NormfreeForCausalLM
+from normfree.modeling.rotary import RotaryByLayerType
 
 
 def from_hf(model: PreTrainedModel) -> NormfreeForCausalLM:
@@ -77,12 +78,19 @@ def _family_of(model: PreTrainedModel) -> Family:
 
 
 def _copy_rotary_state(model: PreTrainedModel, converted: NormfreeForCausalLM) -> None:
-    """Frequencies are not in the state dict, yet ``model.to(dtype)`` rounds, dynamic scaling moves them."""
+    """Frequencies are not in the state dict, yet ``model.to(dtype)`` rounds, dynamic scaling moves them.
+
+    Gemma 3 has those of each kind of layer under names that begin with the kind. GPT-J has a table of sines and cosines
+    instead, which its converter checks.
+    """
     rotary = converted.model.rotary_embedding
     source: Any = getattr(model.base_model, "rotary_emb", None)
-    if rotary is None or not hasattr(source, "inv_freq"):
-        return  # GPT-J has a table instead, which its converter checks
-    rotary.inv_freq = source.inv_freq.clone()
-    rotary.original_inv_freq = source.original_inv_freq.clone()
-    rotary.max_seq_len_cached = source.max_seq_len_cached
-    rotary.attention_scaling = source.attention_scaling
+    kinds = dict(rotary.items()) if isinstance(rotary, RotaryByLayerType) else {converted.config.layer_types[0]: rotary}
+    for kind, each in kinds.items():
+        prefix = next((name for name in ("", f"{kind}_") if hasattr(source, f"{name}inv_freq")), None)
+        if each is None or prefix is None:
+            continue
+        for name in ("inv_freq", "original_inv_freq"):
+            setattr(each, name, getattr(source, f"{prefix}{name}").clone())
+        each.max_seq_len_cached = getattr(source, f"{prefix}max_seq_len_cached", source.max_seq_len_cached)
+        each.attention_scaling = getattr(source, f"{prefix}attention_scaling")

@@ -56,15 +56,16 @@ def llama_options(model: Any) -> dict[str, Any]:
     }
 
 
-def check_whole_heads_rotate(model: Any) -> None:
-    """For classes that rotate whole heads whatever their configuration says.
+def check_whole_heads_rotate(model: Any, *parameter_sets: dict[str, Any]) -> None:
+    """For classes that rotate whole heads whatever their rotary parameters say; without any, the configuration's.
 
     Raises:
         InputError: the configuration names a part of each head.
     """
-    rotated = model.config.rope_parameters.get("partial_rotary_factor", 1.0)
-    if rotated != 1.0:
-        raise InputError(
-            f"from_hf: rope_parameters has partial_rotary_factor = {rotated}, which {type(model).__name__} does not "
-            "follow: it rotates whole heads; only 1.0 can be converted"
-        )
+    for parameters in parameter_sets or (model.config.rope_parameters,):
+        rotated = parameters.get("partial_rotary_factor", 1.0)
+        if rotated != 1.0:
+            raise InputError(
+                f"from_hf: rope_parameters has partial_rotary_factor = {rotated}, which {type(model).__name__} does "
+                "not follow: it rotates whole heads; only 1.0 can be converted"
+            )

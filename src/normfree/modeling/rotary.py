@@ -1,0 +1,135 @@
+"""Rotary positions (Su et al. 2021): one set of parameters for all layers, or one for each kind of layer (Gemma 3)."""
+
+from __future__ import annotations
+
+from copy import copy
+from math import inf
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
+
+from normfree.errors import InputError, unknown_name
+from normfree.modeling.layer_types import MASKS
+from normfree.modeling.spark_sizes import check_spark_rotation
+
+if TYPE_CHECKING:
+    from normfree.modeling.configuration import NormfreeConfig
+
+ROPE_TYPES = ("default", *ROPE_INIT_FUNCTIONS)
+ROPE_PARAMETERS = (*RopeParameters.__annotations__, "type")
+Rotation = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines of positions, each [batch or 1, T, rotated dimensions of a head]."""
+
+
+class RotaryByLayerType(nn.ModuleDict):
+    """The rotary embeddings of a decoder whose kinds of layers have parameters of their own."""
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> dict[str, Rotation]:
+        return {kind: rotary(x, position_ids) for kind, rotary in self.items()}
+
+
+def build_rotary(config: NormfreeConfig) -> nn.Module | None:
+    """The rotary embedding of a decoder; None with other positions.
+
+    GPT-NeoX's reads only what every rotary configuration of transformers has.
+    """
+    if config.position != "rotary":
+        return None
+    sets = parameter_sets(config)
+    if None in sets:
+        return GPTNeoXRotaryEmbedding(cast(Any, config))
+    kinds = {str(kind): GPTNeoXRotaryEmbedding(cast(Any, _with(config, each))) for kind, each in sets.items()}
+    return RotaryByLayerType(kinds)
+
+
+def rotations(
+    rotary: nn.Module | None, kinds: list[str], x: torch.Tensor, position_ids: torch.Tensor
+) -> dict[str, Rotation | None]:
+    """What turns the queries and keys of each kind of layer; None without rotary positions.
+
+    x: [batch, T, n_embd], for its dtype and device; position_ids: int64 [batch or 1, T].
+    """
+    if isinstance(rotary, RotaryByLayerType):
+        return dict(rotary(x, position_ids))
+    return dict.fromkeys(kinds, None if rotary is None else rotary(x, position_ids))
+
+
+def parameter_sets(config: NormfreeConfig) -> dict[str | None, dict[str, Any]]:
+    """The sets of rotary parameters by kind of layer; under None where all layers share one."""
+    parameters = config.rope_parameters or {}
+    if not _is_nested(parameters):
+        return {None: parameters}
+    return {kind: parameters[kind] for kind in dict.fromkeys(config.layer_types)}
+
+
+def settled_parameters(config: NormfreeConfig) -> dict[str, Any]:
+    """A copy of ``rope_parameters``, for transformers to fill in; one set where there is one kind of layer.
+
+    Raises:
+        InputError: a kind of layer has no set, or a set no layer.
+    """
+    given = config.rope_parameters or {}
+    if not _is_nested(given):
+        return dict(given)
+    kinds = set(config.layer_types)
+    for kind, parameters in given.items():
+        if kind not in MASKS:
+            raise unknown_name("layer type in rope_parameters", kind, MASKS)
+        if kind not in kinds:
+            raise InputError(f"rope_parameters of {kind} mean nothing: layer_types has no such layer; leave them out")
+        if not isinstance(parameters, dict):
+            raise InputError(
+                f"rope_parameters of {kind} are {parameters!r}; give a dictionary with rope_type and rope_theta"
+            )
+    if kinds - given.keys():
+        missing = sorted(kinds - given.keys())[0]
+        raise InputError(f"rope_parameters have no set for {missing}, which layer_types has; give one for each kind")
+    copies = {kind: dict(parameters) for kind, parameters in given.items()}
+    return next(iter(copies.values())) if len(copies) == 1 else copies
+
+
+def check_parameters(config: NormfreeConfig) -> None:
+    """Checks ``rope_parameters`` in transformers' standard form.
+
+    Raises:
+        InputError: an unknown name, or a value out of range.
+    """
+    for parameters in parameter_sets(config).values():
+        _check_set(config, parameters)
+    try:
+        config.validate_rope()
+    except (KeyError, ValueError) as error:
+        raise InputError(f"rope_parameters: {error.args[0]}") from error
+
+
+def _is_nested(parameters: dict[str, Any]) -> bool:
+    return any(name in MASKS or isinstance(value, dict) for name, value in parameters.items())
+
+
+def _with(config: NormfreeConfig, parameters: dict[str, Any]) -> NormfreeConfig:
+    """``config`` as if ``parameters`` were those of all its layers."""
+    of_kind = copy(config)
+    of_kind.rope_parameters = parameters
+    return of_kind
+
+
+def _check_set(config: NormfreeConfig, parameters: dict[str, Any]) -> None:
+    for name in parameters:
+        if name not in ROPE_PARAMETERS:
+            raise unknown_name("name in rope_parameters", name, ROPE_PARAMETERS)
+    if parameters["rope_type"] not in ROPE_TYPES:
+        raise unknown_name("rope_type", parameters["rope_type"], ROPE_TYPES)
+    fraction = parameters.get("partial_rotary_factor", 1.0)
+    for name, value in (("rope_theta", parameters["rope_theta"]), ("partial_rotary_factor", fraction)):
+        if not isinstance(value, (int, float)) or not 0 < value < inf:
+            raise InputError(f"{name} is {value!r}; it must be a positive, finite number")
+    rotated = int(config.head_dim * fraction)
+    if not 1 <= rotated <= config.head_dim - config.head_dim % 2:
+        raise InputError(
+            f"rotary positions turn pairs of dimensions, but partial_rotary_factor {fraction} names {rotated} of "
+            f"the head_dim = {config.head_dim}; use an even head_dim and a factor in (0, 1]"
+        )
+    check_spark_rotation(config, rotated)
