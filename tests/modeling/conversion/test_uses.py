@@ -1,0 +1,149 @@
+"""What works on Normfree's models, on converted ones: done rightly, or refused by the name of the option."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from normfree import EntropyProbe, NormfreeForCausalLM, from_hf, remove_norms
+from normfree.errors import InputError
+from normfree.interpret import direct_logit_attribution, prune_layers
+from normfree.interpret.depth.block_calls import record
+from normfree.interpret.patching import PromptPairs, logit_difference, patch_heads
+from normfree.modeling import to_spark
+from normfree.private.export import engine_config
+from normfree.removal import to_gpt2
+from normfree.removal.midway import Midway, check_removable
+from normfree.removal.schedule import automatic_schedule
+from tests.modeling.conversion.checks import assert_same, padding_mask, tokens
+from tests.modeling.conversion.test_gemma2 import TestGemma2 as Gemma2
+from tests.modeling.conversion.test_gemma3 import MIXED
+from tests.modeling.conversion.test_gemma3 import TestGemma3 as Gemma3
+from tests.modeling.conversion.test_gptj import TestGPTJ as GptJ
+from tests.modeling.conversion.test_opt import POST
+from tests.modeling.conversion.test_opt import TestOPT as Opt
+
+MODELS: dict[str, Any] = {
+    "gptj": GptJ.build,
+    "opt": Opt.build,
+    "opt-post": lambda: Opt.build(**POST),
+    "gemma2": lambda: Gemma2.build(attn_logit_softcapping=0.5),
+    "gemma3": lambda: Gemma3.build(layer_types=MIXED),
+}
+PRE = ("gptj", "opt")
+"""Those whose norms stand before attention and feed-forward network."""
+SANDWICH = "norm_placement 'sandwich' has|norm_placement is 'sandwich'|placement, and the model's is 'sandwich'"
+POST_NORM = "norm_placement is 'post'|placement, and the model's is 'post'"
+REFUSED = {"opt-post": POST_NORM, "gemma2": SANDWICH, "gemma3": SANDWICH}
+
+
+@pytest.fixture(params=MODELS)
+def pair(request: pytest.FixtureRequest) -> tuple[str, PreTrainedModel, NormfreeForCausalLM]:
+    theirs = MODELS[request.param]()
+    theirs.set_attn_implementation("eager")
+    return request.param, theirs, from_hf(theirs)
+
+
+@torch.no_grad()
+def test_entropy_is_that_of_the_eager_weights(pair: Any) -> None:
+    _, theirs, ours = pair
+    mask = padding_mask("right")
+    weights = theirs(tokens(), attention_mask=mask, output_attentions=True).attentions
+    expected = torch.stack([torch.special.entr(each.double()).sum(-1).transpose(0, 1) for each in weights])
+    with EntropyProbe(ours) as probe:
+        ours(tokens(), attention_mask=mask)
+    assert not probe.unreadable
+    expected = expected[:, :, mask.bool()].mean(-1).float()
+    torch.testing.assert_close(probe.per_head(), expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_layers_are_skipped_and_dropped(pair: Any) -> None:
+    _, theirs, ours = pair
+    text = tokens()
+    expected = record(theirs, text).logits_without([1])
+    assert_same(record(ours, text).logits_without([1]), expected)
+    assert_same(prune_layers(ours, [1])(text).logits, expected)
+
+
+def test_norms_are_removed_or_refused(pair: Any) -> None:
+    name, _, ours = pair
+    if name not in PRE:
+        with pytest.raises(InputError, match=REFUSED[name]):
+            check_removable(ours.config)
+        with pytest.raises(InputError, match=r"divides (by|each)"):
+            remove_norms(ours)
+        return
+    with torch.no_grad():
+        midway = Midway(ours.train(), momentum=0.5)
+    ours(tokens(), labels=tokens())
+    ours.eval()
+    for removal in automatic_schedule(3, 300).removals(_with(ours, midway.original)):
+        midway.apply(removal)
+    midway.finish()
+    folded = remove_norms(_reloaded(ours))
+    assert not any("norm" in each for each in folded.state_dict())
+    mask = padding_mask("left")
+    with torch.no_grad():
+        kept = mask.bool()
+        expected = ours(tokens(), attention_mask=mask).logits[kept]
+        assert_same(folded(tokens(), attention_mask=mask).logits[kept], expected)
+    refusal = "parallel_residual = True" if name == "gptj" else "positions_skip_padding = True"
+    with pytest.raises(InputError, match=f"{refusal} has no counterpart in GPT-2"):
+        to_gpt2(_reloaded(ours))
+
+
+@torch.no_grad()
+def test_logits_are_attributed_or_refused(pair: Any) -> None:
+    name, theirs, ours = pair
+    text = tokens()
+    prompts = PromptPairs(text[:2], text[1:], text[:2, 0], text[1:, 0])
+    if name not in PRE:
+        for read in (lambda: direct_logit_attribution(ours, text, text), lambda: patch_heads(ours, prompts)):
+            with pytest.raises(InputError, match=REFUSED[name]):
+                read()
+        return
+    found = direct_logit_attribution(ours, text, text)
+    expected = theirs(text).logits.gather(-1, text[..., None])[..., 0]
+    torch.testing.assert_close(found.contributions.sum(0) + found.constant, expected, rtol=0, atol=2e-5)
+    last = theirs(text[:2]).logits[:, -1].double()
+    difference = last.gather(1, text[:2, :1])[:, 0] - last.gather(1, text[1:, :1])[:, 0]
+    assert_same(logit_difference(ours, prompts), difference)
+    assert patch_heads(ours, prompts)["activation_patching"].notna().all()
+
+
+def test_sparse_layers_are_made_or_refused(pair: Any) -> None:
+    name, _, ours = pair
+    with torch.no_grad():
+        sparse = to_spark(ours, attention=False)
+        assert sparse(tokens()).logits.isfinite().all()
+    refusal = {"gemma2": "attention_scale is not defined", "gemma3": "attention_scale is not defined"}.get(name)
+    if refusal is None:
+        assert to_spark(ours).config.attention == "spark"
+        return
+    with pytest.raises(InputError, match=f"{refusal} for attention 'spark'"):
+        to_spark(ours)
+
+
+def test_encryption_is_described_or_refused(pair: Any) -> None:
+    name, _, ours = pair
+    if name.startswith("gemma"):
+        with pytest.raises(InputError, match="norm_placement 'sandwich' has no encrypted counterpart"):
+            engine_config(ours.config)
+        return
+    assert engine_config(ours.config)["n_layer"] == 3
+
+
+def _with(model: NormfreeForCausalLM, norms: dict[str, Any]) -> Any:
+    config = type(model.config)
+    return config(**{name: getattr(model.config, name) for name in config.option_names()} | norms)
+
+
+def _reloaded(model: NormfreeForCausalLM) -> NormfreeForCausalLM:
+    """What a checkpoint of the finished removal holds."""
+    again = NormfreeForCausalLM(_with(model, {}))
+    again.load_state_dict(model.state_dict())
+    return again.eval()
