@@ -111,6 +111,28 @@ inline Floats logarithm(Floats x) {
     return (r + p) + n * 0.693359375f;
 }
 
+// tanh x, within 2 units in the last place; NaN stays NaN.
+inline Floats hyperbolic_tangent(Floats x) {
+    const Floats size = larger(x, -x), z = x * x;
+    Floats p = z * -5.70498872745e-3f + 2.06390887954e-2f;  // of Cephes, for |x| < 0.625
+    p = p * z - 5.37397155531e-2f;
+    p = p * z + 1.33314422036e-1f;
+    p = p * z - 3.33332819422e-1f;
+    const Floats small = p * z * x + x;
+    const Floats e = exponential(larger(size * -2.0f, Floats{} + SMALLEST_EXPONENT));
+    const Floats large = (1.0f - e) / (1.0f + e);
+    const Floats result = size < 0.625f ? small : x < 0.0f ? -large : large;
+    return x == x ? result : x;
+}
+
+// What becomes of scale · q·k: a soft-cap, 0 for none, and numbers that are added, bias null for none. strides are those
+// of sequence, head and query; keys are contiguous.
+struct Scoring {
+    float scale, softcap;
+    const float* bias;
+    const int64_t* strides;
+};
+
 struct Shape {
     int64_t batch, n_head, group, n_query, n_key, head_dim;
     int64_t q_batch, q_head, q_query;  // strides of q, whose head_dim is contiguous
@@ -151,8 +173,13 @@ struct Running {
     bool sees_any = false, is_finite = true;
 
     // Takes in scores start to stop; what is around them is overwritten up to a whole vector.
-    void add(float* scores, int64_t start, int64_t stop, const uint8_t* allowed) {
+    void add(float* scores, int64_t start, int64_t stop, const uint8_t* allowed, float softcap, const float* bias) {
         const int64_t from = start / LANES * LANES, to = (stop + LANES - 1) / LANES * LANES;
+        if (softcap > 0)
+            for (int64_t i = from; i < to; i += LANES)
+                store(scores + i, hyperbolic_tangent(load(scores + i) / softcap) * softcap);
+        if (bias)
+            for (int64_t i = start; i < stop; ++i) scores[i] += bias[i];
         for (int64_t i = from; i < start; ++i) scores[i] = HIDDEN;
         for (int64_t i = stop; i < to; ++i) scores[i] = HIDDEN;
         bool sees = !allowed;
@@ -190,8 +217,8 @@ struct Running {
 
 template <int N>
 void query_group(const Shape& s, const float* q, const float* packed, int64_t start, const int64_t* first,
-                 const int64_t* last, const uint8_t* allowed, int64_t allowed_stride, float scale,
-                 Running* running, int64_t tile_start, int64_t tile_stop) {
+                 const int64_t* last, const uint8_t* allowed, int64_t allowed_stride, const Scoring& scoring,
+                 const float* bias, Running* running, int64_t tile_start, int64_t tile_stop) {
     alignas(64) float scores[N * SPAN * KEYS];
     const float* rows[N];
     for (int row = 0; row < N; ++row) rows[row] = q + (start + row) * s.q_query;
@@ -200,33 +227,37 @@ void query_group(const Shape& s, const float* q, const float* packed, int64_t st
     tile_start = tile_start > group_start ? tile_start : group_start;
     tile_stop = tile_stop < group_stop ? tile_stop : group_stop;
     for (int64_t tile = tile_start; tile < tile_stop; ++tile)
-        score_tile<N>(rows, packed + tile * s.head_dim * KEYS, s.head_dim, scale, scores + (tile - tile_start) * KEYS,
-                      SPAN * KEYS);
+        score_tile<N>(rows, packed + tile * s.head_dim * KEYS, s.head_dim, scoring.scale,
+                      scores + (tile - tile_start) * KEYS, SPAN * KEYS);
     for (int row = 0; row < N; ++row) {
         const int64_t key = tile_start * KEYS;
         const int64_t from = first[start + row] > key ? first[start + row] : key;
         const int64_t to = last[start + row] < tile_stop * KEYS ? last[start + row] : tile_stop * KEYS;
         if (from < to)
             running[row].add(scores + row * SPAN * KEYS, from - key, to - key,
-                             allowed ? allowed + (start + row) * allowed_stride + key : nullptr);
+                             allowed ? allowed + (start + row) * allowed_stride + key : nullptr, scoring.softcap,
+                             bias ? bias + (start + row) * scoring.strides[2] + key : nullptr);
     }
 }
 
 }  // namespace
 
 // What the functions below take: one more for each change of it. Python compares it with its own number.
-EXPORT int normfree_interface() { return 2; }
+EXPORT int normfree_interface() { return 3; }
 
 // Entropy and logsumexp [batch, n_head, n_query] of q [batch, n_head, n_query, head_dim] and k [batch, n_head / group,
 // n_key, head_dim]; shape: batch, n_head, group, n_query, n_key, head_dim, then the strides of q and k but for the last.
 // Query i sees keys first[i] to last[i], both of them rising with i, and of these the allowed ones: allowed may be null,
-// mask has its strides of sequence, head and query. Queries that see no key have NaN and -inf; those that see a score
-// that is not finite have NaN.
+// mask has its strides of sequence, head and query. The scores are softcap · tanh(scale · q·k / softcap) + bias, without
+// tanh where softcap is 0; bias is float32 and may be null, bias_strides are as those of mask. Queries that see no key have
+// NaN and -inf; those that see a score that is not finite have NaN.
 EXPORT void normfree_attention_entropy(const float* q, const float* k, const int64_t* shape, const int64_t* first,
                                        const int64_t* last, const uint8_t* allowed, const int64_t* mask, float scale,
+                                       float softcap, const float* bias, const int64_t* bias_strides,
                                        float* entropy, float* lse, int threads) {
     const Shape s = {shape[0], shape[1], shape[2], shape[3], shape[4], shape[5],
                      shape[6], shape[7], shape[8], shape[9], shape[10], shape[11]};
+    const Scoring scoring = {scale, softcap, bias, bias_strides};
     const int64_t n_kv_head = s.n_head / s.group, n_tile = (s.n_key + KEYS - 1) / KEYS;
     const int64_t packed_size = n_tile * KEYS * s.head_dim, n_block = (s.n_query + QUERY_BLOCK - 1) / QUERY_BLOCK;
     std::vector<float> packed(s.batch * n_kv_head * packed_size);
@@ -246,15 +277,16 @@ EXPORT void normfree_attention_entropy(const float* q, const float* k, const int
             const float* keys = packed.data() + (b * n_kv_head + h / s.group) * packed_size;
             const uint8_t* seen = allowed ? allowed + b * mask[0] + h * mask[1] : nullptr;
             const int64_t query_stride = allowed ? mask[2] : 0;
+            const float* added = bias ? bias + b * bias_strides[0] + h * bias_strides[1] : nullptr;
             Running running[QUERY_BLOCK];
             for (int64_t tile = first[start] / KEYS; tile * KEYS < last[stop - 1]; tile += SPAN) {
                 const int64_t tile_stop = tile + SPAN < n_tile ? tile + SPAN : n_tile;
                 int64_t row = start;
                 for (; row + QUERIES <= stop; row += QUERIES)
-                    query_group<QUERIES>(s, queries, keys, row, first, last, seen, query_stride, scale,
+                    query_group<QUERIES>(s, queries, keys, row, first, last, seen, query_stride, scoring, added,
                                          running + row - start, tile, tile_stop);
                 for (; row < stop; ++row)
-                    query_group<1>(s, queries, keys, row, first, last, seen, query_stride, scale,
+                    query_group<1>(s, queries, keys, row, first, last, seen, query_stride, scoring, added,
                                    running + row - start, tile, tile_stop);
             }
             for (int64_t row = start; row < stop; ++row) {

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from normfree.entropy import attention_entropy, compiled_kernels, select_backend
 from normfree.entropy.compiled_kernels import entropy_and_lse, kernels_refuse, weights_entropy
 from normfree.entropy.reference import read_weights
+from normfree.entropy.scoring import Scoring
 from normfree.entropy.visibility import visibility_of
 from normfree.errors import InputError
 
@@ -102,7 +103,7 @@ def test_the_logsumexp_is_that_of_the_scores():
     keep = torch.rand(1, 1, 70, 300) < 0.5
     keep[:, :, 3] = False
     visibility = visibility_of(q, k, is_causal=True, attention_mask=keep, sliding_window=None)
-    _, lse = entropy_and_lse(q, k, 0.3, visibility)
+    _, lse = entropy_and_lse(q, k, Scoring(0.3), visibility)
     hidden = ~torch.from_numpy(visible(70, 300, True, None)) | ~keep
     expected = (q.double() @ k.double().transpose(-1, -2) * 0.3).masked_fill(hidden, -math.inf).logsumexp(-1)
     torch.testing.assert_close(lse.double(), expected, rtol=0, atol=5e-6)
@@ -205,13 +206,49 @@ def test_without_the_library_auto_takes_the_flash_kernel_and_a_name_is_refused(w
         attention_entropy(q, q, backend="compiled")
 
 
-@pytest.mark.parametrize(
-    ("q", "options", "message"),
-    [
-        (torch.zeros(1, 1, 4, 8, dtype=torch.float64), {}, "it computes in float32, got float64"),
-        (torch.zeros(1, 1, 4, 8), {"attention_mask": torch.ones(1, 1, 4, 4)}, "it takes masks that hide keys"),
-    ],
-)
-def test_what_it_cannot_take_is_refused(q, options, message):
-    with pytest.raises(InputError, match=message):
-        attention_entropy(q, q, backend="compiled", **options)
+def test_float64_is_refused():
+    q = torch.zeros(1, 1, 4, 8, dtype=torch.float64)
+    with pytest.raises(InputError, match="it computes in float32, got float64"):
+        attention_entropy(q, q, backend="compiled")
+
+
+@pytest.mark.parametrize("instructions", ["default", "avx2", "avx512"])
+@pytest.mark.parametrize("softcap", [None, 0.3, 5.0, 50.0])
+@pytest.mark.parametrize("bias_shape", [None, (4, 1, 420), (2, 1, 150, 1), (1, 4, 150, 420), (2, 4, 1, 420)])
+def test_soft_caps_and_biases_of_every_library(library_for, instructions, softcap, bias_shape):
+    library_for("attention_entropy", instructions)
+    torch.manual_seed(0)
+    q, k = 5 * torch.randn(2, 4, 150, 48), torch.randn(2, 2, 420, 48)
+    bias = None if bias_shape is None else 4 * torch.randn(bias_shape)
+    keep = torch.rand(2, 1, 150, 420) < 0.7
+    scores = scores_of(q, k, 0.2, softcap) + (0 if bias is None else bias.double().numpy())
+    expected = entropy_of(scores, visible(150, 420, True, None) & keep.numpy())
+    options = {"scale": 0.2, "attention_mask": keep, "softcap": softcap, "bias": bias}
+    most = tolerance(q, k, 0.2, 0.0 if bias is None else bias)
+    np.testing.assert_allclose(entropy_of_compiled(q, k, **options), expected, rtol=0, atol=most)
+
+
+@pytest.mark.parametrize("instructions", ["default", "avx2", "avx512"])
+def test_the_soft_cap_s_tanh_is_exact_from_tiny_to_infinite(library_for, instructions):
+    """Two keys, one of score 0, tell the other one's soft-capped score by the share of the first."""
+    library_for("attention_entropy", instructions)
+    x = torch.cat([torch.logspace(-6, 6, 3000), torch.linspace(0.5, 1.0, 999), torch.tensor([1e38])])
+    x = torch.cat([x, -x])[None, None, :, None]
+    k = torch.tensor([10.0, 0.0])[None, None, :, None]  # 10 · 1e38 is infinite
+    visibility = visibility_of(x, k, is_causal=False, attention_mask=None, sliding_window=None)
+    entropy, lse = entropy_and_lse(x, k, Scoring(0.1, 3.0), visibility)
+    capped = 3 * np.tanh(x[0, 0, :, 0].double().numpy() / 3)
+    np.testing.assert_allclose(lse[0, 0], np.logaddexp(0, capped), rtol=3e-7, atol=3e-7)
+    p = 1 / (1 + np.exp(-capped))
+    np.testing.assert_allclose(entropy[0, 0], -p * np.log(p) - (1 - p) * np.log1p(-p), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_bad_bias_in_a_late_block_spoils_the_queries_that_see_it_alone(bad):
+    torch.manual_seed(0)
+    q, bias = torch.randn(1, 2, 400, 8), torch.randn(1, 2, 1, 400)
+    bias[0, 1, 0, 333] = bad
+    spoilt = np.isnan(entropy_of_compiled(q, q, bias=bias, softcap=4.0))
+    # -inf hides the key
+    assert spoilt.sum() == (0 if bad == -math.inf else 400 - 333)
+    assert spoilt[0, 1, 333:].all() == (bad != -math.inf)

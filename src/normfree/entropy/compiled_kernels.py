@@ -10,9 +10,10 @@ from torch import Tensor
 
 from normfree import compiled
 from normfree.compiled import address, size_array, sizes
+from normfree.entropy.scoring import Scoring
 from normfree.entropy.visibility import Visibility
 
-NAME, INTERFACE = "attention_entropy", 2
+NAME, INTERFACE = "attention_entropy", 3
 NO_DISTRIBUTION, NOT_POSITIVE = 1, 2
 """What the kernel finds of all rows of weights."""
 
@@ -30,7 +31,7 @@ def are_fast() -> bool:
     return torch.backends.cpu.get_cpu_capability() in compiled.LIBRARIES and kernels_refuse() is None
 
 
-def entropy_and_lse(q: Tensor, k: Tensor, scale: float, visibility: Visibility) -> tuple[Tensor, Tensor]:
+def entropy_and_lse(q: Tensor, k: Tensor, scoring: Scoring, visibility: Visibility) -> tuple[Tensor, Tensor]:
     """Entropy in nats and logsumexp of every query: both float32 [batch, n_head, n_query].
 
     q [batch, n_head, n_query, head_dim] and k [batch, n_kv_head, n_key, head_dim]: float32, on the CPU. A query that
@@ -39,13 +40,8 @@ def entropy_and_lse(q: Tensor, k: Tensor, scale: float, visibility: Visibility) 
     q, k = (each if each.stride(-1) == 1 else each.contiguous() for each in (q, k))
     batch, n_head, n_query, head_dim = q.shape
     n_kv_head, n_key = k.shape[1:3]
-    allowed, strides = visibility.allowed, [0, 0, 0]
-    if allowed is not None:
-        allowed = allowed if allowed.stride(-1) == 1 else allowed.contiguous()
-        # a mask may be one for all sequences, heads or queries
-        strides = [
-            0 if size == 1 else stride for size, stride in zip(allowed.shape[:3], allowed.stride()[:3], strict=True)
-        ]
+    allowed, allowed_strides = _by_rows(visibility.allowed)
+    bias, bias_strides = _by_rows(None if visibility.bias is None else visibility.bias.float())
     entropy, lse = torch.empty(2, batch, n_head, n_query)
     shape = (batch, n_head, n_head // n_kv_head, n_query, n_key, head_dim, *q.stride()[:3], *k.stride()[:3])
     first, last = visibility.first.contiguous(), visibility.last.contiguous()
@@ -53,12 +49,23 @@ def entropy_and_lse(q: Tensor, k: Tensor, scale: float, visibility: Visibility) 
         *map(address, (q, k)),
         size_array(*shape),
         *map(address, (first, last, allowed)),
-        size_array(*strides),
-        ctypes.c_float(scale),
+        size_array(*allowed_strides),
+        ctypes.c_float(scoring.scale),
+        ctypes.c_float(scoring.softcap or 0.0),
+        address(bias),
+        size_array(*bias_strides),
         *map(address, (entropy, lse)),
         torch.get_num_threads(),
     )
     return entropy, lse
+
+
+def _by_rows(mask: Tensor | None) -> tuple[Tensor | None, list[int]]:
+    """A mask with contiguous keys, and its strides of sequence, head and query: 0 where it is one for all of them."""
+    if mask is None:
+        return None, [0, 0, 0]
+    mask = mask if mask.stride(-1) == 1 else mask.contiguous()
+    return mask, [0 if size == 1 else stride for size, stride in zip(mask.shape[:3], mask.stride()[:3], strict=True)]
 
 
 class WeightSums(NamedTuple):

@@ -244,7 +244,7 @@ def select_backend(
 def select(q: Tensor, k: Tensor, scoring: Scoring, visibility: Visibility) -> str:
     """:func:`select_backend` for arguments that have been checked."""
     if q.device.type == "cpu":
-        if compiled_kernels.are_fast() and compiled_refuses(q, k, scoring, visibility) is None:
+        if compiled_kernels.are_fast() and compiled_refuses(q, k) is None:
             return "compiled"
         return "cpu" if scores_refuse(scoring, visibility) is None else "chunked"
     return "triton" if triton_refuses(q, k, scoring, visibility) is None else "chunked"
@@ -257,14 +257,13 @@ def scores_refuse(scoring: Scoring, visibility: Visibility) -> str | None:
     return None if scoring.softcap is None else f"takes scores without a soft-cap, got softcap={scoring.softcap:g}"
 
 
-def compiled_refuses(q: Tensor, k: Tensor, scoring: Scoring, visibility: Visibility) -> str | None:
+def compiled_refuses(q: Tensor, k: Tensor) -> str | None:
     """Why the compiled CPU kernels cannot take these inputs; None if they can."""
     if q.device.type != "cpu":
         return f"it needs q and k on the CPU, got {q.device}"
     if torch.float64 in (q.dtype, k.dtype):
         return "it computes in float32, got float64"
-    reason = scores_refuse(scoring, visibility)
-    return compiled_kernels.kernels_refuse() if reason is None else f"it {reason}"
+    return compiled_kernels.kernels_refuse()
 
 
 def triton_refuses(q: Tensor, k: Tensor, scoring: Scoring, visibility: Visibility) -> str | None:
@@ -305,10 +304,10 @@ def _chunked(q: Tensor, k: Tensor, scoring: Scoring, visibility: Visibility) -> 
 
 def _compiled(q: Tensor, k: Tensor, scoring: Scoring, visibility: Visibility) -> tuple[Tensor, Tensor]:
     """One pass by the C++ kernels."""
-    reason = compiled_refuses(q, k, scoring, visibility)
+    reason = compiled_refuses(q, k)
     if reason is not None:
         raise InputError(f"backend 'compiled' cannot be used: {reason}; use 'auto' or 'chunked'")
-    return compiled_kernels.entropy_and_lse(q, k, scoring.scale, visibility)
+    return compiled_kernels.entropy_and_lse(q, k, scoring, visibility)
 
 
 def _cpu(q: Tensor, k: Tensor, scoring: Scoring, visibility: Visibility) -> tuple[Tensor, Tensor]:
