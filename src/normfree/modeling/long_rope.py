@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.cache_utils import Cache
 
+from normfree.modeling.rotary import parameter_sets
+
 if TYPE_CHECKING:
     from normfree.modeling.configuration import NormfreeConfig
 
@@ -22,10 +24,11 @@ def outgrows_cached_keys(
 
     ``input_ids`` [batch, T] are all tokens so far, and ``attention_mask`` [batch, T] is 0 for padding.
     """
-    rope = config.rope_parameters or {}
+    sets = parameter_sets(config).values()
+    originals = [each["original_max_position_embeddings"] for each in sets if each.get("rope_type") == "longrope"]
     n_cached = 0 if cache is None else int(cache.get_seq_length())
-    if rope.get("rope_type") != "longrope" or n_cached == 0:
+    if not originals or n_cached == 0:
         return False
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     longest, cached = int(mask.sum(-1).max()), int(mask[:, :n_cached].sum(-1).max())
-    return cached <= rope["original_max_position_embeddings"] < longest
+    return any(cached <= original < longest for original in originals)
