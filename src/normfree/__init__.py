@@ -6,7 +6,7 @@ with quiet_imports():
     from normfree.entropy import attention_entropy, entropy_bands
     from normfree.modeling import NormfreeConfig, NormfreeForCausalLM, from_hf, sparse_decode
     from normfree.probes import EntropyProbe
-    from normfree.removal import remove_norms
+    from normfree.removal import remove_norms, to_stock
     from normfree.sparsity import statistical_topk
 
 __all__ = [
@@ -19,5 +19,6 @@ __all__ = [
     "remove_norms",
     "sparse_decode",
     "statistical_topk",
+    "to_stock",
 ]
 __version__ = "0.1.0"

@@ -17,7 +17,7 @@ from normfree.errors import InputError
 from normfree.interpret.pruning import prune_layers
 from normfree.modeling.cache_keyword import CACHE
 from normfree.private.operations import check_supported
-from normfree.removal.gpt2 import to_gpt2
+from normfree.removal import to_stock
 from normfree.training.objectives.entropy_regularization import EntropyRegularizationOptions
 
 SIZES = {"vocab_size": 19, "n_positions": 32, "n_layer": 3, "n_head": 4, "n_embd": 16, "n_kv_head": 2}
@@ -200,7 +200,7 @@ def test_pruning_keeps_the_kinds_of_the_layers_that_are_left() -> None:
 def test_what_supposes_full_attention_refuses_windows(tmp_path: Path) -> None:
     model = build(sliding_window=4, norm="constant_std", final_norm="constant_std", n_kv_head=4)
     with pytest.raises(InputError, match="sliding_window = 4 has no counterpart in GPT-2"):
-        to_gpt2(model)
+        to_stock(model)
     with pytest.raises(InputError, match="sliding_window 4 has no encrypted counterpart"):
         check_supported(NormfreeConfig(**SIZES, sliding_window=4))
     with pytest.raises(InputError, match=r"entropy_regularization .* sliding_window 4"):

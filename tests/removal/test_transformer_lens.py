@@ -1,4 +1,4 @@
-"""The gpt2 export in TransformerLens (4.0 and later), a tool that knows nothing of ours. The tests do not need it."""
+"""The stock export in TransformerLens (4.0 and later), a tool that knows nothing of ours. The tests do not need it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from normfree import NormfreeForCausalLM, remove_norms
-from normfree.removal import to_gpt2
+from normfree.removal import to_stock
 
 from .models import constant_std_of, tokens
 
@@ -26,8 +26,8 @@ def bridge(model: NormfreeForCausalLM, tmp_path: Path) -> Any:
     """The exported folder, as its users load it; it has no tokenizer here."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    to_gpt2(model).save_pretrained(tmp_path / "gpt2")
-    return TransformerBridge.boot_transformers(str(tmp_path / "gpt2"), device="cpu")
+    to_stock(model).save_pretrained(tmp_path / "stock")
+    return TransformerBridge.boot_transformers(str(tmp_path / "stock"), device="cpu")
 
 
 def test_the_logits_are_those_of_the_model(model: NormfreeForCausalLM, bridge: Any) -> None:

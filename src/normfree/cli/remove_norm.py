@@ -76,7 +76,7 @@ def remove_norm(
         )
     beginning = Beginning.of(data.tokenizer, run.data.beginning)
     if json_:
-        exports = {"norm_free": str(result.norm_free), "gpt2": str(result.gpt2) if result.gpt2 else None}
+        exports = {"norm_free": str(result.norm_free), "stock": str(result.stock) if result.stock else None}
         rows = json.loads(result.table.to_json(orient="records", double_precision=9))
         print(json.dumps({"folder": str(folder), "beginning": beginning.summary(), **exports, "table": rows}))
         return
@@ -89,5 +89,5 @@ def remove_norm(
     console.print(table)
     console.print(f"Sequences of {run.data.sequence_length} tokens, {beginning}", highlight=False)
     console.print(f"Without norms: {result.norm_free}", highlight=False, soft_wrap=True)
-    if result.gpt2 is not None:
-        console.print(f"As a stock GPT-2: {result.gpt2}", highlight=False, soft_wrap=True)
+    if result.stock is not None:
+        console.print(f"As a stock model: {result.stock}", highlight=False, soft_wrap=True)

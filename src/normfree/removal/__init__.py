@@ -2,7 +2,7 @@
 LayerNorm at Inference Time", arXiv 2507.02559)."""
 
 from normfree.removal.fold import remove_norms
-from normfree.removal.gpt2 import to_gpt2
 from normfree.removal.removal import RemovalResult, remove
+from normfree.removal.stock import to_stock
 
-__all__ = ["RemovalResult", "remove", "remove_norms", "to_gpt2"]
+__all__ = ["RemovalResult", "remove", "remove_norms", "to_stock"]

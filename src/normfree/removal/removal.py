@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import nan
@@ -23,17 +24,19 @@ from normfree.removal.finetuning import (
     remove_by_finetuning,
 )
 from normfree.removal.fold import remove_norms
-from normfree.removal.gpt2 import to_gpt2
 from normfree.removal.midway import check_removable
 from normfree.removal.schedule import RemovalSchedule, automatic_schedule, load_schedule
+from normfree.removal.stock import to_stock
 from normfree.training import RunConfig, load_pretrained, train
 from normfree.training.evaluation import evaluation_losses, mean_loss, perplexity
 from normfree.training.pretrained import starting_model
 from normfree.training.trainer import check_data
 
+log = logging.getLogger(__name__)
+
 TABLE_FILE = "removal.csv"
 NORM_FREE_FOLDER = "norm-free"
-GPT2_FOLDER = "gpt2"
+STOCK_FOLDER = "stock"
 REMOVAL_FOLDER = "removal"
 SCHEDULE_FILE = "schedule.yaml"
 ORIGINAL, VANILLA, NORM_FREE = "original", "vanilla", "norm-free"
@@ -48,12 +51,12 @@ class RemovalResult:
 
     table: variant, finetuning_tokens, eval_loss (nats), eval_ppl, delta_loss (to the original); one row a variant.
     norm_free: the folder of the model without norms, in transformers' form.
-    gpt2: that of the same model as a stock GPT-2, where it can be one.
+    stock: that of the same model as a stock model of transformers, where it can be one.
     """
 
     table: pd.DataFrame
     norm_free: Path
-    gpt2: Path | None
+    stock: Path | None
 
 
 def remove(
@@ -68,8 +71,8 @@ def remove(
     """Takes the norms out of the model that ``run`` starts from, and compares what is left with it.
 
     ``folder`` then holds the runs ``vanilla`` (the same tokens with the norms kept) and ``removal``, the schedule it
-    began with in ``schedule.yaml``, the model without norms in ``norm-free`` and, where GPT-2's architecture can hold
-    it, ``gpt2``; and ``removal.csv``. Every variant is measured on all evaluation sequences in float32. What is
+    began with in ``schedule.yaml``, the model without norms in ``norm-free`` and, where a stock architecture can hold
+    it, in ``stock``; and ``removal.csv``. Every variant is measured on all evaluation sequences in float32. What is
     finished is not done again. A removal that diverges for good leaves a ``removal.csv`` too; its loss without norms is
     NaN.
 
@@ -114,8 +117,8 @@ def remove(
     norm_free = remove_norms(constant)
     losses[NORM_FREE] = _loss(norm_free, data.eval)
     _export(norm_free, data, folder / NORM_FREE_FOLDER)
-    gpt2 = _export_gpt2(constant, data, folder / GPT2_FOLDER)
-    return RemovalResult(_write_table(losses, tokens, folder), folder / NORM_FREE_FOLDER, gpt2)
+    stock = _export_stock(constant, data, folder / STOCK_FOLDER)
+    return RemovalResult(_write_table(losses, tokens, folder), folder / NORM_FREE_FOLDER, stock)
 
 
 def _loss(model: NormfreeForCausalLM, blocks: TokenBlocks) -> float:
@@ -151,10 +154,11 @@ def _write_table(losses: dict[str, float], tokens: int, folder: Path) -> pd.Data
     return table
 
 
-def _export_gpt2(model: NormfreeForCausalLM, data: PackedData, folder: Path) -> Path | None:
+def _export_stock(model: NormfreeForCausalLM, data: PackedData, folder: Path) -> Path | None:
     try:
-        exported = to_gpt2(model)
-    except InputError:
+        exported = to_stock(model)
+    except InputError as reason:
+        log.warning("no stock model is exported: %s", reason)
         return None
     _export(exported, data, folder)
     return folder

@@ -15,7 +15,7 @@ from normfree.interpret.depth.block_calls import record
 from normfree.interpret.patching import PromptPairs, logit_difference, patch_heads
 from normfree.modeling import to_spark
 from normfree.private.export import engine_config
-from normfree.removal import to_gpt2
+from normfree.removal import to_stock
 from normfree.removal.midway import Midway, check_removable
 from normfree.removal.schedule import automatic_schedule
 from tests.modeling.conversion.checks import assert_same, padding_mask, tokens
@@ -91,9 +91,13 @@ def test_norms_are_removed_or_refused(pair: Any) -> None:
         kept = mask.bool()
         expected = ours(tokens(), attention_mask=mask).logits[kept]
         assert_same(folded(tokens(), attention_mask=mask).logits[kept], expected)
-    refusal = "parallel_residual = True" if name == "gptj" else "positions_skip_padding = True"
-    with pytest.raises(InputError, match=f"{refusal} has no counterpart in GPT-2"):
-        to_gpt2(_reloaded(ours))
+    refusal = (
+        "lm_head_bias = True has no counterpart in GPT-NeoX"
+        if name == "gptj"
+        else "positions_skip_padding = True has no counterpart in GPT-2"
+    )
+    with pytest.raises(InputError, match=refusal):
+        to_stock(_reloaded(ours))
 
 
 @torch.no_grad()

@@ -1,0 +1,149 @@
+"""The stock export against the constant-std model, loaded as any model of its family."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel, GPTNeoXForCausalLM, LlamaForCausalLM
+
+from normfree import NormfreeConfig, NormfreeForCausalLM, from_hf, to_stock
+from normfree.errors import InputError
+from normfree.removal import remove_norms
+
+from .models import constant_std, constant_std_of, stock, tokens
+
+CLASSES = {"gpt2": GPT2LMHeadModel, "gpt_neox": GPTNeoXForCausalLM, "llama": LlamaForCausalLM}
+
+
+def llama_with(**options: Any) -> NormfreeForCausalLM:
+    """A constant-std Llama with other options, its new weights random."""
+    model = constant_std(from_hf(stock("llama")), **options)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("_proj.bias"):
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def grouped_gpt2() -> NormfreeForCausalLM:
+    norms = {"norm": "constant_std", "final_norm": "constant_std"}
+    return NormfreeForCausalLM(NormfreeConfig(n_layer=1, n_head=4, n_kv_head=2, n_embd=32, vocab_size=43, **norms))
+
+
+VARIANTS = {
+    "gpt2": lambda: constant_std_of("gpt2"),
+    "gpt2 without biases": lambda: constant_std(from_hf(stock("gpt2")), attention_bias="none", mlp_bias=False),
+    "gpt_neox": lambda: constant_std_of("gpt_neox"),
+    "gpt_neox, one sublayer after the other": lambda: constant_std(from_hf(stock("gpt_neox")), parallel_residual=False),
+    "gpt_neox without biases": lambda: constant_std(from_hf(stock("gpt_neox")), attention_bias="none"),
+    "llama": lambda: constant_std_of("llama"),
+    "llama, tied": lambda: constant_std(from_hf(stock("llama")), tie_word_embeddings=True),
+    "llama with biases on q and k": lambda: llama_with(attention_bias="qk", mlp_bias=True),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_it_is_a_plain_model_with_the_same_logits(variant: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = VARIANTS[variant]().to(dtype)
+    to_stock(model).save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    assert type(again) is CLASSES[variant.split()[0].strip(",")]
+    is_tied = again.get_output_embeddings().weight is again.get_input_embeddings().weight
+    assert is_tied == model.config.tie_word_embeddings
+    padding = torch.ones(3, 17, dtype=torch.long)
+    padding[1, 12:] = 0
+    with torch.no_grad():
+        for mask in (None, padding):
+            seen = slice(None) if mask is None else mask.bool()
+            logits = again(tokens(), attention_mask=mask).logits[seen]
+            expected = model(tokens(), attention_mask=mask).logits[seen]
+            torch.testing.assert_close(logits, expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", CLASSES)
+def test_the_residual_stream_is_that_of_the_folded_model(family: str) -> None:
+    model = constant_std_of(family)
+    with torch.no_grad():
+        theirs = to_stock(model)(tokens(), output_hidden_states=True).hidden_states[-2]
+        folded = remove_norms(model)(tokens(), output_hidden_states=True).hidden_states[-2]
+    torch.testing.assert_close(theirs, folded, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", CLASSES)
+def test_it_survives_bfloat16(family: str) -> None:
+    """The stock model in bfloat16 is as close to float32 as the constant-std model in bfloat16 is."""
+    model = constant_std_of(family)
+    exact = model(tokens()).logits
+    rounded = (to_stock(model).bfloat16()(tokens()).logits - exact).abs().mean()
+    own = (model.bfloat16()(tokens()).logits - exact).abs().mean()
+    assert rounded < 1.5 * own
+    assert own < 0.1 * exact.std()
+
+
+def test_it_loads_without_normfree(tmp_path: Path) -> None:
+    model = constant_std_of("llama")
+    to_stock(model).save_pretrained(tmp_path / "stock")
+    torch.save(tokens(), tmp_path / "tokens.pt")
+    code = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+folder = sys.argv[1]
+model = AutoModelForCausalLM.from_pretrained(folder + "/stock")
+torch.save(model(torch.load(folder + "/tokens.pt")).logits.detach(), folder + "/logits.pt")
+assert "normfree" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=300)
+    with torch.no_grad():
+        expected = model(tokens()).logits
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: remove_norms(constant_std_of("gpt2")), "norm = 'none' has no counterpart in GPT-2"),
+        (lambda: from_hf(stock("llama")), "norm = 'rmsnorm' has no counterpart in Llama; only 'constant_std'"),
+        (lambda: constant_std(from_hf(stock("gpt2")), parallel_residual=True), "parallel_residual = True"),
+        (lambda: constant_std_of("gpt2").half(), "float16 cannot hold"),
+        (lambda: constant_std(from_hf(stock("gpt2")), qk_norm="layernorm"), "qk_norm = 'layernorm' has no counterpart"),
+        (lambda: constant_std(from_hf(stock("gpt2")), scale_embeddings=True), "scale_embeddings = True has no"),
+        *(
+            (
+                lambda option=option, value=value: constant_std(from_hf(stock("gpt2")), **{option: value}),
+                f"{option} = {value} has no counterpart in GPT-2",
+            )
+            for option, value in (
+                ("embedding_multiplier", 2.0),
+                ("attention_scale", 1.0),
+                ("attn_logit_softcapping", 30.0),
+                ("final_logit_softcapping", 30.0),
+                ("positions_skip_padding", True),
+            )
+        ),
+        (grouped_gpt2, "n_kv_head = 2 has no counterpart in GPT-2"),
+        (lambda: constant_std(from_hf(stock("gpt_neox")), residual_dropout=0.1), "embedding_dropout = 0.0"),
+        (lambda: constant_std(from_hf(stock("llama")), residual_dropout=0.1), "residual_dropout = 0.1"),
+        (lambda: constant_std(from_hf(stock("llama")), parallel_residual=True), "parallel_residual = True"),
+        (
+            lambda: constant_std(from_hf(stock("llama")), activation=["silu", "relu", "silu"]),
+            "activation .* has no counterpart in Llama; allowed, for all layers",
+        ),
+        (
+            lambda: constant_std(
+                from_hf(stock("llama")),
+                rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+            ),
+            "partial_rotary_factor.* has no counterpart in Llama",
+        ),
+    ],
+)
+def test_what_the_architecture_cannot_hold_is_named(model: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        to_stock(model())
