@@ -84,7 +84,16 @@ def attention(config: NormfreeConfig, weights: Weights, prefix: str, x: Array) -
     """Causal softmax attention, head by head and query by query."""
     query, key, value = (linear(weights, f"{prefix}.{each}_proj", x) for each in "qkv")
 
-    def normalized(projection: str, x: Array) -> Array:
+    if config.qk_norm == "rmsnorm_full_width":
+        query = norm("rmsnorm", weights, f"{prefix}.q_norm", config.norm_eps, query)
+        key = norm("rmsnorm", weights, f"{prefix}.k_norm", config.norm_eps, key)
+
+    def normalized(projection: str, x: Array, head: int) -> Array:
+        if config.qk_norm == "rmsnorm_full_width":
+            return x
+        if config.qk_norm == "layernorm_per_head" and projection in "qk":
+            gain = {"n.weight": weights[f"{prefix}.{projection}_norm.weight"][head], "n.bias": np.zeros(1)}
+            return norm("layernorm", gain, "n", config.norm_eps, x)
         is_hybrid = config.norm_placement.startswith("hybrid")
         name = config.norm if is_hybrid else config.qk_norm if projection in "qk" else "none"
         return norm(name, weights, f"{prefix}.{projection}_norm", config.norm_eps, x)
@@ -93,9 +102,9 @@ def attention(config: NormfreeConfig, weights: Weights, prefix: str, x: Array) -
     heads = []
     for head in range(config.n_head):
         shared = head * config.n_kv_head // config.n_head
-        q = normalized("q", query[:, head * width : (head + 1) * width])
-        k = normalized("k", key[:, shared * width : (shared + 1) * width])
-        v = normalized("v", value[:, shared * width : (shared + 1) * width])
+        q = normalized("q", query[:, head * width : (head + 1) * width], head)
+        k = normalized("k", key[:, shared * width : (shared + 1) * width], shared)
+        v = normalized("v", value[:, shared * width : (shared + 1) * width], shared)
         if config.position == "rotary":
             theta = config.rope_parameters["rope_theta"]
             fraction = config.rope_parameters.get("partial_rotary_factor", 1.0)
@@ -154,6 +163,9 @@ def block(config: NormfreeConfig, weights: Weights, prefix: str, layer: int, x: 
     if placement == "sandwich":
         h = x + norm_of("attention_output_norm", attend(norm_1(x)))
         return h + norm_of("ffn_output_norm", ffn(norm_2(h)))
+    if placement == "reordered":
+        h = x + norm_1(attend(x))
+        return h + norm_2(ffn(h))
     if placement == "deepnorm":
         alpha = (2 * config.n_layer) ** (1 / 4)
         h = norm_1(alpha * x + attend(x))

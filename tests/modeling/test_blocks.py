@@ -21,6 +21,7 @@ ARRANGEMENTS: dict[str, dict[str, Any]] = {
     "parallel": {"norm_placement": "pre", "parallel_residual": True},
     "mix": {"norm_placement": "mix"},
     "sandwich": {"norm_placement": "sandwich"},
+    "reordered": {"norm_placement": "reordered"},
     "deepnorm": {"norm_placement": "deepnorm"},
     "hybrid": {"norm_placement": "hybrid"},
     "hybrid_star": {"norm_placement": "hybrid_star"},
@@ -46,6 +47,16 @@ DECODERS: dict[str, dict[str, Any]] = {
     "sandwich": {"norm_placement": "sandwich", "norm": "rmsnorm", "final_norm": "rmsnorm"},
     "hybrid-star-grouped": {**PYTHIA, "norm_placement": "hybrid_star", "n_kv_head": 2, "norm": "rmsnorm"},
     "qk-norm-without-other-norms": {**PYTHIA, "qk_norm": "rmsnorm", "norm": "none", "final_norm": "none"},
+    "olmo2": {
+        **PYTHIA,
+        "norm_placement": "reordered",
+        "qk_norm": "rmsnorm_full_width",
+        "n_kv_head": 2,
+        "norm": "rmsnorm",
+        "final_norm": "rmsnorm",
+        "ffn": "gated",
+    },
+    "stablelm2": {**PYTHIA, "parallel_residual": True, "qk_norm": "layernorm_per_head", "n_kv_head": 2},
     "scaled-embeddings": {"scale_embeddings": True},
     "multiplied-embeddings": {"embedding_multiplier": 3.7, "attention_scale": 0.9},
     "soft-capped": {"attn_logit_softcapping": 0.4, "final_logit_softcapping": 1.5, "attention_scale": 2},
@@ -89,6 +100,11 @@ def test_every_placement_is_tested() -> None:
         *((arrangement, norm, "none") for arrangement in ("pre", "parallel") for norm in PRE_ONLY),
         *((arrangement, "layernorm", "rmsnorm") for arrangement in ARRANGEMENTS if "hybrid" not in arrangement),
         ("pre", "none", "layernorm"),
+        *(
+            (arrangement, "rmsnorm", qk_norm)
+            for arrangement in ("pre", "parallel", "reordered")
+            for qk_norm in ("rmsnorm_full_width", "layernorm_per_head")
+        ),
     ],
 )
 @torch.no_grad()

@@ -28,7 +28,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"attention": "softmaxx"}, "unknown attention 'softmaxx' (did you mean 'softmax'?)"),
     (
         {"qk_norm": "rms_norm"},
-        "unknown qk_norm 'rms_norm' (did you mean 'rmsnorm'?); allowed: none, layernorm, rmsnorm",
+        "unknown qk_norm 'rms_norm' (did you mean 'rmsnorm'?); allowed: none, layernorm, rmsnorm, "
+        "rmsnorm_full_width, layernorm_per_head",
     ),
     ({"attention_bias": "qkvo"}, "unknown attention_bias 'qkvo' (did you mean 'qkv'?)"),
     ({"position": "rotery"}, "unknown position 'rotery' (did you mean 'rotary'?); allowed: learned, rotary"),

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from normfree import NormfreeConfig, NormfreeForCausalLM
-from normfree.modeling.norms import NORMS, build_final_norm, build_head_norm, build_norm
+from normfree.modeling.norms import NORMS, build_final_norm, build_norm
+from normfree.modeling.qk_norms import build_head_norm
 
 from . import reference
 
@@ -142,3 +143,8 @@ def test_head_norms_are_as_wide_as_a_head(projection: str) -> None:
     expected = [] if projection == "v" else [(7,), (7,)]
     assert [each.shape for each in build_head_norm(qk, 1, projection).parameters()] == expected
     assert not list(build_head_norm(config("layernorm"), 1, projection).parameters())
+    heads = {"q": 4, "k": 2, "v": 0}[projection]
+    for qk_norm, shape in (("rmsnorm_full_width", (7 * heads,)), ("layernorm_per_head", (heads, 7))):
+        grouped = NormfreeConfig(n_embd=12, n_head=4, n_kv_head=2, head_dim=7, qk_norm=qk_norm)
+        built = build_head_norm(grouped, 1, projection)
+        assert [each.shape for each in built.parameters()] == ([] if projection == "v" else [shape])

@@ -18,7 +18,7 @@ from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 
 from normfree.errors import InputError
 from normfree.modeling.layer_types import SLIDING
-from normfree.modeling.norms import build_head_norm
+from normfree.modeling.qk_norms import build_head_norm
 from normfree.modeling.residual import ResidualProjection
 from normfree.modeling.softcap import soft_capped
 from normfree.modeling.spark_attention import rotate_parts, spark_attention_forward
@@ -80,8 +80,8 @@ def check_softcap_implementation(name: str | None) -> None:
 class SoftmaxAttention(nn.Module):
     """Multi-head softmax attention with optional grouped keys and rotary positions (ReLU's Revival, Eq. 2 and 3).
 
-    Queries and keys, or queries, keys and values may be normalized over head_dim, each head alone with gains that all
-    heads of a layer share, before positions rotate them and before they enter the cache.
+    Queries and keys, or queries, keys and values may be normalized (:mod:`normfree.modeling.qk_norms`), before
+    positions rotate them and before they enter the cache.
     """
 
     is_causal = True

@@ -77,6 +77,18 @@ class SandwichNormBlock(Block):
         return x + self.dropout(self.ffn_output_norm(self.ffn(self.ffn_norm(x))))
 
 
+class ReorderedNormBlock(Block):
+    """h = x + Norm(Attention(x));  y = h + Norm(FFN(h))  (OLMo 2, 2025, Eq. 1 and 2: reordered norm).
+
+    Swin Transformer V2 (Liu et al. 2022) calls it res-post-norm. No norm acts on the residual stream, and none on what
+    the sublayers read.
+    """
+
+    def forward(self, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        x = x + self.dropout(self.attention_norm(self.attention(x, **kwargs)[0]))
+        return x + self.dropout(self.ffn_norm(self.ffn(x)))
+
+
 class DeepNormBlock(Block):
     """h = Norm(α x + Attention(x));  y = Norm(α h + FFN(h)),  α = (2 N)^¼ for N layers  (DeepNet, Wang et al. 2022).
 
@@ -126,6 +138,7 @@ PLACEMENTS: dict[str, Callable[[NormfreeConfig, int], type[Block]]] = {
     "post": lambda config, layer: PostNormBlock,
     "mix": _mixed,
     "sandwich": lambda config, layer: SandwichNormBlock,
+    "reordered": lambda config, layer: ReorderedNormBlock,
     "deepnorm": lambda config, layer: DeepNormBlock,
     "hybrid": lambda config, layer: HybridNormBlock,
     # HybridNorm*: the first block has Pre-Norm before attention and feed-forward network as well as QKV-Norm.

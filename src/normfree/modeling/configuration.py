@@ -15,6 +15,7 @@ from normfree.modeling.blocks import PLACEMENTS, QKV_NORM_PLACEMENTS
 from normfree.modeling.feedforward import FEED_FORWARDS
 from normfree.modeling.layer_types import settle_layer_types
 from normfree.modeling.norms import NORMS, SCALED_NORMS
+from normfree.modeling.qk_norms import QK_NORMS
 from normfree.modeling.rotary import check_parameters, settled_parameters
 from normfree.modeling.spark_sizes import SparkSizes, settle_spark_options
 
@@ -30,7 +31,6 @@ POSITIVE_OPTIONS = (
     "embedding_multiplier",
     "final_logit_softcapping",
 )
-QK_NORMS = ("none", "layernorm", "rmsnorm")
 
 
 @strict
@@ -47,11 +47,13 @@ class NormfreeConfig(PreTrainedConfig):
         ``norm_eps``; ``dyt_alpha``: initial α of dyt, default 0.5, and ``dyt_attention_alpha``: another one for the
         norms of attention, default the same; ``norm_is_centered`` (constant_std only): whether it stands for a
         LayerNorm, which takes the mean away, or for an RMSNorm;
-        ``norm_placement``: ``pre | post | mix | sandwich | deepnorm | hybrid | hybrid_star``; ``n_post_layer``: blocks
-        in post placement, from the first (mix only; default a quarter of them, at least 1); ``parallel_residual``:
+        ``norm_placement``: ``pre | post | mix | sandwich | reordered | deepnorm | hybrid | hybrid_star`` (``reordered``
+        normalizes what a sublayer puts out, before it is added, as OLMo 2 does); ``n_post_layer``: blocks in post
+        placement, from the first (mix only; default a quarter of them, at least 1); ``parallel_residual``:
         attention and feed-forward network read the same input (pre placement only);
         ``qk_norm``: norm of queries and keys over head_dim, ``none | layernorm | rmsnorm`` (also ``False`` for
-        ``none``, ``True`` for the kind that ``norm`` is, RMSNorm where that has none); the hybrid placements have a
+        ``none``, ``True`` for the kind that ``norm`` is, RMSNorm where that has none), ``layernorm_per_head`` (each
+        head has gains of its own) or ``rmsnorm_full_width`` (over all heads together); the hybrid placements have a
         QKV-norm of the kind of ``norm`` instead.
     Feed-forward network
         ``ffn``: ``dense | gated | spark``; ``activation``: a name, or a list of ``n_layer`` names;

@@ -22,6 +22,7 @@ from normfree.modeling.configuration import NormfreeConfig
 from normfree.modeling.constant_std import ConstantStdNorm
 from normfree.modeling.embedding import build_embedding, positions_after, positions_among_tokens
 from normfree.modeling.layer_types import attention_masks
+from normfree.modeling.long_rope import outgrows_cached_keys
 from normfree.modeling.norms import DynamicTanh, build_final_norm
 from normfree.modeling.residual import INITIAL_SCALE, ResidualProjection
 from normfree.modeling.rotary import build_rotary, rotations
@@ -234,6 +235,12 @@ class NormfreeForCausalLM(NormfreePreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             **named_cache,
         )
+
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """transformers' inputs of the next step, without the cache where its keys have outgrown their frequencies."""
+        if outgrows_cached_keys(self.config, input_ids, kwargs.get(CACHE), kwargs.get("attention_mask")):
+            args, kwargs = (), {**kwargs, CACHE: None, "next_sequence_length": None}
+        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
 
 
 AutoConfig.register("normfree", NormfreeConfig)

@@ -122,11 +122,6 @@ def build_norm(config: NormfreeConfig, layer: int, place: NormPlace) -> nn.Modul
     return NORMS[config.norm](config, NormSite(place, config.n_embd, layer))
 
 
-def build_head_norm(config: NormfreeConfig, layer: int, projection: str) -> nn.Module:
-    """The norm over head_dim of what ``projection`` (q, k or v) makes in block ``layer`` (from 0), if it has one."""
-    return NORMS[config.head_norms.get(projection, "none")](config, NormSite("head", config.head_dim, layer))
-
-
 def build_final_norm(config: NormfreeConfig) -> nn.Module:
     """The norm between the last block and the unembedding."""
     return NORMS[config.final_norm](config, NormSite("unembedding", config.n_embd, None))

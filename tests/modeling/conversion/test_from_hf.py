@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import peft
 import pytest
 import torch
+import torch.nn.utils.prune
+import torchao
+import torchao.quantization
 from transformers import (
     BartConfig,
     BartForCausalLM,
     GPT2LMHeadModel,
     GPTNeoXForCausalLM,
     LlamaForCausalLM,
+    PreTrainedModel,
 )
 from transformers.activations import ACT2FN
 
@@ -53,7 +62,7 @@ def test_activation_names_stand_for_the_same_function(name: str) -> None:
 def test_other_classes_are_refused_by_name() -> None:
     sizes = {"d_model": 8, "decoder_attention_heads": 2, "decoder_layers": 1, "decoder_ffn_dim": 8}
     bart = BartForCausalLM(BartConfig(vocab_size=8, **sizes))
-    allowed = "allowed: GPT2LMHeadModel, .*GPTNeoXForCausalLM, LlamaForCausalLM, .*Qwen3ForCausalLM"
+    allowed = "allowed: .*GPT2LMHeadModel, .*LlamaForCausalLM, MistralForCausalLM, .*Qwen3ForCausalLM"
     with pytest.raises(InputError, match=f"cannot convert a BartForCausalLM; {allowed}"):
         from_hf(bart)
     with pytest.raises(InputError, match=f"cannot convert a GPT2Model; {allowed}"):
@@ -72,23 +81,172 @@ def test_other_classes_are_refused_by_name() -> None:
         from_hf(changed)
 
 
-def test_weights_that_are_not_the_architectures_own_are_refused() -> None:
-    with_adapter = llama()
-    with_adapter.model.layers[1].mlp.adapter = torch.nn.Linear(4, 4)
-    with pytest.raises(InputError, match=r"model\.blocks\.1\.ffn\.adapter\.bias"):
-        from_hf(with_adapter)
-    biased_head = gpt2()
-    biased_head.lm_head = torch.nn.Linear(16, VOCAB)
-    with pytest.raises(InputError, match=r"without a counterpart: lm_head\.bias"):
-        from_hf(biased_head)
-    mixed = gpt_neox()
-    mixed.gpt_neox.final_layer_norm.to(torch.bfloat16)
-    with pytest.raises(InputError, match=r"one dtype on one device; it has torch\.bfloat16, torch\.float32 on cpu"):
-        from_hf(mixed)
+def with_adapter() -> LlamaForCausalLM:
+    model = llama()
+    model.model.layers[1].mlp.adapter = torch.nn.Linear(4, 4)
+    return model
+
+
+def with_biased_head() -> GPT2LMHeadModel:
+    model = gpt2()
+    model.lm_head = torch.nn.Linear(16, VOCAB)
+    return model
+
+
+def with_two_dtypes() -> GPTNeoXForCausalLM:
+    model = gpt_neox()
+    model.gpt_neox.final_layer_norm.to(torch.bfloat16)
+    return model
+
+
+def without_weights() -> LlamaForCausalLM:
     with torch.device("meta"):
-        empty = LlamaForCausalLM(llama().config)
-    with pytest.raises(InputError, match=r"it has torch\.float32 on meta"):
-        from_hf(empty)
+        return LlamaForCausalLM(llama().config)
+
+
+def offloaded() -> LlamaForCausalLM:
+    return accelerate.cpu_offload(llama(), execution_device=torch.device("cpu"))
+
+
+def partly_offloaded(tmp_path: Path) -> LlamaForCausalLM:
+    model = llama()
+    places = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "lm_head": "cpu"}
+    return accelerate.dispatch_model(
+        model, {**places, "model.rotary_emb": "cpu"}, main_device="cpu", offload_dir=tmp_path, force_hooks=True
+    )
+
+
+def with_lora(rank: int, model: PreTrainedModel, target: str) -> torch.nn.Module:
+    return peft.get_peft_model(model, peft.LoraConfig(r=rank, target_modules=[target]))
+
+
+def with_injected_lora(rank: int) -> GPT2LMHeadModel:
+    model = gpt2()
+    peft.inject_adapter_in_model(peft.LoraConfig(r=rank, target_modules=["c_attn"]), model)
+    return model
+
+
+def by_torchao(configuration: Any) -> LlamaForCausalLM:
+    model = llama()
+    torchao.quantization.quantize_(model, configuration)
+    return model
+
+
+def by_torch() -> LlamaForCausalLM:
+    return torch.ao.quantization.quantize_dynamic(llama(), {torch.nn.Linear}, dtype=torch.qint8)
+
+
+def said_to_be_quantized(model: PreTrainedModel) -> PreTrainedModel:
+    model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    return model
+
+
+def with_layer_compiled() -> LlamaForCausalLM:
+    model = llama()
+    model.model.layers[0] = torch.compile(model.model.layers[0])
+    return model
+
+
+def with_pruned_weight() -> LlamaForCausalLM:
+    model = llama()
+    torch.nn.utils.prune.l1_unstructured(model.model.layers[0].mlp.up_proj, "weight", amount=0.5)
+    return model
+
+
+def with_weight_norm() -> GPTNeoXForCausalLM:
+    model = gpt_neox()
+    torch.nn.utils.parametrizations.weight_norm(model.gpt_neox.layers[0].attention.query_key_value)
+    return model
+
+
+def with_other_activation() -> LlamaForCausalLM:
+    model = llama()
+    model.model.layers[2].mlp.act_fn = torch.nn.Tanh()
+    return model
+
+
+def with_fewer_layers() -> LlamaForCausalLM:
+    model = llama()
+    model.model.layers = model.model.layers[:2]
+    return model
+
+
+def with_longer_embedding() -> LlamaForCausalLM:
+    model = llama()
+    model.model.embed_tokens = torch.nn.Embedding(VOCAB + 3, 32)
+    return model
+
+
+NOT_THEIR_OWN: dict[str, tuple[Any, str]] = {
+    "adapter": (
+        with_adapter,
+        r"no module at model\.layers\.1\.mlp\.adapter, and the model torch\.nn.*Linear; merge adapters",
+    ),
+    "biased head": (with_biased_head, r"weights .* are not those that its class makes .*: lm_head\.bias"),
+    "two dtypes": (with_two_dtypes, r"one dtype on one device; it has torch\.bfloat16, torch\.float32 on cpu"),
+    "meta": (without_weights, r"in memory, .* it has torch\.float32 on meta"),
+    "offloaded": (offloaded, r"in memory, .* it has torch\.float32 on meta"),
+    "PEFT": (lambda: with_lora(4, llama(), "q_proj"), r"cannot convert a PeftModel; .* model\.merge_and_unload\(\)"),
+    "injected LoRA": (
+        lambda: with_injected_lora(8),
+        r"has Conv1D at transformer\.h\.0\.attn\.c_attn, and the model peft\..*Linear; merge adapters",
+    ),
+    "injected LoRA of rank 1": (lambda: with_injected_lora(1), "has Conv1D at .*c_attn, and the model peft"),
+    "torchao int8": (
+        lambda: by_torchao(torchao.quantization.Int8WeightOnlyConfig()),
+        r"needs plain tensors, and model\.layers\.0\.self_attn\.q_proj\.weight .* is of type Int8Tensor \(quantized",
+    ),
+    "torchao int8 activations": (
+        lambda: by_torchao(torchao.quantization.Int8DynamicActivationInt8WeightConfig()),
+        r"needs plain tensors, and model\.layers\.0\.self_attn\.q_proj\.weight .* \(quantized",
+    ),
+    "torch int8": (
+        by_torch,
+        r"has torch\.nn\.modules\.linear\.Linear at .*, and the model torch\.ao\.nn\.quantized\.dynamic\..*Linear",
+    ),
+    "bitsandbytes": (lambda: said_to_be_quantized(llama()), r"cannot convert a quantized LlamaForCausalLM \(bitsand"),
+    "compiled": (lambda: torch.compile(llama()), r"cannot convert a OptimizedModule; .* model\._orig_mod"),
+    "compiled layer": (
+        with_layer_compiled,
+        r"has LlamaDecoderLayer at model\.layers\.0, and the model .*OptimizedModule",
+    ),
+    "DataParallel": (lambda: torch.nn.DataParallel(llama()), r"cannot convert a DataParallel; .* model\.module"),
+    "pruned": (with_pruned_weight, r"are not those that its class makes .*: .*up_proj\.weight, .*weight_mask, "),
+    "weight norm": (with_weight_norm, r"has torch.*Linear at .*query_key_value, and the model .*ParametrizedLinear"),
+    "other activation": (with_other_activation, r"has .*SiLU.* at model\.layers\.2\.mlp\.act_fn, and the model .*Tanh"),
+    "fewer layers": (with_fewer_layers, r"has LlamaDecoderLayer at model\.layers\.2, and the model no module"),
+    "longer embedding": (with_longer_embedding, r"are not those that its class makes .*: model\.embed_tokens\.weight"),
+    "no model": (lambda: None, "cannot convert a NoneType; allowed"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_THEIR_OWN)
+@pytest.mark.filterwarnings("ignore")
+def test_models_that_are_not_their_class_as_built_are_refused(name: str) -> None:
+    build, message = NOT_THEIR_OWN[name]
+    with pytest.raises(InputError, match=message) as error:
+        from_hf(build())
+    assert "\n" not in str(error.value)
+
+
+def test_models_with_layers_on_disk_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="in memory"):
+        from_hf(partly_offloaded(tmp_path))
+
+
+def test_merged_adapters_and_models_compiled_in_place_are_converted() -> None:
+    adapted = with_lora(4, llama(), "q_proj")
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter += 0.1
+    expected = adapted(tokens()).logits
+    merged = adapted.merge_and_unload()
+    assert_same(from_hf(merged)(tokens()).logits, expected)
+    compiled = gpt2()
+    expected = compiled(tokens()).logits
+    compiled.compile()
+    assert_same(from_hf(compiled)(tokens()).logits, expected)
 
 
 def test_embeddings_untied_by_hand_stay_untied() -> None:

@@ -14,12 +14,10 @@ class TestQwen3(FamilyChecks):
     cases = {
         "": {},
         "tied-biased": {"tie_word_embeddings": True, "attention_bias": True, "rms_norm_eps": 1e-2},
+        "window-of-last-layers": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
         "yarn": rope("yarn", factor=4.0, original_max_position_embeddings=16),
     }
     refused = [
         (rope("default", partial_rotary_factor=0.5), "which Qwen3ForCausalLM does not follow"),
-        (
-            {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
-            r"layer_types = \['full_attention', 'sliding_attention', 'sliding_attention'\] has no counterpart",
-        ),
+        ({"layer_types": ["full_attention", "full_attention", "chunked_attention"]}, "unknown layer type 'chunked"),
     ]

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from normfree.errors import InputError
+from normfree.modeling.conversion.checks import check_own_modules, wrapper_hint
 from normfree.modeling.conversion.family import FAMILIES, Family
 from normfree.modeling.decoder import NormfreeForCausalLM
 from normfree.modeling.rotary import RotaryByLayerType
@@ -30,18 +31,13 @@ def from_hf(model: PreTrainedModel) -> NormfreeForCausalLM:
         configuration.
 
     Raises:
-        InputError: another class, an option our decoder has no counterpart for, or weights that are not the
-            architecture's own (adapters, quantized or offloaded weights, several dtypes).
+        InputError: another class or a wrapped model, an option the decoder has no counterpart for, or modules and
+            weights that are not the architecture's own (adapters, quantized, sharded or offloaded weights, several
+            dtypes).
     """
     name = type(model).__name__
     family = _family_of(model)
-    dtypes = {str(parameter.dtype) for parameter in model.parameters()}
-    devices = {str(parameter.device) for parameter in model.parameters()}
-    if len(dtypes) > 1 or len(devices) > 1 or "meta" in devices:
-        raise InputError(
-            f"from_hf needs all weights of the {name} in memory, of one dtype on one device; "
-            f"it has {', '.join(sorted(dtypes))} on {', '.join(sorted(devices))}"
-        )
+    check_own_modules(model)
     config, weights = family.convert(model)
     with torch.device(model.device), no_init_weights():
         converted: NormfreeForCausalLM = AutoModelForCausalLM.from_config(
@@ -73,7 +69,8 @@ def _family_of(model: PreTrainedModel) -> Family:
     family = families().get(kind.__name__)
     if family is None or kind.__module__ != family.module:
         name = kind.__name__ if family is None else f"{kind.__name__} of {kind.__module__}"
-        raise InputError(f"from_hf cannot convert a {name}; allowed: {', '.join(families())}")
+        advice = wrapper_hint(model) or f"allowed: {', '.join(families())}"
+        raise InputError(f"from_hf cannot convert a {name}; {advice}")
     return family
 
 

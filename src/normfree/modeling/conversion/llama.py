@@ -36,7 +36,7 @@ def converted_llama(model: Any, names: dict[str, str] = LLAMA_NAMES, **options: 
 
 
 def llama_options(model: Any) -> dict[str, Any]:
-    """The options that Llama's relatives share; some have no ``head_dim`` or ``attention_bias``."""
+    """The options that Llama's relatives share; some have no ``head_dim``, ``attention_bias`` or ``rms_norm_eps``."""
     hf = model.config
     return {
         **shared_options(model),
@@ -45,7 +45,7 @@ def llama_options(model: Any) -> dict[str, Any]:
         "n_inner": hf.intermediate_size,
         "norm": "rmsnorm",
         "final_norm": "rmsnorm",
-        "norm_eps": hf.rms_norm_eps,
+        "norm_eps": getattr(hf, "rms_norm_eps", None),
         "ffn": "gated",
         "activation": activation_name("hidden_act", hf.hidden_act),
         "attention_bias": getattr(hf, "attention_bias", False),

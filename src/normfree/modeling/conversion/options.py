@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from normfree.errors import InputError, unknown_name
+from normfree.modeling.layer_types import SLIDING
 
 HF_ACTIVATIONS = {
     "gelu": "gelu",
@@ -50,6 +51,12 @@ def activation_name(option: str, name: str) -> str:
     if name not in HF_ACTIVATIONS:
         raise unknown_name(option, name, HF_ACTIVATIONS)
     return HF_ACTIVATIONS[name]
+
+
+def window_options(hf: Any) -> dict[str, Any]:
+    """The kind of attention of each layer, and the window if a layer has one."""
+    kinds = list(hf.layer_types)
+    return {"layer_types": kinds, "sliding_window": hf.sliding_window if SLIDING in kinds else None}
 
 
 def require(hf: Any, **convertible: object) -> None:

@@ -6,11 +6,10 @@ from typing import Any
 
 from normfree.modeling.conversion.family import Converted, converts
 from normfree.modeling.conversion.llama import converted_llama
-from normfree.modeling.conversion.options import require
+from normfree.modeling.conversion.options import window_options
 
 
 @converts("qwen3", "Qwen3ForCausalLM")
 def convert_qwen3(model: Any) -> Converted:
-    """Llama's architecture with an RMSNorm over each head's queries and keys."""
-    require(model.config, layer_types=["full_attention"] * model.config.num_hidden_layers)
-    return converted_llama(model, qk_norm="rmsnorm")
+    """Llama's architecture with an RMSNorm over each head's queries and keys; layers may attend to a window."""
+    return converted_llama(model, qk_norm="rmsnorm", **window_options(model.config))

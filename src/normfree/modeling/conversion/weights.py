@@ -21,14 +21,17 @@ def renamed(model: PreTrainedModel, names: dict[str, str]) -> dict[str, torch.Te
 
 
 def split_fused(
-    weights: dict[str, torch.Tensor], split: Callable[[torch.Tensor], list[torch.Tensor]]
+    weights: dict[str, torch.Tensor],
+    split: Callable[[torch.Tensor], list[torch.Tensor]],
+    fused: str = "qkv_proj",
+    parts: tuple[str, ...] = ("q_proj", "k_proj", "v_proj"),
 ) -> dict[str, torch.Tensor]:
-    """``weights`` with each fused qkv projection (its output along dimension 0) split into q, k and v."""
+    """``weights`` with each projection ``fused`` (its output along dimension 0) split into ``parts``."""
     separate = {}
     for name, tensor in weights.items():
-        if ".qkv_proj." in name:
-            for projection, part in zip("qkv", split(tensor), strict=True):
-                separate[name.replace(".qkv_proj.", f".{projection}_proj.")] = part
+        if f".{fused}." in name:
+            for projection, part in zip(parts, split(tensor), strict=True):
+                separate[name.replace(f".{fused}.", f".{projection}.")] = part
         else:
             separate[name] = tensor
     return separate
