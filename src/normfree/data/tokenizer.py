@@ -1,11 +1,13 @@
 """Tokenizers: a byte-level BPE trained on the corpus itself, or one from the Hugging Face hub."""
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from normfree.errors import InputError
+from normfree.modeling.gguf import is_gguf, load_gguf_tokenizer, open_gguf
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -71,6 +73,8 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     Raises:
         InputError: it cannot be loaded.
     """
+    if is_gguf(name_or_path):
+        return load_gguf_tokenizer(open_gguf(Path(name_or_path)))
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     except Exception as error:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
 from normfree.errors import InputError
@@ -22,6 +22,7 @@ from normfree.files import folder_written_whole, write_text
 from normfree.interpret.depth.block_calls import RecordedPass, check_independence, record
 from normfree.modeling import NormfreeConfig
 from normfree.modeling.layer_types import SLIDING
+from normfree.modeling.loading import load_model
 from normfree.modeling.norms import SCALED_NORMS
 from normfree.modeling.residual_stream import decoder_blocks
 from normfree.modeling.rotary import parameter_sets
@@ -101,7 +102,7 @@ def export_pruned(
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         write_text(temporary / PRUNING_FILE, json.dumps(origin, indent=2) + "\n")
-        reloaded = AutoModelForCausalLM.from_pretrained(temporary, use_safetensors=True, trust_remote_code=False)
+        reloaded = load_model(str(temporary), local_files_only=True)
         _check_same_options(model, reloaded, kept)
         _check_same_logits(model, layers, _on(model, reloaded.eval()))
     return reloaded

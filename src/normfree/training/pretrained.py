@@ -1,4 +1,4 @@
-"""Finished models to measure, or to go on from: of the Hub, of a folder, or of a run of our own."""
+"""Finished models to measure, or to go on from: of the Hub, of a folder, of a GGUF file, or of a run of our own."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from normfree.data import DataConfig, PackedData
 from normfree.errors import InputError
 from normfree.modeling import NormfreeForCausalLM, from_hf
+from normfree.modeling.gguf import is_gguf, open_gguf
+from normfree.modeling.loading import load_model
 from normfree.training.configuration import RunConfig, load_run_config, read_yaml
 from normfree.training.run_folder import CONFIG_FILE, PROVENANCE, last_checkpoint
 
@@ -20,9 +22,11 @@ from normfree.training.run_folder import CONFIG_FILE, PROVENANCE, last_checkpoin
 class LoadedModel:
     """A causal language model in evaluation mode, and where it came from.
 
-    source: what was asked for: a Hub id or a folder.
+    source: what was asked for: a Hub id, a folder or a GGUF file.
     checkpoint: what was loaded; another folder than ``source`` for a run.
     run: the run of ours that made it, None for other models; ``fingerprint`` stands for the very tokens it had.
+    quantization: how the weights were quantized in the file, such as "Q4_1, dequantized to float32"; None if they were
+        not.
     """
 
     source: str
@@ -30,6 +34,7 @@ class LoadedModel:
     model: PreTrainedModel
     run: RunConfig | None = None
     fingerprint: str | None = None
+    quantization: str | None = None
 
     @property
     def data(self) -> DataConfig | None:
@@ -51,12 +56,13 @@ class LoadedModel:
 
 
 def load_pretrained(source: str) -> LoadedModel:
-    """A model from the Hub, a folder of transformers' form, or a run or checkpoint folder of our own.
+    """A model from the Hub, a folder of transformers' form, a GGUF file, or a run or checkpoint folder of our own.
 
-    Only safetensors weights are read, and no remote code is run. On CUDA where there is a device.
+    Only safetensors and GGUF weights are read, and no remote code is run. On CUDA where there is a device.
 
     Raises:
-        InputError: there is no such model, or it cannot be loaded so.
+        InputError: there is no such model, or its weights are not all there (see
+            :func:`normfree.modeling.loading.load_model`).
     """
     disable_progress_bar()  # of shards that load: one line each beside our own
     folder = Path(source)
@@ -69,23 +75,17 @@ def load_pretrained(source: str) -> LoadedModel:
     elif (folder / "config.json").is_file():
         is_checkpoint = folder.name.startswith("checkpoint-") and (folder.parent / CONFIG_FILE).is_file()
         run = folder.parent if is_checkpoint else None
-    elif folder.exists():
+    elif folder.exists() and not is_gguf(source):
         raise InputError(
             f"{source} holds no model: neither transformers' config.json nor a run's {CONFIG_FILE}; "
-            "give a Hub id, a model folder, a run folder or a checkpoint folder"
+            "give a Hub id, a model folder, a .gguf file, a run folder or a checkpoint folder"
         )
-    try:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, use_safetensors=True, trust_remote_code=False)
-    except Exception as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(
-            f"cannot load model {checkpoint!r} ({reason}); give a Hub id or a folder of a causal language model "
-            "with safetensors weights"
-        ) from error
+    model = load_model(checkpoint)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.eval().to(device)
     if run is None:
-        return LoadedModel(source, checkpoint, model)
+        quantization = open_gguf(Path(checkpoint)).quantization if is_gguf(checkpoint) else None
+        return LoadedModel(source, checkpoint, model, quantization=quantization)
     fingerprint = read_yaml(run / CONFIG_FILE)[PROVENANCE]["corpus_fingerprint"]
     return LoadedModel(source, checkpoint, model, load_run_config(run / CONFIG_FILE), fingerprint)
 

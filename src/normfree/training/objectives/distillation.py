@@ -10,11 +10,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from normfree.data import Beginning, PackedData, load_tokenizer
 from normfree.errors import InputError
 from normfree.modeling import NormfreeConfig
+from normfree.modeling.loading import load_model
 from normfree.probes import EntropyRecorder
 from normfree.training.objectives.objective import Objective, ObjectiveOptions, Term
 from normfree.training.run_folder import CONFIG_FILE, RESULTS_FILE, last_checkpoint
@@ -139,9 +140,6 @@ def load_teacher(folder: Path, student: NormfreeConfig, *, same_heads: bool) -> 
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
         _check_fit(config.get_text_config(), student, folder, same_heads=same_heads)
-        teacher: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            path, use_safetensors=True, trust_remote_code=False, local_files_only=True
-        )
     except InputError:
         raise
     except Exception as error:
@@ -150,6 +148,10 @@ def load_teacher(folder: Path, student: NormfreeConfig, *, same_heads: bool) -> 
             f"objective.teacher: cannot load {folder} ({reason}); give the folder of a causal language model with "
             "safetensors weights"
         ) from error
+    try:
+        teacher = load_model(path, local_files_only=True)
+    except InputError as error:
+        raise InputError(f"objective.teacher: {error}") from error
     return teacher.eval().requires_grad_(False)
 
 

@@ -1,0 +1,256 @@
+"""Reading a saved causal language model: every weight comes from the file, or the model is refused.
+
+transformers gives random values to a parameter that the file has no tensor for, passes over a tensor that no parameter
+takes, and says so in the log only. Whatever Normfree reads goes through :func:`load_model`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import logging
+
+from normfree.errors import InputError
+from normfree.modeling.gguf import check_gguf_model, gguf_reader, is_gguf, open_gguf
+
+NAMES_SHOWN = 3
+INDEX_FILE = "model.safetensors.index.json"
+WRAPPERS = {
+    "_orig_mod.": "torch.compile; save the module inside it (model._orig_mod)",
+    "module.": "DistributedDataParallel; save the module inside it (model.module)",
+    "_fsdp_wrapped_module.": "FullyShardedDataParallel; gather the full state dict of the module inside it",
+    "base_model.model.": "PEFT; merge the adapter (merge_and_unload) and save the merged model",
+}
+"""Prefixes of a wrapper's state dict: what it wraps a model with, and what to save."""
+QUANTIZED = (".qweight", ".qzeros", ".SCB", ".absmax", ".weight_packed", ".weight_scale", ".weight_scale_inv")
+"""Endings of tensors that need a ``quantization_config`` to be read."""
+
+
+@dataclass(frozen=True)
+class LoadingReport:
+    """The tensors that a model and its file do not have in common.
+
+    missing: parameters of the model that the file has no tensor for.
+    unexpected: tensors of the file that no parameter takes.
+    mismatched: name, shape in the file, shape in the model.
+    """
+
+    missing: list[str]
+    unexpected: list[str]
+    mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
+
+    @classmethod
+    def of(cls, info: dict[str, Any]) -> LoadingReport:
+        """That of ``output_loading_info``, less what the architecture itself says may be left out."""
+        return cls(
+            sorted(info["missing_keys"]),
+            sorted(info["unexpected_keys"]),
+            sorted((name, tuple(stored), tuple(built)) for name, stored, built in info["mismatched_keys"]),
+        )
+
+    def check(self, where: str, model: PreTrainedModel) -> None:
+        """Whether the file holds the model's tensors, all of them and no others.
+
+        Raises:
+            InputError: it does not; the message has the counts, the first names, the likely cause and the remedy.
+        """
+        found = []
+        if self.missing:
+            found.append(f"{_count(self.missing)} missing ({_first(self.missing)})")
+        if self.unexpected:
+            found.append(f"{_count(self.unexpected)} unexpected ({_first(self.unexpected)})")
+        if self.mismatched:
+            shapes = [f"{name} {list(stored)} for {list(built)}" for name, stored, built in self.mismatched]
+            found.append(f"{_count(shapes)} of another shape ({_first(shapes)})")
+        if found:
+            cause = self._cause(model)
+            raise InputError(
+                f"{where} does not hold the weights of {type(model).__name__}: {', '.join(found)}; {cause}"
+            )
+
+    def _cause(self, model: PreTrainedModel) -> str:
+        """What most likely went wrong, and what to do."""
+        for prefix, wrapper in WRAPPERS.items():
+            if any(name.startswith(prefix) for name in self.unexpected):
+                return f"its names begin with {prefix!r}, as from {wrapper}"
+        if any(".lora_" in name or ".base_layer." in name for name in self.unexpected):
+            return f"it holds an adapter, as from {WRAPPERS['base_model.model.']}"
+        if any(name.endswith(QUANTIZED) for name in self.unexpected):
+            return "its weights are quantized, and config.json has no quantization_config; save it with one"
+        saved_as = _saved_as(model)
+        if saved_as is not None:
+            return f"config.json says that it is a {saved_as}, which has another head; give a causal language model"
+        prefix = _common_prefix(self.unexpected, self.missing)
+        if prefix is not None:
+            return f"its names begin with {prefix!r}, as from a module around the model; save the model itself"
+        if self.mismatched or self.unexpected:
+            return "config.json is that of another model; put the one that belongs to these weights into the folder"
+        return "the save was cut short, or a file of it is missing; save or copy the model again"
+
+
+def load_model(source: str, *, local_files_only: bool = False) -> PreTrainedModel:
+    """The causal language model of a Hub id, of a folder in transformers' form or of a GGUF file, in evaluation mode.
+
+    Only safetensors and GGUF weights are read, and no remote code is run. Weights of a GGUF file are float32.
+
+    Args:
+        source: Hub id, folder or file.
+        local_files_only: nothing is looked for on the Hub.
+
+    Raises:
+        InputError: there is no such model, it cannot be read, or a tensor is missing, superfluous or of another shape.
+    """
+    if is_gguf(source):
+        return _load_gguf(Path(source))
+    folder = Path(source)
+    if folder.is_dir():
+        _check_folder(folder)
+    with _told_in_one_line(source), _quietly():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=local_files_only,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported, and refused below with their names
+        )
+    LoadingReport.of(info).check(source, model)
+    return model
+
+
+def _load_gguf(path: Path) -> PreTrainedModel:
+    file = open_gguf(path)
+    with _told_in_one_line(str(path)), _quietly(), gguf_reader():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(path.parent),
+            gguf_file=path.name,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    LoadingReport.of(info).check(str(path), model)
+    check_gguf_model(file, model)
+    if getattr(model, "hf_quantizer", None) is not None:
+        # A model of float32 numbers, to be saved, converted and trained like any other.
+        model.hf_quantizer.remove_quantization_config(model)
+    return model
+
+
+def _check_folder(folder: Path) -> None:
+    """What transformers would pass over in a folder.
+
+    Raises:
+        InputError: adapters without their model, a checkpoint in pickled parts, or other shards than the index names.
+    """
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(
+            f"{folder} holds an adapter (adapter_config.json); merge it (merge_and_unload) and save the model"
+        )
+    if (folder / ".metadata").is_file():
+        raise InputError(
+            f"{folder} holds a distributed checkpoint (.metadata), which is pickled; save it as safetensors"
+        )
+    if (folder / INDEX_FILE).is_file() and not (folder / "model.safetensors").is_file():
+        _check_shards(folder)
+
+
+def _check_shards(folder: Path) -> None:
+    """Whether every shard holds the tensors that the index names for it, and no others.
+
+    Raises:
+        InputError: a shard is missing or damaged, or index and shards are of different saves.
+    """
+    index = folder / INDEX_FILE
+    again = "copy or save the model again"
+    try:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        named: dict[str, set[str]] = {shard: set() for shard in places.values()}
+        for name, shard in places.items():
+            named[shard].add(name)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index} is not an index of safetensors shards ({error}); {again}") from error
+    missing = sorted(shard for shard in named if not (folder / shard).is_file())
+    if missing:
+        raise InputError(
+            f"{folder} lacks {_count(missing, 'shard')} that {INDEX_FILE} names ({_first(missing)}); {again}"
+        )
+    for shard, names in named.items():
+        try:
+            with safe_open(folder / shard, framework="pt") as file:
+                held = set(file.keys())
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{folder / shard} is damaged ({error}); {again}") from error
+        if held != names:
+            first = sorted(held ^ names)[0]
+            raise InputError(
+                f"{folder / shard} holds other tensors than {INDEX_FILE} names for it ({first} first): index and "
+                f"shards are of different saves; {again}"
+            )
+
+
+@contextmanager
+def _told_in_one_line(source: str) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        if "Unrecognized configuration class" in reason:
+            reason = "config.json is of an architecture that is no causal language model"
+        raise InputError(
+            f"cannot load model {source!r} ({reason}); give a Hub id or a folder of a causal language model with "
+            "safetensors weights, or a .gguf file"
+        ) from error
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """transformers logs what it could not load as a table of many lines; :class:`LoadingReport` has it all."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _saved_as(model: PreTrainedModel) -> str | None:
+    """The class that ``config.json`` names, if it is another than that of a causal language model."""
+    named = (model.config.architectures or [None])[0]
+    causal = {each.__name__ for each in MODEL_FOR_CAUSAL_LM_MAPPING.values() if isinstance(each, type)}
+    return None if named is None or named in causal | {type(model).__name__} else str(named)
+
+
+def _common_prefix(unexpected: Iterable[str], missing: Iterable[str]) -> str | None:
+    """What stands before all names of the file that the model knows without it."""
+    known = set(missing)
+    prefixes = Counter(
+        name[: -len(rest)]
+        for name in unexpected
+        for rest in (name.split(".", n)[n] for n in range(1, name.count(".") + 1))
+        if rest in known
+    )
+    prefix, n = max(prefixes.items(), key=lambda each: each[1], default=("", 0))
+    return prefix if n and n == len(known) else None
+
+
+def _count(names: list[Any], what: str = "tensor") -> str:
+    return f"{len(names)} {what}{'s' if len(names) != 1 else ''}"
+
+
+def _first(names: list[str]) -> str:
+    more = len(names) - NAMES_SHOWN
+    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
