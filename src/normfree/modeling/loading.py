@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from normfree.errors import InputError
@@ -116,7 +116,7 @@ def load_model(source: str, *, local_files_only: bool = False) -> PreTrainedMode
     if folder.is_dir():
         _check_folder(folder)
     with _told_in_one_line(source), _quietly():
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
             source,
             use_safetensors=True,
             trust_remote_code=False,
@@ -124,6 +124,7 @@ def load_model(source: str, *, local_files_only: bool = False) -> PreTrainedMode
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported, and refused below with their names
         )
+    model, info = loaded
     LoadingReport.of(info).check(source, model)
     return model
 
@@ -131,7 +132,7 @@ def load_model(source: str, *, local_files_only: bool = False) -> PreTrainedMode
 def _load_gguf(path: Path) -> PreTrainedModel:
     file = open_gguf(path)
     with _told_in_one_line(str(path)), _quietly(), gguf_reader():
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
             str(path.parent),
             gguf_file=path.name,
             dtype=torch.float32,
@@ -140,6 +141,7 @@ def _load_gguf(path: Path) -> PreTrainedModel:
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
+    model, info = loaded
     LoadingReport.of(info).check(str(path), model)
     check_gguf_model(file, model)
     if getattr(model, "hf_quantizer", None) is not None:
@@ -229,9 +231,10 @@ def _quietly() -> Iterator[None]:
 
 def _saved_as(model: PreTrainedModel) -> str | None:
     """The class that ``config.json`` names, if it is another than that of a causal language model."""
-    named = (model.config.architectures or [None])[0]
-    causal = {each.__name__ for each in MODEL_FOR_CAUSAL_LM_MAPPING.values() if isinstance(each, type)}
-    return None if named is None or named in causal | {type(model).__name__} else str(named)
+    named = next(iter(model.config.architectures or ()), None)
+    if named is None or named in {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), type(model).__name__}:
+        return None
+    return str(named)
 
 
 def _common_prefix(unexpected: Iterable[str], missing: Iterable[str]) -> str | None:
