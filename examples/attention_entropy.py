@@ -13,9 +13,11 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from normfree import EntropyProbe
+from normfree.interpret import tokenizer_of
+from normfree.training import load_pretrained
 
 N_TOKEN = 256
 
@@ -33,8 +35,9 @@ def tiny_random_model() -> GPT2LMHeadModel:
 def main(arguments: list[str]) -> None:
     text = Path(arguments[1] if len(arguments) > 1 else __file__).read_text(encoding="utf-8")
     if arguments:
-        model = AutoModelForCausalLM.from_pretrained(arguments[0], use_safetensors=True)
-        input_ids = AutoTokenizer.from_pretrained(arguments[0])(text, return_tensors="pt")["input_ids"]
+        measured = load_pretrained(arguments[0])
+        model = measured.model
+        input_ids = tokenizer_of(measured)(text, return_tensors="pt")["input_ids"].to(model.device)
     else:
         model = tiny_random_model()
         input_ids = torch.tensor([list(text.encode("utf-8"))])

@@ -133,7 +133,7 @@ def load_gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerBase:
         InputError: there is none, or transformers' reader would cut text into other words than the model's.
     """
     advice = "give the model's tokenizer with --tokenizer"
-    kind, cut = (file.metadata.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
+    kind, cut = file.metadata.get("tokenizer.ggml.model"), str(file.metadata.get("tokenizer.ggml.pre"))
     if kind is None:
         raise InputError(f"{file.path} holds no tokenizer; {advice}")
     if kind == "gpt2" and cut not in {*_WORDS, *_transformers_words()}:

@@ -90,9 +90,9 @@ class LoadingReport:
         saved_as = _saved_as(model)
         if saved_as is not None:
             return f"config.json says that it is a {saved_as}, which has another head; give a causal language model"
-        prefix = _common_prefix(self.unexpected, self.missing)
-        if prefix is not None:
-            return f"its names begin with {prefix!r}, as from a module around the model; save the model itself"
+        around = _common_prefix(self.unexpected, self.missing)
+        if around is not None:
+            return f"its names begin with {around!r}, as from a module around the model; save the model itself"
         if self.mismatched or self.unexpected:
             return "config.json is that of another model; put the one that belongs to these weights into the folder"
         return "the save was cut short, or a file of it is missing; save or copy the model again"
@@ -115,46 +115,51 @@ def load_model(source: str, *, local_files_only: bool = False) -> PreTrainedMode
     folder = Path(source)
     if folder.is_dir():
         _check_folder(folder)
-    with _told_in_one_line(source), _quietly():
-        loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
-            source,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=local_files_only,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported, and refused below with their names
-        )
-    model, info = loaded
-    LoadingReport.of(info).check(source, model)
+    with _told_in_one_line(source):
+        model, report = _from_pretrained(source, use_safetensors=True, local_files_only=local_files_only)
+    report.check(source, model)
     return model
 
 
 def _load_gguf(path: Path) -> PreTrainedModel:
     file = open_gguf(path)
-    with _told_in_one_line(str(path)), _quietly(), gguf_reader():
-        loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
-            str(path.parent),
-            gguf_file=path.name,
-            dtype=torch.float32,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
-    model, info = loaded
-    LoadingReport.of(info).check(str(path), model)
+    options = {"gguf_file": path.name, "dtype": torch.float32, "local_files_only": True}
+    with _told_in_one_line(str(path)), gguf_reader():
+        model, report = _from_pretrained(str(path.parent), **options)
+    report.check(str(path), model)
     check_gguf_model(file, model)
-    if getattr(model, "hf_quantizer", None) is not None:
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
         # A model of float32 numbers, to be saved, converted and trained like any other.
-        model.hf_quantizer.remove_quantization_config(model)
+        quantizer.remove_quantization_config(model)
     return model
+
+
+def _from_pretrained(source: str, **options: Any) -> tuple[PreTrainedModel, LoadingReport]:
+    """The model and what transformers found, which its log has as a table of many lines."""
+    logging.disable_progress_bar()  # one line for each file, between Normfree's own
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # in the report, with their names
+            **options,
+        )
+    finally:
+        logging.set_verbosity(before)
+    model, info = loaded
+    return model, LoadingReport.of(info)
 
 
 def _check_folder(folder: Path) -> None:
     """What transformers would pass over in a folder.
 
     Raises:
-        InputError: adapters without their model, a checkpoint in pickled parts, or other shards than the index names.
+        InputError: adapters without their model, a checkpoint in pickled parts, two saves, or other shards than the
+            index names.
     """
     if (folder / "adapter_config.json").is_file():
         raise InputError(
@@ -164,7 +169,11 @@ def _check_folder(folder: Path) -> None:
         raise InputError(
             f"{folder} holds a distributed checkpoint (.metadata), which is pickled; save it as safetensors"
         )
-    if (folder / INDEX_FILE).is_file() and not (folder / "model.safetensors").is_file():
+    if (folder / INDEX_FILE).is_file():
+        if (folder / "model.safetensors").is_file():
+            raise InputError(
+                f"{folder} holds two saves, model.safetensors and the shards of {INDEX_FILE}; remove one of them"
+            )
         _check_shards(folder)
 
 
@@ -216,17 +225,6 @@ def _told_in_one_line(source: str) -> Iterator[None]:
             f"cannot load model {source!r} ({reason}); give a Hub id or a folder of a causal language model with "
             "safetensors weights, or a .gguf file"
         ) from error
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """transformers logs what it could not load as a table of many lines; :class:`LoadingReport` has it all."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 def _saved_as(model: PreTrainedModel) -> str | None:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
 
 from normfree.data import DataConfig, PackedData
 from normfree.errors import InputError
@@ -64,7 +63,6 @@ def load_pretrained(source: str) -> LoadedModel:
         InputError: there is no such model, or its weights are not all there (see
             :func:`normfree.modeling.loading.load_model`).
     """
-    disable_progress_bar()  # of shards that load: one line each beside our own
     folder = Path(source)
     checkpoint, run = source, None
     if (folder / CONFIG_FILE).is_file():
