@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import BloomConfig, BloomForCausalLM, StaticCache
+from transformers import StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from normfree import NormfreeConfig, NormfreeForCausalLM
@@ -170,7 +170,9 @@ def test_a_model_that_branches_on_eager_is_not_changed():
     with EntropyProbe(model) as probe, torch.no_grad():
         probed = model(**batch).logits
     assert torch.equal(probed, model(**batch).logits)
-    assert set(probe.unreadable) == set(probe.layers)
+    # this way of gpt2's computes its softmax itself
+    assert probe.unreadable == {}
+    np.testing.assert_allclose(probe.per_head().numpy(), expected_of(model, batch)["per_head"], rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -305,14 +307,6 @@ def test_float16_overflow_is_counted():
     _, inf = probe.nonfinite()
     assert (inf[0] > 0).all()
     assert (inf[1] == 0).all() or probe.per_head()[1].isnan().any()
-
-
-def test_models_outside_the_interface_are_named():
-    model = BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=32, n_layer=2, n_head=4)).eval()
-    with EntropyProbe(model) as probe, torch.no_grad():
-        model(**batch_of("none"))
-    assert list(probe.unreadable) == ["transformer.h.0.self_attention", "transformer.h.1.self_attention"]
-    assert all("no call through" in reason for reason in probe.unreadable.values())
 
 
 def test_attention_functions_of_unknown_conventions_are_named():

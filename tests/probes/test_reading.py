@@ -14,9 +14,9 @@ from normfree.probes.interception import InterfaceCall
 from normfree.probes.reading import REFUSED_ARGUMENTS, UnreadableCallError, read_call
 
 
-def call_of(function, *, n_query=6, n_key=6, mask=None, module=None, n_positional=0, **others):
+def call_of(function, *, batch=2, n_query=6, n_key=6, mask=None, module=None, n_positional=0, **others):
     torch.manual_seed(0)
-    query, key = torch.randn(2, 4, n_query, 8), torch.randn(2, 2, n_key, 8)
+    query, key = torch.randn(batch, 4, n_query, 8), torch.randn(batch, 2, n_key, 8)
     return InterfaceCall(
         function=function,
         is_eager=False,
@@ -61,11 +61,35 @@ def test_flash_takes_causality_window_and_padding_from_the_arguments():
     assert not read_call(call_of(flash_attention_forward, is_causal=False)).is_causal
 
 
-def test_flash_with_packed_sequences_is_refused():
-    positions = torch.tensor([[0, 1, 2, 3, 4, 5]])
-    assert read_call(call_of(flash_attention_forward, position_ids=positions)).is_causal
+LENGTHS = torch.tensor([0, 2, 6], dtype=torch.int32)
+PACKINGS = {
+    "position ids": {"position_ids": torch.tensor([[0, 1, 0, 1, 2, 3]])},
+    "lengths": {"cu_seq_lens_q": LENGTHS, "cu_seq_lens_k": LENGTHS, "max_length_q": 4, "max_length_k": 4},
+}
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_flash_packs_sequences_by_position_ids_or_lengths(packing):
+    assert read_call(call_of(flash_attention_forward, position_ids=torch.arange(6)[None])).sequences == ()
+    attention = read_call(call_of(flash_attention_forward, batch=1, **PACKINGS[packing]))
+    assert attention.sequences == ((0, 0, 2), (0, 2, 6))
+
+
+def test_flash_packs_nothing_where_transformers_does_not():
+    """Position ids of several rows, of a padded batch, or lengths without their largest."""
+    restarting = torch.tensor([[0, 1, 0, 1, 2, 3]] * 2)
+    assert read_call(call_of(flash_attention_forward, position_ids=restarting)).sequences == ()
+    padding = torch.ones(1, 6, dtype=torch.int64)
+    padded = call_of(flash_attention_forward, batch=1, mask=padding, position_ids=restarting[:1])
+    assert read_call(padded).sequences == ()
+    some = {"cu_seq_lens_q": LENGTHS, "cu_seq_lens_k": LENGTHS}
+    assert read_call(call_of(flash_attention_forward, batch=1, **some)).sequences == ()
+
+
+@pytest.mark.parametrize("wrong", [{"batch": 2}, {"n_key": 8}])
+def test_flash_packings_that_do_not_fit_the_call_are_refused(wrong):
     with pytest.raises(UnreadableCallError, match="packed"):
-        read_call(call_of(flash_attention_forward, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]])))
+        read_call(call_of(flash_attention_forward, **{"batch": 1, **PACKINGS["lengths"], **wrong}))
 
 
 def test_flex_block_masks_are_written_out():

@@ -127,7 +127,9 @@ def test_attention_that_did_not_run_is_named() -> None:
     model = tiny_model()
     with EntropyRecorder(model) as recorded:
         pass
-    with pytest.raises(InputError, match=r"entropy of model\.blocks\.0\.attention cannot be read: it has made no call"):
+    with pytest.raises(
+        InputError, match=r"entropy of model\.blocks\.0\.attention cannot be read: no forward pass of the model"
+    ):
         recorded.per_head()
     with pytest.raises(InputError, match="has no attention module"):
         EntropyRecorder(nn.Linear(2, 2))

@@ -15,8 +15,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from normfree.errors import InputError
 from normfree.probes import EntropyProbe, EntropyRecorder
-from normfree.probes.interception import InterfaceCall, observe_attention
+from normfree.probes.interception import InterfaceCall
 from normfree.probes.reading import read_call
+from normfree.probes.watching import Attending, AttentionWatch, Row
 
 from .small_models import batch_of
 
@@ -188,7 +189,12 @@ def test_encoder_decoder_with_relative_position_biases(implementation):
 def test_sinks_of_every_query_s_own():
     model = build("inkling2_text", **INKLING, rel_extent=8)
     calls: list[InterfaceCall] = []
-    with observe_attention(calls.append), torch.no_grad():
+
+    def keep(row: Row, attending: Attending) -> None:
+        assert isinstance(attending.call, InterfaceCall)
+        calls.append(attending.call)
+
+    with AttentionWatch(model, keep).watch(), torch.no_grad():
         attentions = model(input_ids=batch_of("none")["input_ids"], output_attentions=True).attentions
     over_tokens = [call for call in calls if call.others.get("sinks") is not None]
     for call, weights in zip(over_tokens, attentions, strict=True):

@@ -1,22 +1,29 @@
-"""Seeing every call that models make through transformers' attention interface, without changing any.
+"""Seeing the attention that models compute, and their caches growing, without changing anything.
 
-A model asks ``ALL_ATTENTION_FUNCTIONS.get_interface(name, eager function of its module)`` for the function
-it then calls with query, key, value and mask. While someone observes, what it gets is that very function
-behind one that tells the observers afterwards. The model's configuration stays as it is: models branch on the
-name of the implementation ("eager", "flash_attention_2", ...), so a name of our own would change what some
-of them compute.
+A model asks ``ALL_ATTENTION_FUNCTIONS.get_interface(name, eager function of its module)`` for the function that it then
+calls with query, key, value and mask. While someone observes, it gets that very function behind one that reports the
+call afterwards. The model's configuration stays as it is: models branch on the name of the implementation ("eager",
+"flash_attention_2", ...), so a name of our own would change what some of them compute.
+
+Models older than the interface call torch's softmax or ``scaled_dot_product_attention`` themselves. These functions are
+replaced in the same way; calls from inside an attention function of the interface are not reported.
+
+Nothing is attached to a model: it can be copied, pickled and saved while it is observed.
 """
 
 from __future__ import annotations
 
+import inspect
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 from transformers.modeling_utils import AttentionInterface
 
 
@@ -25,7 +32,7 @@ class InterfaceCall:
     """One call of an attention function, as the model made it.
 
     ``function`` is transformers' or the model's own attention function; ``is_eager`` tells that it is the
-    eager one of the model's module. ``weights`` are what it returned beside its output: an eager one's attention
+    eager one of the model's module. ``weights`` are what it returned with its output: an eager one's attention
     weights, None of most others. ``others`` are the remaining keyword arguments, ``n_positional`` the
     number of arguments passed by place behind the mask.
     """
@@ -41,27 +48,87 @@ class InterfaceCall:
     others: dict[str, Any]
 
 
-Observer = Callable[[InterfaceCall], None]
+@dataclass(frozen=True)
+class SoftmaxCall:
+    """A softmax over the last dim of ``scores``."""
+
+    scores: Tensor
+
+
+class Observer(Protocol):
+    """What is reported, in the thread that computes it. None of the methods may raise."""
+
+    def saw_interface_call(self, module: object, describe: Callable[[], InterfaceCall]) -> None:
+        """After a call of an attention function by ``module``; ``describe`` may raise."""
+
+    def saw_torch_call(self, describe: Callable[[], InterfaceCall | SoftmaxCall | None]) -> None:
+        """After a softmax or ``scaled_dot_product_attention``; None is neither. ``describe`` may raise.
+
+        The ``module`` of the described call is a placeholder: torch does not know it.
+        """
+
+    def caches(self, cache: Cache, keys: Tensor, layer_idx: int) -> None:
+        """Before ``keys`` enter layer ``layer_idx`` of the cache."""
+
+
+TORCH_SDPA: Callable[..., Tensor] = nn.functional.scaled_dot_product_attention
+"""The ``function`` of a call of torch's own ``scaled_dot_product_attention``."""
+
+NO_MODULE = nn.Module()
+"""Stands for the module of a call that torch alone sees."""
 
 _observers: list[Observer] = []
+_replaced = ExitStack()
 _get_interface = AttentionInterface.get_interface
+_local = threading.local()
 
 
 @contextmanager
 def observe_attention(observer: Observer) -> Iterator[None]:
-    """Tell ``observer`` of every attention call of every model in this process, after it is made.
+    """Reports the attention of every model in this process to ``observer``.
 
-    Calls inside code that ``torch.compile`` is tracing are not told. Observers may come and go in any order.
+    What ``torch.compile`` is tracing, or has compiled, is not reported. Observers may come and go in any order.
     """
     if not _observers:
-        AttentionInterface.get_interface = _get_observed_interface  # type: ignore[method-assign, assignment]
+        _replace_functions()
     _observers.append(observer)
     try:
         yield
     finally:
         _observers.remove(observer)
         if not _observers:
-            AttentionInterface.get_interface = _get_interface  # type: ignore[method-assign]
+            _replaced.close()
+
+
+def _replace_functions() -> None:
+    functional: Any = nn.functional
+    _replace(AttentionInterface, "get_interface", _get_observed_interface)
+    _replace(Cache, "update", _observed_update(Cache.update))
+    _replace(functional, "scaled_dot_product_attention", _observed_sdpa)
+    for owner in (torch, torch.Tensor, functional):
+        _replace(owner, "softmax", _observed_softmax(owner.softmax))
+
+
+def _replace(owner: Any, name: str, function: Callable[..., Any]) -> None:
+    if name in vars(owner):
+        _replaced.callback(setattr, owner, name, vars(owner)[name])
+    else:
+        _replaced.callback(delattr, owner, name)
+    setattr(owner, name, function)
+
+
+@contextmanager
+def _unreported() -> Iterator[None]:
+    """Calls of torch's functions in here are parts of a larger one."""
+    _local.depth = getattr(_local, "depth", 0) + 1
+    try:
+        yield
+    finally:
+        _local.depth -= 1
+
+
+def _is_reported() -> bool:
+    return not torch.compiler.is_compiling() and getattr(_local, "depth", 0) == 0
 
 
 def _get_observed_interface(
@@ -70,21 +137,108 @@ def _get_observed_interface(
     function: Callable[..., Any] = _get_interface(interface, attn_implementation, default)
 
     @wraps(function)
-    def observed(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        result = function(module, query, key, value, attention_mask, *args, **kwargs)
-        if not torch.compiler.is_compiling():
-            is_eager, weights = function is default, result[1]
-            call = InterfaceCall(function, is_eager, module, query, key, attention_mask, weights, len(args), kwargs)
+    def observed(*args: Any, **kwargs: Any) -> Any:
+        if not _is_reported():
+            return function(*args, **kwargs)
+        with _unreported():
+            result = function(*args, **kwargs)
+            module = args[0] if args else kwargs.get("module")
             for observer in tuple(_observers):
-                observer(call)
+                observer.saw_interface_call(
+                    module, lambda: _describe(function, function is default, args, kwargs, result)
+                )
         return result
+
+    return observed
+
+
+def _describe(
+    function: Callable[..., Any], is_eager: bool, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+) -> InterfaceCall:
+    bound = _INTERFACE.bind(*args, **kwargs)
+    given = bound.arguments
+    return InterfaceCall(
+        function=function,
+        is_eager=is_eager,
+        module=given["module"],
+        query=given["query"],
+        key=given["key"],
+        attention_mask=given.get("attention_mask"),
+        weights=result[1] if isinstance(result, tuple) and len(result) > 1 else None,
+        n_positional=len(given.get("args", ())),
+        others=given.get("kwargs", {}),
+    )
+
+
+def _interface(
+    module: Any, query: Any, key: Any, value: Any, attention_mask: Any = None, *args: Any, **kwargs: Any
+) -> None: ...
+
+
+_INTERFACE = inspect.signature(_interface)
+
+
+def _observed_softmax(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @wraps(function)
+    def softmax(*args: Any, **kwargs: Any) -> Tensor:
+        if not _is_reported():
+            return function(*args, **kwargs)
+        with _unreported():
+            result = function(*args, **kwargs)
+            for observer in tuple(_observers):
+                observer.saw_torch_call(lambda: _describe_softmax(args, kwargs))
+        return result
+
+    return softmax
+
+
+def _describe_softmax(args: tuple[Any, ...], kwargs: dict[str, Any]) -> SoftmaxCall | None:
+    scores = args[0] if args else kwargs["input"]
+    dim = args[1] if len(args) > 1 else kwargs.get("dim")
+    return SoftmaxCall(scores) if dim in (-1, scores.dim() - 1) else None
+
+
+@wraps(TORCH_SDPA)
+def _observed_sdpa(*args: Any, **kwargs: Any) -> Tensor:
+    if not _is_reported():
+        return TORCH_SDPA(*args, **kwargs)
+    with _unreported():
+        result = TORCH_SDPA(*args, **kwargs)
+        for observer in tuple(_observers):
+            observer.saw_torch_call(lambda: _describe_sdpa(*args, **kwargs))
+    return result
+
+
+def _describe_sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> InterfaceCall:
+    del value, dropout_p, enable_gqa
+    return InterfaceCall(
+        function=TORCH_SDPA,
+        is_eager=False,
+        module=NO_MODULE,
+        query=query,
+        key=key,
+        attention_mask=attn_mask,
+        weights=None,
+        n_positional=0,
+        others={"is_causal": is_causal, "scaling": scale},
+    )
+
+
+def _observed_update(update: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(update)
+    def observed(cache: Cache, key_states: Any, value_states: Any, layer_idx: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            for observer in tuple(_observers):
+                observer.caches(cache, key_states, layer_idx)
+        return update(cache, key_states, value_states, layer_idx, *args, **kwargs)
 
     return observed

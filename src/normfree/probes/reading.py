@@ -19,16 +19,18 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_flash_attention_utils import _is_packed_sequence, prepare_fa_kwargs_from_position_ids
 
 from normfree.entropy import attention_entropy
-from normfree.probes.interception import InterfaceCall
+from normfree.probes.interception import TORCH_SDPA, InterfaceCall
+from normfree.probes.packing import Sequence, sequences_of_lengths
 
 REFUSED_ARGUMENTS = {
     "cache": "its keys are in a paged cache",
     "block_indices": "it attends to selected blocks of keys",
     "indices": "it attends to selected keys",
     "score_mod": "its scores are modified by a function",
-    "cu_seq_lens_q": "several sequences are packed into one row",
+    "block_table": "its keys are in a paged cache",
 }
 """Arguments of an attention call that change the attention weights, and the reason to name."""
 
@@ -71,6 +73,7 @@ class Attention:
     softcap: float | None = None
     bias: Tensor | None = None
     sinks: Tensor | None = None
+    sequences: tuple[Sequence, ...] = ()
 
     def entropy(self) -> Tensor:
         """By queries and keys: float32 [batch, n_head, n_query], nats, with the gradients of all that makes it."""
@@ -93,6 +96,7 @@ class _Masking:
     is_causal: bool
     attention_mask: Tensor | None
     sliding_window: int | None = None
+    sequences: tuple[Sequence, ...] = ()
 
 
 def read_call(call: InterfaceCall) -> Attention:
@@ -138,6 +142,7 @@ def read_call(call: InterfaceCall) -> Attention:
         softcap=_softcap(call),
         bias=_bias(call, masking.n_key),
         sinks=sinks,
+        sequences=masking.sequences,
     )
 
 
@@ -209,20 +214,48 @@ def _read_sdpa(call: InterfaceCall) -> _Masking:
     return _Masking(min(n_key, n_query) if is_causal else n_key, is_causal, _dense_mask(call))
 
 
+def _read_torch_sdpa(call: InterfaceCall) -> _Masking:
+    """``scaled_dot_product_attention`` itself: without causality or mask everything is visible."""
+    n_query, n_key = call.query.shape[2], call.key.shape[2]
+    mask, is_causal = call.attention_mask, bool(call.others["is_causal"])
+    if mask is not None:
+        mask = mask.detach()
+        mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
+        mask = mask.expand(*mask.shape[:3], n_key)
+    return _Masking(min(n_key, n_query) if is_causal else n_key, is_causal, mask)
+
+
 def _read_flash(call: InterfaceCall) -> _Masking:
     """Causality and window are the kernel's own, aligned at the last key; the mask is a padding mask, or
-    None.
+    None. Without a mask several sequences may be packed into one row.
     """
-    mask, position_ids = call.attention_mask, call.others.get("position_ids")
+    mask = call.attention_mask
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
         raise UnreadableCallError("it gives flash attention a mask that is not a padding mask")
-    if mask is None and position_ids is not None and bool((position_ids.diff(dim=-1) != 1).any()):
-        raise UnreadableCallError(REFUSED_ARGUMENTS["cu_seq_lens_q"])
     n_key = call.key.shape[2]
     if mask is not None and mask.shape[1] < n_key:
         n_key = mask.shape[1]
+    sequences = _packed_for_flash(call) if mask is None else ()
     mask = None if mask is None else mask[:, -n_key:].bool()
-    return _Masking(n_key, _asks_for_causal(call), mask, call.others.get("sliding_window"))
+    return _Masking(n_key, _asks_for_causal(call), mask, call.others.get("sliding_window"), sequences)
+
+
+def _packed_for_flash(call: InterfaceCall) -> tuple[Sequence, ...]:
+    """As transformers finds them: all of four arguments, or position ids of one row that begin again."""
+    names = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+    position_ids = call.others.get("position_ids")
+    if all(call.others.get(name) is not None for name in names):
+        of_queries, of_keys = (call.others[name] for name in names[:2])
+    elif _is_packed_sequence(position_ids, call.query.shape[0]):
+        (of_queries, of_keys), _ = prepare_fa_kwargs_from_position_ids(position_ids)
+    else:
+        return ()
+    n_row, _, n_query = call.query.shape[:3]
+    if n_row != 1 or n_query != call.key.shape[2] or not torch.equal(of_queries, of_keys):
+        raise UnreadableCallError(
+            "several sequences are packed into one row, of a batch of several rows or with more keys than queries"
+        )
+    return sequences_of_lengths(of_queries)
 
 
 def _read_flex(call: InterfaceCall) -> _Masking:
@@ -262,11 +295,13 @@ _READERS: Mapping[Callable[..., Any], Callable[[InterfaceCall], _Masking]] = {
     sdpa_attention_forward: _read_sdpa,
     flash_attention_forward: _read_flash,
     flex_attention_forward: _read_flex,
+    TORCH_SDPA: _read_torch_sdpa,
 }
 
 _USES: Mapping[Callable[..., Any], set[str]] = {
     sdpa_attention_forward: {"position_bias"},
     flash_attention_forward: {"softcap", "s_aux"},
     flex_attention_forward: {"softcap", "position_bias", "s_aux"},
+    TORCH_SDPA: set(),
 }
 """Which of ``SCORING_ARGUMENTS`` the attention functions use; they ignore the others."""

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from normfree.errors import InputError
-from normfree.probes.attention_entropy import NEVER_CALLED, attention_modules
-from normfree.probes.interception import InterfaceCall, observe_attention
+from normfree.probes.interception import SoftmaxCall
 from normfree.probes.reading import Attention, UnreadableCallError, read_call
+from normfree.probes.watching import Attending, AttentionWatch, Row
 
 
 class EntropyRecorder:
@@ -33,13 +33,12 @@ class EntropyRecorder:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._names = {module: name for name, module in attention_modules(model).items()}
-        self._read: dict[nn.Module, Attention] = {}
-        self._refused: dict[nn.Module, str] = {}
+        self._watch = AttentionWatch(model, self._record)
+        self._attentions: dict[Row, Attention] = {}
         self._active = ExitStack()
 
     def __enter__(self) -> Self:
-        self._active.enter_context(observe_attention(self._observe))
+        self._active.enter_context(self._watch.watch())
         return self
 
     def __exit__(
@@ -59,21 +58,24 @@ class EntropyRecorder:
         Raises:
             InputError: a layer's attention could not be read, or layers differ in their number of heads.
         """
-        for module, name in self._names.items():
-            if module not in self._read:
-                reason = self._refused.get(module, NEVER_CALLED)
-                raise InputError(f"the attention entropy of {name} cannot be read: {reason}")
-        layers = [self._read[module].entropy().mean(dim=-1) for module in self._names]
+        rows = self._watch.rows
+        for row in rows:
+            if row not in self._attentions or row in self._watch.refused:
+                reason = self._watch.refused.get(row) or self._watch.why_unseen(row)
+                raise InputError(f"the attention entropy of {self._watch.name(row)} cannot be read: {reason}")
+        layers = [self._attentions[row].entropy().mean(dim=-1) for row in rows]
         if len({layer.shape for layer in layers}) > 1:
             raise InputError("the layers of this model differ in their number of heads: no common table of heads")
         return torch.stack(layers, dim=1)
 
-    def _observe(self, call: InterfaceCall) -> None:
-        if call.module in self._names:
-            try:
-                attention = read_call(call)
-                if attention.selects:
-                    raise UnreadableCallError("it attends to selected keys, not to all that queries and keys speak of")
-                self._read[call.module] = attention
-            except UnreadableCallError as reason:
-                self._refused[call.module] = str(reason)
+    def _record(self, row: Row, attending: Attending) -> None:
+        if isinstance(attending.call, SoftmaxCall):
+            raise UnreadableCallError("it computes its softmax itself, which has no entropy with a gradient")
+        attention = read_call(attending.call)
+        if attention.selects:
+            raise UnreadableCallError("it attends to selected keys, not to all that queries and keys speak of")
+        if attention.sequences:
+            raise UnreadableCallError("several sequences are packed into one row")
+        if row in self._attentions:
+            raise UnreadableCallError("more than one forward pass was recorded")
+        self._attentions[row] = attention

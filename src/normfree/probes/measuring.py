@@ -1,0 +1,247 @@
+"""From an attention that was computed to the entropy of its queries, sequence by sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from normfree.entropy.fused import attention_entropy_and_sink
+from normfree.entropy.nonfinite import NonFiniteCount, count_nonfinite
+from normfree.entropy.reference import read_weights
+from normfree.entropy.visibility import Visibility, visibility_of
+from normfree.probes.interception import SoftmaxCall
+from normfree.probes.packing import EntangledSequencesError, Sequence, packed_sequences
+from normfree.probes.padding import UnclearPaddingError, first_own_key, valid_queries
+from normfree.probes.reading import Attention, UnreadableCallError, read_call
+from normfree.probes.softmax import count_nonfinite_scores, read_scores, visibility_of_scores
+from normfree.probes.statistics import Queries
+from normfree.probes.watching import Attending
+
+
+class Measured(NamedTuple):
+    """Queries with their entropies in nats and their attention to the first key, [batch, n_head, n_query].
+
+    ``sink_share`` is None for queries that continue a sequence, ``nonfinite`` where it was not asked for or is 0.
+    """
+
+    queries: Queries
+    entropy: Tensor
+    sink_share: Tensor | None
+    nonfinite: NonFiniteCount | None
+
+
+class _Part(NamedTuple):
+    """The queries of one sequence of a packed row, or of all rows."""
+
+    sequence: Sequence | None
+    visibility: Visibility
+    queries: Queries
+
+
+@dataclass(frozen=True)
+class _KnownMask:
+    """What a mask, or none, was found to say of calls of one kind. It is held, so that no other can take its place in
+    memory.
+    """
+
+    mask: Tensor | None
+    version: int
+    kind: tuple[Any, ...]
+    parts: tuple[_Part, ...]
+
+    def is_same(self, mask: Tensor | None, kind: tuple[Any, ...]) -> bool:
+        if self.kind != kind:
+            return False
+        if self.mask is None or mask is None:
+            return self.mask is mask
+        return self.mask.is_set_to(mask) and self.version == mask._version
+
+
+class Meter:
+    """Measures attentions; a model gives its layers one mask, which is looked at once."""
+
+    def __init__(self, backend: str, *, count_nonfinite: bool) -> None:
+        self._backend = backend
+        self._count_nonfinite = count_nonfinite
+        self._mask: _KnownMask | None = None
+
+    def forget_mask(self) -> None:
+        self._mask = None
+
+    def measure(self, attending: Attending) -> Iterator[Measured]:
+        """One item for each sequence of a packed row, or one for all rows.
+
+        Raises:
+            UnreadableCallError, InputError: with the reason.
+        """
+        if isinstance(attending.call, SoftmaxCall):
+            yield from self._measure_scores(attending.call.scores, attending)
+            return
+        attention = read_call(attending.call)
+        start = _start(attending, attention.q.shape[2], attention.k.shape[2])
+        for part in self._parts(attention, attending.module, start):
+            yield self._measure_part(attention, part)
+
+    def _measure_scores(self, scores: Tensor, attending: Attending) -> Iterator[Measured]:
+        start = _start(attending, *scores.shape[2:])
+        visibility = visibility_of_scores(scores)
+        valid = _valid(visibility, start, attending.module)
+        assert visibility.allowed is not None
+        # no padding is the first key of its row
+        visibility = replace(visibility, allowed=visibility.allowed & valid[:, None, :, None])
+        sequences = _sequences(visibility, valid, attending.module, start)
+        if not sequences:
+            yield self._measure_one(scores, visibility, Queries(start, valid, visibility.counts))
+        for row, first, stop in sequences:
+            part = scores[row : row + 1, :, first:stop, first:stop]
+            visibility = visibility_of_scores(part)
+            queries = Queries(0, valid[row : row + 1, first:stop], visibility.counts)
+            yield self._measure_one(part, visibility, queries)
+
+    def _measure_one(self, scores: Tensor, visibility: Visibility, queries: Queries) -> Measured:
+        read = read_scores(scores, visibility)
+        nonfinite = None
+        if self._count_nonfinite:
+            nonfinite = NonFiniteCount(*count_nonfinite_scores(scores, visibility))
+        return Measured(queries, read.entropy, read.sink_share if queries.start == 0 else None, nonfinite)
+
+    def _measure_part(self, whole: Attention, part: _Part) -> Measured:
+        attention, visibility, queries = part_of(whole, part.sequence), part.visibility, part.queries
+        if attention.bias is not None:
+            visibility = visibility.with_bias(attention.bias)
+            if visibility.allowed is not part.visibility.allowed:
+                queries = replace(queries, counts=visibility.counts + (attention.sinks is not None))
+        read = None
+        if attention.weights is not None and self._backend == "auto":
+            read = read_weights(attention.weights, visibility)
+        if attention.selects and read is None:
+            raise UnreadableCallError("it attends to selected keys, and handed back no float32 distribution over them")
+        if read is not None:
+            entropy, share = read.entropy, read.sink_share
+        else:
+            entropy, share = attention_entropy_and_sink(
+                attention.q,
+                attention.k,
+                attention.scale,
+                visibility,
+                self._backend,
+                softcap=attention.softcap,
+                sinks=attention.sinks,
+            )
+        # a soft-cap makes finite scores of infinite ones
+        known_finite = read is not None and read.all_scores_finite and attention.softcap is None
+        nonfinite = None
+        if self._count_nonfinite and not known_finite:
+            nonfinite = count_nonfinite(attention.q, attention.k, attention.scale, visibility)
+        return Measured(queries, entropy, share if queries.start == 0 else None, nonfinite)
+
+    def _parts(self, attention: Attention, module: nn.Module, start: int) -> tuple[_Part, ...]:
+        mask, q, k = attention.attention_mask, attention.q, attention.k
+        kind = (
+            *(q.shape, k.shape, q.device, attention.is_causal, attention.sliding_window, start, _is_causal(module)),
+            *(_chunk(module), attention.sinks is not None, attention.sequences),
+        )
+        if self._mask is not None and self._mask.is_same(mask, kind):
+            return self._mask.parts
+        parts = tuple(_split(attention, module, start))
+        # tensors of inference mode do not say whether they have been written to
+        if mask is None or not mask.is_inference():
+            version = 0 if mask is None else mask._version
+            self._mask = _KnownMask(mask, version, kind, parts)
+        return parts
+
+
+def _split(attention: Attention, module: nn.Module, start: int) -> Iterator[_Part]:
+    sequences = attention.sequences
+    if not sequences:
+        whole = _part(attention, None, start, module)
+        sequences = _sequences(whole.visibility, whole.queries.valid, module, start)
+        if not sequences:
+            yield whole
+            return
+    for sequence in sequences:
+        yield _part(part_of(attention, sequence), sequence, 0, module)
+
+
+def _part(attention: Attention, sequence: Sequence | None, start: int, module: nn.Module) -> _Part:
+    visibility = visibility_of(
+        attention.q,
+        attention.k,
+        is_causal=attention.is_causal,
+        attention_mask=attention.attention_mask,
+        sliding_window=attention.sliding_window,
+    )
+    valid = _valid(visibility, start, module)
+    return _Part(sequence, visibility, Queries(start, valid, visibility.counts + (attention.sinks is not None)))
+
+
+def _sequences(visibility: Visibility, valid: Tensor, module: nn.Module, start: int) -> tuple[Sequence, ...]:
+    if not _is_causal(module) and visibility.n_query != visibility.n_key:
+        return ()  # cross-attention
+    try:
+        return packed_sequences(visibility, valid, first_own_key(visibility, start), _chunk(module))
+    except EntangledSequencesError:
+        raise UnreadableCallError(
+            "its mask lets sequences begin inside a row that are not apart from the others, so the positions of its "
+            "queries are not known"
+        ) from None
+
+
+def _valid(visibility: Visibility, start: int, module: nn.Module) -> Tensor:
+    try:
+        return valid_queries(visibility, start, is_causal=_is_causal(module))
+    except UnclearPaddingError:
+        raise UnreadableCallError(
+            "its mask chooses keys, and hides the own keys of some queries, which cannot be told from padding"
+        ) from None
+
+
+def part_of(attention: Attention, sequence: Sequence | None) -> Attention:
+    """The attention within one sequence of a packed row; with None, all of it."""
+    if sequence is None:
+        return attention
+    row, start, stop = sequence
+    inside = slice(start, stop)
+
+    def cut(tensor: Tensor | None, *dims: int) -> Tensor | None:
+        """The sequence's part: of dim 0 its row, of the other dims its positions; a size of 1 stands for all."""
+        if tensor is None:
+            return None
+        tensor = tensor if tensor.shape[0] == 1 else tensor[row : row + 1]
+        for dim in dims:
+            tensor = tensor if tensor.shape[dim] == 1 else tensor.narrow(dim, start, stop - start)
+        return tensor
+
+    mask, sinks = attention.attention_mask, attention.sinks
+    return replace(
+        attention,
+        q=attention.q[row : row + 1, :, inside],
+        k=attention.k[row : row + 1, :, inside],
+        attention_mask=cut(mask, 1) if mask is not None and mask.dim() == 2 else cut(mask, 2, 3),
+        weights=cut(attention.weights, 2, 3),
+        bias=cut(attention.bias, 2, 3),
+        sinks=cut(sinks, 2) if sinks is not None and sinks.dim() == 3 else sinks,
+        sequences=(),
+    )
+
+
+def _start(attending: Attending, n_query: int, n_key: int) -> int:
+    """The position of the first query, counted from the first key of the row."""
+    if attending.start is not None:
+        return attending.start
+    if n_query != n_key and not _is_causal(attending.module):
+        return 0  # cross-attention
+    # without a transformers cache in sight the queries are the last positions of the keys'
+    return max(0, n_key - n_query)
+
+
+def _is_causal(module: nn.Module) -> bool:
+    return bool(getattr(module, "is_causal", True))
+
+
+def _chunk(module: nn.Module) -> int | None:
+    chunk = getattr(getattr(module, "config", None), "attention_chunk_size", None)
+    return chunk if isinstance(chunk, int) and chunk > 0 else None
