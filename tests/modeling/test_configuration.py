@@ -432,3 +432,18 @@ def test_rotary_parameters_by_kind_of_layer(tmp_path: Path) -> None:
         assert other.rope_parameters == expected
     one = NormfreeConfig(**ROTARY, rope_parameters={"full_attention": {"rope_theta": 7.0}})
     assert one.rope_parameters == {"rope_type": "default", "rope_theta": 7.0}
+
+
+def test_configurations_saved_before_an_option_was_added_still_load(tmp_path: Path) -> None:
+    """Such a file lacks the option, and the model was made without it."""
+    added = {
+        *("attention_scale", "attn_logit_softcapping", "embedding_multiplier", "final_logit_softcapping"),
+        *("positions_skip_padding", "sliding_window", "layer_types"),
+    }
+    for options in ({}, {**ROTARY, "rope_parameters": {"rope_theta": 7.0}}):
+        config = NormfreeConfig(n_layer=2, **options)
+        saved = {name: value for name, value in config.to_dict().items() if name not in added}
+        (tmp_path / "config.json").write_text(json.dumps(saved))
+        loaded = AutoConfig.from_pretrained(tmp_path)
+        for name in NormfreeConfig.option_names():
+            assert getattr(loaded, name) == getattr(config, name), name

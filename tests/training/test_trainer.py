@@ -350,3 +350,22 @@ def test_every_evaluation_sequence_counts_also_those_of_a_last_smaller_batch(
     model = load_pretrained(str(tmp_path / "run")).model
     expected = [evaluation_losses(model, data.eval[i]["input_ids"][None])[0] for i in range(len(data.eval))]
     np.testing.assert_allclose(result.sequence_losses["loss_nats"], expected, rtol=1e-5)
+
+
+def test_an_attention_implementation_that_the_model_lacks_writes_nothing(
+    tiny_run: Callable[..., RunConfig], data: PackedData, tmp_path: Path
+) -> None:
+    for options in ({"attn_logit_softcapping": 2.0}, {"attention": "spark", "attention_active": 4}):
+        with pytest.raises(InputError, match="eager"):
+            train(tiny_run(model=options), data, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_run_with_soft_caps_and_scales(tiny_run: Callable[..., RunConfig], data: PackedData, tmp_path: Path) -> None:
+    options = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 8.0, "embedding_multiplier": 4.0}
+    result = train(tiny_run(model=options, attn_implementation="eager"), data, tmp_path / "run")
+    model = load_pretrained(str(tmp_path / "run")).model
+    assert {name: getattr(model.config, name) for name in options} == options
+    assert result.head_entropy["entropy_nats"].notna().all()
+    sequences = torch.from_numpy(np.asarray(data.eval.tokens, dtype=np.int64))
+    assert math.isclose(float(evaluation_losses(model, sequences).mean()), result.row["eval_loss"], rel_tol=1e-4)

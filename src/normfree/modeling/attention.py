@@ -73,7 +73,7 @@ def check_softcap_implementation(name: str | None) -> None:
     if name in WITHOUT_SOFTCAP:
         raise InputError(
             f"attention implementation {name!r} cannot soft-cap scores, and attn_logit_softcapping is set; "
-            "use model.set_attn_implementation('eager'), or flex_attention"
+            "use eager (of a run: recipe.attn_implementation: eager), or flex_attention"
         )
 
 

@@ -218,8 +218,8 @@ def _train(
         callbacks = (callback, *callbacks)
     if config.recipe.is_sharded:
         check_sharding(config, model.config, objective)
-    on_main(lambda: claim(folder, config, data))
     model.set_attn_implementation(config.recipe.attn_implementation)
+    on_main(lambda: claim(folder, config, data))
     if config.recipe.gradient_checkpointing:
         # Renamed in transformers 5.23; both names work over the range we support.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()

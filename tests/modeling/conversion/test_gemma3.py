@@ -17,7 +17,7 @@ from transformers import (
 from normfree import from_hf
 from normfree.errors import InputError
 from normfree.modeling.rotary import RotaryByLayerType
-from tests.modeling.conversion.checks import assert_same, tokens
+from tests.modeling.conversion.checks import assert_same, perturbed, tokens
 from tests.modeling.conversion.test_gemma2 import SIZES, GemmaChecks
 
 MIXED = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
@@ -86,11 +86,16 @@ class TestGemma3(GemmaChecks):
             assert_same(ours(tokens()).logits, expected)
 
 
-def test_the_model_that_sees_images_is_refused_by_name() -> None:
+@torch.no_grad()
+def test_of_a_model_that_sees_images_the_text_part_is_converted() -> None:
     vision = SiglipVisionConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
     )
-    text = Gemma3TextConfig(**{**SIZES, "num_hidden_layers": 1})
-    model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4))
+    text_config = Gemma3TextConfig(**{**SIZES, "layer_types": MIXED})
+    config = Gemma3Config(text_config=text_config, vision_config=vision, mm_tokens_per_image=4)
+    model = perturbed(Gemma3ForConditionalGeneration(config))
     with pytest.raises(InputError, match=r"cannot convert a Gemma3ForConditionalGeneration; allowed: .*Gemma3ForC"):
         from_hf(model)
+    text = Gemma3ForCausalLM(model.config.text_config)
+    text.model, text.lm_head = model.model.language_model, model.lm_head
+    assert_same(from_hf(text.eval())(tokens()).logits, model(tokens()).logits)
