@@ -11,9 +11,8 @@ from normfree.errors import InputError
 from normfree.modeling.configuration import NormfreeConfig
 from normfree.modeling.conversion.family import Converted, converts
 from normfree.modeling.conversion.llama import check_whole_heads_rotate
-from normfree.modeling.conversion.options import activation_name, shared_options
+from normfree.modeling.conversion.options import activation_name, shared_options, window_options
 from normfree.modeling.conversion.weights import computed, renamed
-from normfree.modeling.layer_types import SLIDING
 
 NAMES = {
     "model.layers.": "model.blocks.",
@@ -63,8 +62,7 @@ def gemma_options(model: Any) -> dict[str, Any]:
         "attention_scale": hf.query_pre_attn_scalar**-0.5,
         "position": "rotary",
         "rope_parameters": deepcopy(hf.rope_parameters),
-        "layer_types": list(hf.layer_types),
-        "sliding_window": hf.sliding_window if SLIDING in hf.layer_types else None,
+        **window_options(hf),
         # The buffer, not sqrt(hidden_size): ``model.to(dtype)`` rounds it.
         "embedding_multiplier": float(model.get_input_embeddings().embed_scale),
         "final_logit_softcapping": hf.final_logit_softcapping,
