@@ -21,6 +21,8 @@ from normfree.cli.options import (
     Json,
     model_name,
     open_console,
+    quantized,
+    say_quantized,
 )
 from normfree.errors import InputError
 
@@ -74,14 +76,17 @@ def depth(
                 batch_size=batch_size,
                 n_beginning=len(sequences_read.beginning),
             )
-    table = write_depth_page(found, out, f"normfree depth {' '.join(models)}", sequences=str(sequences_read))
+    weights = quantized({model_name(source, models): source for source in models})
+    command = f"normfree depth {' '.join(models)}"
+    table = write_depth_page(found, out, command, sequences=str(sequences_read), quantized=weights)
     if json_:
         frames = {name: each.frames() for name, each in found.items()}
         rows = {
             name: {key: json.loads(frame.to_json(orient="records", double_precision=9)) for key, frame in each.items()}
             for name, each in frames.items()
         }
-        print(json.dumps({"folder": str(out), "beginning": sequences_read.beginning.summary(), "models": rows}))
+        read = {"beginning": sequences_read.beginning.summary(), "quantization": weights}
+        print(json.dumps({"folder": str(out), **read, "models": rows}))
         return
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     columns = {
@@ -101,6 +106,7 @@ def depth(
         shown.add_row(str(row["model"]), *(form.format(**values) for form in columns.values()))
     console.print(shown)
     console.print(f"Read on {sequences_read}", highlight=False)
+    say_quantized(console, weights)
     for row in table[table["nonfinite_entries"] > 0].to_dict("records"):
         console.print(
             f"{row['model']}: {row['nonfinite_entries']:,} entries of the residual stream are NaN or infinite",

@@ -10,11 +10,11 @@ import typer
 from rich import box
 from rich.table import Table
 
-from normfree.cli.options import DEFAULT_CACHE_DIR, Bos, CacheDir, Json, open_console
+from normfree.cli.options import DEFAULT_CACHE_DIR, Bos, CacheDir, Json, Model, open_console, say_quantized
 
 
 def entropy(
-    model: Annotated[str, typer.Argument(help="A Hub id, a model folder, or a run or checkpoint folder of ours.")],
+    model: Model,
     corpus: Annotated[
         str | None,
         typer.Option(help="As for a study; default, for a run: its own evaluation sequences."),
@@ -60,8 +60,8 @@ def entropy(
     frame = result.heads.assign(model=name, context_length=result.sequence_length, configuration=name, seed=0)
     save_figure(headwise_entropy_heatmaps(frame, maximum=result.uniform_bound), folder, "headwise_entropy")
     if json_:
-        beginning = sequences_read.beginning.summary()
-        print(json.dumps({"folder": str(folder), "beginning": beginning, **result.summary()}))
+        read = {"beginning": sequences_read.beginning.summary(), "quantization": measured.quantization}
+        print(json.dumps({"folder": str(folder), **read, **result.summary()}))
         return
     console.print(
         f"{name}: attention entropy in nats over {sequences_read}; uniform attention has {result.uniform_bound:.3f}",
@@ -77,4 +77,6 @@ def entropy(
     console.print(table)
     for module, reason in result.unreadable.items():
         console.print(f"not read: {module}: {reason}", highlight=False, soft_wrap=True)
+    if measured.quantization is not None:
+        say_quantized(console, {name: measured.quantization})
     console.print(f"Files: {folder}", highlight=False, soft_wrap=True)

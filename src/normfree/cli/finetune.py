@@ -8,11 +8,21 @@ from typing import Annotated
 
 import typer
 
-from normfree.cli.options import DEFAULT_CACHE_DIR, Bos, CacheDir, Json, changes, open_console
+from normfree.cli.options import (
+    DEFAULT_CACHE_DIR,
+    Bos,
+    CacheDir,
+    Json,
+    Model,
+    changes,
+    open_console,
+    quantized,
+    say_quantized,
+)
 
 
 def finetune(
-    model: Annotated[str, typer.Argument(help="A Hub id, a model folder, or a run or checkpoint folder of ours.")],
+    model: Model,
     corpus: Annotated[
         str, typer.Option(help="pairs:FILE.jsonl, with a prompt and a completion a line; or as for a study.")
     ],
@@ -58,10 +68,13 @@ def finetune(
     with StudyProgress(n_tokens, console=console, description="finetune") as progress:
         row = train(run, data, out, callbacks=(progress.run(model, n_tokens),)).row
     beginning = Beginning.of(data.tokenizer, run.data.beginning)
+    weights = quantized({model: model})
     if json_:
         if is_main_process():
-            print(json.dumps({"folder": str(out), "beginning": beginning.summary(), **row}))
+            read = {"beginning": beginning.summary(), "quantization": weights.get(model)}
+            print(json.dumps({"folder": str(out), **read, **row}))
         return
+    say_quantized(console, weights)
     console.print(
         f"{model}: evaluation loss of the completions {row['eval_loss']:.4f} nats per token, perplexity "
         f"{row['eval_ppl']:.2f} ({row['status']}), {beginning}; {out}",

@@ -21,6 +21,8 @@ from normfree.cli.options import (
     Json,
     model_name,
     open_console,
+    quantized,
+    say_quantized,
 )
 from normfree.errors import InputError
 
@@ -76,10 +78,13 @@ def interpret(
     for name, each in loaded.items():
         with console.status(f"{name}: {sequences_read}, {len(pairs.answers)} prompts, {neurons} neurons"):
             found[name] = interpret_model(each.as_normfree(), sequences_read.tokens, pairs, n_neuron=neurons)
-    table = write_interpretation(found, out, f"normfree interpret {' '.join(models)}", sequences=str(sequences_read))
+    weights = quantized({model_name(source, models): source for source in models})
+    command = f"normfree interpret {' '.join(models)}"
+    table = write_interpretation(found, out, command, sequences=str(sequences_read), quantized=weights)
     if json_:
         rows = json.loads(table.to_json(orient="records", double_precision=9))
-        print(json.dumps({"folder": str(out), "beginning": beginning.summary(), "summary": rows}))
+        read = {"beginning": beginning.summary(), "quantization": weights}
+        print(json.dumps({"folder": str(out), **read, "summary": rows}))
         return
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in table.columns:
@@ -88,4 +93,5 @@ def interpret(
         shown.add_row(*(value if isinstance(value, str) else f"{value:.3f}" for value in row.values()))
     console.print(shown)
     console.print(f"Read on {sequences_read}", highlight=False)
+    say_quantized(console, weights)
     console.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True)

@@ -16,7 +16,12 @@ from normfree.processes import is_main_process
 
 CacheDir = Annotated[Path, typer.Option(help="Where tokenized corpora are kept and found again.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, to standard output.")]
-Compared = Annotated[list[str], typer.Argument(help="Hub ids, model folders, or runs of ours; compared on one page.")]
+Model = Annotated[
+    str, typer.Argument(help="A Hub id, a model folder, a .gguf file, or a run or checkpoint folder of Normfree.")
+]
+Compared = Annotated[
+    list[str], typer.Argument(help="Hub ids, model folders, .gguf files or runs of Normfree; compared on one page.")
+]
 ComparedCorpus = Annotated[str | None, typer.Option(help="As for a study; default: the first run's own sequences.")]
 ComparedTokenizer = Annotated[
     str | None, typer.Option(help="A tokenizer's name or folder; default: the first model's.")
@@ -56,6 +61,20 @@ def model_name(source: str, among: list[str]) -> str:
     others = [Path(each).resolve().parts for each in among if each != source]
     n = next(n for n in range(1, len(parts) + 1) if all(each[-n:] != parts[-n:] for each in others) or n == len(parts))
     return "/".join(parts[-n:])
+
+
+def quantized(models: Mapping[str, str]) -> dict[str, str]:
+    """How the weights of models, from name to source, were quantized; without those that were not."""
+    from normfree.training import quantization_of
+
+    found = {name: quantization_of(source) for name, source in models.items()}
+    return {name: how for name, how in found.items() if how is not None}
+
+
+def say_quantized(console: Console, weights: Mapping[str, str]) -> None:
+    """A line for each model whose weights were quantized."""
+    for name, how in weights.items():
+        console.print(f"Weights of {name}: {how}", highlight=False, soft_wrap=True)
 
 
 def changes(

@@ -11,7 +11,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from normfree.cli.options import DEFAULT_CACHE_DIR, CacheDir, Json, model_name, open_console
+from normfree.cli.options import DEFAULT_CACHE_DIR, CacheDir, Json, model_name, open_console, quantized, say_quantized
 
 
 def private_cost(
@@ -116,6 +116,7 @@ def private_cost(
         print(f"normfree: {error}", file=sys.stderr)
         raise typer.Exit(1) from error
     costs = PrivateCosts(operations, totals(operations, priced, networks), blocks, others, whole)
+    weights = quantized({model_name(source, models): source for source in models})
     write_private_costs(
         costs,
         out,
@@ -124,13 +125,14 @@ def private_cost(
         sequence_lengths=[each.T for each in priced],
         engine_version=engine.version,
         command=f"normfree private-cost {' '.join(models)}",
+        quantized=weights,
     )
     if json_:
         frames = {
             name: json.loads(frame.to_json(orient="records", double_precision=9))
             for name, frame in costs.by_name().items()
         }
-        print(json.dumps({"folder": str(out), **frames}))
+        print(json.dumps({"folder": str(out), "quantization": weights, **frames}))
         return
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     columns = ["MB", "messages", *(f"{each.name} s" for each in networks), "norms %", "activations %", "perplexity"]
@@ -150,4 +152,5 @@ def private_cost(
             f"{row['eval_ppl']:.1f}" if row["eval_ppl"] == row["eval_ppl"] else "–",
         )
     console.print(shown)
+    say_quantized(console, weights)
     console.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True)

@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
-from normfree.cli.options import DEFAULT_CACHE_DIR, Bos, CacheDir, Json, numbers, open_console
+from normfree.cli.options import DEFAULT_CACHE_DIR, Bos, CacheDir, Json, Model, numbers, open_console, say_quantized
 from normfree.errors import InputError
 
 
 def prune_layers(
-    model: Annotated[str, typer.Argument(help="A Hub id, a model folder, or a run or checkpoint folder of ours.")],
+    model: Model,
     out: Annotated[Path, typer.Option(help="Folder for the pruned model; must not hold anything yet.")],
     drop: Annotated[str | None, typer.Option(help="Layers to drop, counted from 0, e.g. 8,9,10.")] = None,
     drop_last: Annotated[int | None, typer.Option(help="Drop so many of the last layers.")] = None,
@@ -81,6 +81,7 @@ def prune_layers(
         "parameters": pruned.num_parameters(),
         "parameters_before": loaded.model.num_parameters(),
         "tokenizer": reader is not None,
+        "quantization": loaded.quantization,
     }
     if sequences_read is not None:
         result["beginning"] = sequences_read.beginning.summary()
@@ -95,4 +96,6 @@ def prune_layers(
         highlight=False,
         soft_wrap=True,
     )
+    if loaded.quantization is not None:
+        say_quantized(console, {model: loaded.quantization})
     console.print(f"Model: {out}", highlight=False, soft_wrap=True)

@@ -10,13 +10,23 @@ import typer
 from rich import box
 from rich.table import Table
 
-from normfree.cli.options import DEFAULT_CACHE_DIR, Bos, CacheDir, Json, changes, open_console
+from normfree.cli.options import (
+    DEFAULT_CACHE_DIR,
+    Bos,
+    CacheDir,
+    Json,
+    Model,
+    changes,
+    open_console,
+    quantized,
+    say_quantized,
+)
 from normfree.locks import locked
 from normfree.processes import check_alone
 
 
 def remove_norm(
-    model: Annotated[str, typer.Argument(help="A Hub id, a model folder, or a run or checkpoint folder of ours.")],
+    model: Model,
     corpus: Annotated[str | None, typer.Option(help="As for a study; default, for a run: its own.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="A tokenizer's name or folder; default: the model's.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for runs and models; default removal/MODEL.")] = None,
@@ -75,10 +85,12 @@ def remove_norm(
             callbacks=lambda variant, n_tokens: (progress.run(variant, n_tokens),),
         )
     beginning = Beginning.of(data.tokenizer, run.data.beginning)
+    weights = quantized({name: model})
     if json_:
         exports = {"norm_free": str(result.norm_free), "stock": str(result.stock) if result.stock else None}
         rows = json.loads(result.table.to_json(orient="records", double_precision=9))
-        print(json.dumps({"folder": str(folder), "beginning": beginning.summary(), **exports, "table": rows}))
+        read = {"beginning": beginning.summary(), "quantization": weights.get(name)}
+        print(json.dumps({"folder": str(folder), **read, **exports, "table": rows}))
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("variant", "fine-tuning tokens", "loss, nats", "perplexity", "Δ loss"):
@@ -88,6 +100,7 @@ def remove_norm(
         table.add_row(row["variant"], f"{row['finetuning_tokens']:,}", *numbers)
     console.print(table)
     console.print(f"Sequences of {run.data.sequence_length} tokens, {beginning}", highlight=False)
+    say_quantized(console, weights)
     console.print(f"Without norms: {result.norm_free}", highlight=False, soft_wrap=True)
     if result.stock is not None:
         console.print(f"As a stock model: {result.stock}", highlight=False, soft_wrap=True)

@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
-from normfree.cli.options import Json, open_console
+from normfree.cli.options import Json, Model, open_console, say_quantized
 from normfree.errors import InputError
 
 
 def to_spark(
-    model: Annotated[str, typer.Argument(help="A Hub id, a model folder, or a run or checkpoint folder of ours.")],
+    model: Model,
     out: Annotated[Path, typer.Option(help="Folder for the sparse model and its tokenizer.")],
     ffn: Annotated[bool, typer.Option(help="Make the feed-forward networks sparse.")] = True,
     attention: Annotated[bool, typer.Option(help="Make attention sparse.")] = True,
@@ -63,9 +63,13 @@ def to_spark(
         tokenizer.save_pretrained(folder)
     before, after = dense.num_parameters(), spark.num_parameters()
     if json_:
-        print(json.dumps({"folder": str(out), "parameters": after, "dense_parameters": before}))
+        sizes = {"parameters": after, "dense_parameters": before}
+        print(json.dumps({"folder": str(out), **sizes, "quantization": loaded.quantization}))
         return
-    open_console(json_).print(
+    console = open_console(json_)
+    if loaded.quantization is not None:
+        say_quantized(console, {model: loaded.quantization})
+    console.print(
         f"{out}: {after:,} parameters, {before:,} in the dense model; train it with start_from: {out}",
         highlight=False,
         soft_wrap=True,

@@ -24,6 +24,7 @@ from normfree.report.html import (
     Section,
     Table,
     render_report,
+    weights_entry,
     write_report,
 )
 from normfree.report.hybrids import layer_entropy_by_configuration
@@ -127,5 +128,6 @@ __all__ = [
     "to_console",
     "to_markdown",
     "trajectory_distance_matrix",
+    "weights_entry",
     "write_report",
 ]

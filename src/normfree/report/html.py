@@ -132,6 +132,11 @@ class Section:
     blocks: Sequence[Block]
 
 
+def weights_entry(quantized: Mapping[str, str] | None) -> dict[str, str]:
+    """The entry of a page's ``meta`` for how the weights of models were quantized, by model; none if none were."""
+    return {"Weights": "; ".join(f"{name}: {how}" for name, how in quantized.items())} if quantized else {}
+
+
 def render_report(*, title: str, lead: str, sections: Sequence[Section], meta: Mapping[str, str]) -> str:
     """The whole report as HTML.
 

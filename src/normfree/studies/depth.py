@@ -22,6 +22,7 @@ from normfree.report import (
     render_report,
     residual_variance_over_depth,
     skipped_layer_losses,
+    weights_entry,
     write_report,
 )
 from normfree.studies.page import FIGURES_FOLDER, saved_figure
@@ -46,11 +47,16 @@ MOST_RUNS_IN_FULL = 4
 
 
 def write_depth_page(
-    found: Mapping[str, DepthMeasurement], folder: Path, command: str, *, sequences: str
+    found: Mapping[str, DepthMeasurement],
+    folder: Path,
+    command: str,
+    *,
+    sequences: str,
+    quantized: Mapping[str, str] | None = None,
 ) -> pd.DataFrame:
     """Writes what was measured of each model, by name, into ``folder``: CSV files, figures, ``report.html``.
 
-    The page names the ``sequences`` that the models read.
+    The page names the ``sequences`` that the models read, and how weights were ``quantized``, by model.
 
     Returns:
         The summary, a row a model (see :func:`normfree.interpret.measure_depth`).
@@ -85,6 +91,7 @@ def write_depth_page(
             "Date": date.today().isoformat(),
             "Command": command,
             "Read on": sequences,
+            **weights_entry(quantized),
         },
     )
     write_report(folder / "report.html", page)

@@ -31,6 +31,7 @@ from normfree.report import (
     confidence_neurons,
     patching_agreement,
     render_report,
+    weights_entry,
     write_report,
 )
 from normfree.report import residual_std_by_position as residual_std_figure
@@ -67,11 +68,16 @@ def interpret(
 
 
 def write_interpretation(
-    found: Mapping[str, Mapping[str, pd.DataFrame]], folder: Path, command: str, *, sequences: str
+    found: Mapping[str, Mapping[str, pd.DataFrame]],
+    folder: Path,
+    command: str,
+    *,
+    sequences: str,
+    quantized: Mapping[str, str] | None = None,
 ) -> pd.DataFrame:
     """Writes what :func:`interpret` found of each model, by name, into ``folder``: CSV files, figures, ``report.html``.
 
-    The page names the ``sequences`` that the models read.
+    The page names the ``sequences`` that the models read, and how weights were ``quantized``, by model.
 
     Returns:
         The summary, one row a model: model, attribution_nmae (median over the heads), patching_pearson,
@@ -96,6 +102,7 @@ def write_interpretation(
             "Date": date.today().isoformat(),
             "Command": command,
             "Read on": sequences,
+            **weights_entry(quantized),
         },
     )
     write_report(folder / "report.html", page)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
@@ -21,6 +21,7 @@ from normfree.report import (
     Section,
     Table,
     render_report,
+    weights_entry,
     write_report,
 )
 from normfree.report.private_cost import alternatives_bytes, cost_by_operation, perplexity_against_bytes
@@ -55,8 +56,12 @@ def write_private_costs(
     sequence_lengths: Sequence[int],
     engine_version: str,
     command: str,
+    quantized: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes CSV files, figures and ``report.html`` into ``folder``."""
+    """Writes CSV files, figures and ``report.html`` into ``folder``.
+
+    The page says how weights were ``quantized``, by model.
+    """
     for name, frame in costs.by_name().items():
         write_text(folder / f"{name}.csv", frame.to_csv(index=False, na_rep="nan"))
     first = settings[0]
@@ -70,6 +75,7 @@ def write_private_costs(
             "Sequence length": ", ".join(str(each) for each in dict.fromkeys(sequence_lengths)),
             "Date": date.today().isoformat(),
             "Command": command,
+            **weights_entry(quantized),
         },
     )
     write_report(folder / "report.html", page)

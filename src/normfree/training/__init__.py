@@ -2,7 +2,7 @@
 
 from normfree.training.configuration import RunConfig, load_run_config
 from normfree.training.objectives import OBJECTIVES
-from normfree.training.pretrained import LoadedModel, load_pretrained
+from normfree.training.pretrained import LoadedModel, load_pretrained, quantization_of
 from normfree.training.progress import StudyProgress
 from normfree.training.recipe import Recipe
 from normfree.training.trainer import RunResult, load_result, train
@@ -17,5 +17,6 @@ __all__ = [
     "load_pretrained",
     "load_result",
     "load_run_config",
+    "quantization_of",
     "train",
 ]

@@ -82,10 +82,18 @@ def load_pretrained(source: str) -> LoadedModel:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.eval().to(device)
     if run is None:
-        quantization = open_gguf(Path(checkpoint)).quantization if is_gguf(checkpoint) else None
-        return LoadedModel(source, checkpoint, model, quantization=quantization)
+        return LoadedModel(source, checkpoint, model, quantization=quantization_of(checkpoint))
     fingerprint = read_yaml(run / CONFIG_FILE)[PROVENANCE]["corpus_fingerprint"]
     return LoadedModel(source, checkpoint, model, load_run_config(run / CONFIG_FILE), fingerprint)
+
+
+def quantization_of(source: str) -> str | None:
+    """How the weights of a GGUF file were quantized, from its header; None for unquantized ones and any other model.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    return open_gguf(Path(source)).quantization if is_gguf(source) else None
 
 
 def starting_model(source: str, data: PackedData) -> NormfreeForCausalLM:
