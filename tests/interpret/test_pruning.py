@@ -3,7 +3,16 @@ import json
 import pytest
 import torch
 from tokenizers import Tokenizer, models
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BartConfig,
+    BartForCausalLM,
+    PreTrainedTokenizerFast,
+    ZambaConfig,
+    ZambaForCausalLM,
+)
 
 from normfree.errors import InputError
 from normfree.interpret import export_pruned, prune_layers
@@ -153,6 +162,32 @@ def test_a_meaning_of_the_index_that_no_name_tells_is_found_by_the_logits(tmp_pa
     export_pruned(model, [3, 4], tmp_path / "pruned", source="here")
 
 
+def test_the_decoder_of_an_architecture_with_an_encoder_has_its_own_number_of_layers():
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "decoder_layers": 4, "encoder_layers": 2, "decoder_attention_heads": 2, "vocab_size": 50}
+    inner = {"decoder_ffn_dim": 24, "encoder_ffn_dim": 24, "max_position_embeddings": 32, "init_std": 0.2}
+    model = BartForCausalLM(BartConfig(**sizes, **inner, encoder_attention_heads=2)).eval()
+    text = tokens(2, 12)
+    expected = skipped(model, model.model.decoder.layers, [1, 3], text)
+    torch.testing.assert_close(logits(prune_layers(model, [1, 3]), text), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", range(6))
+def test_blocks_that_share_weights_are_left_out_where_the_others_make_a_model(layer):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
+    state = {"mamba_d_state": 4, "mamba_dt_rank": 4, "n_mamba_heads": 2, "vocab_size": 50}
+    kinds = ["mamba", "mamba", "hybrid", "mamba", "hybrid", "mamba"]
+    model = ZambaForCausalLM(ZambaConfig(num_hidden_layers=6, layers_block_type=kinds, **sizes, **state)).eval()
+    if kinds[layer] == "mamba":
+        assert len(prune_layers(model, [layer]).model.layers) == 5
+        return
+    with pytest.raises(InputError, match="cannot be built of the layers that are left .*drop others") as error:
+        prune_layers(model, [layer])
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 400
+
+
 def test_a_configuration_that_allows_no_such_model_says_why_in_one_line(tmp_path, monkeypatch):
     model = stock("llama")
 
@@ -161,7 +196,10 @@ def test_a_configuration_that_allows_no_such_model_says_why_in_one_line(tmp_path
 
     monkeypatch.setattr(type(model.config), "from_dict", refuse)
     refused(
-        model, [1], tmp_path, r"LlamaConfig allows no model of the layers that are left \(the layer types do not fit"
+        model,
+        [1],
+        tmp_path,
+        r"LlamaConfig allows no model of the layers that are left \(ValueError: the layer types do not fit",
     )
 
 

@@ -30,8 +30,10 @@ from normfree.modeling.rotary import parameter_sets
 PRUNING_FILE = "pruning.json"
 """In a pruned model's folder: what it was made from, and which of its layers are left."""
 
-_N_LAYER = "num_hidden_layers"
+_N_LAYER, _N_DECODER_LAYER = "num_hidden_layers", "decoder_layers"
 _CHECK_TOKENS = 16
+_LONGEST = 150
+"""Characters of another library's message within one of ours."""
 
 
 def check_layers(layers: Sequence[int], n_layer: int) -> list[int]:
@@ -117,8 +119,14 @@ def _built(model: PreTrainedModel, config: PreTrainedConfig, blocks: list[str], 
             # Names of later blocks are still to be taken out: the new ones wait apart.
             state |= {f"\0{places[f'{name}.']}{key.removeprefix(f'{name}.')}": of_block[key] for key in of_block}
     state = {key.removeprefix("\0"): value for key, value in state.items()}
-    with no_init_weights():
-        pruned = type(model)(config)
+    try:
+        with no_init_weights():
+            pruned = type(model)(config)
+    except Exception as error:  # of whatever kind the model's own code raises
+        raise InputError(
+            f"{type(model).__name__} cannot be built of the layers that are left ({_one_line(error)}): what a layer is "
+            "depends on its index or on other layers; drop others"
+        ) from error
     try:
         pruned.load_state_dict(state, assign=True)
     except RuntimeError as error:
@@ -130,6 +138,11 @@ def _built(model: PreTrainedModel, config: PreTrainedConfig, blocks: list[str], 
     pruned.generation_config = deepcopy(model.generation_config)
     pruned.train(model.training)
     return _on(model, pruned)
+
+
+def _one_line(error: Exception) -> str:
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {said if len(said) <= _LONGEST else said[:_LONGEST] + ' …'}"
 
 
 def _on(model: PreTrainedModel, other: PreTrainedModel) -> PreTrainedModel:
@@ -149,7 +162,9 @@ def _pruned_config(config: PreTrainedConfig, kept: list[int], n_layer: int) -> P
     for name, value in of_text.items():
         if isinstance(value, list) and len(value) == n_layer and not name.endswith(("_token_id", "_token_ids")):
             of_text[name] = [value[layer] for layer in kept]
-    of_text[text.attribute_map.get(_N_LAYER, _N_LAYER)] = len(kept)
+    # A decoder of an architecture with an encoder as well has a number of its own.
+    n_layer_name = _N_DECODER_LAYER if _N_DECODER_LAYER in of_text else text.attribute_map.get(_N_LAYER, _N_LAYER)
+    of_text[n_layer_name] = len(kept)
     if isinstance(text, NormfreeConfig) and SLIDING not in of_text["layer_types"]:
         of_text["sliding_window"] = None
     if isinstance(text, NormfreeConfig) and None not in parameter_sets(text):
@@ -161,8 +176,7 @@ def _pruned_config(config: PreTrainedConfig, kept: list[int], n_layer: int) -> P
         return type(config).from_dict(options)
     except Exception as error:  # of whatever kind the configuration's own checks raise
         raise InputError(
-            f"{type(config).__name__} allows no model of the layers that are left ({' '.join(str(error).split())}); "
-            "drop others"
+            f"{type(config).__name__} allows no model of the layers that are left ({_one_line(error)}); drop others"
         ) from error
 
 
