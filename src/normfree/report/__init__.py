@@ -13,6 +13,7 @@ from normfree.report.figures import (
     layerwise_entropy_dynamics,
     save_figure,
 )
+from normfree.report.first_token import first_token_over_depth
 from normfree.report.heatmaps import headwise_entropy_heatmaps
 from normfree.report.html import (
     Block,
@@ -38,6 +39,7 @@ from normfree.report.interpretability import (
 )
 from normfree.report.outlier_tables import PRECISION_NAMES, outlier_table, quantization_table
 from normfree.report.overload import perplexity_and_overload
+from normfree.report.pruning import pruned_layer_losses
 from normfree.report.published import (
     PUBLISHED_NAMES,
     PublishedName,
@@ -95,6 +97,7 @@ __all__ = [
     "entropy_trajectory_distance",
     "evaluation_loss_curves",
     "first_nonfinite",
+    "first_token_over_depth",
     "formatted",
     "headwise_entropy_distribution",
     "headwise_entropy_heatmaps",
@@ -113,6 +116,7 @@ __all__ = [
     "patching_agreement",
     "perplexity_and_overload",
     "perplexity_table",
+    "pruned_layer_losses",
     "published_head_entropy",
     "quantization_table",
     "render_report",
