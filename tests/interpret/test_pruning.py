@@ -16,6 +16,8 @@ from transformers import (
 
 from normfree.errors import InputError
 from normfree.interpret import export_pruned, prune_layers
+from normfree.modeling.residual_stream import decoder_blocks
+from tests.coverage.tiny_models import tiny_model
 from tests.interpret.depth.models import N_LAYER, STOCK, ours, stock, tokens
 
 BLOCKS = {"gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers"}
@@ -182,7 +184,7 @@ def test_blocks_that_share_weights_are_left_out_where_the_others_make_a_model(la
     if kinds[layer] == "mamba":
         assert len(prune_layers(model, [layer]).model.layers) == 5
         return
-    with pytest.raises(InputError, match="cannot be built of the layers that are left .*drop others") as error:
+    with pytest.raises(InputError, match=r"cannot be built of the layers that are left .*drop others") as error:
         prune_layers(model, [layer])
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 400
@@ -209,3 +211,21 @@ def test_nothing_is_written_over(tmp_path):
     with pytest.raises(InputError, match="exists and is not empty"):
         export_pruned(stock("gpt2"), [1], tmp_path / "pruned", source="here")
     assert [path.name for path in (tmp_path / "pruned").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("model_type", ["bart", "gemma3", "whisper", "got_ocr2", "zamba2"])
+def test_decoders_of_larger_models_are_exported_without_their_last_layer(model_type, tmp_path):
+    """Their configurations count other layers too: those of an encoder, of an image's tower."""
+    model = tiny_model(model_type)
+    text = tokens(2, 9)
+    blocks = list(decoder_blocks(model).values())
+    pruned = export_pruned(model, [len(blocks) - 1], tmp_path / "pruned", source="here")
+    assert len(decoder_blocks(pruned)) == len(blocks) - 1
+    expected = skipped(model, blocks, [len(blocks) - 1], text)
+    torch.testing.assert_close(logits(pruned, text), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", ["zamba", "zamba2"])
+def test_a_class_that_allows_no_such_layers_is_refused(model_type, tmp_path):
+    """Zamba's shared block is of its first hybrid layer; Zamba 2 looks layers up by their index."""
+    refused(tiny_model(model_type), [1], tmp_path, "cannot be built of the layers|with its layers renumbered")

@@ -32,6 +32,7 @@ from transformers import (
 from normfree import NormfreeConfig, NormfreeForCausalLM
 from normfree.errors import InputError
 from normfree.modeling.residual_stream import ResidualStreamProbe, StreamStatistics, decoder_blocks
+from tests.coverage.tiny_models import tiny_model
 
 N_LAYER, D, VOCABULARY, T = 3, 16, 60, 12
 SIZES = {"vocab_size": VOCABULARY, "initializer_range": 0.4, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -314,3 +315,10 @@ def test_reducing_adds_up_what_the_processes_gather(monkeypatch: pytest.MonkeyPa
     assert mine.tokens.tolist() == alone.tokens.tolist() == [5 * T] * N_LAYER
     for name, values in alone.by_layer().items():
         torch.testing.assert_close(mine.by_layer()[name], values, rtol=1e-6, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("model_type", ["gemma3", "got_ocr2", "moss_transcribe_diarize", "phi4_multimodal"])
+def test_the_blocks_of_a_model_with_an_image_or_audio_tower_are_its_language_models(model_type):
+    model = tiny_model(model_type)
+    text = "model.language_model" if model_type != "phi4_multimodal" else "model"
+    assert list(decoder_blocks(model)) == [f"{text}.layers.{layer}" for layer in range(4)]

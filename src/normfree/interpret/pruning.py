@@ -30,7 +30,9 @@ from normfree.modeling.rotary import parameter_sets
 PRUNING_FILE = "pruning.json"
 """In a pruned model's folder: what it was made from, and which of its layers are left."""
 
-_N_LAYER, _N_DECODER_LAYER = "num_hidden_layers", "decoder_layers"
+_N_LAYER = "num_hidden_layers"
+_N_DECODER_LAYER = ("decoder_layers", "num_decoder_layers")
+"""What the configurations of encoder-decoders call it, for the decoder that is a language model alone."""
 _CHECK_TOKENS = 16
 _LONGEST = 150
 """Characters of another library's message within one of ours."""
@@ -162,9 +164,9 @@ def _pruned_config(config: PreTrainedConfig, kept: list[int], n_layer: int) -> P
     for name, value in of_text.items():
         if isinstance(value, list) and len(value) == n_layer and not name.endswith(("_token_id", "_token_ids")):
             of_text[name] = [value[layer] for layer in kept]
-    # A decoder of an architecture with an encoder as well has a number of its own.
-    n_layer_name = _N_DECODER_LAYER if _N_DECODER_LAYER in of_text else text.attribute_map.get(_N_LAYER, _N_LAYER)
-    of_text[n_layer_name] = len(kept)
+    of_decoder = [name for name in _N_DECODER_LAYER if name in of_text]
+    for name in of_decoder or [text.attribute_map.get(_N_LAYER, _N_LAYER)]:
+        of_text[name] = len(kept)
     if isinstance(text, NormfreeConfig) and SLIDING not in of_text["layer_types"]:
         of_text["sliding_window"] = None
     if isinstance(text, NormfreeConfig) and None not in parameter_sets(text):
@@ -229,7 +231,8 @@ def _options(block: nn.Module) -> dict[str, Any]:
 def _checked_pass(model: PreTrainedModel) -> RecordedPass:
     """A pass over a few random tokens."""
     config: Any = model.config.get_text_config()
-    n_token = min(_CHECK_TOKENS, getattr(config, "max_position_embeddings", None) or _CHECK_TOKENS)
+    n_positions = getattr(config, "max_position_embeddings", None) or _CHECK_TOKENS
+    n_token = min(_CHECK_TOKENS, n_positions) if n_positions > 0 else _CHECK_TOKENS
     tokens = torch.randint(0, config.vocab_size, (2, n_token), generator=torch.Generator().manual_seed(0))
     return record(model, tokens)
 
@@ -238,7 +241,13 @@ def _checked_pass(model: PreTrainedModel) -> RecordedPass:
 def _check_same_logits(model: PreTrainedModel, layers: Sequence[int], pruned: PreTrainedModel) -> None:
     recorded = _checked_pass(model)
     expected = recorded.logits_without(layers)
-    logits = pruned(input_ids=recorded.tokens.to(pruned.device), use_cache=False).logits
+    try:
+        logits = pruned(input_ids=recorded.tokens.to(pruned.device), use_cache=False).logits
+    except Exception as error:  # of whatever kind: indices of layers that are not there any more
+        raise InputError(
+            f"{type(model).__name__} fails with its layers renumbered: {_one_line(error)}; drop layers from the end, "
+            "or others"
+        ) from error
     size = float(expected[expected.isfinite()].abs().max()) if expected.isfinite().any() else 1.0
     tolerance = max(1e-3, 4 * torch.finfo(expected.dtype).eps)
     if not torch.allclose(logits, expected, rtol=tolerance, atol=tolerance * size, equal_nan=True):

@@ -14,6 +14,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 from torch.utils.module_tracker import ModuleTracker
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from normfree.errors import InputError
@@ -31,6 +32,7 @@ def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
     They are the one ``nn.ModuleList`` of transformers' ``GradientCheckpointingLayer``, which is what transformers
     makes every decoder block of (``model.layers``, ``transformer.h``, ``gpt_neox.layers``; ours: ``model.blocks``).
+    Of a model that reads images or audio too, they are the list that its ``get_decoder()``, the language model, holds.
 
     Raises:
         InputError: there is no such list, or more than one, as in an encoder-decoder.
@@ -42,6 +44,9 @@ def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
         and len(module)
         and all(isinstance(block, GradientCheckpointingLayer) for block in module)
     }
+    if len(lists) > 1 and isinstance(model, PreTrainedModel) and not model.config.is_encoder_decoder:
+        of_decoder = list(model.get_decoder().children())
+        lists = {name: blocks for name, blocks in lists.items() if blocks in of_decoder} or lists
     if len(lists) != 1:
         found = f"has {len(lists)} ({', '.join(lists)})" if lists else "has none"
         raise InputError(

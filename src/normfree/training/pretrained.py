@@ -43,7 +43,8 @@ class LoadedModel:
     @property
     def n_positions(self) -> int | None:
         """The longest sequence the model takes, if its configuration says so."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        n_positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return n_positions if n_positions is not None and n_positions > 0 else None
 
     def as_normfree(self) -> NormfreeForCausalLM:
         """The model as one of ours: itself, or converted.

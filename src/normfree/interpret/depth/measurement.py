@@ -160,7 +160,8 @@ def check_measurable(model: PreTrainedModel, tokens: torch.Tensor) -> None:
             f"{type(model).__name__} is 0 to {config.vocab_size - 1}: give the tokenizer it was trained with"
         )
     n_positions = getattr(config, "max_position_embeddings", None)
-    if n_positions is not None and tokens.shape[1] > n_positions:
+    # XLNet has -1: no limit
+    if n_positions is not None and 0 < n_positions < tokens.shape[1]:
         raise InputError(f"the sequences have {tokens.shape[1]} tokens, {type(model).__name__} {n_positions} positions")
 
 
