@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from normfree import EntropyProbe, NormfreeForCausalLM, from_hf, remove_norms
+from normfree import EntropyProbe, NormfreeForCausalLM, from_hf, remove_norms, sparse_decode
 from normfree.errors import InputError
 from normfree.interpret import direct_logit_attribution, prune_layers
 from normfree.interpret.depth.block_calls import record
@@ -123,13 +123,24 @@ def test_sparse_layers_are_made_or_refused(pair: Any) -> None:
     name, _, ours = pair
     with torch.no_grad():
         sparse = to_spark(ours, attention=False)
-        assert sparse(tokens()).logits.isfinite().all()
+        expected = sparse(tokens()[:, :2]).logits
+        assert expected.isfinite().all()
+        with sparse_decode(sparse):
+            torch.testing.assert_close(sparse(tokens()[:, :2]).logits, expected, rtol=1e-4, atol=1e-4)
     refusal = {"gemma2": "attention_scale is not defined", "gemma3": "attention_scale is not defined"}.get(name)
     if refusal is None:
         assert to_spark(ours).config.attention == "spark"
         return
     with pytest.raises(InputError, match=f"{refusal} for attention 'spark'"):
         to_spark(ours)
+
+
+@pytest.mark.parametrize("n_beam", [1, 2])
+def test_generation_with_a_static_cache(pair: Any, n_beam: int) -> None:
+    _, theirs, ours = pair
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "num_beams": n_beam}
+    options |= {"attention_mask": padding_mask("left"), "cache_implementation": "static"}
+    assert torch.equal(ours.generate(tokens(), **options), theirs.generate(tokens(), **options))
 
 
 def test_encryption_is_described_or_refused(pair: Any) -> None:
