@@ -7,9 +7,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
-from normfree.data import train_tokenizer
+from normfree.data import load_tokenizer, train_tokenizer
 from normfree.entropy import uniform_entropy_bound
 from normfree.errors import InputError
 from normfree.interpret import measure_attention_entropy, token_sequences
@@ -110,6 +119,50 @@ def test_command_agrees_with_the_models_own_attention_weights(name, models, corp
     np.testing.assert_allclose([row["entropy_nats"] for row in printed["heads"]], heads["entropy_nats"], atol=1e-8)
     for ending in ("png", "pdf"):
         assert (tmp_path / "out" / f"headwise_entropy.{ending}").stat().st_size > 1000
+
+
+SIZES = {"num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 32, "vocab_size": VOCABULARY}
+BOUNDS = {
+    "bidirectional": (
+        lambda: BertLMHeadModel(BertConfig(**SIZES, num_hidden_layers=2, initializer_range=0.5, **TOKENS)),
+        [np.log(T)] * 2,
+    ),
+    "windows": (
+        lambda: Gemma3ForCausalLM(
+            Gemma3TextConfig(
+                **SIZES,
+                head_dim=8,
+                num_key_value_heads=2,
+                num_hidden_layers=2,
+                layer_types=["sliding_attention", "full_attention"],
+                sliding_window=4,
+                **TOKENS,
+            )
+        ),
+        [np.log(np.minimum(np.arange(1, T + 1), 4)).mean(), np.log(np.arange(1, T + 1)).mean()],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_bounds_are_those_of_the_models_own_masks(name, models, corpus_folder, normfree, tmp_path):
+    torch.manual_seed(0)
+    build, bounds = BOUNDS[name]
+    build().save_pretrained(tmp_path / name)
+    load_tokenizer(str(models / "llama")).save_pretrained(tmp_path / name)
+    arguments = ("--corpus", f"directory:{corpus_folder}", "--sequence-length", T, "--sequences", 2)
+    code, out, err = normfree("entropy", tmp_path / name, *arguments, "--json")
+    assert code == 0, err
+    printed = json.loads(out)
+    assert printed["uniform_bound_nats"] == pytest.approx(max(bounds))
+    np.testing.assert_allclose([row["uniform_nats"] for row in printed["layers"]], bounds, rtol=1e-6)
+    for row in printed["layers"]:
+        assert row["mean_nats"] / row["uniform_nats"] == pytest.approx(row["share_of_uniform"])
+        assert row["share_of_uniform"] < 1
+    code, out, err = normfree("entropy", tmp_path / name, *arguments)
+    assert code == 0, err
+    for bound in bounds:
+        assert f"{bound:.3f}" in out
 
 
 def test_table_for_a_reader_and_default_folder(models, corpus_folder, normfree, tmp_path):

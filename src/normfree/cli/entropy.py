@@ -64,14 +64,15 @@ def entropy(
         print(json.dumps({"folder": str(folder), **read, **result.summary()}))
         return
     console.print(
-        f"{name}: attention entropy in nats over {sequences_read}; uniform attention has {result.uniform_bound:.3f}",
+        f"{name}: attention entropy in nats over {sequences_read}; uniform: of uniform attention to the same keys, at "
+        f"most {result.uniform_bound:.3f}",
         highlight=False,
     )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("layer", "mean", "min", "max", "share of uniform", "sink share", "heads in top band"):
+    for column in ("layer", "mean", "min", "max", "uniform", "share of uniform", "sink share", "heads in top band"):
         table.add_column(column, justify="right")
     for row in result.layers.to_dict("records"):
-        nats = (f"{row[column]:.3f}" for column in ("mean_nats", "min_nats", "max_nats"))
+        nats = (f"{row[column]:.3f}" for column in ("mean_nats", "min_nats", "max_nats", "uniform_nats"))
         shares = (f"{100 * row[column]:.1f} %" for column in ("share_of_uniform", "sink_share"))
         table.add_row(str(row["layer"]), *nats, *shares, f"{row['top_band_heads']} of {row['n_head']}")
     console.print(table)

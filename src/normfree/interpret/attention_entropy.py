@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from normfree.data import Beginning, DataConfig, TokenBlocks, load_tokenizer, open_corpus, same_data
 from normfree.data.beginning import BeginningRule
 from normfree.data.blocks import write_blocks
-from normfree.entropy import entropy_bands, uniform_entropy_bound
+from normfree.entropy import entropy_bands
 from normfree.errors import InputError
 from normfree.files import write_text
 from normfree.probes import EntropyProbe
@@ -53,11 +53,12 @@ class AttentionEntropy:
         ``uniform_nats`` is the entropy of uniform attention to the same keys, ``sink_share`` the mean attention
         paid to the first token. A head with a NaN query has NaN means.
     layers:
-        layer, module, mean_nats, min_nats, max_nats (over the heads), share_of_uniform, sink_share (means over the
-        heads), top_band_heads (heads in the top quarter of the range up to the largest entropy of any head of the
-        model: ReLU's Revival calls it entropic overload), n_head. One row a layer that could be read.
+        layer, module, mean_nats, min_nats, max_nats (over the heads), uniform_nats, share_of_uniform, sink_share
+        (means over the heads), top_band_heads (heads in the top quarter of the range up to the largest entropy of any
+        head of the model: ReLU's Revival calls it entropic overload), n_head. One row a layer that could be read.
     unreadable: the attention modules that could not be read, and why.
-    uniform_bound: of causal attention over a whole sequence, in nats.
+    uniform_bound: the largest ``uniform_nats`` of any head: what the model's own masks and windows allow; NaN without
+        a head that could be read.
     """
 
     heads: pd.DataFrame
@@ -173,7 +174,8 @@ def measure_attention_entropy(model: PreTrainedModel, sequences: torch.Tensor, b
             model.base_model(input_ids=batch.to(model.device), use_cache=False)
     T = sequences.shape[1]
     heads = _heads_frame(probe)
-    return AttentionEntropy(heads, _layers_frame(heads), probe.unreadable, len(sequences), T, uniform_entropy_bound(T))
+    bound = float(heads["uniform_nats"].max())
+    return AttentionEntropy(heads, _layers_frame(heads), probe.unreadable, len(sequences), T, bound)
 
 
 def write_attention_entropy(result: AttentionEntropy, folder: Path) -> None:
@@ -266,6 +268,7 @@ def _layers_frame(heads: pd.DataFrame) -> pd.DataFrame:
                 "mean_nats": entropy.mean(),
                 "min_nats": entropy.min(),
                 "max_nats": entropy.max(),
+                "uniform_nats": each["uniform_nats"].to_numpy(dtype=np.float64).mean(),
                 "share_of_uniform": each["share_of_uniform"].to_numpy(dtype=np.float64).mean(),
                 "sink_share": each["sink_share"].to_numpy(dtype=np.float64).mean(),
                 "top_band_heads": round(top_band * len(each)),

@@ -29,22 +29,33 @@ class EntropyProbe:
                 model(**batch)
         probe.per_head()
 
-    The probe reads queries, keys and mask from transformers' attention interface and leaves the call as it
-    is: outputs, gradients and random numbers of the model are the same, bit for bit. It works in training
-    (recomputation under gradient checkpointing is not counted again), under autocast and with a KV cache,
-    where each call adds its queries. Entropy is that of the softmax, before attention dropout.
+    The probe reads queries, keys and mask from transformers' attention interface, and the softmax or
+    ``scaled_dot_product_attention`` of modules that compute their attention themselves. It leaves every call as it is:
+    outputs, gradients and random numbers of the model are the same, bit for bit. It works in training (recomputation
+    under gradient checkpointing is not counted again), under autocast and with a KV cache, where each call adds its
+    queries. Entropy is that of the softmax, before attention dropout.
 
-    - Layers: all attention modules of the model, in the model's order; ``layers`` names them. What cannot be
-      read is in ``unreadable``, and its row in every result is NaN (0 in counts).
-    - Padding: a query that cannot see its own key is padding and is left out, on whichever side the padding
-      is.
-    - NaN: a query with NaN entropy (a NaN or infinite score) makes the mean it belongs to NaN; ``nan_rows``
-      counts.
-    - Positions count from 0 at the first key of the sequence as the model has it, left padding included,
-      through a KV cache too.
-    - Statistics stay after the exit and go on at the next entry; ``reset`` clears them.
-    - Code compiled by ``torch.compile`` does not pass through here: run the probed step under
-      ``torch.compiler.set_stance("force_eager")``, or its layers are named in ``unreadable``.
+    - Observation: nothing is attached to the model, which can be copied, pickled and saved meanwhile. An error inside
+      the probe never reaches the model; it is the reason in ``unreadable``.
+    - Layers: the modules that were seen to attend, and those that are expected to and were not, in the model's order;
+      ``layers`` names them. What cannot be read is in ``unreadable``, and its row in every result is NaN (0 in counts).
+    - Repeated calls: a module that computes several softmaxes in one forward pass (ALBERT, looped models) has a row for
+      each, ``name (call 2)`` and so on behind all first ones. The same softmax applied to several values (DiffLlama)
+      counts once; its heads are those of both softmaxes, not of their difference. A forward pass is one call of the
+      outermost transformers model, or of the outermost module where there is none: ``model(...)``, not
+      ``model.forward(...)``.
+    - Padding: a query that cannot see its own key is padding and is left out, on whichever side the padding is. Where a
+      sparse mask hides own keys too and the two cannot be told apart, the layer is unreadable.
+    - Packing: sequences packed into one row, which no query's attention crosses, are read one by one. Each has its own
+      positions from 0 and its own first key.
+    - NaN: a query with NaN entropy (a NaN or infinite score) makes the mean it belongs to NaN; ``nan_rows`` counts.
+    - Positions count from 0 at the first key of the row as the model has it, left padding included, through a KV cache
+      too.
+    - Counted twice: queries of passes that ended in an exception stay counted (``interrupted``), and so do those of
+      tokens that a cache was cropped by afterwards (``taken_back``).
+    - Statistics stay after the exit, and the next entry adds to them; ``reset`` clears them.
+    - ``torch.compile``: compiled code shows nothing. Its layers are named in ``unreadable``, unless the probed step
+      runs under ``torch.compiler.set_stance("force_eager")``.
 
     Args:
         model: any module that contains a transformers model, wrapped (DDP, PEFT) or not.
@@ -54,7 +65,7 @@ class EntropyProbe:
             function hands back in float32.
 
     Raises:
-        InputError: the model has no attention module, or the backend is unknown.
+        InputError: nothing in the model attends, or the backend is unknown.
     """
 
     def __init__(self, model: nn.Module, *, count_nonfinite: bool = False, backend: str = "auto") -> None:
@@ -155,7 +166,7 @@ class EntropyProbe:
         """Mean attention paid to the first key of the sequence, float32 [n_layer, n_head].
 
         Over the queries of calls that start a sequence; queries that a KV cache continues are left out. The
-        first key is the first that is not padding. NaN for a head with any NaN query.
+        first key is the first of the query's own sequence that is not padding. NaN for a head with any NaN query.
         """
         share = self._stack(lambda layer: layer.sink / layer.sink_rows)
         return share.masked_fill(self.nan_rows() > 0, torch.nan).float()

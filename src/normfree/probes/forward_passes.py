@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
+
+# That hooks fire for the compiled model too is right: they say that it was called.
+warnings.filterwarnings("ignore", message="Using `torch.compile.module.` when there are global hooks")
 
 
 @dataclass(eq=False)

@@ -126,7 +126,9 @@ class AttentionWatch:
     def _is_compiled(self, module: nn.Module) -> bool:
         around = (outer for outer in self._modules if any(inner is module for inner in outer.modules()))
         return any(
-            isinstance(each, torch._dynamo.OptimizedModule) or each._compiled_call_impl is not None
+            type(each).__name__ == "OptimizedModule"
+            or each._compiled_call_impl is not None
+            or hasattr(each.forward, "_torchdynamo_orig_callable")
             for each in (*around, *module.modules())
         )
 
