@@ -1,9 +1,11 @@
 """Writing a file or a folder whole or not at all, and knowing it again."""
 
+import errno
 import hashlib
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -53,6 +55,54 @@ def write_text(path: Path, text: str) -> None:
     """Writes ``text`` whole or not at all, in UTF-8."""
     with written_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def read_regular(path: Path) -> bytes:
+    """The bytes of a regular file, or of the one that a link leads to.
+
+    A pipe would block and a device may never end, so neither is opened to be read; of a file that is being written to,
+    no more than one byte is read beyond the size that it had.
+
+    Raises:
+        OSError: there is no such file, it is not a regular one, it cannot be read, or it grows.
+    """
+    try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            raise _not_regular(path, mode)
+        # It may have been replaced since: an opened pipe does not block, and is seen to be one.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise _not_regular(path, status.st_mode)
+            content = file.read(status.st_size + 1)
+    except ValueError as error:  # a NUL in the name
+        raise OSError(errno.EINVAL, "no file has a NUL in its name", repr(str(path))) from error
+    if len(content) > status.st_size:
+        raise OSError(errno.EBUSY, "it grows while it is read; wait until it is written", str(path))
+    return content
+
+
+def _not_regular(path: Path, mode: int) -> OSError:
+    kind = _KINDS.get(stat.S_IFMT(mode), "something else")
+    return OSError(errno.EINVAL, f"it is {kind}, not a regular file", str(path))
+
+
+def user_path(text: str) -> Path:
+    """A path as a user writes it, with ``~``; that of a user who is not there is a name like any other."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return Path(text)
 
 
 def sha256(path: Path) -> str:

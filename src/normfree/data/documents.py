@@ -8,12 +8,16 @@ is a shuffle that does not depend on paths, and a document keeps its split when 
 """
 
 import hashlib
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from normfree.errors import InputError
+from normfree.processes import is_main_process
+
+log = logging.getLogger(__name__)
 
 Split = Literal["train", "eval"]
 
@@ -49,6 +53,19 @@ class CorpusStatistics:
     def __add__(self, other: "CorpusStatistics") -> "CorpusStatistics":
         names = [each.name for each in fields(self)]
         return CorpusStatistics(**{name: getattr(self, name) + getattr(other, name) for name in names})
+
+    def skipped(self, max_document_bytes: int) -> str | None:
+        """What was skipped though it holds something, as one line; None if nothing was."""
+        reasons = {
+            f"larger than {max_document_bytes} bytes (data.max_document_bytes admits them)": self.too_large,
+            "not UTF-8": self.undecodable,
+            "with a NUL byte": self.binary,
+            "unreadable or no regular file": self.unreadable,
+        }
+        named = [f"{n} {reason}" for reason, n in reasons.items() if n]
+        n_skipped = self.too_large + self.undecodable + self.binary + self.unreadable
+        n_there = n_skipped + self.documents + self.duplicates + self.empty
+        return f"{n_skipped} of {n_there} documents are skipped: {', '.join(named)}" if named else None
 
     def __str__(self) -> str:
         return ", ".join(f"{getattr(self, each.name)} {each.name}" for each in fields(self))
@@ -107,6 +124,13 @@ class Admission:
         return None
 
 
+def report_skipped(corpus: str, statistics: CorpusStatistics, max_document_bytes: int) -> None:
+    """Says in the log, as one line, what of a corpus is skipped, if anything is."""
+    skipped = statistics.skipped(max_document_bytes)
+    if skipped is not None and is_main_process():
+        log.warning("corpus %r: %s", corpus, skipped)
+
+
 def shuffle_key(seed: int, digest: bytes) -> bytes:
     """What documents are ordered and split by, from the SHA-256 of one."""
     return hashlib.sha256(f"{seed}:".encode() + digest).digest()
@@ -119,6 +143,8 @@ def is_held_out(key: bytes, eval_fraction: float) -> bool:
 
 def row_text(row: object, where: str) -> str:
     """The text of a row, "" where it is null; raises InputError, naming ``where``, if it has none."""
+    if isinstance(row, str):
+        return row
     if isinstance(row, dict):
         for column in TEXT_COLUMNS:
             if column in row and isinstance(row[column], str | None):

@@ -12,6 +12,7 @@ from normfree.data.documents import (
     CorpusStatistics,
     Split,
     is_held_out,
+    report_skipped,
     row_text,
     shuffle_key,
 )
@@ -68,8 +69,11 @@ class HubCorpus(Corpus):
         if self._has_validation and split == "train":
             admission.digests |= self._held_out_digests()
         self._statistics[split] = admission.statistics
-        for content, _ in self._admitted(split, admission):
-            yield content.decode("utf-8")
+        try:
+            for content, _ in self._admitted(split, admission):
+                yield content.decode("utf-8")
+        finally:
+            report_skipped(f"{self._config.corpus} ({split})", admission.statistics, admission.max_document_bytes)
 
     def _admitted(self, split: Split, admission: Admission) -> Iterator[tuple[bytes, bytes]]:
         for row in self._streams[split]():

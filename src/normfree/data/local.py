@@ -1,7 +1,7 @@
 """Corpora on this machine: the installed Python source, a folder, a file."""
 
 import hashlib
-import json
+import logging
 import os
 import site
 import sysconfig
@@ -12,18 +12,30 @@ from typing import NamedTuple
 
 from normfree.data.configuration import DataConfig
 from normfree.data.documents import (
+    TEXT_COLUMNS,
     Admission,
     Corpus,
     CorpusStatistics,
     Split,
     is_held_out,
+    report_skipped,
     row_text,
     shuffle_key,
 )
+from normfree.data.passages import PASSAGE_CHARACTERS, passages
+from normfree.data.records import RECORDS, Record, kind_of, read_content, read_records
 from normfree.errors import InputError
+from normfree.files import read_regular, user_path
+from normfree.processes import is_main_process
+
+log = logging.getLogger(__name__)
 
 DOCUMENT_SEPARATOR = "<|endoftext|>"
 """Separates the documents of a .txt file; one without it, or another kind of file, is one document."""
+RECORDS_NOT_PROSE = frozenset(RECORDS) - {".json"}
+"""In a folder, a JSON file is as often a configuration, among source code, as a file of records."""
+LONGEST_CHARACTER = 4
+"""UTF-8 bytes of a character, at most."""
 
 
 class _LocalDocument(NamedTuple):
@@ -35,6 +47,9 @@ class _LocalDocument(NamedTuple):
 class LocalCorpus(Corpus):
     """Documents on this machine: files, which are read again when they are needed, or bytes held in memory.
 
+    Documents over ``max_document_bytes`` are skipped, as most are generated tables; if there are no others, they are
+    long texts, and their passages are the documents (see :func:`~normfree.data.passages.passages`).
+
     Raises:
         InputError: no document can be used.
     """
@@ -42,23 +57,54 @@ class LocalCorpus(Corpus):
     def __init__(self, sources: Iterable[Path | bytes], config: DataConfig, unreadable: int = 0) -> None:
         self._name = config.corpus
         self._eval_fraction = config.eval_fraction
+        self._seed = config.seed
         admission = Admission(config.max_document_bytes, CorpusStatistics(unreadable=unreadable))
-        documents = []
+        documents: list[_LocalDocument] = []
+        large: list[Path | bytes] = []
         for source in sources:
-            content = source if isinstance(source, bytes) else _read(source, admission)
-            if content is None:
-                continue
-            digest = hashlib.sha256(content).digest()
-            if admission.admit(content, digest):
-                documents.append(_LocalDocument(shuffle_key(config.seed, digest), digest, source))
+            n_large = admission.statistics.too_large
+            documents += self._admitted(source, admission)
+            if admission.statistics.too_large > n_large:
+                large.append(source)
+        if not documents:
+            documents += self._admitted_passages(large, admission)
         self._statistics = admission.statistics
         if not documents:
             raise InputError(
                 f"corpus {self._name!r} has no document that can be used ({self._statistics}); "
-                "give one with non-empty UTF-8 text files, or raise max_document_bytes"
+                "give one with non-empty UTF-8 text files, or raise data.max_document_bytes"
             )
+        report_skipped(self._name, self._statistics, config.max_document_bytes)
         self._documents = sorted(documents)
         self.fingerprint = hashlib.sha256(b"".join(each.digest for each in self._documents)).hexdigest()
+
+    def _admitted(self, source: Path | bytes, admission: Admission) -> list[_LocalDocument]:
+        content = source if isinstance(source, bytes) else _read(source, admission)
+        if content is None:
+            return []
+        digest = hashlib.sha256(content).digest()
+        if not admission.admit(self._text(content), digest):
+            return []
+        return [_LocalDocument(shuffle_key(self._seed, digest), digest, source)]
+
+    def _admitted_passages(self, large: list[Path | bytes], admission: Admission) -> list[_LocalDocument]:
+        documents = []
+        for source in large:
+            try:
+                text = (source if isinstance(source, bytes) else read_regular(source)).decode("utf-8")
+            except (OSError, UnicodeDecodeError):
+                continue  # and counts as too large
+            if "\0" in text:
+                continue
+            admission.statistics.too_large -= 1
+            most = max(1, min(PASSAGE_CHARACTERS, admission.max_document_bytes // LONGEST_CHARACTER))
+            for passage in passages(text, most):
+                documents += self._admitted(passage.encode("utf-8"), admission)
+        return documents
+
+    def _text(self, content: bytes) -> bytes:
+        """The text of a document, by which it is admitted, in UTF-8; lone surrogates are kept, and are no UTF-8."""
+        return content
 
     @property
     def statistics(self) -> CorpusStatistics:
@@ -84,7 +130,7 @@ class LocalCorpus(Corpus):
         if isinstance(document.source, bytes):
             return document.source
         try:
-            content = document.source.read_bytes()
+            content = read_regular(document.source)
         except OSError:
             content = b""
         if hashlib.sha256(content).digest() != document.digest:
@@ -99,7 +145,7 @@ def _read(path: Path, admission: Admission) -> bytes | None:
         if path.stat().st_size > admission.max_document_bytes:
             admission.statistics.too_large += 1
             return None
-        return path.read_bytes()
+        return read_regular(path)
     except OSError:
         admission.statistics.unreadable += 1
         return None
@@ -150,42 +196,58 @@ def installed_python(argument: str, config: DataConfig) -> Corpus:
 
 
 def directory(argument: str, config: DataConfig) -> Corpus:
-    """``directory:PATH[:GLOB]``: the files below a folder, ``**/*`` by default, hidden ones left out."""
+    """``directory:PATH[:GLOB]``: the files below a folder, ``**/*`` by default, hidden ones left out.
+
+    Each is one document, whatever it holds; the log says so of files of records.
+    """
     path, glob = argument, "**/*"
-    if not Path(path).expanduser().is_dir() and ":" in argument:
+    if not _is_folder(path) and ":" in argument:
         path, glob = argument.rsplit(":", maxsplit=1)
-    folder = Path(path).expanduser()
-    if not path or not folder.is_dir():
+    if not path or not _is_folder(path):
         raise InputError(f"corpus {config.corpus!r}: no folder {path!r}; write directory:PATH[:GLOB]")
-    files, unreadable = _files(folder, glob)
+    files, unreadable = _files(user_path(path), glob)
+    records = [file for file in files if kind_of(file) in RECORDS_NOT_PROSE]
+    if records and is_main_process():
+        log.warning(
+            "corpus %r: %d files of records such as %s are read as plain text, each one document; file:PATH reads the "
+            "records of one",
+            config.corpus,
+            len(records),
+            records[0].name,
+        )
     return LocalCorpus(files, config, unreadable)
 
 
 def text_file(argument: str, config: DataConfig) -> Corpus:
-    """``file:PATH``: a ``.jsonl`` file with a document a line, or text (see :data:`DOCUMENT_SEPARATOR`)."""
-    path = Path(argument).expanduser()
-    if not argument or not path.is_file():
+    """``file:PATH``: the records of a JSON, CSV, TSV or Parquet file, each a document, or text.
+
+    Of a table, the text is in the column ``text`` or ``content``. A ``.txt`` file is parted at
+    :data:`DOCUMENT_SEPARATOR`; any other is one document. Files may be compressed (``.gz``, ``.bz2``, ``.xz``).
+    """
+    path = user_path(argument)
+    if not argument or not _exists(path):
         raise InputError(f"corpus {config.corpus!r}: no file {argument!r}; write file:PATH")
+    kind = kind_of(path)
+    if kind in RECORDS:
+        return LocalCorpus(_texts(read_records(path, config.corpus, TEXT_COLUMNS, kind)), config)
+    content = read_content(path, config.corpus)
+    return LocalCorpus(content.split(DOCUMENT_SEPARATOR.encode()) if kind == ".txt" else [content], config)
+
+
+def _texts(records: Iterable[tuple[str, Record]]) -> Iterator[bytes]:
+    for where, record in records:
+        yield record if isinstance(record, bytes) else row_text(record, where).encode("utf-8", "surrogatepass")
+
+
+def _exists(path: Path) -> bool:
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"corpus {config.corpus!r}: cannot read {argument!r}: {error.strerror}") from error
-    if path.suffix == ".jsonl":
-        return LocalCorpus(_json_lines(content, config.corpus), config)
-    separated = path.suffix == ".txt"
-    return LocalCorpus(content.split(DOCUMENT_SEPARATOR.encode()) if separated else [content], config)
+        return path.exists() and not path.is_dir()
+    except (OSError, ValueError):
+        return False
 
 
-def _json_lines(content: bytes, corpus: str) -> Iterator[bytes]:
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        where = f"corpus {corpus!r}, line {number}"
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError:
-            yield line
-        except json.JSONDecodeError as error:
-            raise InputError(f"{where}: not JSON ({error.msg}); give one JSON object a line") from error
-        else:
-            yield row_text(row, where).encode("utf-8", "surrogatepass")
+def _is_folder(path: str) -> bool:
+    try:
+        return user_path(path).is_dir()
+    except (OSError, ValueError):
+        return False

@@ -3,16 +3,18 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from normfree.data.blocks import Blocks, Cutter, SplitStatistics, token_dtype
 from normfree.data.configuration import DataConfig
-from normfree.data.documents import Split
+from normfree.data.documents import Admission, Split
 from normfree.data.local import LocalCorpus
+from normfree.data.records import RECORDS, Record, kind_of, read_records
 from normfree.errors import InputError
+from normfree.files import user_path
 
 FIELDS = ("prompt", "completion")
 
@@ -26,6 +28,12 @@ class Pair(NamedTuple):
 
 class PairCorpus(LocalCorpus):
     """Pairs in the order and the splits of a :class:`~normfree.data.local.LocalCorpus` of their texts."""
+
+    def _text(self, content: bytes) -> bytes:
+        return "".join(json.loads(content)).encode("utf-8", "surrogatepass")
+
+    def _admitted_passages(self, large: list[Path | bytes], admission: Admission) -> list[Any]:
+        return []  # a part of a pair is none
 
     def pairs(self, split: Split) -> Iterator[Pair]:
         """The pairs of a split.
@@ -41,19 +49,19 @@ class PairCorpus(LocalCorpus):
 
 
 def prompt_completion_pairs(argument: str, config: DataConfig) -> PairCorpus:
-    """``pairs:PATH``: a file of JSON lines with the texts ``prompt`` and ``completion``."""
-    path = Path(argument).expanduser()
-    if not argument or not path.is_file():
+    """``pairs:PATH``: records with the texts ``prompt`` and ``completion``; JSON lines if the name does not say."""
+    path = user_path(argument)
+    try:
+        is_there = bool(argument) and path.exists()
+    except (OSError, ValueError):
+        is_there = False
+    if not is_there:
         raise InputError(f"corpus {config.corpus!r}: no file {argument!r}; write pairs:PATH")
     if config.cut != "packed":
         raise InputError(f"corpus {config.corpus!r}: pairs are shorter than a sequence; set data.cut to packed")
-    try:
-        content = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"corpus {config.corpus!r}: cannot read {argument!r}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"corpus {config.corpus!r}: not a text file (byte {error.start} is not UTF-8)") from error
-    return PairCorpus(_documents(content, config.corpus), config)
+    kind = kind_of(path)
+    records = read_records(path, config.corpus, FIELDS, kind if kind in RECORDS else ".jsonl")
+    return PairCorpus(_documents(records), config)
 
 
 def write_pairs(
@@ -101,16 +109,11 @@ def write_pairs(
     return statistics
 
 
-def _documents(content: str, corpus: str) -> Iterator[bytes]:
+def _documents(records: Iterator[tuple[str, Record]]) -> Iterator[bytes]:
     """Each pair as the JSON array of its two texts."""
-    for number, line in enumerate(content.split("\n"), start=1):
-        where = f"corpus {corpus!r}, line {number}"
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{where}: not JSON ({error.msg}); give one JSON object a line") from error
+    for where, row in records:
+        if isinstance(row, bytes):
+            raise InputError(f"{where}: not UTF-8; write the file in UTF-8")
         if not isinstance(row, dict) or any(not isinstance(row.get(name), str) for name in FIELDS):
             raise InputError(f"{where}: give an object with the texts {' and '.join(FIELDS)}")
         if not row["completion"]:

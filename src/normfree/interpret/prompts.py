@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from normfree.data import Beginning
 from normfree.errors import InputError
+from normfree.files import read_regular
 from normfree.interpret.patching import PromptPairs
 
 PROMPTS = ("clean", "corrupted")
@@ -68,19 +69,23 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, beginning: Begi
             answer is not one token.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read prompts from {path}: {error}") from error
+        lines = read_regular(path).decode("utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"cannot read prompts from {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"cannot read prompts from {path}: byte {error.start} is not UTF-8") from error
     rows: dict[str, list[list[int]]] = {name: [] for name in FIELDS}
     for number, line in enumerate(lines, start=1):
         where = f"{path}, line {number}"
         try:
             content = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{where} is not JSON ({error}); give one object a line") from error
         if not isinstance(content, dict) or any(not isinstance(content.get(name), str) for name in FIELDS):
             raise InputError(f"{where}: each line is an object with the texts {', '.join(FIELDS)}")
         for name in FIELDS:
+            if not _is_text(content[name]):
+                raise InputError(f"{where}: {name} has a NUL or half of a surrogate pair, which no tokenizer reads")
             token_ids = tokenizer(content[name], add_special_tokens=False)["input_ids"]
             rows[name].append(beginning.before(token_ids) if name in PROMPTS else token_ids)
         for name in ANSWERS:
@@ -96,3 +101,7 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, beginning: Begi
         raise InputError(f"{path} has no prompts; give one object a line with {', '.join(FIELDS)}")
     prompts = [torch.tensor(rows[name], dtype=torch.int64) for name in PROMPTS]
     return PromptPairs(*prompts, *(torch.tensor(rows[name], dtype=torch.int64)[:, 0] for name in ANSWERS))
+
+
+def _is_text(text: str) -> bool:
+    return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationErr
 
 from normfree.data import DataConfig, PackedData
 from normfree.errors import InputError, invalid_fields, unknown_name
+from normfree.files import read_regular
 from normfree.modeling import NormfreeConfig
 from normfree.training.lora import LoraOptions
 from normfree.training.objectives import OBJECTIVES, Objective, ObjectiveOptions
@@ -109,11 +110,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
         InputError: it cannot be read, is not YAML (object tags included), or holds something else.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(read_regular(path).decode("utf-8"))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not a text file (byte {error.start} is not UTF-8)") from error
+    except RecursionError as error:
+        raise InputError(f"{path} is nested too deeply to be a configuration") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from normfree.files import first_difference, sha256, write_text
+from normfree.files import first_difference, read_regular, sha256, write_text
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def run_identity(folder: Path) -> str | None:
 def recorded(config_path: Path, name: str) -> str | None:
     """An entry of the provenance in a run's ``config.yaml``, None where the file has none."""
     try:
-        content = yaml.safe_load(config_path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(read_regular(config_path).decode("utf-8"))
         value = content[PROVENANCE][name]
     except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError):
         return None
