@@ -8,8 +8,10 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from normfree.errors import InputError
 
 _NEW, _OLD = "new", "old"
 """In the temporary folder beside a folder that is written whole."""
@@ -55,6 +57,41 @@ def write_text(path: Path, text: str) -> None:
     """Writes ``text`` whole or not at all, in UTF-8."""
     with written_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+"""Errors that no other folder of the same disk mends, and that pass when there is room again."""
+
+
+def check_output_folder(folder: Path) -> None:
+    """Checks that files can be written into ``folder``, which is left as it is: made, tried and taken away again.
+
+    It is tried, as permissions alone do not tell: a file system may be read-only, a name too long, a parent a file or a
+    link to itself.
+
+    Raises:
+        InputError: it cannot be made or written into, for whatever reason the operating system names.
+        OSError: the disk is full.
+    """
+    made: list[Path] = []
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{folder} is a file; give another output folder")
+        made = [each for each in (folder, *folder.parents) if not each.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        # Named as what a killed process leaves, so that whoever looks into the folder meanwhile passes over it.
+        handle, name = tempfile.mkstemp(dir=folder, prefix=".normfree.")
+        os.close(handle)
+        Path(name).unlink()
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError) or getattr(error, "errno", None) in NO_SPACE:
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot write into {str(folder)!r}: {reason}; give another output folder") from error
+    finally:
+        for each in made:
+            with suppress(OSError, ValueError):  # it was not made, or another process has written into it
+                each.rmdir()
 
 
 _KINDS = {

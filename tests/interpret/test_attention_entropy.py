@@ -1,6 +1,7 @@
 """Measuring a saved model: against NumPy on its own eager attentions; and bad input."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -171,7 +172,9 @@ def test_table_for_a_reader_and_default_folder(models, corpus_folder, normfree, 
     assert "2 sequences of 32 tokens" in out  # all positions the model has
     assert f"{uniform_entropy_bound(32):.3f}" in out
     assert "heads in top band" in " ".join(out.split())
-    assert (tmp_path / "entropy" / "gpt2" / "heads.csv").exists()
+    (folder,) = (tmp_path / "entropy").iterdir()
+    assert re.fullmatch(r"models\d+--gpt2-[0-9a-f]{8}", folder.name)
+    assert (folder / "heads.csv").exists()
 
 
 def test_measures_a_run_on_its_own_evaluation_sequences(tiny_run, data, normfree, tmp_path):

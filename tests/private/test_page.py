@@ -61,7 +61,7 @@ def test_presets_are_the_four_configurations(normfree: Command, formula: None, t
     assert totals["SM+R", "ABY3", "blocks"]["bytes_sent"] == 12 * (attention + feed_forward)
     assert totals["SM+R", "ABY3", "blocks"]["norm_percent"] == 0
     assert "alternatives" not in found
-    assert pd.read_csv(tmp_path / "private-cost" / "operations.csv").groupby(["model", "protocol"]).size().min() == 120
+    assert pd.read_csv(tmp_path / found["folder"] / "operations.csv").groupby(["model", "protocol"]).size().min() == 120
 
 
 def test_runs_bring_their_perplexity(
@@ -86,7 +86,7 @@ def test_runs_bring_their_perplexity(
     blocks = {row["model"]: row for row in found["blocks"] if row["protocol"] == "SEMI2K"}
     summed = blocks["SM+R"]["sum_bytes_sent"]
     assert blocks["SM+R"]["difference_percent"] == pytest.approx(100 * (summed / 1000 - 1))
-    page = tmp_path / "private-cost"
+    page = tmp_path / found["folder"]
     assert {path.stem for path in (page / "figures").glob("*.png")} == {
         "private-operations",
         "private-pareto",

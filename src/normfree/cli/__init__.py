@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -41,11 +42,44 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 # Deterministic matrix products on CUDA need this set before the first one.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
-"""Errors of the operating system that another folder mends; after others the same command may do."""
+NOT_WRITABLE = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EEXIST,
+    errno.ENOTEMPTY,
+    errno.EINVAL,
+    errno.ENODEV,
+    errno.ENXIO,
+)
+"""Errors of the operating system that another folder mends."""
+PASSING = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EIO,
+    errno.ENOMEM,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.EAGAIN,
+    errno.EBUSY,
+    errno.ESTALE,
+    errno.ENOLCK,
+    errno.ETIMEDOUT,
+    errno.ECONNRESET,
+    errno.ECONNREFUSED,
+)
+"""Errors of the operating system after which the same command may do, once their cause is gone."""
+PASSING_FAILURES = re.compile(r"DataLoader worker|out of memory|CUDA error|NCCL|[Cc]onnection")
+"""What torch says of workers, memory, devices and connections that fail on the way, all as RuntimeError."""
 TRACEBACK = "NORMFREE_TRACEBACK"
 """The environment variable that asks for the trace of an error that nobody foresaw."""
 GO_ON = "the same command goes on from the last checkpoint"
+RESUMING = ("study", "study-worker", "train", "finetune", "remove-norm")
+"""Commands that write checkpoints, and go on from them."""
 COMMANDS = (
     study,
     study_worker,
@@ -90,19 +124,34 @@ def main() -> None:
     except typer.TyperException as error:
         _fail(f"{error.format_message()} (see: normfree --help)", 2)
     except Interrupted as stop:
-        _fail(f"{stop}; {GO_ON}: {shlex.join(['normfree', *sys.argv[1:]])}", 128 + stop.signal, everywhere=True)
+        _fail(f"{stop}; {_again()}: {shlex.join(['normfree', *sys.argv[1:]])}", 128 + stop.signal, everywhere=True)
     except OSError as error:
         is_bad_place = error.errno in NOT_WRITABLE
-        advice = "give another folder" if is_bad_place else f"when that is mended, {GO_ON}"
+        advice = "; give another folder" if is_bad_place else ""
+        if error.errno in PASSING:
+            advice = f"; when that is mended, {_again()}"
         where = f" {error.filename}" if error.filename is not None else ""
-        _fail(f"cannot use{where}: {error.strerror or error}; {advice}", 2 if is_bad_place else 1)
+        _fail(f"cannot use{where}: {error.strerror or error}{advice}", 2 if is_bad_place else 1)
     except Exception as error:
         if TRACEBACK in os.environ:
             traceback.print_exc()
-        _fail(f"failed ({type(error).__name__}: {error}); {GO_ON}; {TRACEBACK}=1 shows where it failed", 1)
+        _fail(f"failed ({type(error).__name__}: {error}){_hope(error)}; {TRACEBACK}=1 shows where it failed", 1)
     finally:
         logging.getLogger("normfree").removeHandler(warnings)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _again() -> str:
+    """What the same command does: only some have checkpoints."""
+    return GO_ON if sys.argv[1:2] and sys.argv[1] in RESUMING else "the same command begins again"
+
+
+def _hope(error: Exception) -> str:
+    """What the same command does after an error that nobody foresaw; nothing is promised if it may fail again."""
+    may_pass = isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and PASSING_FAILURES.search(str(error)) is not None
+    )
+    return f"; {_again()}" if may_pass else ""
 
 
 def _fail(message: str, code: int, *, everywhere: bool = False) -> None:

@@ -18,7 +18,7 @@ from normfree.cli.bench_tables import (
     step_cost_table,
     training_tables,
 )
-from normfree.cli.options import DEFAULT_CACHE_DIR, CacheDir, Json, numbers, open_console
+from normfree.cli.options import DEFAULT_CACHE_DIR, CacheDir, Json, checked_file, numbers, open_console
 from normfree.errors import InputError
 from normfree.files import write_text
 
@@ -33,9 +33,7 @@ Compile = Annotated[bool, typer.Option("--compile", help="With torch.compile.")]
 Dtype = Annotated[str | None, typer.Option(help="fp32 or bf16; default: fp32 on a CPU, bf16 on a GPU.")]
 Heads = Annotated[int, typer.Option(help="Heads, of 64 dimensions each; the width follows.")]
 Layers = Annotated[int, typer.Option(help="Layers of the model.")]
-Out = Annotated[
-    Path | None, typer.Option(dir_okay=False, writable=True, help="File for the result, as JSON; default: none.")
-]
+Out = Annotated[Path | None, typer.Option(help="File for the result, as JSON; default: none.", callback=checked_file)]
 PresetName = Annotated[str, typer.Option(help="A preset's name, or a YAML file of the same form.")]
 Rounds = Annotated[int, typer.Option(help="Rounds; each runs every variant once, in a new order.")]
 Tokens = Annotated[int, typer.Option(help="Tokens of a sequence.")]

@@ -19,8 +19,10 @@ from normfree.cli.options import (
     ComparedLength,
     ComparedTokenizer,
     Json,
+    checked_folder,
     model_name,
     open_console,
+    output_folder,
     quantized,
     say_quantized,
 )
@@ -35,7 +37,12 @@ def depth(
     sequences: Annotated[int, typer.Option(help="Sequences to measure on.")] = 32,
     probes: Annotated[int, typer.Option(help="Random vectors a sequence for each Jacobian.")] = 8,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences in memory at once.")] = 8,
-    out: Annotated[Path, typer.Option(help="Folder for CSV files, figures and the report.")] = Path("depth"),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for CSV files, figures and the report; default depth/MODEL.", callback=checked_folder
+        ),
+    ] = None,
     bos: Bos = None,
     cache_dir: CacheDir = DEFAULT_CACHE_DIR,
     json_: Json = False,
@@ -52,6 +59,7 @@ def depth(
 
     if len(set(models)) < len(models):
         raise InputError("a model is named twice; name each once")
+    folder = output_folder(out, "depth", models)
     console = open_console(json_)
     measured = load_pretrained(models[0])
     sequences_read = token_sequences(
@@ -78,7 +86,7 @@ def depth(
             )
     weights = quantized({model_name(source, models): source for source in models})
     command = f"normfree depth {' '.join(models)}"
-    table = write_depth_page(found, out, command, sequences=str(sequences_read), quantized=weights)
+    table = write_depth_page(found, folder, command, sequences=str(sequences_read), quantized=weights)
     if json_:
         frames = {name: each.frames() for name, each in found.items()}
         rows = {
@@ -86,7 +94,7 @@ def depth(
             for name, each in frames.items()
         }
         read = {"beginning": sequences_read.beginning.summary(), "quantization": weights}
-        print(json.dumps({"folder": str(out), **read, "models": rows}))
+        print(json.dumps({"folder": str(folder), **read, "models": rows}))
         return
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     columns = {
@@ -112,4 +120,4 @@ def depth(
             f"{row['model']}: {row['nonfinite_entries']:,} entries of the residual stream are NaN or infinite",
             highlight=False,
         )
-    console.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True)
+    console.print(f"Report: {folder / 'report.html'}", highlight=False, soft_wrap=True)

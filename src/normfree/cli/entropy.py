@@ -10,7 +10,18 @@ import typer
 from rich import box
 from rich.table import Table
 
-from normfree.cli.options import DEFAULT_CACHE_DIR, Bos, CacheDir, Json, Model, open_console, say_quantized
+from normfree.cli.options import (
+    DEFAULT_CACHE_DIR,
+    Bos,
+    CacheDir,
+    Json,
+    Model,
+    checked_folder,
+    model_name,
+    open_console,
+    output_folder,
+    say_quantized,
+)
 
 
 def entropy(
@@ -24,7 +35,9 @@ def entropy(
         int | None, typer.Option(help="T; default: the run's, or 512 or the model's positions.")
     ] = None,
     sequences: Annotated[int, typer.Option(help="Sequences to measure on.")] = 32,
-    out: Annotated[Path | None, typer.Option(help="Folder for CSV and figures; default entropy/MODEL.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for CSV and figures; default entropy/MODEL.", callback=checked_folder)
+    ] = None,
     bos: Bos = None,
     cache_dir: CacheDir = DEFAULT_CACHE_DIR,
     json_: Json = False,
@@ -41,6 +54,7 @@ def entropy(
     from normfree.report import headwise_entropy_heatmaps, save_figure
     from normfree.training import load_pretrained
 
+    folder = output_folder(out, "entropy", [model])
     measured = load_pretrained(model)
     sequences_read = token_sequences(
         measured,
@@ -54,8 +68,7 @@ def entropy(
     console = open_console(json_)
     with console.status(str(sequences_read)):
         result = measure_attention_entropy(measured.model, sequences_read.tokens)
-    name = Path(model).resolve().name if Path(model).exists() else model
-    folder = out or Path("entropy") / name.replace("/", "--")
+    name = model_name(model, [model])
     write_attention_entropy(result, folder)
     frame = result.heads.assign(model=name, context_length=result.sequence_length, configuration=name, seed=0)
     save_figure(headwise_entropy_heatmaps(frame, maximum=result.uniform_bound), folder, "headwise_entropy")

@@ -15,6 +15,7 @@ from normfree.cli.options import (
     Json,
     Model,
     changes,
+    checked_folder,
     open_console,
     quantized,
     say_quantized,
@@ -26,7 +27,7 @@ def finetune(
     corpus: Annotated[
         str, typer.Option(help="pairs:FILE.jsonl, with a prompt and a completion a line; or as for a study.")
     ],
-    out: Annotated[Path, typer.Option(help="Run folder.")],
+    out: Annotated[Path, typer.Option(help="Run folder.", callback=checked_folder)],
     epochs: Annotated[float, typer.Option(min=0.01, help="Passes over the training split.")] = 3.0,
     tokens: Annotated[int | None, typer.Option(help="Budget in tokens, in place of epochs.")] = None,
     steps: Annotated[int | None, typer.Option(help="Budget in optimizer steps, in place of epochs.")] = None,

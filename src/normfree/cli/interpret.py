@@ -19,8 +19,10 @@ from normfree.cli.options import (
     ComparedLength,
     ComparedTokenizer,
     Json,
+    checked_folder,
     model_name,
     open_console,
+    output_folder,
     quantized,
     say_quantized,
 )
@@ -38,20 +40,26 @@ def interpret(
         typer.Option(help="JSON lines with clean, corrupted, answer, wrong_answer; default: induction prompts."),
     ] = None,
     neurons: Annotated[int, typer.Option(help="Candidate confidence neurons to ablate.")] = 20,
-    out: Annotated[Path, typer.Option(help="Folder for CSV files, figures and the report.")] = Path("interpretation"),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for CSV files, figures and the report; default interpretation/MODEL.", callback=checked_folder
+        ),
+    ] = None,
     bos: Bos = None,
     cache_dir: CacheDir = DEFAULT_CACHE_DIR,
     json_: Json = False,
 ) -> None:
     """Direct logit attribution, patching, confidence neurons and sinks, of models with and without norms.
 
-    Example: normfree interpret removal/seed-0/vanilla removal/seed-0/norm-free --corpus installed-python
+    Example: normfree interpret removal/vanilla removal/norm-free --corpus installed-python
     """
     from normfree.interpret import induction_pairs, read_prompts, token_sequences, tokenizer_of
     from normfree.studies.interpretation import interpret as interpret_model
     from normfree.studies.interpretation import write_interpretation
     from normfree.training import load_pretrained
 
+    folder = output_folder(out, "interpretation", models)
     console = open_console(json_)
     loaded = {model_name(each, models): load_pretrained(each) for each in models}
     first = next(iter(loaded.values()))
@@ -80,11 +88,11 @@ def interpret(
             found[name] = interpret_model(each.as_normfree(), sequences_read.tokens, pairs, n_neuron=neurons)
     weights = quantized({model_name(source, models): source for source in models})
     command = f"normfree interpret {' '.join(models)}"
-    table = write_interpretation(found, out, command, sequences=str(sequences_read), quantized=weights)
+    table = write_interpretation(found, folder, command, sequences=str(sequences_read), quantized=weights)
     if json_:
         rows = json.loads(table.to_json(orient="records", double_precision=9))
         read = {"beginning": beginning.summary(), "quantization": weights}
-        print(json.dumps({"folder": str(out), **read, "summary": rows}))
+        print(json.dumps({"folder": str(folder), **read, "summary": rows}))
         return
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in table.columns:
@@ -94,4 +102,4 @@ def interpret(
     console.print(shown)
     console.print(f"Read on {sequences_read}", highlight=False)
     say_quantized(console, weights)
-    console.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True)
+    console.print(f"Report: {folder / 'report.html'}", highlight=False, soft_wrap=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,9 +14,57 @@ import yaml
 from rich.console import Console
 
 from normfree.errors import InputError
+from normfree.files import check_output_folder
 from normfree.processes import is_main_process
 
-CacheDir = Annotated[Path, typer.Option(help="Where tokenized corpora are kept and found again.")]
+FINISHED = ("results.csv", "removal.csv")
+"""Files of a folder whose work is done: it is read, and may be read-only."""
+
+
+def checked_folder(folder: Path | None) -> Path | None:
+    """An output folder, after a look at whether it can be written: before any long work, in the main process only.
+
+    Raises:
+        InputError: it cannot.
+    """
+    if folder is not None and is_main_process() and not _is_finished(folder):
+        check_output_folder(folder)
+    return folder
+
+
+def checked_file(file: Path | None) -> Path | None:
+    """An output file, likewise.
+
+    Raises:
+        InputError: it is a folder, or its folder cannot be written.
+    """
+    if file is not None and is_main_process():
+        check_output_folder(file.parent)
+        if _exists(file / "."):
+            raise InputError(f"{file} is a folder; give the name of a file")
+    return file
+
+
+def _checked_cache(folder: Path) -> Path:
+    if is_main_process() and folder != DEFAULT_CACHE_DIR and not _exists(folder / "."):
+        check_output_folder(folder)
+    return folder
+
+
+def _is_finished(folder: Path) -> bool:
+    return any(_exists(folder / name) for name in FINISHED)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+CacheDir = Annotated[
+    Path, typer.Option(help="Where tokenized corpora are kept and found again.", callback=_checked_cache)
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, to standard output.")]
 Model = Annotated[
     str, typer.Argument(help="A Hub id, a model folder, a .gguf file, or a run or checkpoint folder of Normfree.")
@@ -34,6 +84,10 @@ Bos = Annotated[
         help="Begin sequences with the beginning-of-text token, or do not; default: as the model's tokenizer does.",
     ),
 ]
+NUMBERED = re.compile(r"(seed|checkpoint)-\d+")
+"""Folders whose name says nothing without that of the folder around them."""
+LONGEST_NAME = 150
+"""Bytes of a default folder's name; most file systems allow 255."""
 LOG_WIDTH = 110
 DEFAULT_CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "normfree"
 
@@ -54,12 +108,17 @@ def open_console(json_: bool) -> Console:
 
 
 def model_name(source: str, among: list[str]) -> str:
-    """The last part of a path, or as many as tell it from the others; a Hub id as it is."""
+    """The last part of a path, or as many as tell it from the others; a Hub id as it is.
+
+    A run is named with its configuration, a checkpoint with its run.
+    """
     if not Path(source).exists():
         return source
     parts = Path(source).resolve().parts
     others = [Path(each).resolve().parts for each in among if each != source]
     n = next(n for n in range(1, len(parts) + 1) if all(each[-n:] != parts[-n:] for each in others) or n == len(parts))
+    while n < len(parts) - 1 and NUMBERED.fullmatch(parts[-n]):
+        n += 1
     return "/".join(parts[-n:])
 
 
@@ -75,6 +134,47 @@ def say_quantized(console: Console, weights: Mapping[str, str]) -> None:
     """A line for each model whose weights were quantized."""
     for name, how in weights.items():
         console.print(f"Weights of {name}: {how}", highlight=False, soft_wrap=True)
+
+
+def output_folder(out: Path | None, command: str, models: list[str]) -> Path:
+    """Where ``command`` writes what it found of ``models``: ``out``, or a folder of their own that can be written.
+
+    That is ``command/MODEL``: the path of a model from the current folder, its parts joined by ``--``; of one elsewhere
+    its last two parts and a digest of all; and a Hub id likewise. Several models have that of the first and a digest.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    if out is not None:
+        return out
+    name = _folder_name(models[0])
+    if len(models) > 1:
+        paths = [str(Path(each).resolve()) if _exists(Path(each)) else each for each in models]
+        name = f"{name}--and-{len(models) - 1}-more-{_digest(chr(10).join(paths))}"
+    folder = Path(command) / name
+    checked_folder(folder)
+    return folder
+
+
+def _folder_name(model: str) -> str:
+    path = Path(model)
+    if not _exists(path):
+        parts = [part for part in model.split("/") if part]
+        whole = "--" not in model
+    else:
+        path = path.resolve()
+        whole = path.is_relative_to(Path.cwd()) and path != Path.cwd()
+        parts = list(path.relative_to(Path.cwd()).parts if whole else path.parts[-2:])
+        whole = whole and not any("--" in part for part in parts)
+        model = str(path)
+    name = "--".join(part.strip("/") for part in parts)
+    if whole and len(name.encode()) <= LONGEST_NAME:
+        return name
+    return f"{name.encode()[-LONGEST_NAME:].decode(errors='ignore')}-{_digest(model)}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:8]
 
 
 def changes(

@@ -11,7 +11,17 @@ import typer
 from rich import box
 from rich.table import Table
 
-from normfree.cli.options import DEFAULT_CACHE_DIR, CacheDir, Json, model_name, open_console, quantized, say_quantized
+from normfree.cli.options import (
+    DEFAULT_CACHE_DIR,
+    CacheDir,
+    Json,
+    checked_folder,
+    model_name,
+    open_console,
+    output_folder,
+    quantized,
+    say_quantized,
+)
 
 
 def private_cost(
@@ -47,7 +57,12 @@ def private_cost(
         Path | None,
         typer.Option(help="Python of the engine's environment; default: $NORMFREE_ENGINE_PYTHON or .venv-private."),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for CSV files, figures and the report.")] = Path("private-cost"),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for CSV files, figures and the report; default private-cost/MODEL.", callback=checked_folder
+        ),
+    ] = None,
     cache_dir: CacheDir = DEFAULT_CACHE_DIR,
     json_: Json = False,
 ) -> None:
@@ -95,6 +110,7 @@ def private_cost(
         blocks_only=blocks_only,
         needs_weights=end_to_end,
     )
+    folder = output_folder(out, "private-cost", models)
     measurers = [Measurer(engine, each, cache_dir / "private-cost") for each in settings]
     try:
         with console.status("") as status:
@@ -119,7 +135,7 @@ def private_cost(
     weights = quantized({model_name(source, models): source for source in models})
     write_private_costs(
         costs,
-        out,
+        folder,
         settings=settings,
         networks=networks,
         sequence_lengths=[each.T for each in priced],
@@ -132,7 +148,7 @@ def private_cost(
             name: json.loads(frame.to_json(orient="records", double_precision=9))
             for name, frame in costs.by_name().items()
         }
-        print(json.dumps({"folder": str(out), "quantization": weights, **frames}))
+        print(json.dumps({"folder": str(folder), "quantization": weights, **frames}))
         return
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     columns = ["MB", "messages", *(f"{each.name} s" for each in networks), "norms %", "activations %", "perplexity"]
@@ -153,4 +169,4 @@ def private_cost(
         )
     console.print(shown)
     say_quantized(console, weights)
-    console.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True)
+    console.print(f"Report: {folder / 'report.html'}", highlight=False, soft_wrap=True)

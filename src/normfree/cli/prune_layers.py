@@ -8,13 +8,25 @@ from typing import Annotated
 
 import typer
 
-from normfree.cli.options import DEFAULT_CACHE_DIR, Bos, CacheDir, Json, Model, numbers, open_console, say_quantized
+from normfree.cli.options import (
+    DEFAULT_CACHE_DIR,
+    Bos,
+    CacheDir,
+    Json,
+    Model,
+    checked_folder,
+    numbers,
+    open_console,
+    say_quantized,
+)
 from normfree.errors import InputError
 
 
 def prune_layers(
     model: Model,
-    out: Annotated[Path, typer.Option(help="Folder for the pruned model; must not hold anything yet.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder for the pruned model; must not hold anything yet.", callback=checked_folder)
+    ],
     drop: Annotated[str | None, typer.Option(help="Layers to drop, counted from 0, e.g. 8,9,10.")] = None,
     drop_last: Annotated[int | None, typer.Option(help="Drop so many of the last layers.")] = None,
     drop_similar: Annotated[

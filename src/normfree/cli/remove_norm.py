@@ -17,7 +17,9 @@ from normfree.cli.options import (
     Json,
     Model,
     changes,
+    checked_folder,
     open_console,
+    output_folder,
     quantized,
     say_quantized,
 )
@@ -29,7 +31,9 @@ def remove_norm(
     model: Model,
     corpus: Annotated[str | None, typer.Option(help="As for a study; default, for a run: its own.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="A tokenizer's name or folder; default: the model's.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for runs and models; default removal/MODEL.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for runs and models; default removal/MODEL.", callback=checked_folder)
+    ] = None,
     schedule: Annotated[
         str | None,
         typer.Option(
@@ -66,14 +70,13 @@ def remove_norm(
     from normfree.training import StudyProgress
 
     check_alone("normfree remove-norm", "leave the launcher out: its statistics would be those of one of them")
+    folder = output_folder(out, "removal", [model])
     wanted = changes(set_, tokens=tokens, steps=steps, corpus=corpus, tokenizer=tokenizer, bos=bos)
     chosen = load_schedule(schedule) if schedule is not None else None
     planned = plan(model, changes=wanted, seed=seed, lora_rank=lora, schedule=chosen)
     console = open_console(json_)
     data = planned.prepare_data(cache_dir, progress=console.is_terminal)
     run = planned.run
-    name = Path(model).resolve().name if Path(model).exists() else model
-    folder = out or Path("removal") / name.replace("/", "--")
     total = run.recipe.n_tokens(run.data.sequence_length) * (2 if vanilla else 1)
     with locked(folder), StudyProgress(total, console=console, description="remove-norm") as progress:
         result = remove(

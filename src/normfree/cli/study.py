@@ -12,6 +12,7 @@ from normfree.cli.options import (
     CacheDir,
     Json,
     changes,
+    checked_folder,
     nested_assignments,
     numbers,
     open_console,
@@ -26,7 +27,9 @@ from normfree.processes import check_alone
 def study(
     name: Annotated[str, typer.Argument(help="The study; a wrong name lists them all.")],
     preset: Annotated[str, typer.Option(help="The size: a preset's name, or a YAML file of the same form.")] = "cpu",
-    out: Annotated[Path | None, typer.Option(help="Study folder; default studies/NAME-PRESET.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Study folder; default studies/NAME-PRESET.", callback=checked_folder)
+    ] = None,
     seeds: Annotated[str | None, typer.Option(help="Comma-separated seeds, e.g. 0,1,2; default: the preset's.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Training budget of each run, in tokens.")] = None,
     steps: Annotated[int | None, typer.Option(help="Training budget of each run, in optimizer steps.")] = None,
@@ -101,6 +104,7 @@ def study(
         retries=DEFAULT_RETRIES if retries is None else retries,
     )
     folder = out or Path("studies") / f"{name}-{Path(preset).stem}"
+    checked_folder(folder)
     begin(name, folder, preset, changed)  # a folder that is refused is not even locked
     with locked(folder):
         begun = begin(name, folder, preset, changed)

@@ -8,13 +8,13 @@ from typing import Annotated
 
 import typer
 
-from normfree.cli.options import Json, Model, open_console, say_quantized
+from normfree.cli.options import Json, Model, checked_folder, open_console, say_quantized
 from normfree.errors import InputError
 
 
 def to_spark(
     model: Model,
-    out: Annotated[Path, typer.Option(help="Folder for the sparse model and its tokenizer.")],
+    out: Annotated[Path, typer.Option(help="Folder for the sparse model and its tokenizer.", callback=checked_folder)],
     ffn: Annotated[bool, typer.Option(help="Make the feed-forward networks sparse.")] = True,
     attention: Annotated[bool, typer.Option(help="Make attention sparse.")] = True,
     ffn_active: Annotated[

@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
-from normfree.cli.options import DEFAULT_CACHE_DIR, CacheDir, Json, open_console
+from normfree.cli.options import DEFAULT_CACHE_DIR, CacheDir, Json, checked_folder, open_console
 
 
 def train(
     config: Annotated[Path, typer.Argument(help="A run's YAML file, such as the config.yaml of an earlier run.")],
-    out: Annotated[Path, typer.Option(help="Run folder.")],
+    out: Annotated[Path, typer.Option(help="Run folder.", callback=checked_folder)],
     cache_dir: CacheDir = DEFAULT_CACHE_DIR,
     json_: Json = False,
 ) -> None:
