@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,11 @@ DECOMPRESS: dict[str, Callable[[bytes], bytes]] = {
 }
 PACKED = (".zst", ".lz4", ".zip", ".tar", ".tgz", ".7z", ".rar")
 """Not read: archives hold several files, and the others need a library."""
+
+
+DEEPEST = 200
+"""Brackets in one another that a record may have."""
+_STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 
 
 def kind_of(path: Path) -> str:
@@ -71,12 +77,27 @@ def read_records(path: Path, corpus: str, columns: Sequence[str], kind: str) -> 
 
 def parse_json(text: str | bytes, where: str, advice: str) -> Any:
     """The value of a JSON text; raises InputError where it is none, is nested too deeply or has a number too long."""
+    if _nesting(text) > DEEPEST:
+        raise InputError(f"{where}: not JSON that can be read (nested more than {DEEPEST} deep); {advice}")
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: not JSON ({error.msg}); {advice}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:  # a number of thousands of digits
         raise InputError(f"{where}: not JSON that can be read ({error}); {advice}") from error
+
+
+def _nesting(text: str | bytes) -> int:
+    """How deep the brackets of a JSON text nest: Python's parser crashes on deep ones where the stack is too small."""
+    content = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    if content.count(b"[") + content.count(b"{") <= DEEPEST:
+        return DEEPEST
+    depth = deepest = 0
+    for match in _STRING_OR_BRACKET.finditer(content):
+        bracket = match.group()
+        depth += (bracket in (b"[", b"{")) - (bracket in (b"]", b"}"))
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def _json_lines(content: bytes, where: str, columns: Sequence[str]) -> Iterator[tuple[str, Record]]:
@@ -100,8 +121,8 @@ def _json(content: bytes, where: str, columns: Sequence[str]) -> Iterator[tuple[
         yield from ((f"{where}, entry {number}", row) for number, row in enumerate(array, start=1))
         return
     try:
-        only = json.loads(text)
-    except (ValueError, RecursionError):
+        only = parse_json(_decoded(text, where), where, "")
+    except InputError:
         yield from _json_lines(content, where, columns)
     else:
         yield f"{where}, entry 1", only

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from normfree.data import Beginning
+from normfree.data.records import parse_json
 from normfree.errors import InputError
 from normfree.files import read_regular
 from normfree.interpret.patching import PromptPairs
@@ -77,10 +77,7 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, beginning: Begi
     rows: dict[str, list[list[int]]] = {name: [] for name in FIELDS}
     for number, line in enumerate(lines, start=1):
         where = f"{path}, line {number}"
-        try:
-            content = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{where} is not JSON ({error}); give one object a line") from error
+        content = parse_json(line, where, "give one object a line")
         if not isinstance(content, dict) or any(not isinstance(content.get(name), str) for name in FIELDS):
             raise InputError(f"{where}: each line is an object with the texts {', '.join(FIELDS)}")
         for name in FIELDS:
