@@ -51,7 +51,7 @@ def test_prompts_of_ones_own(data: PackedData, tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("", "has no prompts"),
-        ("{", "line 1 not JSON"),
+        ("{", "line 1: not JSON"),
         (line(answer=3), "line 1: each line is an object with the texts clean, corrupted, answer, wrong_answer"),
         (line(answer="a b c d"), r"line 1: answer 'a b c d' is \d+ tokens; give one token"),
         (line(corrupted="a b c d e"), "line 1: corrupted has .* tokens and the first prompt"),
