@@ -31,7 +31,7 @@ def assert_refused(command: Command, folder: Path, *arguments: str, says: str) -
         (("entropy", "--tokens", ""), "--tokens '' is not a comma-separated list"),
         (("entropy", "--dtype", "fp8"), "unknown dtype 'fp8' (did you mean 'fp32'?); allowed: fp32, bf16, fp16"),
         (("entropy", "--rounds", "0"), "rounds is 0; it must be at least 1"),
-        (("entropy", "--out", "."), "Invalid value for '--out'"),
+        (("entropy", "--out", "."), "is a folder; give the name of a file"),
         (("training", "--preset", "gpuu"), "unknown preset 'gpuu' (did you mean 'gpu'?)"),
         (("training", "--preset", "none.yaml"), "cannot read none.yaml"),
         (("training", "--steps", "0"), "steps is 0; it must be at least 1"),
