@@ -18,6 +18,7 @@ from normfree.cli.options import (
     Model,
     changes,
     checked_folder,
+    model_name,
     open_console,
     output_folder,
     quantized,
@@ -88,6 +89,7 @@ def remove_norm(
             callbacks=lambda variant, n_tokens: (progress.run(variant, n_tokens),),
         )
     beginning = Beginning.of(data.tokenizer, run.data.beginning)
+    name = model_name(model, [model])
     weights = quantized({name: model})
     if json_:
         exports = {"norm_free": str(result.norm_free), "stock": str(result.stock) if result.stock else None}
