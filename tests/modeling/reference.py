@@ -84,6 +84,7 @@ def attention(config: NormfreeConfig, weights: Weights, prefix: str, x: Array) -
     """Causal softmax attention, head by head and query by query."""
     query, key, value = (linear(weights, f"{prefix}.{each}_proj", x) for each in "qkv")
 
+    width = config.head_dim
     if config.qk_norm == "rmsnorm_full_width":
         query = norm("rmsnorm", weights, f"{prefix}.q_norm", config.norm_eps, query)
         key = norm("rmsnorm", weights, f"{prefix}.k_norm", config.norm_eps, key)
@@ -92,13 +93,15 @@ def attention(config: NormfreeConfig, weights: Weights, prefix: str, x: Array) -
         if config.qk_norm == "rmsnorm_full_width":
             return x
         if config.qk_norm == "layernorm_per_head" and projection in "qk":
-            gain = {"n.weight": weights[f"{prefix}.{projection}_norm.weight"][head], "n.bias": np.zeros(1)}
+            gain = {
+                "n.weight": weights[f"{prefix}.{projection}_norm.weight"].reshape(-1, width)[head],
+                "n.bias": np.zeros(1),
+            }
             return norm("layernorm", gain, "n", config.norm_eps, x)
         is_hybrid = config.norm_placement.startswith("hybrid")
         name = config.norm if is_hybrid else config.qk_norm if projection in "qk" else "none"
         return norm(name, weights, f"{prefix}.{projection}_norm", config.norm_eps, x)
 
-    width = config.head_dim
     heads = []
     for head in range(config.n_head):
         shared = head * config.n_kv_head // config.n_head

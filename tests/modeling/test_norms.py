@@ -144,7 +144,7 @@ def test_head_norms_are_as_wide_as_a_head(projection: str) -> None:
     assert [each.shape for each in build_head_norm(qk, 1, projection).parameters()] == expected
     assert not list(build_head_norm(config("layernorm"), 1, projection).parameters())
     heads = {"q": 4, "k": 2, "v": 0}[projection]
-    for qk_norm, shape in (("rmsnorm_full_width", (7 * heads,)), ("layernorm_per_head", (heads, 7))):
+    for qk_norm in ("rmsnorm_full_width", "layernorm_per_head"):
         grouped = NormfreeConfig(n_embd=12, n_head=4, n_kv_head=2, head_dim=7, qk_norm=qk_norm)
         built = build_head_norm(grouped, 1, projection)
-        assert [each.shape for each in built.parameters()] == ([] if projection == "v" else [shape])
+        assert [each.shape for each in built.parameters()] == ([] if projection == "v" else [(7 * heads,)])

@@ -29,15 +29,18 @@ class FullWidthRMSNorm(RMSNorm):
 
 
 class PerHeadLayerNorm(nn.Module):
-    """LayerNorm over head_dim with one gain per head and dimension and no bias (Stable LM 2 12B, 2024)."""
+    """LayerNorm over head_dim with one gain per head and dimension and no bias (Stable LM 2 12B, 2024).
+
+    The gains are one vector [heads head_dim]: what tells gains from matrices by their shape sees a gain.
+    """
 
     def __init__(self, n_head: int, head_dim: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(n_head, head_dim))
+        self.weight = nn.Parameter(torch.ones(n_head * head_dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(x, x.shape[-1:], eps=self.eps) * self.weight
+        return F.layer_norm(x, x.shape[-1:], eps=self.eps) * self.weight.view(x.shape[-2:])
 
 
 def _shared_by_heads(name: str) -> Callable[[NormfreeConfig, int, int], nn.Module]:

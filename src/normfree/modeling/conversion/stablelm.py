@@ -41,7 +41,7 @@ def convert_stablelm(model: Any) -> Converted:
 
 
 def _stacked(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The gains of the heads, one tensor [head_dim] each, as one tensor [heads, head_dim]."""
+    """The gains of the heads, one tensor [head_dim] each, as one tensor [heads head_dim]."""
     gains: dict[str, list[torch.Tensor]] = {}
     others = {}
     for name, tensor in weights.items():
@@ -51,4 +51,4 @@ def _stacked(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             assert rest.endswith(".weight"), "these norms have no bias"
         else:
             others[name] = tensor
-    return others | {name: torch.stack(each) for name, each in gains.items()}
+    return others | {name: torch.cat(each) for name, each in gains.items()}
