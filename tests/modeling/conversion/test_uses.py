@@ -61,7 +61,8 @@ NOT_STOCK = {
     "opt": "positions_skip_padding = True has no counterpart in GPT-2",
     **dict.fromkeys(WINDOWS, r"sliding_window = \d has no counterpart in Llama"),
     "phi3": "partial_rotary_factor",
-    **dict.fromkeys(("stablelm", "stablelm-parallel"), "norm_is_centered = True has no counterpart in Llama"),
+    "stablelm": "norm_is_centered = True has no counterpart in Llama",
+    "stablelm-parallel": "parallel_residual = True has no counterpart in Llama",
 }
 """What the stock model of the same kind has no counterpart for, once the norms are gone."""
 NOT_SPARSE = {
