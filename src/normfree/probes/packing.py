@@ -67,10 +67,16 @@ def sequences_of_lengths(cumulative: Tensor) -> tuple[Sequence, ...]:
     return tuple(Sequence(0, start, stop) for start, stop in pairwise(ends) if stop > start)
 
 
+def elements_per_row(visibility: Visibility) -> int:
+    """Elements that the mask has for a query, over all sequences and heads that it tells apart."""
+    assert visibility.allowed is not None
+    return visibility.allowed.shape[0] * visibility.allowed.shape[1] * visibility.n_key
+
+
 def _visible_ends(visibility: Visibility) -> tuple[Tensor, Tensor]:
     """The first and the last key that each query sees with any head, int64 [batch or 1, n_query]."""
     first, last = [], []
-    for block in visibility.blocks(visibility.n_key):
+    for block in visibility.blocks(elements_per_row(visibility)):
         assert block.allowed is not None
         n_row = block.rows.stop - block.rows.start
         seen = block.allowed.any(1).expand(-1, n_row, -1).to(torch.uint8)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from normfree.entropy.visibility import Visibility
+from normfree.probes.packing import elements_per_row
 
 
 class UnclearPaddingError(Exception):
@@ -32,7 +33,8 @@ def valid_queries(visibility: Visibility, start: int, *, is_causal: bool) -> Ten
         is_causal: whether the module attends to earlier tokens only.
 
     Raises:
-        UnclearPaddingError: a mask of sparse attention hides the key of a query from all.
+        UnclearPaddingError: a mask of sparse attention hides the key of a query from all, or any mask hides the own key
+            of a single query.
     """
     batch, n_query, n_key = visibility.batch_and_heads[0], visibility.n_query, visibility.n_key
     if visibility.allowed is None:
@@ -42,7 +44,7 @@ def valid_queries(visibility: Visibility, start: int, *, is_causal: bool) -> Ten
     offset = first_own_key(visibility, start)
     sees_own = _sees_own_key(visibility, offset)
     if n_query == 1:
-        if not bool(sees_own.all()) and _has_holes(visibility, offset):
+        if bool((~sees_own & (visibility.counts > 0).any(1)).any()):
             raise UnclearPaddingError
         return sees_own.expand(batch, n_query)
     if bool(sees_own.all()):
@@ -72,7 +74,7 @@ def _sees_own_key(visibility: Visibility, offset: int) -> Tensor:
 def _seen_keys(visibility: Visibility) -> Tensor:
     """Bool [batch or 1, n_key]: the keys that any query sees with any head."""
     parts = []
-    for block in visibility.blocks(visibility.n_key):
+    for block in visibility.blocks(elements_per_row(visibility)):
         assert block.allowed is not None
         seen = block.allowed.any(1).any(1)
         parts.append(torch.nn.functional.pad(seen, (block.columns.start, visibility.n_key - block.columns.stop)))
@@ -85,7 +87,7 @@ def _has_holes(visibility: Visibility, offset: int) -> bool:
     Causality, windows, chunks, packing and padding make no holes.
     """
     seen = _seen_keys(visibility)
-    for block in visibility.blocks(visibility.n_key):
+    for block in visibility.blocks(elements_per_row(visibility)):
         assert block.allowed is not None
         n_row = block.rows.stop - block.rows.start
         # of what a head sees: heads that choose different keys would fill each other's holes

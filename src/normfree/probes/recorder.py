@@ -26,10 +26,11 @@ class EntropyRecorder:
     gradient needs anyway, and computes entropies when asked. The T × T matrix is never built. Enter it for the forward
     pass only: under gradient checkpointing the backward pass calls the attention again.
 
-    Code compiled by ``torch.compile`` does not pass through here.
+    Code compiled by ``torch.compile`` shows nothing here. A module that attends several times in the pass has an
+    entropy for each, as in the probe.
 
     Raises:
-        InputError: the model has no attention module.
+        InputError: nothing in the model attends.
     """
 
     def __init__(self, model: nn.Module) -> None:
