@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, TrainerCallback, TrainerState
 
-from normfree import NormfreeForCausalLM, from_hf
+from normfree import NormfreeConfig, NormfreeForCausalLM, from_hf
 from normfree.data import PackedData, prepare_data
 from normfree.errors import InputError
 from normfree.removal import finetuning, removal, remove
@@ -441,8 +441,8 @@ def test_models_that_cannot_be_removed_from(normfree: Command, gpt2: Path, corpu
     code, _, err = normfree("remove-norm", gpt2)
     assert code == 2
     assert "name a corpus to fine-tune on with --corpus" in err
-    free = from_hf(GPT2LMHeadModel.from_pretrained(gpt2))
-    free.config.norm = free.config.final_norm = "none"
+    options = {"norm": "none", "final_norm": "none", "n_positions": 24}
+    free = NormfreeForCausalLM(NormfreeConfig(vocab_size=270, n_layer=1, n_head=2, n_embd=8, **options))
     free.save_pretrained(tmp_path / "free")
     size = ["--corpus", f"directory:{corpus}", "--tokenizer", "train", "--set", "data.vocab_size=270"]
     code, _, err = normfree("remove-norm", tmp_path / "free", *size, "--set", "data.sequence_length=24")

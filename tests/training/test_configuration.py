@@ -72,7 +72,7 @@ def test_files_that_are_no_configuration_are_refused(tmp_path: Path, content: by
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cannot read .*No such file"):
         read_yaml(tmp_path / "none.yaml")
-    with pytest.raises(InputError, match=r"cannot read .*directory"):
+    with pytest.raises(InputError, match=r"cannot read .*it is a folder, not a regular file"):
         read_yaml(tmp_path)
 
 

@@ -83,7 +83,7 @@ class NormfreeTrainer(EvaluatingTrainer):
         self,
         *,
         decay_slopes: bool,
-        decay_steps: int,
+        decay_steps: int | None = None,
         adapters: Adapters | None = None,
         watch: NonfiniteWatch | None = None,
         order: TrainingOrder | None = None,
@@ -109,7 +109,7 @@ class NormfreeTrainer(EvaluatingTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """The decay may be longer than the training; see :class:`~normfree.training.Recipe`."""
-        return super().create_scheduler(self.decay_steps, optimizer)
+        return super().create_scheduler(self.decay_steps or num_training_steps, optimizer)
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         names: list[str] = super().get_decay_parameter_names(model)
