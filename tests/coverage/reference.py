@@ -54,9 +54,12 @@ class Seen:
 
     @property
     def by_module(self) -> dict[str, list[Softmax]]:
+        """The softmaxes of each module, one over two halves of the values (DiffLlama) counted once."""
         found: dict[str, list[Softmax]] = {}
         for each in self.softmaxes:
-            found.setdefault(each.module, []).append(each)
+            before = found.setdefault(each.module, [])
+            if not before or not np.array_equal(before[-1].weights, each.weights):
+                before.append(each)
         return found
 
     @property
@@ -87,7 +90,10 @@ def eager_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of ``model`` whose parts all attend eagerly, those of a composed model too."""
     twin = copy.deepcopy(model)
     twin.set_attn_implementation("eager")
-    return twin
+    if twin.config._attn_implementation != "eager":  # a class that chooses as it is built (Falcon)
+        twin = type(model)._from_config(copy.deepcopy(model.config), attn_implementation="eager")
+        twin.load_state_dict(model.state_dict())
+    return twin.eval()
 
 
 class _Softmaxes(TorchDispatchMode):

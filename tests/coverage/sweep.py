@@ -132,8 +132,6 @@ def _read(model: PreTrainedModel, batch: Batch, seen: Seen, row: Row) -> tuple[s
             logits = model(**batch).logits
     assert torch.equal(bare, logits), "the probe changes the logits"
     refused, by_module = probe.unreadable, seen.by_module
-    for module in by_module:
-        assert any(_is_part(module, name) for name in probe.layers), f"attention of {module} is in no row"
     reasons = "; ".join(dict.fromkeys(refused.values()))
     if len(refused) == len(probe.layers):
         return (REFUSED if by_module else NO_ATTENTION), reasons
@@ -149,32 +147,36 @@ def _read(model: PreTrainedModel, batch: Batch, seen: Seen, row: Row) -> tuple[s
             assert not by_module, f"{name} is read, and computes no softmax over tokens"
             status = NO_REFERENCE
             continue
-        assert len(expected[name]) == 1, f"{name}: {len(expected[name])} softmaxes in one row"
-        (softmax,) = expected[name]
+        softmax = expected.pop(name)
         assert int(rows[place, 0]) == real.sum(), f"{name}: {int(rows[place, 0])} queries of {real.sum()}"
-        entropy, weight = softmax.entropy.transpose(1, 0, 2), real[None]
-        assert entropy.shape[0] == per_head.shape[1], f"{name}: {per_head.shape[1]} heads of {entropy.shape[0]}"
-        whole = np.where(weight, entropy, 0).sum((1, 2)) / real.sum()
         assert per_position.shape[-1] == N_TOKEN, f"{name}: {per_position.shape[-1]} positions of {N_TOKEN}"
-        at_position = np.where(weight, entropy, 0).sum(1) / np.maximum(real.sum(0), 1)
-        difference = max(
-            np.abs(whole - per_head[place]).max(),
-            np.abs(at_position - per_position[place])[:, real.any(0)].max(),
-        )
+        difference = _difference(softmax.entropy, real, per_head[place], per_position[place])
         row.agreement_nats = float(np.nanmax([row.agreement_nats, difference]))
         assert difference <= TOLERANCE, f"{name}: {difference:.2g} nats off"
-        share = np.take_along_axis(softmax.weights, real.argmax(-1)[:, None, None, None], -1)[..., 0].transpose(1, 0, 2)
-        share = np.where(weight, share, 0).sum((1, 2)) / real.sum()
-        off = np.abs(share - sink_share[place]).max()
+        first = np.take_along_axis(softmax.weights, real.argmax(-1)[:, None, None, None], -1)[..., 0]
+        off = np.abs((first * real[:, None]).sum((0, 2)) / real.sum() - sink_share[place]).max()
         assert off <= TOLERANCE, f"{name}: its share of the first key is {off:.2g} off"
+    unread = [name for name in expected if not any(_is_part(name.split(" (")[0], each) for each in refused)]
+    assert not unread, f"{unread[0]} is in no row"
     return status, reasons
 
 
-def _by_row(layers: tuple[str, ...], by_module: dict[str, list[Softmax]]) -> dict[str, list[Softmax]]:
-    found: dict[str, list[Softmax]] = {}
+def _difference(entropy: np.ndarray, real: np.ndarray, per_head: np.ndarray, per_position: np.ndarray) -> float:
+    """The largest disagreement with ``entropy`` [batch, n_head, T] over the ``real`` tokens [batch, T], nats."""
+    assert entropy.shape[1] == per_head.shape[0], f"{per_head.shape[0]} heads of {entropy.shape[1]}"
+    entropy = np.where(real[:, None], entropy, 0)
+    of_heads = np.abs(entropy.sum((0, 2)) / real.sum() - per_head)
+    of_positions = np.abs(entropy.sum(0) / np.maximum(real.sum(0), 1) - per_position)[:, real.any(0)]
+    return float(max(of_heads.max(), of_positions.max()))
+
+
+def _by_row(layers: tuple[str, ...], by_module: dict[str, list[Softmax]]) -> dict[str, Softmax]:
+    """The softmax of each row, rows of later ones of a module being called ``NAME (call 2)`` and so on."""
+    found: dict[str, Softmax] = {}
     for module, softmaxes in by_module.items():
-        name = next(name for name in sorted(layers, key=len, reverse=True) if _is_part(module, name))
-        found.setdefault(name, []).extend(softmaxes)
+        name = next((each for each in sorted(layers, key=len) if _is_part(module, each)), module)
+        for repeat, softmax in enumerate(softmaxes):
+            found[name if repeat == 0 else f"{name} (call {repeat + 1})"] = softmax
     return found
 
 

@@ -224,11 +224,13 @@ def _every_kind(by_layer: list[Any]) -> list[Any]:
 
 @torch.no_grad()
 def _randomize(model: nn.Module) -> None:
-    """Gives every matrix entries of std 1.25/sqrt(fan-in), so that scores are units apart, and moves the rest."""
+    """Gives matrices entries of std 1.25/sqrt(fan-in), so that scores are units apart; moves the rest by a tenth."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim >= 2:
             parameter.copy_(noise * 1.25 / parameter.shape[-1] ** 0.5)
+        elif bool((parameter == 0).all()):
+            parameter.copy_(0.1 * noise)
         else:
-            parameter.add_(0.1 * noise)
+            parameter.mul_(1 + 0.1 * noise)
