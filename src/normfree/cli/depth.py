@@ -49,7 +49,7 @@ def depth(
 ) -> None:
     """Which layers of a model do little: variance, skipped layers, angular distance, Jacobians, gradients.
 
-    Works on any causal language model of transformers. See docs/depth.md for what each number means.
+    See docs/models.md for the models it takes, and docs/depth.md for what each number means.
 
     Example: normfree depth openai-community/gpt2 --corpus file:text.txt --sequence-length 256
     """

@@ -14,7 +14,7 @@ from normfree.modeling.residual_stream import ResidualStreamProbe
 def measure_signal_propagation(model: PreTrainedModel, sequences: torch.Tensor, batch_size: int = 8) -> pd.DataFrame:
     """Runs ``model`` over ``sequences`` (int64 [n, T], no padding) under a :class:`ResidualStreamProbe`.
 
-    Works on any transformers decoder whose blocks can be found (see
+    Works on transformers decoders whose blocks can be found (see
     :func:`~normfree.modeling.residual_stream.decoder_blocks`). The model stays in the mode it is in; its head on top of
     the last layer is not computed. The statistics are of the residual stream after the block, before any final norm.
 

@@ -1,4 +1,4 @@
-"""Attention sinks and the residual stream's std by position, of any transformers decoder: what norm removal changes."""
+"""Attention sinks and the residual stream's std by position, of transformers decoders: what norm removal changes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def residual_std_by_position(model: PreTrainedModel, sequences: torch.Tensor, ba
     token makes its mean so.
 
     Args:
-        model: any transformers decoder; it stays in the mode it is in.
+        model: a transformers decoder; it stays in the mode it is in.
         sequences: int64 [n, T], no padding.
         batch_size: sequences a pass.
 

@@ -1,4 +1,4 @@
-"""Signal propagation and outliers: statistics of the residual stream after each block of any transformers decoder.
+"""Signal propagation and outliers: statistics of the residual stream after each block of a transformers decoder.
 
 They are read from the blocks' outputs, so they need no norm to hook into, and they know nothing of training: telemetry
 reads them while a model trains, ``normfree.interpret`` from a finished one.

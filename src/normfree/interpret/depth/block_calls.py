@@ -1,4 +1,4 @@
-"""The calls of a decoder's blocks in one pass: read, run again, and replaced, of any transformers decoder."""
+"""The calls of a decoder's blocks in one pass: read, run again, and replaced, of a transformers decoder."""
 
 from __future__ import annotations
 

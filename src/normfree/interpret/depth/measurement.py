@@ -63,7 +63,7 @@ def measure_depth(
     seed: int = 0,
     n_beginning: int = 0,
 ) -> DepthMeasurement:
-    """How ``model``, any transformers decoder in evaluation mode, uses its layers, read on ``tokens``.
+    """How ``model``, a transformers decoder in evaluation mode, uses its layers, read on ``tokens``.
 
     A batch costs four forward passes, another half a pass a layer for the skipped ones, the unembedding once a layer
     for the dropped ones, ``n_probe`` backward passes for the Jacobians, and a forward and backward pass for the

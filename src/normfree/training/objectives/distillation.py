@@ -28,7 +28,7 @@ ENTROPY_MISMATCH = "entropy_mismatch_nats_squared"
 class DistillationOptions(ObjectiveOptions):
     """(1 - ``weight``) · cross-entropy + ``weight`` · temperature² · KL + ``entropy_weight`` · entropy mismatch.
 
-    teacher: the folder of a finished run, or of any causal language model in transformers' form, with safetensors
+    teacher: the folder of a finished run, or of a causal language model in transformers' form, with safetensors
         weights and the student's tokenizer. A relative path starts at the folder of the run that trains.
     weight: the share of the KL divergence (see :func:`forward_kl`).
     temperature: softens both distributions.
