@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -231,7 +232,8 @@ def _check_conversion(model: PreTrainedModel) -> str:
 
 
 def _check_removal(model: PreTrainedModel) -> str:
-    """Norms made constant at the stds of one batch, and folded away."""
+    """Norms made constant at the stds of one batch, and folded away; in float64, where only the algebra is left."""
+    model = copy.deepcopy(model).double()
     batch = {"input_ids": batch_of("none")["input_ids"]}
     converted = from_hf(model)
     midway = Midway(converted, momentum=0.9)
@@ -250,7 +252,7 @@ def _check_removal(model: PreTrainedModel) -> str:
 
 def _reloaded(midway: Midway, model: PreTrainedModel) -> PreTrainedModel:
     midway.finish()
-    constant = type(model)(model.config)
+    constant = type(model)(model.config).double()
     constant.load_state_dict(model.state_dict())
     return constant.eval()
 

@@ -31,8 +31,8 @@ PRUNING_FILE = "pruning.json"
 """In a pruned model's folder: what it was made from, and which of its layers are left."""
 
 _N_LAYER = "num_hidden_layers"
-_N_DECODER_LAYER = ("decoder_layers", "num_decoder_layers")
-"""What the configurations of encoder-decoders call it, for the decoder that is a language model alone."""
+_N_DECODER_LAYER = ("decoder_layers", "num_decoder_layers", "num_layers")
+"""What configurations that count other layers as well call it: encoder-decoders; LongCat, whose layers attend twice."""
 _CHECK_TOKENS = 16
 _LONGEST = 150
 """Characters of another library's message within one of ours."""
