@@ -30,23 +30,24 @@ _INTRO = """# Which models Normfree reads
 
 Every causal language model that transformers {version} has an auto class for, built tiny and random, in float32 on the
 CPU: {read} of {total} are read in full, {partly} in part, {refused} are refused, {without} have no softmax attention.
-Nothing else may happen: the same sweep is a test, which fails if a number is wrong by more than 1e-5 or if anything but
-one clear line is raised. `make test` sweeps the 25 most used and hardest architectures, `make nightly` all of them.
+The same sweep is a test: it fails if a number is wrong by more than 1e-5, or if anything but one clear line is raised.
+`make test` sweeps 25 architectures, the most used and the hardest, `make nightly` all of them.
 
 - **entropy**: `EntropyProbe` (and `normfree entropy`, `measure`, `EntropyCallback`, `EntropyMonitor`). *read*: mean
   entropies by head and by position and the share of the first key agree with a float64 computation from the model's own
   eager softmax, without padding, with padding on the left and on the right, under the default attention implementation
   and under eager; the logits of the probed model are the same bit for bit. *partly read*: some modules are named in
-  `unreadable`. *refused*: all are, or there is no common table.
+  `unreadable`: linear attention, or cross-attention and image or audio towers that nothing called. *refused*: all are.
+  *no reference*: read, but its softmax could not be seen apart from the probe.
 - **agreement**: the largest difference from that computation, of a head or of a head at a position.
 - **depth**: `normfree depth`; loss and losses without each layer agree with forward hooks that skip it.
-- **prune-layers**: `normfree prune-layers`; the pruned model's logits are those with the layers skipped. *{last_only}*:
-  what a layer does depends on its index.
-- **from_hf**: `normfree.from_hf`, the same logits to 1e-5, padding included; `normfree interpret` needs it.
+- **prune-layers**: `normfree prune-layers`; the pruned model's logits are those with the layers skipped.
+  *{last_only}*: what a layer does depends on its index.
+- **from_hf**: `normfree.from_hf`, the same logits to 1e-5, padding included ([conversion.md](conversion.md)).
 - **remove-norm**: `normfree remove-norm`; norms that have been made constant fold away with the same logits.
 
-Numbers in parentheses name the reasons below the table. Trained weights of an architecture are read as these are;
-[real-models.md](real-models.md) has two real models.
+Numbers in parentheses name the reasons below the table. The names of layers in them are those of the tiny models. Another
+configuration of an architecture may be refused where this one is read, with its reason.
 
 """
 
@@ -100,7 +101,8 @@ def read_page(text: str) -> tuple[str, Mapping[str, list[tuple[str, str]]]]:
 
 
 def _general(reason: str, architecture: str) -> str:
-    """A reason that is the same for all architectures it holds for."""
+    """A reason that is the same for all architectures it holds for, without a list that grows."""
+    reason = re.sub(r"; allowed: .*", "", reason)
     return " ".join(reason.replace(f"a {architecture}", "this architecture").replace(architecture, "the model").split())
 
 
