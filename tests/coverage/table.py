@@ -46,8 +46,8 @@ The same sweep is a test: it fails if a number is wrong by more than 1e-5, or if
 - **from_hf**: `normfree.from_hf`, the same logits to 1e-5, padding included ([conversion.md](conversion.md)).
 - **remove-norm**: `normfree remove-norm`; norms that have been made constant fold away with the same logits.
 
-Numbers in parentheses name the reasons below the table. The names of layers in them are those of the tiny models. Another
-configuration of an architecture may be refused where this one is read, with its reason.
+Numbers in parentheses name the reasons below the table, which speak of tiny models' layers. Another configuration of
+an architecture may be refused where this one is read. [Two real models](real-models.md) have a page of their own.
 
 """
 
