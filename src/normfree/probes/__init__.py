@@ -1,6 +1,7 @@
 """Probes: they read a running transformers model and leave what it computes as it is."""
 
 from normfree.probes.attention_entropy import EntropyProbe
+from normfree.probes.monitor import EntropyMonitor
 from normfree.probes.recorder import EntropyRecorder
 
-__all__ = ["EntropyProbe", "EntropyRecorder"]
+__all__ = ["EntropyMonitor", "EntropyProbe", "EntropyRecorder"]

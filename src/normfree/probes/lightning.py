@@ -1,0 +1,85 @@
+"""Attention entropy in the log of Lightning's Trainer; needs ``pip install "normfree[lightning]"``."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from normfree.errors import InputError
+from normfree.probes.entropy_row import Alerts
+from normfree.probes.probed_steps import ProbedSteps, check_every
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ImportError as missing:
+    raise InputError("Lightning is not installed; install it with: pip install lightning") from missing
+
+
+class EntropyCallback(Callback):
+    """Logs the attention entropy of every ``every``-th optimizer step through ``LightningModule.log_dict``. ::
+
+        from normfree.probes.lightning import EntropyCallback
+
+        Trainer(callbacks=[EntropyCallback(every=100)]).fit(module, loader)
+
+    The twin of :class:`normfree.EntropyCallback`: the same arguments, names, values and guarantees. "stop" sets
+    ``Trainer.should_stop``. Loggers get every probed step, also between the multiples of ``log_every_n_steps``.
+
+    Raises:
+        InputError: a value of an argument that is not allowed.
+    """
+
+    def __init__(
+        self,
+        every: int = 100,
+        *,
+        per_head: bool = True,
+        alert_collapsed: float | None = None,
+        alert_overloaded: float | None = None,
+        on_alert: Literal["warn", "stop"] = "warn",
+    ) -> None:
+        self.every = check_every(every)
+        self._steps = ProbedSteps(per_head=per_head, alerts=Alerts(alert_collapsed, alert_overloaded, on_alert))
+        self._begun_at: int | None = None
+        """``global_step`` before the optimizer step that the latest batches are part of; None: no batch yet."""
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the attention modules: ``entropy/L3`` is of ``layers[3]``. Empty before the first probed step."""
+        return self._steps.layers
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._steps.abandon()
+        self._begun_at = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        before, self._begun_at = self._begun_at, trainer.global_step
+        if before == trainer.global_step:
+            return  # one more batch of the same optimizer step
+        # a module with several optimizers takes several steps a batch
+        latest = trainer.global_step if before is None else before + 1
+        if (trainer.global_step + 1) // self.every > latest // self.every:
+            self._steps.begin(pl_module, trainer.global_step + 1)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._steps.is_active or trainer.global_step == self._begun_at:
+            return
+        row = self._steps.finish()
+        # Lightning hands its loggers the values of every log_every_n_steps-th step alone
+        is_logged = len(trainer.optimizers) == 1 and trainer.global_step % trainer.log_every_n_steps == 0
+        pl_module.log_dict(row, on_step=True, on_epoch=False, logger=is_logged)
+        if row and not is_logged:
+            for logger in trainer.loggers:
+                logger.log_metrics(row, step=trainer.global_step - 1)
+        if self._steps.should_stop:
+            trainer.should_stop = True
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._steps.abandon()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._steps.abandon()
+
+    def __repr__(self) -> str:
+        return f"EntropyCallback(every={self.every}, {self._steps})"

@@ -1,0 +1,113 @@
+"""The forward passes of a training step, and a probe that sees no others."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+from normfree.errors import InputError
+from normfree.probes.attention_entropy import EntropyProbe
+
+
+@contextmanager
+def probe_training_step(model: nn.Module, *, is_compiled: bool = False) -> Iterator[EntropyProbe]:
+    """An EntropyProbe, with counts of non-finite scores, of the passes that compute gradients while the block runs.
+
+    Passes without gradients are evaluation, generation or a reference policy, and are left out, unless the block is
+    entered without gradients. Code compiled by ``torch.compile`` runs uncompiled inside. ``is_compiled`` says that
+    there is such code around ``model`` where the model itself does not show it.
+
+    Raises:
+        InputError: the model has no attention module, or its heads are divided between processes.
+    """
+    _check_heads_are_whole(model)
+    probe = EntropyProbe(model, count_nonfinite=True)
+    with ExitStack() as stack:
+        if _must_run_uncompiled(model, is_compiled=is_compiled):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(_GradientPasses(model, probe).watch())
+        yield probe
+
+
+class _GradientPasses:
+    """Keeps a probe active, except in passes that compute no gradients.
+
+    A pass is the outermost call of a module of the model. It is asked there whether gradients are computed: reentrant
+    gradient checkpointing runs inner modules without. The hooks are torch's global ones, so that the model can be
+    copied and saved in the middle of a step.
+    """
+
+    def __init__(self, model: nn.Module, probe: EntropyProbe) -> None:
+        self._modules = set(model.modules())
+        self._probe = probe
+        self._takes_all = not torch.is_grad_enabled()
+        self._outermost: nn.Module | None = None
+        self._depth = 0
+        self._is_suspended = False
+        self._active = ExitStack()
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.callback(register_module_forward_pre_hook(self._enter).remove)
+            # also after an exception
+            stack.callback(register_module_forward_hook(self._leave, always_call=True).remove)
+            stack.callback(self._active.close)
+            self._active.enter_context(self._probe)
+            yield
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling() or module not in self._modules:
+            return
+        if self._outermost is None:
+            self._outermost, self._depth = module, 0
+            if not (self._takes_all or torch.is_grad_enabled()):
+                self._is_suspended = True
+                self._active.close()
+        if module is self._outermost:
+            self._depth += 1
+
+    def _leave(self, module: nn.Module, args: Any, result: Any) -> None:
+        if torch.compiler.is_compiling() or module is not self._outermost:
+            return
+        self._depth -= 1
+        if self._depth == 0:
+            self._outermost = None
+            if self._is_suspended:
+                self._is_suspended = False
+                self._active.enter_context(self._probe)
+
+
+def _check_heads_are_whole(model: nn.Module) -> None:
+    """Under tensor parallelism, head 0 of one process is another head than head 0 of the next."""
+    divided = any((getattr(module, "_tp_size", None) or 1) > 1 for module in model.modules()) or any(
+        isinstance(parameter, DTensor) and "tp" in (parameter.device_mesh.mesh_dim_names or ())
+        for parameter in model.parameters()
+    )
+    if divided:
+        raise InputError("tensor parallelism divides its heads between processes, which the probe cannot put together")
+
+
+def _must_run_uncompiled(model: nn.Module, *, is_compiled: bool) -> bool:
+    """Whether there may be compiled code: there is none before torch's compiler is imported.
+
+    Flex attention is compiled by itself, and uncompiled it would build the T×T matrix: the model is read as it is.
+    """
+    if "torch._dynamo" not in sys.modules:
+        return False
+    shows_it = any(
+        type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
+        for module in model.modules()
+    )
+    uses_flex = any(
+        getattr(getattr(module, "config", None), "_attn_implementation", None) == "flex_attention"
+        for module in model.modules()
+    )
+    return is_compiled or shows_it or not uses_flex
