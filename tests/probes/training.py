@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from .small_models import batch_of
-
 ATOL = 2e-5
 
 
@@ -25,11 +23,6 @@ def examples(n=24, n_token=12, seed=0):
             mask[-4:] = 0
         made.append({"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)})
     return made
-
-
-def batch():
-    ids = batch_of("right")
-    return {**ids, "labels": ids["input_ids"].masked_fill(ids["attention_mask"] == 0, -100)}
 
 
 class Recorded:
@@ -77,14 +70,14 @@ def arguments(folder, **changed: Any) -> TrainingArguments:
 
 
 def train(model, folder, callbacks=(), **changed: Any):
-    """The trainer after its run, and what was recorded of it; callbacks come before the one that copies the model."""
+    """The trainer after its run, and what was recorded of it."""
     recorded = Recorded()
     trainer = RecordingTrainer(
         model,
         arguments(folder, **changed),
         train_dataset=examples(),
         eval_dataset=examples(8, seed=1),
-        callbacks=[*callbacks, recorded.callback()],
+        callbacks=[recorded.callback(), *callbacks],
     )
     trainer.recorded = recorded
     trainer.train()

@@ -15,14 +15,16 @@ except ImportError as missing:
 
 
 class EntropyCallback(Callback):
-    """Logs the attention entropy of every ``every``-th optimizer step through ``LightningModule.log_dict``. ::
+    """Logs the attention entropy of every ``every``-th optimizer step of a Lightning Trainer. ::
 
         from normfree.probes.lightning import EntropyCallback
 
         Trainer(callbacks=[EntropyCallback(every=100)]).fit(module, loader)
 
     The twin of :class:`normfree.EntropyCallback`: the same arguments, names, values and guarantees. "stop" sets
-    ``Trainer.should_stop``. Loggers get every probed step, also between the multiples of ``log_every_n_steps``.
+    ``Trainer.should_stop``. ``LightningModule.log_dict`` puts the values into ``Trainer.callback_metrics``, for other
+    callbacks to monitor; the loggers get each probed step once, whatever ``log_every_n_steps`` is, and count it from 0
+    as Lightning does.
 
     Raises:
         InputError: a value of an argument that is not allowed.
@@ -66,12 +68,12 @@ class EntropyCallback(Callback):
         if not self._steps.is_active or trainer.global_step == self._begun_at:
             return
         row = self._steps.finish()
-        # Lightning hands its loggers the values of every log_every_n_steps-th step alone
-        is_logged = len(trainer.optimizers) == 1 and trainer.global_step % trainer.log_every_n_steps == 0
-        pl_module.log_dict(row, on_step=True, on_epoch=False, logger=is_logged)
-        if row and not is_logged:
+        if row:
+            # Loggers get the row directly: Lightning would drop it between the multiples of log_every_n_steps, and log it
+            # again with every later step of the epoch.
+            pl_module.log_dict(row, on_step=True, on_epoch=False, logger=False)
             for logger in trainer.loggers:
-                logger.log_metrics(row, step=trainer.global_step - 1)
+                logger.log_metrics(row, step=trainer.global_step - 1)  # Lightning counts logged steps from 0
         if self._steps.should_stop:
             trainer.should_stop = True
 
