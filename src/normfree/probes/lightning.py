@@ -69,8 +69,8 @@ class EntropyCallback(Callback):
             return
         row = self._steps.finish()
         if row:
-            # Loggers get the row directly: Lightning would drop it between the multiples of log_every_n_steps, and log it
-            # again with every later step of the epoch.
+            # Loggers get the row directly: Lightning would drop it between the multiples of log_every_n_steps, and log
+            # it again with every later step of the epoch.
             pl_module.log_dict(row, on_step=True, on_epoch=False, logger=False)
             for logger in trainer.loggers:
                 logger.log_metrics(row, step=trainer.global_step - 1)  # Lightning counts logged steps from 0
