@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from normfree.data import train_tokenizer
+from normfree.data import load_tokenizer, train_tokenizer
 from tests.data.made_up import document
 from tests.modeling.gguf_files import built, write_gguf
 
@@ -78,7 +78,18 @@ def half_gguf(folder: Path) -> Path:
     return path
 
 
-DAMAGES = (prefix, missing, other_configuration, cut_short, no_gguf, half_gguf)
+def larger_tokenizer(folder: Path) -> Path:
+    tokenizer = load_tokenizer(str(folder))
+    tokenizer.add_tokens(["<|one|>", "<|more|>"])
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def larger_gguf_tokenizer(folder: Path) -> Path:
+    return write_gguf(built("llama"), folder / "model.gguf", n_token=280)
+
+
+DAMAGES = (larger_tokenizer, larger_gguf_tokenizer, prefix, missing, other_configuration, cut_short, no_gguf, half_gguf)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -122,3 +133,15 @@ def test_a_gguf_file_is_measured_and_said_to_be_quantized(
     assert said in out
     code, out, error = normfree("entropy", "pruned", *corpus, "--json")
     assert json.loads(out)["quantization"] is None
+
+
+def test_a_named_tokenizer_that_is_not_the_models(
+    normfree: Callable[..., tuple[int, str, str]], whole: Path, corpus_folder: Path, tmp_path: Path
+) -> None:
+    corpus = ("--corpus", f"directory:{corpus_folder}", "--sequence-length", 16, "--out", "out")
+    for size, message in ((310, "has embeddings for 300 tokens"), (280, "has another vocabulary (280 tokens)")):
+        train_tokenizer((document(seed) for seed in range(40)), size).save_pretrained(tmp_path / str(size))
+        code, _, error = normfree("entropy", whole, *corpus, "--tokenizer", size)
+        assert code == 2
+        assert message in error
+        assert not (tmp_path / "out").exists()

@@ -135,3 +135,19 @@ def test_the_tokenizer_of_the_file(whole: Path, tmp_path: Path) -> None:
     assert len(tokenizer("   1")["input_ids"]) == 3
     with pytest.raises(InputError, match="words like 'unheard-of'"):
         load_tokenizer(str(write_gguf(built("llama"), tmp_path / "u.gguf", pre="unheard-of")))
+
+
+def test_only_the_file_itself_is_read(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a file of the same name in the working directory nor a tokenizer in the same folder."""
+    other, here = tmp_path / "other", tmp_path / "here"
+    for folder in (other, here):
+        folder.mkdir()
+    model = built("llama")
+    write_gguf(model, other / "model.gguf", n_token=280)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    write_gguf(model, here / "model.gguf")
+    load_tokenizer(str(whole)).save_pretrained(other)
+    monkeypatch.chdir(here)
+    assert load_model("../other/model.gguf").lm_head.weight.abs().sum() > 0
+    assert len(load_tokenizer("../other/model.gguf")) == 280

@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from scipy.special import log_softmax
 from transformers import AutoTokenizer, TrainerCallback, set_seed
 
@@ -369,3 +370,24 @@ def test_a_run_with_soft_caps_and_scales(tiny_run: Callable[..., RunConfig], dat
     assert result.head_entropy["entropy_nats"].notna().all()
     sequences = torch.from_numpy(np.asarray(data.eval.tokens, dtype=np.int64))
     assert math.isclose(float(evaluation_losses(model, sequences).mean()), result.row["eval_loss"], rel_tol=1e-4)
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected"])
+def test_a_checkpoint_without_a_manifest_that_lacks_a_weight_is_not_taken_up(
+    change: str, data: PackedData, tiny_run: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """Without a manifest, as older versions wrote them, nothing but the names of the tensors tells."""
+    train(tiny_run(), data, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
+    (tmp_path / "run" / "results.csv").unlink()
+    checkpoint = tmp_path / "run" / "checkpoint-3"
+    (checkpoint / "checkpoint.json").unlink()
+    weights = load_file(checkpoint / "model.safetensors")
+    name = next(each for each in weights if "blocks.1" in each)
+    if change == "missing":
+        del weights[name]
+    else:
+        weights |= {"model.blocks.7.extra": weights[name].clone()}
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=f"1 tensor {change}"):
+        train(tiny_run(), data, tmp_path / "run")

@@ -53,7 +53,7 @@ def depth(
 
     Example: normfree depth openai-community/gpt2 --corpus file:text.txt --sequence-length 256
     """
-    from normfree.interpret import measure_depth, token_sequences
+    from normfree.interpret import check_same_tokens, measure_depth, token_sequences
     from normfree.studies.depth import write_depth_page
     from normfree.training import load_pretrained
 
@@ -62,6 +62,7 @@ def depth(
     folder = output_folder(out, "depth", models)
     console = open_console(json_)
     measured = load_pretrained(models[0])
+    first = measured.checkpoint
     sequences_read = token_sequences(
         measured,
         corpus=corpus,
@@ -75,6 +76,7 @@ def depth(
     for source in models:
         if measured.source != source:
             measured = load_pretrained(source)  # one model at a time in memory
+            check_same_tokens(first, measured.checkpoint)
         name = model_name(source, models)
         with console.status(f"{name}: {sequences_read}"):
             found[name] = measure_depth(

@@ -54,7 +54,7 @@ def interpret(
 
     Example: normfree interpret removal/vanilla removal/norm-free --corpus installed-python
     """
-    from normfree.interpret import induction_pairs, read_prompts, token_sequences, tokenizer_of
+    from normfree.interpret import check_same_tokens, induction_pairs, read_prompts, token_sequences, tokenizer_of
     from normfree.studies.interpretation import interpret as interpret_model
     from normfree.studies.interpretation import write_interpretation
     from normfree.training import load_pretrained
@@ -63,6 +63,8 @@ def interpret(
     console = open_console(json_)
     loaded = {model_name(each, models): load_pretrained(each) for each in models}
     first = next(iter(loaded.values()))
+    for each in loaded.values():
+        check_same_tokens(first.checkpoint, each.checkpoint)
     sequences_read = token_sequences(
         first,
         corpus=corpus,

@@ -48,6 +48,7 @@ def prune_layers(
     Example: normfree prune-layers openai-community/gpt2 --drop 8,9,10 --out gpt2-without-8-9-10
     """
     from normfree.interpret import (
+        NoTokenizerError,
         export_pruned,
         measure_angular_distance,
         most_similar_block,
@@ -83,7 +84,7 @@ def prune_layers(
         chosen = most_similar_block(measure_angular_distance(loaded.model, sequences_read.tokens), drop_similar)
     try:
         reader = tokenizer_of(loaded)
-    except InputError:
+    except NoTokenizerError:
         reader = None  # a model without one is as good
     pruned = export_pruned(loaded.model, chosen, out, source=model, tokenizer=reader)
     result = {

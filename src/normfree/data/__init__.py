@@ -6,7 +6,7 @@ from normfree.data.configuration import DataConfig
 from normfree.data.corpus import CORPORA, open_corpus
 from normfree.data.documents import Corpus, CorpusStatistics
 from normfree.data.packing import PackedData, load_packed_data, prepare_data, same_data
-from normfree.data.tokenizer import load_tokenizer, train_tokenizer
+from normfree.data.tokenizer import load_tokenizer, train_tokenizer, vocabulary_size
 
 __all__ = [
     "CORPORA",
@@ -24,4 +24,5 @@ __all__ = [
     "prepare_data",
     "same_data",
     "train_tokenizer",
+    "vocabulary_size",
 ]

@@ -20,6 +20,7 @@ from normfree.data.blocks import write_blocks
 from normfree.entropy import entropy_bands
 from normfree.errors import InputError
 from normfree.files import write_text
+from normfree.modeling.gguf import is_gguf
 from normfree.probes import EntropyProbe
 from normfree.training import LoadedModel
 
@@ -80,17 +81,63 @@ class AttentionEntropy:
         }
 
 
+class NoTokenizerError(InputError):
+    """No tokenizer is saved with a model."""
+
+
 def tokenizer_of(measured: LoadedModel) -> PreTrainedTokenizerBase:
     """The tokenizer saved with the model, as every checkpoint of a run has it.
 
     Raises:
-        InputError: none is.
+        NoTokenizerError: none is.
+        InputError: it has tokens that the model has no embedding for, or is in a GGUF file and cannot be read.
     """
     try:
-        return load_tokenizer(measured.checkpoint)
+        tokenizer = load_tokenizer(measured.checkpoint)
     except InputError as error:
+        if is_gguf(measured.checkpoint):
+            raise
         missing = f"no tokenizer is saved with {measured.source}; name the one it was trained with"
-        raise InputError(missing) from error
+        raise NoTokenizerError(missing) from error
+    measured.check_tokenizer(tokenizer, "the tokenizer saved with it")
+    return tokenizer
+
+
+def check_same_tokens(first: str, other: str) -> None:
+    """Whether two models that are compared on one model's sequences read the same tokens, where both have a tokenizer.
+
+    Args:
+        first: what was loaded of the model whose tokenizer made the sequences (``LoadedModel.checkpoint``).
+        other: that of the model that reads them as well.
+
+    Raises:
+        InputError: their vocabularies differ, and the numbers of ``other`` would be those of another text.
+    """
+    try:
+        one, two = load_tokenizer(first), load_tokenizer(other)
+    except InputError:
+        return
+    if one.get_vocab() != two.get_vocab():
+        raise InputError(
+            f"{first} and {other} have tokenizers of other vocabularies ({len(one)} and {len(two)} "
+            "tokens), and models are compared on the same tokens; measure them apart"
+        )
+
+
+def _named_tokenizer(measured: LoadedModel, name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of that name, once it agrees with the model and with the one saved with it."""
+    tokenizer = load_tokenizer(name)
+    measured.check_tokenizer(tokenizer, f"tokenizer {name!r}")
+    try:
+        own = load_tokenizer(measured.checkpoint)
+    except InputError:
+        return tokenizer
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise InputError(
+            f"tokenizer {name!r} has another vocabulary ({len(tokenizer)} tokens) than the one saved with "
+            f"{measured.source} ({len(own)}); leave --tokenizer out"
+        )
+    return tokenizer
 
 
 def token_sequences(
@@ -134,7 +181,7 @@ def token_sequences(
         tokens, beginning = _own_sequences(measured, tokenizer, T, cache_dir, bos)
         where = f"the evaluation data of {measured.source}"
     else:
-        reader = load_tokenizer(tokenizer) if tokenizer is not None else tokenizer_of(measured)
+        reader = _named_tokenizer(measured, tokenizer) if tokenizer is not None else tokenizer_of(measured)
         beginning = Beginning.of(reader, _beginning_rule(measured, bos))
         tokens = _corpus_sequences(corpus, reader, T, n_sequences, beginning)
         where = f"corpus {corpus!r}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import struct
+import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -141,9 +142,10 @@ def load_gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerBase:
             f"{file.path} cuts text into words like {cut!r}, which transformers' reader does not; {advice}"
         )
     try:
-        with gguf_reader():
+        # An empty folder: a tokenizer.json next to the file would be read in place of what is in the file.
+        with gguf_reader(), tempfile.TemporaryDirectory() as folder:
             tokenizer = AutoTokenizer.from_pretrained(
-                str(file.path.parent), gguf_file=file.path.name, trust_remote_code=False, local_files_only=True
+                folder, gguf_file=str(file.path.resolve()), trust_remote_code=False, local_files_only=True
             )
     except Exception as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)

@@ -123,7 +123,8 @@ def load_model(source: str, *, local_files_only: bool = False) -> PreTrainedMode
 
 def _load_gguf(path: Path) -> PreTrainedModel:
     file = open_gguf(path)
-    options = {"gguf_file": path.name, "dtype": torch.float32, "local_files_only": True}
+    # The whole path: a file of that name in the working directory would be read in its place.
+    options = {"gguf_file": str(path.resolve()), "dtype": torch.float32, "local_files_only": True}
     with _told_in_one_line(str(path)), gguf_reader():
         model, report = _from_pretrained(str(path.parent), **options)
     report.check(str(path), model)

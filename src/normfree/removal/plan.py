@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from normfree.data import PackedData, natural_rule, prepare_data, same_data
+from normfree.data import PackedData, load_tokenizer, natural_rule, prepare_data, same_data
 from normfree.errors import InputError, invalid_fields, unknown_name
 from normfree.removal.schedule import RemovalSchedule
 from normfree.training import RunConfig, load_pretrained
@@ -110,6 +110,8 @@ def plan(
         run = RunConfig.model_validate(content)
     except ValidationError as error:
         raise invalid_fields("remove-norm", error, RunConfig) from error
+    if run.data.tokenizer != "train":
+        loaded.check_tokenizer(load_tokenizer(run.data.tokenizer), f"tokenizer {run.data.tokenizer!r}")
     return Plan(_with_checkpoints(run), loaded.fingerprint if run.data == loaded.data else None)
 
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from normfree.errors import RunFailedError
 from normfree.files import write_text
+from normfree.modeling.loading import LoadingReport
 from normfree.processes import is_lost_connection, largest, process_index
 from normfree.signals import note, noted
 from normfree.training.run_folder import STATE_FILE, checkpoints, last_checkpoint, run_identity, step_of, write_manifest
@@ -55,6 +56,13 @@ class CheckpointingTrainer(ShardingTrainer):
         self._remove_older()
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """The Trainer goes on with what a checkpoint lacks as it was; here it is an error."""
+        assert self.model is not None, "a Trainer is given one"
+        missing = sorted({*load_result.missing_keys} - {*getattr(self.model, "all_tied_weights_keys", ())})
+        report = LoadingReport(missing, sorted(load_result.unexpected_keys), [])
+        report.check(f"the checkpoint in {self.args.output_dir}", cast(PreTrainedModel, self.model))
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(super()._get_output_dir(trial)) if self._staging is None else str(self._staging)

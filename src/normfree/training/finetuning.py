@@ -78,6 +78,7 @@ def finetuning_run(
         sections["data"]["beginning"] = rule
     try:
         data = prepare_data(DataConfig.model_validate(sections["data"]), cache_dir, progress=progress)
+        loaded.check_tokenizer(data.tokenizer, "the tokenizer of the corpus")
         if not {"steps", "tokens"} & sections["recipe"].keys():
             batch = Recipe.model_validate({**sections["recipe"], "steps": 1}).batch_size
             sections["recipe"]["steps"] = max(1, math.ceil(epochs * len(data.train) / batch))

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from normfree.data import DataConfig, PackedData
+from normfree.data import DataConfig, PackedData, vocabulary_size
 from normfree.errors import InputError
 from normfree.modeling import NormfreeForCausalLM, from_hf
 from normfree.modeling.gguf import is_gguf, open_gguf
@@ -45,6 +45,19 @@ class LoadedModel:
         """The longest sequence the model takes, if its configuration says so."""
         n_positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return n_positions if n_positions is not None and n_positions > 0 else None
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+        """Whether the model has an embedding for every token of ``tokenizer``, which messages call ``name``.
+
+        Raises:
+            InputError: it has not.
+        """
+        n_token, n_row = vocabulary_size(tokenizer), int(self.model.get_input_embeddings().weight.shape[0])
+        if n_token > n_row:
+            raise InputError(
+                f"{self.source} has embeddings for {n_row} tokens, and {name} has {n_token}; give the tokenizer that "
+                "the model was trained with"
+            )
 
     def as_normfree(self) -> NormfreeForCausalLM:
         """The model as one of ours: itself, or converted.
