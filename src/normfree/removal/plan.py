@@ -10,11 +10,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from normfree.data import PackedData, load_tokenizer, natural_rule, prepare_data, same_data
+from normfree.data import PackedData, natural_rule, prepare_data, same_data
 from normfree.errors import InputError, invalid_fields, unknown_name
 from normfree.removal.schedule import RemovalSchedule
 from normfree.training import RunConfig, load_pretrained
 from normfree.training.configuration import with_changes
+from normfree.training.pretrained import check_embeddings
 
 PUBLISHED_STEPS = 300
 SHARE_OF_TRAINING = 0.05
@@ -39,20 +40,27 @@ EVALUATIONS = 3
 
 @dataclass(frozen=True)
 class Plan:
-    """A fine-tuning run that starts from a model, and the very tokens it has to be of, for a model that is a run."""
+    """A fine-tuning run that starts from a model with ``n_embedding`` tokens.
+
+    fingerprint: the very tokens it has to be of, for a model that is a run.
+    """
 
     run: RunConfig
     fingerprint: str | None
+    n_embedding: int
 
     def prepare_data(self, cache_dir: Path, *, progress: bool) -> PackedData:
         """The run's tokens.
 
         Raises:
-            InputError: the corpus cannot be used, or has changed and the tokens of the run are no longer in the cache.
+            InputError: the corpus cannot be used, or has changed and the tokens of the run are no longer in the cache,
+                or its tokenizer has tokens that the model has no embedding for.
         """
-        if self.fingerprint is None:
-            return prepare_data(self.run.data, cache_dir, progress=progress)
-        return same_data(self.run.data, cache_dir, self.fingerprint, progress=progress)
+        if self.fingerprint is not None:
+            return same_data(self.run.data, cache_dir, self.fingerprint, progress=progress)
+        data = prepare_data(self.run.data, cache_dir, progress=progress)
+        check_embeddings(self.run.model_name, self.n_embedding, data.tokenizer, "the tokenizer of the corpus")
+        return data
 
 
 def plan(
@@ -110,9 +118,8 @@ def plan(
         run = RunConfig.model_validate(content)
     except ValidationError as error:
         raise invalid_fields("remove-norm", error, RunConfig) from error
-    if run.data.tokenizer != "train":
-        loaded.check_tokenizer(load_tokenizer(run.data.tokenizer), f"tokenizer {run.data.tokenizer!r}")
-    return Plan(_with_checkpoints(run), loaded.fingerprint if run.data == loaded.data else None)
+    fingerprint = loaded.fingerprint if run.data == loaded.data else None
+    return Plan(_with_checkpoints(run), fingerprint, loaded.n_embedding)
 
 
 def _with_checkpoints(run: RunConfig) -> RunConfig:

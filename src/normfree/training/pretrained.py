@@ -52,12 +52,13 @@ class LoadedModel:
         Raises:
             InputError: it has not.
         """
-        n_token, n_row = vocabulary_size(tokenizer), int(self.model.get_input_embeddings().weight.shape[0])
-        if n_token > n_row:
-            raise InputError(
-                f"{self.source} has embeddings for {n_row} tokens, and {name} has {n_token}; give the tokenizer that "
-                "the model was trained with"
-            )
+        check_embeddings(self.source, self.n_embedding, tokenizer, name)
+
+    @property
+    def n_embedding(self) -> int:
+        """Tokens that the model has embeddings for."""
+        weight: torch.Tensor = self.model.get_input_embeddings().get_parameter("weight")
+        return len(weight)
 
     def as_normfree(self) -> NormfreeForCausalLM:
         """The model as one of ours: itself, or converted.
@@ -99,6 +100,20 @@ def load_pretrained(source: str) -> LoadedModel:
         return LoadedModel(source, checkpoint, model, quantization=quantization_of(checkpoint))
     fingerprint = read_yaml(run / CONFIG_FILE)[PROVENANCE]["corpus_fingerprint"]
     return LoadedModel(source, checkpoint, model, load_run_config(run / CONFIG_FILE), fingerprint)
+
+
+def check_embeddings(source: str, n_embedding: int, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Whether the model ``source``, of ``n_embedding`` tokens, has an embedding for every token of ``tokenizer``.
+
+    Raises:
+        InputError: it has not; the message calls the tokenizer ``name``.
+    """
+    n_token = vocabulary_size(tokenizer)
+    if n_token > n_embedding:
+        raise InputError(
+            f"{source} has embeddings for {n_embedding} tokens, and {name} has {n_token}; give the tokenizer that the "
+            "model was trained with"
+        )
 
 
 def quantization_of(source: str) -> str | None:
