@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,8 +27,9 @@ TOLERANCE = 1e-5
 """Nats, of entropies; of a logit, relative to the largest."""
 N_TOKEN = 20
 N_PADDING = 5
+N_PROMPT = 12
 PADDINGS = ("none", "left", "right")
-WRONG, RAISES = "WRONG", "RAISES"
+FAULTY = "faulty"
 READ, PARTLY, REFUSED, NO_ATTENTION, NO_REFERENCE = "read", "partly read", "refused", "no attention", "no reference"
 YES, LAST_ONLY = "yes", "last layers only"
 
@@ -79,18 +80,14 @@ def batch_of(padding: str) -> Batch:
 
 
 def _examine(row: Row, name: str, check: Callable[[], str]) -> None:
+    setattr(row, name, FAULTY)
     try:
-        setattr(row, name, check())
+        with _noting_faults(row, name):
+            setattr(row, name, check())
     except InputError as refusal:
         setattr(row, name, str(refusal))
         if "\n" in str(refusal):
             row.faults.append(f"{name}: refused in more than one line: {refusal}")
-    except AssertionError as wrong:
-        setattr(row, name, WRONG)
-        row.faults.append(f"{name}: {wrong}")
-    except Exception as error:
-        setattr(row, name, RAISES)
-        row.faults.append(f"{name}: raises {type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
 
 
 def _examine_probe(model: PreTrainedModel, row: Row) -> None:
@@ -102,24 +99,31 @@ def _examine_probe(model: PreTrainedModel, row: Row) -> None:
         if len(seen.returned) == len(seen.softmaxes) and not seen.are_returned:
             row.faults.append(f"reference, {padding}: the attentions returned are not those of the softmaxes")
         for each in models:
-            try:
-                found.append(_read(each, batch, seen, row))
-            except InputError as refusal:
-                found.append((REFUSED if seen.softmaxes else NO_ATTENTION, str(refusal)))
-            except AssertionError as wrong:
-                row.faults.append(f"probe, {padding}, {each.config._attn_implementation}: {wrong}")
-            except Exception as error:
-                line = next(iter(str(error).splitlines()), "")
-                row.faults.append(
-                    f"probe, {padding}, {each.config._attn_implementation}: raises {type(error).__name__}: {line}"
-                )
-    if not found or row.faults:
-        row.status = WRONG
-    for status in (REFUSED, PARTLY, NO_REFERENCE, READ, NO_ATTENTION):
-        reasons = [reason for each, reason in found if each == status]
-        if reasons and not row.faults:
-            row.status, row.reason = status, reasons[0]
-            return
+            with _noting_faults(row, f"probe, {padding}, {each.config._attn_implementation}"):
+                try:
+                    found.append(_read(each, batch, seen, row))
+                except InputError as refusal:
+                    found.append((REFUSED if seen.softmaxes else NO_ATTENTION, str(refusal)))
+    with _noting_faults(row, "probe, with a cache"), suppress(InputError):  # refused without a cache too
+        _check_cached(model)
+    if row.faults:
+        row.status = FAULTY
+        return
+    order = (REFUSED, PARTLY, NO_REFERENCE, READ, NO_ATTENTION)
+    row.status, row.reason = min(found, key=lambda each: order.index(each[0]))
+
+
+@contextmanager
+def _noting_faults(row: Row, where: str) -> Iterator[None]:
+    """Notes as faults of ``row`` what is wrong and what is raised, other than refusals."""
+    try:
+        yield
+    except InputError:
+        raise
+    except AssertionError as wrong:
+        row.faults.append(f"{where}: {wrong}")
+    except Exception as error:
+        row.faults.append(f"{where}: raises {type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
 
 
 def _read(model: PreTrainedModel, batch: Batch, seen: Seen, row: Row) -> tuple[str, str]:
@@ -160,6 +164,48 @@ def _read(model: PreTrainedModel, batch: Batch, seen: Seen, row: Row) -> tuple[s
     unread = [name for name in expected if not any(_is_part(name.split(" (")[0], each) for each in refused)]
     assert not unread, f"{unread[0]} is in no row"
     return status, reasons
+
+
+def _check_cached(model: PreTrainedModel) -> None:
+    """The same of a pass in pieces, with a cache: a prompt, then a token at a time.
+
+    A model whose logits are others then, or that has no cache, is none to compare with.
+    """
+    batch = batch_of("left")
+    real, seen = batch["attention_mask"].numpy().astype(bool), see(model, batch)
+    try:
+        whole, cached = _logits(model, batch), _cached_logits(model, batch)
+    except Exception:  # the model's own
+        return
+    if cached is None or _relative(cached[real], whole[real]) > 1e-4:
+        return
+    with EntropyProbe(model) as probe:
+        probed = _cached_logits(model, batch)
+    assert probed is not None
+    assert torch.equal(cached, probed), "the probe changes the logits"
+    expected = _by_row(probe.layers, seen.by_module)
+    read = [name for name in probe.layers if name not in probe.unreadable and name in expected]
+    for name in read:
+        place = probe.layers.index(name)
+        n_query = int(probe.rows()[place, 0])
+        assert n_query == real.sum(), f"{name}: {n_query} queries of {real.sum()}"
+        means = (each[place].double().numpy() for each in (probe.per_head(), probe.per_position()))
+        difference = _difference(expected[name].entropy, real, *means)
+        assert difference <= TOLERANCE, f"{name}: {difference:.2g} nats off"
+
+
+@torch.no_grad()
+def _cached_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor | None:
+    """Logits [batch, T, vocab_size] of ``N_PROMPT`` tokens at once and the others one by one; None without a cache."""
+    tokens, mask, cache, logits = batch["input_ids"], batch["attention_mask"], None, []
+    for start, stop in ((0, N_PROMPT), *((each, each + 1) for each in range(N_PROMPT, N_TOKEN))):
+        options = {} if cache is None else {"past_key_values": cache}
+        output = model(input_ids=tokens[:, start:stop], attention_mask=mask[:, :stop], use_cache=True, **options)
+        cache = output.get("past_key_values", output.get("cache"))
+        if cache is None:
+            return None
+        logits.append(output.logits)
+    return torch.cat(logits, dim=1).double()
 
 
 def _difference(entropy: np.ndarray, real: np.ndarray, per_head: np.ndarray, per_position: np.ndarray) -> float:

@@ -36,8 +36,9 @@ The same sweep is a test: it fails if a number is wrong by more than 1e-5, or if
 - **entropy**: `EntropyProbe` (and `normfree entropy`, `measure`, `EntropyCallback`, `EntropyMonitor`). *read*: mean
   entropies by head and by position and the share of the first key agree with a float64 computation from the model's own
   eager softmax, without padding, with padding on the left and on the right, under the default attention implementation
-  and under eager; the logits of the probed model are the same bit for bit. *partly read*: some modules are named in
-  `unreadable`: linear attention, or cross-attention and image or audio towers that nothing called. *refused*: all are.
+  and under eager, in one pass and token by token with a KV cache (where the model's own logits agree with one pass);
+  the logits of the probed model are the same bit for bit. *partly read*: some modules are named in `unreadable`: linear
+  attention, or cross-attention and image or audio towers that nothing called. *refused*: all are.
   *no reference*: read, but its softmax could not be seen apart from the probe.
 - **agreement**: the largest difference from that computation, of a head or of a head at a position.
 - **depth**: `normfree depth`; loss and losses without each layer agree with forward hooks that skip it.

@@ -9,12 +9,11 @@ from huggingface_hub.errors import StrictDataclassError
 
 from normfree import EntropyProbe
 from tests.coverage.sweep import (
+    FAULTY,
     NO_ATTENTION,
-    RAISES,
     READ,
     REFUSED,
     TOLERANCE,
-    WRONG,
     YES,
     Row,
     batch_of,
@@ -63,7 +62,7 @@ def test_what_is_silently_wrong_is_a_fault(monkeypatch):
     right = EntropyProbe.per_head
     monkeypatch.setattr(EntropyProbe, "per_head", lambda probe: right(probe) + 1.5e-5)
     row = examine("llama")
-    assert row.status == WRONG
+    assert row.status == FAULTY
     assert "nats off" in row.faults[0]
 
 
@@ -73,7 +72,7 @@ def test_what_is_raised_raw_is_a_fault(monkeypatch):
 
     monkeypatch.setattr("tests.coverage.sweep.prune_layers", fail)
     row = examine("llama")
-    assert row.prune_layers == RAISES
+    assert row.prune_layers == FAULTY
     assert row.faults == ["prune_layers: raises KeyError: 'a layer'"]
 
 
