@@ -12,7 +12,7 @@ import normfree
 from normfree.errors import InputError
 
 from .small_models import build
-from .training import assert_row, examples
+from .training import assert_row, examples, expected_row
 
 
 def batches(n=6, size=4):
@@ -260,3 +260,40 @@ def test_lightning_stops(tmp_path):
     with pytest.warns(UserWarning, match=r"^step 2: .* overloaded.*; the run stops$"):
         trainer, _ = lightning_fit(tmp_path, [callback], initializer_range=1e-3)
     assert trainer.global_step == 2
+
+
+def test_layers_that_differ_in_heads():
+    """As the two towers of a vision language model do: the second probed step reads them one by one."""
+
+    class Towers(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = build("llama"), build("gpt2", num_attention_heads=2, embd_pdrop=0.0)
+
+        def forward(self, **batch):
+            return self.first(**batch).loss + self.second(**batch).loss
+
+    model, (batch, *_) = Towers(), batches()
+    monitor = normfree.EntropyMonitor(model, every=1)
+    with pytest.warns(UserWarning, match="from the next probed step on, layer by layer"), monitor.step(0) as row:
+        model(**batch).backward()
+    assert row == {}
+    with monitor.step(1) as row:
+        model(**batch).backward()
+    assert monitor.layers == (
+        "first.model.layers.0.self_attn",
+        "first.model.layers.1.self_attn",
+        "second.transformer.h.0.attn",
+        "second.transformer.h.1.attn",
+    )
+    expected = [expected_row(model.first, [batch]), expected_row(model.second, [batch])]
+    for layer in range(4):
+        tower, of_tower = expected[layer // 2], layer % 2
+        assert row[f"entropy/L{layer}"] == pytest.approx(tower[f"entropy/L{of_tower}"], abs=2e-5)
+        assert row[f"entropy/L{layer}H1"] == pytest.approx(tower[f"entropy/L{of_tower}H1"], abs=2e-5)
+    assert "entropy/L1H3" in row
+    assert "entropy/L2H2" not in row
+    weights = [8 / 12, 4 / 12]
+    for name in ("entropy/mean", "entropy/overloaded_share", "entropy/collapsed_share", "entropy/sink_share"):
+        mean = sum(weight * tower[name] for weight, tower in zip(weights, expected, strict=True))
+        assert row[name] == pytest.approx(mean, abs=2e-5)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
 
 from normfree.entropy import entropy_bands
 from normfree.errors import InputError, unknown_name
@@ -16,11 +20,12 @@ COLLAPSED = "entropy/collapsed_share"
 ON_ALERT = ("warn", "stop")
 
 
-def entropy_row(probe: EntropyProbe, *, per_head: bool = True) -> Row:
+def entropy_row(probes: Sequence[EntropyProbe], *, per_head: bool = True) -> Row:
     """The values that a training step logs, by name; layers that could not be read are left out.
 
     - ``entropy/mean``, ``entropy/L3``, ``entropy/L3H2``: the mean of all heads, of a layer's heads, and a head's
-      entropy, nats. Layers are the rows of :meth:`EntropyProbe.per_head`. NaN if any head in them is.
+      entropy, nats. Layers are the rows of :meth:`EntropyProbe.per_head`, of one probe after the other. NaN if any head
+      in them is.
     - ``entropy/overloaded_share``, ``entropy/collapsed_share``: the shares of heads in the top and in the lowest
       quarter of their own range, from 0 to the entropy of uniform attention (:meth:`EntropyProbe.normalized`). The
       bands of ReLU's Revival (section 3, Figure 2a) end at the largest entropy of the configurations compared; within
@@ -29,26 +34,50 @@ def entropy_row(probe: EntropyProbe, *, per_head: bool = True) -> Row:
     - ``entropy/nan_scores``, ``entropy/inf_scores``: numbers of NaN and of infinite attention scores.
 
     Raises:
-        InputError: no layer could be read, or layers differ in their number of heads.
+        InputError: no layer could be read, or the layers of a probe differ in their number of heads.
     """
-    unreadable = probe.unreadable
-    layers = [layer for layer, name in enumerate(probe.layers) if name not in unreadable]
-    entropy = probe.per_head()[layers]
-    bands = entropy_bands(probe.normalized()[layers].clamp(0, 1), maximum=1.0)
-    nan_scores, inf_scores = probe.nonfinite()
+    layers = dict(_layers_of(probes))
+    if not layers:
+        reasons = sorted({reason for probe in probes for reason in probe.unreadable.values()})
+        raise InputError(f"no attention layer of the model has been read: {'; '.join(reasons)}")
+    entropy = torch.cat([layer.entropy for layer in layers.values()])
+    bands = entropy_bands(torch.cat([layer.normalized for layer in layers.values()]).clamp(0, 1), maximum=1.0)
     row: Row = {
         "entropy/mean": entropy.mean().item(),
         OVERLOADED: float(bands[3]),
         COLLAPSED: float(bands[0]),
-        "entropy/sink_share": probe.sink_share()[layers].mean().item(),
-        "entropy/nan_scores": int(nan_scores.sum()),
-        "entropy/inf_scores": int(inf_scores.sum()),
+        "entropy/sink_share": torch.cat([layer.sink_share for layer in layers.values()]).mean().item(),
+        "entropy/nan_scores": sum(int(layer.nan_scores.sum()) for layer in layers.values()),
+        "entropy/inf_scores": sum(int(layer.inf_scores.sum()) for layer in layers.values()),
     }
-    for layer, heads in zip(layers, entropy, strict=True):
-        row[f"entropy/L{layer}"] = heads.mean().item()
+    for number, layer in layers.items():
+        row[f"entropy/L{number}"] = layer.entropy.mean().item()
         if per_head:
-            row |= {f"entropy/L{layer}H{head}": value for head, value in enumerate(heads.tolist())}
+            row |= {f"entropy/L{number}H{head}": value for head, value in enumerate(layer.entropy.tolist())}
     return row
+
+
+class _Layer(NamedTuple):
+    """[n_head] each, as the probe's methods of the same names give them."""
+
+    entropy: Tensor
+    normalized: Tensor
+    sink_share: Tensor
+    nan_scores: Tensor
+    inf_scores: Tensor
+
+
+def _layers_of(probes: Sequence[EntropyProbe]) -> Iterator[tuple[int, _Layer]]:
+    """The layers that were read, with their numbers."""
+    first = 0
+    for probe in probes:
+        unreadable = probe.unreadable
+        if len(unreadable) < len(probe.layers):
+            results = (probe.per_head(), probe.normalized(), probe.sink_share(), *probe.nonfinite())
+            for number, (name, *layer) in enumerate(zip(probe.layers, *results, strict=True), first):
+                if name not in unreadable:
+                    yield number, _Layer(*layer)
+        first += len(probe.layers)
 
 
 @dataclass

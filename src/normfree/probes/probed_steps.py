@@ -32,14 +32,16 @@ class ProbedSteps:
         self.layers: tuple[str, ...] = ()
         """Names of the attention modules, as of the latest step measured."""
         self._step = 0
-        self._probe: EntropyProbe | None = None
+        self._probes: dict[str, EntropyProbe] = {}
+        self._parts: tuple[str, ...] = ("",)
+        """Modules of the model that get a probe each: the model, or its attentions where they differ in heads."""
         self._active = ExitStack()
         self._alerted = False
         self._warned: set[str] = set()
 
     @property
     def is_active(self) -> bool:
-        return self._probe is not None
+        return bool(self._probes)
 
     @property
     def should_stop(self) -> bool:
@@ -49,7 +51,7 @@ class ProbedSteps:
     def begin(self, model: nn.Module, step: int, *, is_compiled: bool = False) -> None:
         self.abandon()
         try:
-            self._probe = self._active.enter_context(probe_training_step(model, is_compiled=is_compiled))
+            self._probes = self._active.enter_context(probe_training_step(model, self._parts, is_compiled=is_compiled))
             self._step = step
         except Exception as error:
             self.refuse(_reason(error))
@@ -60,16 +62,18 @@ class ProbedSteps:
 
     def finish(self) -> Row:
         """The row of the step, reduced over all processes; empty if nothing could be read."""
-        probe = self._probe
+        probes = self._probes
         self.abandon()
-        if probe is None:
+        if not probes:
             return {}
         row: Row = {}
         try:
-            probe.reduce()
-            self.layers = probe.layers
-            self._warn_of_unreadable(probe)
-            row = entropy_row(probe, per_head=self.per_head)
+            for probe in probes.values():
+                probe.reduce()
+            self.layers = tuple(f"{part}{name}" for part, probe in probes.items() for name in probe.layers)
+            if not self._takes_apart(probes):
+                row = entropy_row(list(probes.values()), per_head=self.per_head)
+                self._warn_of_unreadable(probes)
         except Exception as error:
             self.refuse(_reason(error))
         self.last = (self._step, row)
@@ -81,7 +85,7 @@ class ProbedSteps:
     def abandon(self) -> None:
         """Stop measuring and forget the step; safe to call at any time."""
         self._active.close()
-        self._probe = None
+        self._probes = {}
 
     def __str__(self) -> str:
         if self.last is None:
@@ -89,12 +93,27 @@ class ProbedSteps:
         step, row = self.last
         return f"step {step}: " + (f"mean {row['entropy/mean']:.3g} nats" if row else "nothing read")
 
-    def _warn_of_unreadable(self, probe: EntropyProbe) -> None:
+    def _takes_apart(self, probes: dict[str, EntropyProbe]) -> bool:
+        """Whether the layers that one probe has read differ in heads, which gives no table of it.
+
+        They get probes of their own then. This is known once they have run: the first probed step is lost.
+        """
+        probe = probes.get("")
+        if probe is None or len(probe.unreadable) == len(probe.layers):
+            return False
+        try:
+            probe.rows()
+        except InputError as reason:
+            self._parts = tuple(dict.fromkeys(name.split(" (call ")[0] for name in probe.layers))
+            self._warn_once(f"attention entropy is logged from the next probed step on, layer by layer: {reason}")
+            return True
+        return False
+
+    def _warn_of_unreadable(self, probes: dict[str, EntropyProbe]) -> None:
         names_by_reason: dict[str, list[str]] = {}
-        for name, reason in probe.unreadable.items():
-            names_by_reason.setdefault(reason, []).append(name)
-        if len(probe.unreadable) == len(probe.layers):
-            return  # said by the row, which there is none of
+        for part, probe in probes.items():
+            for name, reason in probe.unreadable.items():
+                names_by_reason.setdefault(reason, []).append(f"{part}{name}")
         for reason, names in names_by_reason.items():
             more = f" and {len(names) - N_NAMED} more" if len(names) > N_NAMED else ""
             self._warn_once(f"attention entropy is not logged for {', '.join(names[:N_NAMED])}{more}: {reason}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -17,36 +17,44 @@ from normfree.probes.attention_entropy import EntropyProbe
 
 
 @contextmanager
-def probe_training_step(model: nn.Module, *, is_compiled: bool = False) -> Iterator[EntropyProbe]:
-    """An EntropyProbe, with counts of non-finite scores, of the passes that compute gradients while the block runs.
+def probe_training_step(
+    model: nn.Module, parts: Sequence[str] = ("",), *, is_compiled: bool = False
+) -> Iterator[dict[str, EntropyProbe]]:
+    """EntropyProbes, with counts of non-finite scores, of the passes that compute gradients while the block runs.
 
     Passes without gradients are evaluation, generation or a reference policy, and are left out, unless the block is
-    entered without gradients. Code compiled by ``torch.compile`` runs uncompiled inside. ``is_compiled`` says that
-    there is such code around ``model`` where the model itself does not show it.
+    entered without gradients. Code compiled by ``torch.compile`` runs uncompiled inside.
+
+    Args:
+        parts: names of modules of the model that get a probe each; "" is the model.
+        is_compiled: there is compiled code around ``model`` where the model itself does not show it.
+
+    Yields:
+        the probes by the names of their parts.
 
     Raises:
         InputError: the model has no attention module, or its heads are divided between processes.
     """
     _check_heads_are_whole(model)
-    probe = EntropyProbe(model, count_nonfinite=True)
+    probes = {part: EntropyProbe(model.get_submodule(part), count_nonfinite=True) for part in parts}
     with ExitStack() as stack:
         if _must_run_uncompiled(model, is_compiled=is_compiled):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(_GradientPasses(model, probe).watch())
-        yield probe
+        stack.enter_context(_GradientPasses(model, list(probes.values())).watch())
+        yield probes
 
 
 class _GradientPasses:
-    """Keeps a probe active, except in passes that compute no gradients.
+    """Keeps probes active, except in passes that compute no gradients.
 
     A pass is the outermost call of a module of the model. It is asked there whether gradients are computed: reentrant
     gradient checkpointing runs inner modules without. The hooks are torch's global ones, so that the model can be
     copied and saved in the middle of a step.
     """
 
-    def __init__(self, model: nn.Module, probe: EntropyProbe) -> None:
+    def __init__(self, model: nn.Module, probes: Sequence[EntropyProbe]) -> None:
         self._modules = set(model.modules())
-        self._probe = probe
+        self._probes = probes
         self._takes_all = not torch.is_grad_enabled()
         self._outermost: nn.Module | None = None
         self._depth = 0
@@ -60,8 +68,12 @@ class _GradientPasses:
             # also after an exception
             stack.callback(register_module_forward_hook(self._leave, always_call=True).remove)
             stack.callback(self._active.close)
-            self._active.enter_context(self._probe)
+            self._activate()
             yield
+
+    def _activate(self) -> None:
+        for probe in self._probes:
+            self._active.enter_context(probe)
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling() or module not in self._modules:
@@ -82,7 +94,7 @@ class _GradientPasses:
             self._outermost = None
             if self._is_suspended:
                 self._is_suspended = False
-                self._active.enter_context(self._probe)
+                self._activate()
 
 
 def _check_heads_are_whole(model: nn.Module) -> None:
