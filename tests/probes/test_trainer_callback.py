@@ -9,9 +9,11 @@ import warnings
 
 import pytest
 import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from torch.nn.modules import module as torch_module
-from transformers import MambaConfig, MambaForCausalLM, TrainerCallback
+from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from transformers.modeling_utils import AttentionInterface
 
 import normfree
@@ -196,17 +198,32 @@ def test_tensorboard_and_trackio_get_the_rows(tmp_path, monkeypatch):
             assert by_step[each.step][f"train/{name}"] == pytest.approx(rows[each.step][name])
 
 
-def test_an_sft_trainer(tmp_path):
-    trl = pytest.importorskip("trl")
-    from datasets import Dataset
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
+def word_tokenizer():
     words = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, 50)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
-    texts = [" ".join(f"w{2 + (7 * i + 3 * j) % 48}" for j in range(6 + i % 5)) for i in range(16)]
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+def text(i, n):
+    return " ".join(f"w{2 + (7 * i + 3 * j) % 48}" for j in range(n))
+
+
+def recorded_batches(trainer):
+    """Filled with the inputs of the trainer's losses while it trains."""
+    batches, compute_loss = [], trainer.compute_loss
+
+    def recording(model, inputs, *args, **kwargs):
+        batches.append({name: each.clone() for name, each in inputs.items() if isinstance(each, torch.Tensor)})
+        return compute_loss(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = recording
+    return batches
+
+
+def test_an_sft_trainer(tmp_path):
+    trl = pytest.importorskip("trl")
+    texts = [text(i, 6 + i % 5) for i in range(16)]
 
     def fine_tune(callbacks):
         args = trl.SFTConfig(
@@ -226,19 +243,63 @@ def test_an_sft_trainer(tmp_path):
             build("llama"),
             args,
             train_dataset=Dataset.from_dict({"text": texts}),
-            processing_class=fast,
+            processing_class=word_tokenizer(),
             callbacks=callbacks,
         )
+        batches = recorded_batches(trainer)
         trainer.train()
-        return trainer
+        return trainer, batches
 
-    watched = fine_tune([normfree.EntropyCallback(every=1)])
+    watched, batches = fine_tune([normfree.EntropyCallback(every=1)])
     assert list(rows_of(watched)) == [1, 2, 3, 4]
-    assert losses_of(watched) == losses_of(fine_tune([]))
+    assert_row(rows_of(watched)[1], build("llama"), batches[:2])
+    assert losses_of(watched) == losses_of(fine_tune([])[0])
     # TRL averages its own metrics over the steps since its last log entry: they are in those entries, and there alone
     own = [entry for entry in watched.state.log_history if "mean_token_accuracy" in entry]
     assert [entry["step"] for entry in own] == [2, 4]
     assert not any("entropy/mean" in entry for entry in own)
+
+
+def test_a_grpo_trainer_samples_within_its_steps(tmp_path):
+    """What it generates, and its reference policy (the model without its adapter), are no training batches."""
+    trl, peft = pytest.importorskip("trl"), pytest.importorskip("peft")
+
+    def reinforce(callbacks):
+        args = trl.GRPOConfig(
+            output_dir=str(tmp_path),
+            use_cpu=True,
+            report_to="none",
+            max_steps=2,
+            per_device_train_batch_size=4,
+            num_generations=2,
+            max_completion_length=5,
+            beta=0.1,
+            logging_steps=1,
+            save_strategy="no",
+            disable_tqdm=True,
+            bf16=False,
+        )
+        trainer = trl.GRPOTrainer(
+            build("llama"),
+            reward_funcs=lambda completions, **_: [float(len(set(each))) for each in completions],
+            args=args,
+            train_dataset=Dataset.from_dict({"prompt": [text(i, 3 + i % 3) for i in range(8)]}),
+            processing_class=word_tokenizer(),
+            peft_config=peft.LoraConfig(target_modules=["q_proj"]),
+            callbacks=callbacks,
+        )
+        batches = recorded_batches(trainer)
+        trainer.train()
+        return trainer, batches
+
+    watched, (batch, *_) = reinforce([normfree.EntropyCallback(every=1)])
+    assert list(rows_of(watched)) == [1, 2]
+    whole = {
+        name: torch.cat([batch[f"prompt_{part}"], batch[f"completion_{part}"]], dim=1)
+        for name, part in (("input_ids", "ids"), ("attention_mask", "mask"))
+    }
+    assert_row(rows_of(watched)[1], build("llama"), [whole])
+    assert losses_of(watched) == losses_of(reinforce([])[0])
 
 
 @pytest.mark.parametrize(("on_alert", "steps"), [("warn", 4), ("stop", 1)])
