@@ -13,7 +13,7 @@ CURSE = "The Curse of Depth"
 SPARK = "Spark Transformer"
 HYBRID = "HybridNorm"
 
-HOLDS, NOT, IN_PART, UNKNOWN = "**holds**", "**does not hold**", "**in part**", "not measured"
+HOLDS, NOT, UNTOLD, REFUSED = "**holds**", "**does not hold**", "**cannot be told**", "**not measured**"
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,9 @@ def _overload(model: Measured) -> tuple[str, str]:
 def _growth(model: Measured) -> tuple[str, str]:
     law = model.depth["variance_growth"]
     distinct = "" if model.depth["variance_growth_is_distinct"] else ", not distinct from the next"
-    return _verdict(law == "exponential", f"{law}{distinct}; last over first {model.depth['variance_ratio']:.3g}")
+    placement = "; its norms are not Pre-LN" if model.has_inner_norms else ""
+    shown = f"{law}{distinct}; last over first {model.depth['variance_ratio']:,.0f}{placement}"
+    return _verdict(law == "exponential", shown)
 
 
 def _half_does_little(model: Measured) -> tuple[str, str]:
@@ -54,7 +56,7 @@ def _near_identity(model: Measured) -> tuple[str, str]:
 
 def _droppable(model: Measured) -> tuple[str, str]:
     k, increase = model.quarter_dropped()
-    shown = f"{k} similar layers dropped cost {increase:.2f} nats"
+    shown = f"{k} of {model.n_layer} left out cost {increase:.2f} nats, in the cheapest order"
     return _verdict(increase < 0.1 * model.loss, shown)
 
 
@@ -65,14 +67,14 @@ def _first_token(model: Measured) -> tuple[str, str]:
 
 def _attribution(model: Measured) -> tuple[str, str]:
     if model.interpretation is None:
-        return UNKNOWN, model.refusal("interpret")
+        return REFUSED, "its norms stand on what is written into the stream"
     error = model.interpretation["attribution_nmae"]
     return _verdict(error > 0.1, f"median error over the heads {error:.0%}")
 
 
 def _confidence(model: Measured) -> tuple[str, str]:
     if model.interpretation is None:
-        return UNKNOWN, model.refusal("interpret")
+        return REFUSED, "its norms stand on what is written into the stream"
     share = model.interpretation["norm_mediated_share"]
     return _verdict(share > 0.2, f"{share:.0%} of their effect goes through the final norm's std")
 
@@ -83,8 +85,8 @@ def _lazy(model: Measured) -> tuple[str, str]:
 
 
 def _norms_inside(model: Measured) -> tuple[str, str]:
-    shown = f"effective depth {model.effective_depth}, variance last over first {model.depth['variance_ratio']:.3g}"
-    return "norms of Q, K and branches" if model.has_inner_norms else "neither", shown
+    norms = "with such norms" if model.has_inner_norms else "without such norms"
+    return UNTOLD, f"{norms} the effective depth is {model.depth['effective_depth_share']:.0%} of the layers"
 
 
 CLAIMS = (
@@ -92,7 +94,7 @@ CLAIMS = (
     Claim(CURSE, "Under Pre-LN the variance of the residual stream grows exponentially with depth", _growth),
     Claim(CURSE, "About half of the layers, the deeper ones, do little", _half_does_little),
     Claim(CURSE, "Deep blocks are close to the identity", _near_identity),
-    Claim(CURSE, "A quarter of the layers can be left out at little cost", _droppable),
+    Claim(CURSE, "Up to a quarter of the layers can be left out at little cost", _droppable),
     Claim(REMOVAL, "The first token's residual stream is many times larger than that of others", _first_token),
     Claim(REMOVAL, "With norms, direct logit attribution is not exact", _attribution),
     Claim(REMOVAL, "Confidence neurons work through the final norm", _confidence),

@@ -26,20 +26,21 @@ from normfree.files import written_whole
 from normfree.interpret import (
     check_quantization,
     most_similar_block,
-    prune_layers,
     quantization_cost,
     residual_std_by_position,
     token_sequences,
 )
+from normfree.interpret.depth.block_calls import record
 from normfree.modeling.residual_stream import ResidualStreamProbe, decoder_blocks
 from normfree.training import LoadedModel, load_pretrained
-from normfree.training.evaluation import evaluation_losses
+from normfree.training.evaluation import evaluation_losses, sequence_losses
 
 from .corpus import write_corpus
 from .packages import MODELS, RealModel
 
 CORPUS = "python-source"
-T_ENTROPY, N_ENTROPY = 256, 16
+T_ENTROPY, N_ENTROPY, N_STREAM = 256, 16, 4
+"""The last: of loss with and without a beginning, residual stream and outliers."""
 T, N, N_PROBE = 128, 4, 2
 """Of everything else; so many sequences again, others, to measure pruned models on."""
 T_INTERPRET, N_NEURON = 48, 5
@@ -137,33 +138,46 @@ def _run(command: Command, work: Path) -> dict[str, object]:
 
 
 def _measure_models(work: Path, results: Path, corpus: str) -> None:
-    check_quantization(torch.device("cpu"))
-    stds, losses, pruned, quantized, outliers, open_gates = [], [], [], [], [], []
+    tables: dict[str, list[pd.DataFrame]] = {}
     for model in MODELS:
-        print(f"{model.name}: first token, pruning, int8", flush=True)
+        print(f"{model.name}: first token, outliers, layers skipped, int8", flush=True)
         loaded = load_pretrained(str(work / model.file))
-
-        for bos in (None, False) if model.has_beginning else (None,):
-            label = model.name if bos is None else f"{model.name}, {NO_BOS}"
-            tokens = _sequences(loaded, work, T_ENTROPY, N_ENTROPY, bos)
-            stds.append(residual_std_by_position(loaded.model, tokens, 4).assign(model=label))
-            with ResidualStreamProbe(loaded.model) as probe:
-                each = evaluation_losses(loaded.model, tokens, 4)
-            losses.append({"model": label, "loss_nats": each.mean(), "standard_error": _error(each)})
-            outliers.append(_outliers(probe).assign(model=label))
-        tokens = _sequences(loaded, work, T, 2 * N, None)
-        open_gates.append(_open_gates(loaded.model, tokens[:N]).assign(model=model.name))
-        pruned.append(_pruned(loaded.model, model, tokens[N:], results))
-        quantized.append(quantization_cost(loaded.model, tokens[N:], 4).assign(model=model.name))
-    write_csv(pd.DataFrame(losses), results / "losses.csv")
-    by_position = pd.concat(stds, ignore_index=True)
-    write_csv(_first_and_others(by_position), results / "residual_stds.csv")
-    tables = {"outliers": outliers, "open_gates": open_gates, "pruned": pruned, "int8": quantized}
+        for measured in (measure_streams(loaded, model, work), measure_changes(loaded, model, work, results)):
+            for name, frame in measured.items():
+                tables.setdefault(name, []).append(frame)
     for name, frames in tables.items():
         write_csv(pd.concat(frames, ignore_index=True), results / f"{name}.csv")
     about = {"corpus_sha256": corpus, "python": sys.version.split()[0], "torch": torch.__version__}
     with written_whole(results / "about.json") as path:
         path.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def measure_streams(loaded: LoadedModel, model: RealModel, work: Path) -> dict[str, pd.DataFrame]:
+    """Loss, residual stds and outliers; of a model whose tokenizer puts a token first, without it too."""
+    losses, stds, outliers = [], [], []
+    for bos in (None, False) if model.has_beginning else (None,):
+        label = model.name if bos is None else f"{model.name}, {NO_BOS}"
+        tokens = _sequences(loaded, work, T_ENTROPY, N_STREAM, bos)
+        by_position = residual_std_by_position(loaded.model, tokens, 2)
+        stds.append(_first_and_others(by_position).assign(model=label))
+        with ResidualStreamProbe(loaded.model) as probe:
+            each = evaluation_losses(loaded.model, tokens, 2)
+        losses.append(pd.DataFrame([{"model": label, "loss_nats": each.mean(), "standard_error": _error(each)}]))
+        outliers.append(_outliers(probe).assign(model=label))
+    found = {"losses": losses, "residual_stds": stds, "outliers": outliers}
+    return {name: pd.concat(frames, ignore_index=True) for name, frames in found.items()}
+
+
+def measure_changes(loaded: LoadedModel, model: RealModel, work: Path, results: Path) -> dict[str, pd.DataFrame]:
+    """Open gates, the loss without layers, and that in int8, on other sequences than those of ``depth``."""
+    check_quantization(torch.device("cpu"))
+    tokens = _sequences(loaded, work, T, 2 * N, None)[N:]
+    found = {
+        "open_gates": _open_gates(loaded.model, tokens),
+        "pruned": _pruned(loaded.model, model, tokens, results),
+        "int8": quantization_cost(loaded.model, tokens, 2),
+    }
+    return {name: frame.assign(model=model.name) for name, frame in found.items()}
 
 
 def _sequences(loaded: LoadedModel, work: Path, length: int, n: int, bos: bool | None) -> torch.Tensor:
@@ -179,14 +193,15 @@ def _sequences(loaded: LoadedModel, work: Path, length: int, n: int, bos: bool |
 
 
 def _first_and_others(stds: pd.DataFrame) -> pd.DataFrame:
-    """By model and layer: the std of the first token, and the median, least and largest of the other positions."""
-    rows = []
-    for (model, layer), each in stds.groupby(["model", "layer"], sort=False):
-        others = each.loc[each["position"] > 0, "residual_std"]
-        first = each.loc[each["position"] == 0, "residual_std"].item()
-        row = {"first": first, "others_median": others.median(), "others_min": others.min(), "others_max": others.max()}
-        rows.append({"model": model, "layer": layer, **row})
-    return pd.DataFrame(rows)
+    """By layer: the std of the first token, and the median, least and largest of the other positions."""
+    table = stds.pivot(index="layer", columns="position", values="residual_std").sort_index(axis=1)
+    first, others = table.iloc[:, 0], table.iloc[:, 1:]
+    columns = {
+        "others_median": others.median(axis=1),
+        "others_min": others.min(axis=1),
+        "others_max": others.max(axis=1),
+    }
+    return pd.DataFrame({"first": first, **columns}).reset_index()
 
 
 def _outliers(probe: ResidualStreamProbe) -> pd.DataFrame:
@@ -210,13 +225,15 @@ def _open_gates(model: PreTrainedModel, tokens: torch.Tensor) -> pd.DataFrame:
     return pd.DataFrame([{"layer": layer, "open": torch.cat(found).mean().item()} for layer, found in rows.items()])
 
 
+@torch.no_grad()
 def _pruned(model: PreTrainedModel, named: RealModel, tokens: torch.Tensor, results: Path) -> pd.DataFrame:
     """The loss without k layers, in three orders; the first two are of ``depth``, from other sequences."""
     skipped, distances = (
         frame[frame["model"] == named.name]
         for frame in (pd.read_csv(results / f"{name}.csv") for name in ("skipped_layers", "angular_distance"))
     )
-    plain = evaluation_losses(model, tokens, 4)
+    recorded = record(model, tokens)
+    plain = sequence_losses(recorded.logits, tokens).double().numpy()
     n_layer = len(skipped)
     rows = []
     for n_dropped in N_DROPPED:
@@ -226,15 +243,14 @@ def _pruned(model: PreTrainedModel, named: RealModel, tokens: torch.Tensor, resu
             ORDERS[2]: range(n_layer - n_dropped, n_layer),
         }
         for order, layers in chosen.items():
-            increase = evaluation_losses(prune_layers(model, sorted(layers)), tokens, 4) - plain
+            losses = sequence_losses(recorded.logits_without(layers), tokens).double().numpy()
             rows.append(
                 {
-                    "model": named.name,
                     "order": order,
                     "n_dropped": n_dropped,
                     "layers": " ".join(map(str, sorted(layers))),
-                    "loss_increase_nats": increase.mean(),
-                    "standard_error": _error(increase),
+                    "loss_increase_nats": (losses - plain).mean(),
+                    "standard_error": _error(losses - plain),
                 }
             )
     return pd.DataFrame(rows)
