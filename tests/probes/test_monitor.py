@@ -297,3 +297,24 @@ def test_layers_that_differ_in_heads():
     for name in ("entropy/mean", "entropy/overloaded_share", "entropy/collapsed_share", "entropy/sink_share"):
         mean = sum(weight * tower[name] for weight, tower in zip(weights, expected, strict=True))
         assert row[name] == pytest.approx(mean, abs=2e-5)
+
+
+def test_tensor_parallel_parameters_are_refused(tmp_path):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{tmp_path}/store")
+    try:
+        model, (batch, *_) = build("llama"), batches()
+        mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("tp",))
+        head = torch.nn.Parameter(distribute_tensor(model.lm_head.weight.detach(), mesh, [Shard(0)]))
+        monitor = normfree.EntropyMonitor(model)
+        with monitor.step(0) as row:
+            model(**batch)
+        assert row
+        model.lm_head.weight = head
+        with pytest.warns(UserWarning, match="tensor parallelism divides its heads"), monitor.step(100) as row:
+            pass
+        assert row == {}
+    finally:
+        torch.distributed.destroy_process_group()

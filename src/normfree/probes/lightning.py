@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from normfree.errors import InputError
 from normfree.probes.entropy_row import Alerts
 from normfree.probes.probed_steps import ProbedSteps, check_every
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
 except ImportError as missing:
-    raise InputError("Lightning is not installed; install it with: pip install lightning") from missing
+    raise ImportError("Lightning is not installed; install it with: pip install lightning") from missing
 
 
 class EntropyCallback(Callback):

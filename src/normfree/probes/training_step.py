@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from normfree.errors import InputError
@@ -99,9 +98,9 @@ class _GradientPasses:
 
 def _check_heads_are_whole(model: nn.Module) -> None:
     """Under tensor parallelism, head 0 of one process is another head than head 0 of the next."""
-    divided = any((getattr(module, "_tp_size", None) or 1) > 1 for module in model.modules()) or any(
-        isinstance(parameter, DTensor) and "tp" in (parameter.device_mesh.mesh_dim_names or ())
-        for parameter in model.parameters()
+    meshes = [getattr(parameter, "device_mesh", None) for parameter in model.parameters()]  # of DTensors
+    divided = any("tp" in (mesh.mesh_dim_names or ()) for mesh in meshes if mesh is not None) or any(
+        (getattr(module, "_tp_size", None) or 1) > 1 for module in model.modules()
     )
     if divided:
         raise InputError("tensor parallelism divides its heads between processes, which the probe cannot put together")
