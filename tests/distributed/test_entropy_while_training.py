@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import normfree
@@ -71,6 +72,32 @@ def test_monitor_with_two_processes(tmp_path: Path) -> None:
             with monitor.step(0) as row:
                 model(**batch(rank)).loss.backward()
             (tmp_path / f"{rank}.json").write_text(json.dumps(row))
+        torch.distributed.destroy_process_group()
+
+    ended = together(2, job, tmp_path)
+    assert ended.codes == [0, 0], ended.output
+    rows = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert rows[0] == rows[1]
+    assert_rows(rows[0], expected_row(build("llama"), [batch(0), batch(1)]))
+
+
+def test_monitor_of_a_sharded_model(tmp_path: Path) -> None:
+    def batch(rank: int) -> dict[str, torch.Tensor]:
+        rows = examples(2, seed=rank)
+        return {name: torch.stack([each[name] for each in rows]) for name in rows[0]}
+
+    def job() -> None:
+        torch.set_num_threads(1)
+        torch.distributed.init_process_group("gloo")
+        rank = torch.distributed.get_rank()
+        model = build("llama")
+        for block in model.model.layers:
+            fully_shard(block)
+        fully_shard(model)
+        monitor = normfree.EntropyMonitor(model)
+        with monitor.step(0) as row:
+            model(**batch(rank)).loss.backward()
+        (tmp_path / f"{rank}.json").write_text(json.dumps(row))
         torch.distributed.destroy_process_group()
 
     ended = together(2, job, tmp_path)

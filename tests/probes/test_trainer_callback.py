@@ -75,9 +75,10 @@ def test_the_rows_are_those_of_the_training_batches_and_training_is_the_same(tmp
         assert torch.equal(mine, other)
 
 
-def test_dropout_draws_the_same_random_numbers(tmp_path):
+@pytest.mark.parametrize("precision", [{}, {"bf16": True}])
+def test_dropout_draws_the_same_random_numbers(tmp_path, precision):
     runs = [
-        train(build("gpt2", dropout=0.2), tmp_path, callbacks)[0]
+        train(build("gpt2", dropout=0.2), tmp_path, callbacks, **precision)[0]
         for callbacks in ([normfree.EntropyCallback(every=1)], [])
     ]
     assert losses_of(runs[0]) == losses_of(runs[1])
