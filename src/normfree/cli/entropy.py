@@ -46,12 +46,9 @@ def entropy(
 
     Example: normfree entropy gpt2 --corpus installed-python --sequence-length 256
     """
-    from normfree.interpret import (
-        measure_attention_entropy,
-        token_sequences,
-        write_attention_entropy,
-    )
-    from normfree.report import headwise_entropy_heatmaps, save_figure
+    from normfree.interpret import token_sequences
+    from normfree.measurement import measure
+    from normfree.report import save_figure
     from normfree.training import load_pretrained
 
     folder = output_folder(out, "entropy", [model])
@@ -66,12 +63,11 @@ def entropy(
         bos=bos,
     )
     console = open_console(json_)
-    with console.status(str(sequences_read)):
-        result = measure_attention_entropy(measured.model, sequences_read.tokens)
     name = model_name(model, [model])
-    write_attention_entropy(result, folder)
-    frame = result.heads.assign(model=name, context_length=result.sequence_length, configuration=name, seed=0)
-    save_figure(headwise_entropy_heatmaps(frame, maximum=result.uniform_bound), folder, "headwise_entropy")
+    with console.status(str(sequences_read)):
+        result = measure(measured, sequences_read.tokens, name=name)
+    result.to_csv(folder)
+    save_figure(result.plot(), folder, "headwise_entropy")
     if json_:
         read = {"beginning": sequences_read.beginning.summary(), "quantization": measured.quantization}
         print(json.dumps({"folder": str(folder), **read, **result.summary()}))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import sys
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,8 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from normfree.data import Beginning, DataConfig, TokenBlocks, load_tokenizer, open_corpus, same_data
@@ -58,6 +64,8 @@ class AttentionEntropy:
         (means over the heads), top_band_heads (heads in the top quarter of the range up to the largest entropy of any
         head of the model: ReLU's Revival calls it entropic overload), n_head. One row a layer that could be read.
     unreadable: the attention modules that could not be read, and why.
+    n_sequences, n_tokens: what was measured on, padding left out.
+    sequence_length: tokens of the longest sequence.
     uniform_bound: the largest ``uniform_nats`` of any head: what the model's own masks and windows allow; NaN without
         a head that could be read.
     """
@@ -66,6 +74,7 @@ class AttentionEntropy:
     layers: pd.DataFrame
     unreadable: dict[str, str]
     n_sequences: int
+    n_tokens: int
     sequence_length: int
     uniform_bound: float
 
@@ -73,6 +82,7 @@ class AttentionEntropy:
         """All of it, as JSON can hold it; NaN becomes null."""
         return {
             "n_sequences": self.n_sequences,
+            "n_tokens": self.n_tokens,
             "sequence_length": self.sequence_length,
             "uniform_bound_nats": self.uniform_bound,
             "layers": json.loads(self.layers.to_json(orient="records", double_precision=9)),
@@ -169,7 +179,7 @@ def token_sequences(
     Raises:
         InputError: no corpus or tokenizer, too long sequences, too few of them, or tokens that the model lacks.
     """
-    T = sequence_length or _default_sequence_length(measured)
+    T = sequence_length or default_sequence_length(measured)
     if T < 2 or n_sequences < 1:
         raise InputError(f"need at least 1 sequence of at least 2 tokens, got {n_sequences} of {T}")
     if measured.n_positions is not None and measured.n_positions < T:
@@ -182,7 +192,7 @@ def token_sequences(
         where = f"the evaluation data of {measured.source}"
     else:
         reader = _named_tokenizer(measured, tokenizer) if tokenizer is not None else tokenizer_of(measured)
-        beginning = Beginning.of(reader, _beginning_rule(measured, bos))
+        beginning = Beginning.of(reader, beginning_rule(measured, bos))
         tokens = _corpus_sequences(corpus, reader, T, n_sequences, beginning)
         where = f"corpus {corpus!r}"
     if len(tokens) < n_sequences:
@@ -200,29 +210,48 @@ def token_sequences(
     return TokenSequences(tokens, beginning)
 
 
-def _beginning_rule(measured: LoadedModel, bos: bool | None) -> BeginningRule:
+def beginning_rule(measured: LoadedModel, bos: bool | None) -> BeginningRule:
     """How sequences for a model begin: as ``bos`` says, as a run's own do, or as the model's tokenizer has it."""
     if bos is not None:
         return "bos_token" if bos else "none"
     return "tokenizer" if measured.data is None else measured.data.beginning
 
 
-@torch.no_grad()
-def measure_attention_entropy(model: PreTrainedModel, sequences: torch.Tensor, batch_size: int = 8) -> AttentionEntropy:
-    """Runs ``model`` over ``sequences`` (int64 [n, T], no padding) under an :class:`~normfree.EntropyProbe`.
+def measure_attention_entropy(
+    model: nn.Module, sequences: torch.Tensor | Sequence[torch.Tensor], batch_size: int = 8
+) -> AttentionEntropy:
+    """Runs ``model`` over ``sequences`` under an :class:`~normfree.EntropyProbe`.
 
-    The model stays in the mode it is in; its head on top of the last layer is not computed.
+    The model runs in evaluation mode and without gradients; afterwards its modules are in the modes they were in, and
+    torch's random numbers are where they were. The head on top of the last layer of a transformers model is not
+    computed. Compiled models run uncompiled.
+
+    Sequences of different lengths are padded on the right, with an attention mask. Where padding cannot be told from
+    tokens in some layer (a model that ignores the mask, sparse masks), the model runs again on batches of equal
+    lengths, without padding.
+
+    Args:
+        model: any module that an :class:`~normfree.EntropyProbe` takes and that is called with ``input_ids``.
+        sequences: int64 [n, T], or n tensors, int64 [T_i]; no padding.
+        batch_size: sequences in one forward pass.
 
     Raises:
         InputError: no attention layer of the model can be read.
     """
-    with EntropyProbe(model) as probe:
-        for batch in sequences.split(batch_size):
-            model.base_model(input_ids=batch.to(model.device), use_cache=False)
-    T = sequences.shape[1]
+    rows = list(sequences)
+    n_tokens, longest = sum(len(row) for row in rows), max(len(row) for row in rows)
+    probe = EntropyProbe(model)
+    _watch(probe, model, list(_batches(rows, batch_size)))
+    is_padded = any(len(row) < longest for row in rows)
+    if is_padded and (probe.unreadable or bool((probe.rows() != n_tokens).any())):
+        probe.reset()
+        of_length: dict[int, list[torch.Tensor]] = {}
+        for row in rows:
+            of_length.setdefault(len(row), []).append(row)
+        _watch(probe, model, [each for same in of_length.values() for each in _batches(same, batch_size)])
     heads = _heads_frame(probe)
     bound = float(heads["uniform_nats"].max())
-    return AttentionEntropy(heads, _layers_frame(heads), probe.unreadable, len(sequences), T, bound)
+    return AttentionEntropy(heads, _layers_frame(heads), probe.unreadable, len(rows), n_tokens, longest, bound)
 
 
 def write_attention_entropy(result: AttentionEntropy, folder: Path) -> None:
@@ -231,7 +260,8 @@ def write_attention_entropy(result: AttentionEntropy, folder: Path) -> None:
     write_text(folder / "layers.csv", result.layers.to_csv(index=False, na_rep="nan"))
 
 
-def _default_sequence_length(measured: LoadedModel) -> int:
+def default_sequence_length(measured: LoadedModel) -> int:
+    """T of a run's own sequences; of other models 512, or what positions they have if they are fewer."""
     if measured.data is not None:
         return measured.data.sequence_length
     return min(DEFAULT_SEQUENCE_LENGTH, measured.n_positions or DEFAULT_SEQUENCE_LENGTH)
@@ -274,6 +304,55 @@ def _corpus_sequences(
 
 def _tensor(blocks: TokenBlocks) -> torch.Tensor:
     return torch.from_numpy(np.asarray(blocks.tokens, dtype=np.int64))
+
+
+def _batches(rows: Sequence[torch.Tensor], batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Token ids [n, T] and attention mask [n, T], None where nothing is padded; sequences of like lengths together."""
+    by_length = sorted(rows, key=len, reverse=True)
+    for start in range(0, len(rows), batch_size):
+        batch = by_length[start : start + batch_size]
+        tokens = pad_sequence(list(batch), batch_first=True)
+        lengths = torch.tensor([len(row) for row in batch])
+        mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).long()
+        yield tokens, (None if bool(mask.all()) else mask)
+
+
+def _watch(probe: EntropyProbe, model: nn.Module, batches: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> None:
+    # the head on top would cost memory for logits that nobody reads
+    called = model.base_model if isinstance(model, PreTrainedModel) else model
+    parameters = inspect.signature(called.forward).parameters
+    takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
+    device = next((each.device for each in model.parameters()), torch.device("cpu"))
+    with evaluating(model), probe:
+        for tokens, mask in batches:
+            options = {} if mask is None else {"attention_mask": mask.to(device)}
+            options = {
+                name: value
+                for name, value in {**options, "use_cache": False}.items()
+                if takes_any or name in parameters
+            }
+            called(input_ids=tokens.to(device), **options)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """While active, ``model`` is in evaluation mode, uncompiled and without gradients.
+
+    On exit every module is in the mode it was in, and torch's random number generators are in their former states.
+    """
+    modes = {module: module.training for module in model.modules()}
+    devices = {each.device for each in model.parameters() if each.device.type == "cuda"}
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.random.fork_rng(devices=sorted(devices, key=str)))
+        if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and the import would take a second
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
 
 
 def _heads_frame(probe: EntropyProbe) -> pd.DataFrame:

@@ -71,6 +71,7 @@ class EntropyProbe:
     def __init__(self, model: nn.Module, *, count_nonfinite: bool = False, backend: str = "auto") -> None:
         if backend != "auto" and backend not in BACKENDS:
             raise unknown_name("entropy backend", backend, ["auto", *BACKENDS])
+        self._model_name = type(model).__name__
         self._watch = AttentionWatch(model, self._read)
         self._count_nonfinite = count_nonfinite
         self._meter = Meter(backend, count_nonfinite=count_nonfinite)
@@ -95,6 +96,14 @@ class EntropyProbe:
         self._active.close()
         self._active = None
         self._meter.forget_mask()
+
+    def __repr__(self) -> str:
+        """Model, state, and how much has been seen."""
+        read, unreadable = len(self._readable()), len(self._watch.refused)
+        n_queries = max((int(each.rows.sum()) for each in self._readable().values()), default=0)
+        state = "active" if self._active is not None else "not active"
+        refused = f", {unreadable} unreadable" if unreadable else ""
+        return f"EntropyProbe({self._model_name}: {state}, {n_queries:,} queries in {read} layers{refused})"
 
     def reset(self) -> None:
         """Forget everything seen."""

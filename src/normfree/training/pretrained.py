@@ -17,7 +17,7 @@ from normfree.training.configuration import RunConfig, load_run_config, read_yam
 from normfree.training.run_folder import CONFIG_FILE, PROVENANCE, last_checkpoint
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LoadedModel:
     """A causal language model in evaluation mode, and where it came from.
 
@@ -34,6 +34,12 @@ class LoadedModel:
     run: RunConfig | None = None
     fingerprint: str | None = None
     quantization: str | None = None
+
+    def __repr__(self) -> str:
+        model = f"{type(self.model).__name__}, {self.model.num_parameters():,} parameters"
+        from_run = "" if self.run is None else f", run {self.run.configuration} seed {self.run.seed}"
+        weights = "" if self.quantization is None else f", {self.quantization}"
+        return f"LoadedModel({self.source!r}: {model} on {self.model.device}{from_run}{weights})"
 
     @property
     def data(self) -> DataConfig | None:

@@ -1,0 +1,203 @@
+"""The attention entropy of a model on texts of one's own, as an object for notebooks."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from normfree.data import Beginning
+from normfree.errors import InputError
+from normfree.files import write_text
+from normfree.interpret.attention_entropy import AttentionEntropy, measure_attention_entropy, write_attention_entropy
+from normfree.interpret.given_texts import given_sequences
+from normfree.report import headwise_entropy_heatmaps, paper_style
+from normfree.training import LoadedModel, load_pretrained
+
+MOST_ROWS = 12
+"""Layers shown in a notebook; the middle ones of a deeper model are left out there."""
+_SHOWN = {
+    "layer": "layer",
+    "mean_nats": "mean, nats",
+    "min_nats": "min",
+    "max_nats": "max",
+    "uniform_nats": "uniform",
+    "share_of_uniform": "of uniform",
+    "sink_share": "sink share",
+}
+
+
+@dataclass(frozen=True, repr=False)
+class Measurement(AttentionEntropy):
+    """The attention entropy of every head, and ways to see it; made by :func:`measure`.
+
+    A notebook shows it as a heatmap and a table of the layers.
+
+    heads, layers, unreadable, n_sequences, n_tokens, sequence_length, uniform_bound:
+        as in :class:`~normfree.interpret.AttentionEntropy`; entropies in nats.
+    name: the model's name in figures.
+    beginning: the tokens that each sequence begins with, where they were put before texts.
+    """
+
+    name: str
+    beginning: Beginning
+
+    @classmethod
+    def of(cls, entropy: AttentionEntropy, name: str, beginning: Beginning) -> Measurement:
+        """``entropy`` with the model's name."""
+        values = {field.name: getattr(entropy, field.name) for field in fields(AttentionEntropy)}
+        return cls(**values, name=name, beginning=beginning)
+
+    @property
+    def head_entropy(self) -> pd.DataFrame:
+        """``heads`` as :mod:`normfree.plot` takes them, with model, context_length, configuration and seed.
+
+        ``pd.concat`` of several measurements gives a panel for each.
+        """
+        return self.heads.assign(model=self.name, context_length=self.sequence_length, configuration=self.name, seed=0)
+
+    def plot(self) -> Figure:
+        """The heatmap of all heads, layers down, in nats; the colour scale ends at the uniform bound."""
+        return headwise_entropy_heatmaps(self.head_entropy, maximum=self.uniform_bound)
+
+    def to_csv(self, path: str | Path) -> list[Path]:
+        """Writes ``heads.csv`` and ``layers.csv`` into a folder, made if need be, or the heads into a ``.csv`` file.
+
+        NaN is written as nan.
+
+        Returns:
+            The files.
+        """
+        path = Path(path)
+        if path.suffix == ".csv" and not path.is_dir():
+            write_text(path, self.heads.to_csv(index=False, na_rep="nan"))
+            return [path]
+        write_attention_entropy(self, path)
+        return [path / "heads.csv", path / "layers.csv"]
+
+    def __repr__(self) -> str:
+        return f"Measurement({self.name}: {self._summary()})"
+
+    def _summary(self) -> str:
+        n_head = sorted({int(n) for n in self.layers["n_head"]})
+        parts = [
+            f"{len(self.layers)} layers of {' or '.join(map(str, n_head))} heads",
+            f"{self.n_sequences:,} sequences, {self.n_tokens:,} tokens",
+            f"mean entropy {self.heads['entropy_nats'].mean(skipna=False):.3f} of at most "
+            f"{self.heads['uniform_nats'].mean():.3f} nats",
+            f"sink share {100 * self.heads['sink_share'].mean(skipna=False):.1f} %",
+        ]
+        n_nan = int((self.heads["nan_queries"] > 0).sum())
+        parts += [f"{n_nan} heads with NaN"] if n_nan else []
+        parts += [f"{len(self.unreadable)} attention modules unreadable"] if self.unreadable else []
+        return "; ".join(parts)
+
+    def _repr_html_(self) -> str:
+        picture = io.BytesIO()
+        with paper_style():
+            self.plot().savefig(picture, format="png", metadata={"Software": None})
+        encoded = base64.b64encode(picture.getvalue()).decode("ascii")
+        name = html.escape(self.name)
+        unread = "".join(
+            f"<li><code>{html.escape(module)}</code>: {html.escape(reason)}</li>"
+            for module, reason in self.unreadable.items()
+        )
+        return (
+            f"<div><p><b>{name}</b>: {html.escape(self._summary())}</p>"
+            f'<img alt="Attention entropy of every head of {name}" style="max-width: 720px; width: 100%" '
+            f'src="data:image/png;base64,{encoded}"/>'
+            f"{self._layers_html()}{f'<p>Not read:</p><ul>{unread}</ul>' if unread else ''}</div>"
+        )
+
+    def _layers_html(self) -> str:
+        shown = self.layers[list(_SHOWN)].rename(columns=_SHOWN)
+        shown["top-band heads"] = [
+            f"{top} of {n}" for top, n in zip(self.layers["top_band_heads"], self.layers["n_head"], strict=True)
+        ]
+        for column in shown.columns[1:5]:
+            shown[column] = [f"{value:.3f}" for value in shown[column]]
+        for column in shown.columns[5:7]:
+            shown[column] = ["NaN" if value != value else f"{100 * value:.1f} %" for value in shown[column]]
+        n_hidden = len(shown) - MOST_ROWS
+        if n_hidden > 0:
+            half = MOST_ROWS // 2
+            dots = pd.DataFrame([dict.fromkeys(shown.columns, "…")])
+            shown = pd.concat([shown.head(half).astype(object), dots, shown.tail(half).astype(object)])
+        return str(shown.to_html(index=False, border=0, escape=True))
+
+
+def measure(
+    model: PreTrainedModel | nn.Module | LoadedModel | str | Path,
+    texts: Any,
+    tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
+    *,
+    bos: bool | None = None,
+    sequence_length: int | None = None,
+    batch_size: int = 8,
+    name: str | None = None,
+) -> Measurement:
+    """The attention entropy of every head of ``model`` on ``texts`` (ReLU's Revival, Eq. 8), in nats. ::
+
+        normfree.measure("gpt2", ["The quick brown fox ...", "def f(x): ..."])
+
+    A model that is given stays where it is and as it is: device, dtype, mode, gradients and random numbers.
+
+    Args:
+        model: a transformers model, wrapped (DDP, PEFT, ``torch.compile``) or not; or a Hub id, a model folder, a
+            ``.gguf`` file, or a run or checkpoint folder of Normfree, which is loaded, on CUDA where there is a device.
+        texts: a string, strings, a ``datasets`` column, or a ``datasets.Dataset`` with a column ``text`` or
+            ``input_ids``; or token ids: a tensor or array [n, T] or [T], lists, or what a tokenizer returns. Each text
+            is measured on its own, whatever its length; padding counts nowhere. Empty texts are skipped.
+        tokenizer: for strings: a tokenizer, its name or its folder. Default: the one saved with a model that is named,
+            or in the local folder that a model was loaded from.
+        bos: whether texts begin with the beginning-of-text token. Default: as the tokenizer does; for a run, as it was
+            trained. Token ids are measured as they are.
+        sequence_length: the longest sequence in tokens, beginning included; longer texts are cut into several.
+            Default: a run's own T; for other models 512, or their positions if they are fewer.
+        batch_size: sequences in one forward pass.
+        name: the model's name in figures; default: the one it was loaded by, or its class.
+
+    Raises:
+        InputError: no such model, no tokenizer, texts of another kind, no tokens, tokens or lengths that the model
+            does not take, or no attention layer that can be read.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size has to be at least 1, got {batch_size}")
+    loaded, called = _model(model)
+    if loaded.model.config.is_encoder_decoder:
+        raise InputError(
+            f"{loaded.source} is an encoder-decoder, and measure calls a model on one text; use "
+            "normfree.EntropyProbe around calls of your own"
+        )
+    sequences, beginning = given_sequences(loaded, texts, tokenizer, bos=bos, sequence_length=sequence_length)
+    entropy = measure_attention_entropy(called, sequences, batch_size)
+    return Measurement.of(entropy, name or loaded.source, beginning)
+
+
+def _model(model: PreTrainedModel | nn.Module | LoadedModel | str | Path) -> tuple[LoadedModel, nn.Module]:
+    """The transformers model with where it came from, and the module to call."""
+    if isinstance(model, (str, Path)):
+        model = load_pretrained(str(model))
+    if isinstance(model, LoadedModel):
+        return model, model.model
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"a {type(model).__name__} is no model; give a transformers model, or the name or folder of one"
+        )
+    inner = next((each for each in model.modules() if isinstance(each, PreTrainedModel)), None)
+    if inner is None:
+        raise InputError(
+            f"{type(model).__name__} contains no transformers model; use normfree.EntropyProbe around calls of your own"
+        )
+    folder = inner.config._name_or_path
+    has_folder = bool(folder) and Path(folder).is_dir()
+    source = Path(folder).name if has_folder else folder or type(inner).__name__
+    return LoadedModel(source, folder if has_folder else "", inner), model
