@@ -13,6 +13,8 @@ from pathlib import Path
 
 from normfree.errors import InputError
 
+DEFAULT_CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "normfree"
+"""Where tokenized corpora are kept and found again."""
 _NEW, _OLD = "new", "old"
 """In the temporary folder beside a folder that is written whole."""
 

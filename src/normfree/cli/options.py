@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ import yaml
 from rich.console import Console
 
 from normfree.errors import InputError
+from normfree.files import DEFAULT_CACHE_DIR as DEFAULT_CACHE_DIR
 from normfree.files import check_output_folder
 from normfree.processes import is_main_process
 
@@ -89,7 +89,6 @@ NUMBERED = re.compile(r"(seed|checkpoint)-\d+")
 LONGEST_NAME = 150
 """Bytes of a default folder's name; most file systems allow 255."""
 LOG_WIDTH = 110
-DEFAULT_CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "normfree"
 
 
 def open_console(json_: bool) -> Console:
@@ -232,12 +231,6 @@ def numbers(option: str, text: str, example: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
         raise InputError(f"{option} {text!r} is not a comma-separated list of numbers, e.g. {example}") from error
-
-
-def told(failures: Mapping[str, str]) -> str:
-    """Which runs of a study failed, and why."""
-    n = len(failures)
-    return f"{n} run{'s' if n > 1 else ''} failed: " + "; ".join(f"{run} ({why})" for run, why in failures.items())
 
 
 def _assignment(option: str, text: str, example: str) -> tuple[str, Any]:

@@ -12,7 +12,7 @@ from rich.console import Console
 from normfree.cli.options import Json, open_console
 
 if TYPE_CHECKING:
-    from normfree.studies import CollectionFolder, StudyPage
+    from normfree.studies import StudyResult
 
 
 def report(
@@ -23,19 +23,21 @@ def report(
 
     Example: normfree report studies/relu-revival-cpu
     """
-    from normfree.studies import open_folder
+    from normfree.studies import load_study
 
-    write_report(open_folder(folder), open_console(json_), json_=json_)
+    result = load_study(folder)
+    result.write_report()
+    show_study(result, open_console(json_), json_=json_)
 
 
-def write_report(opened: StudyPage | CollectionFolder, console: Console, *, json_: bool) -> None:
+def show_study(result: StudyResult, console: Console, *, json_: bool) -> None:
+    """Prints the tables of a study, and where its report is."""
     from normfree.report import to_console
 
-    report_path = opened.write()
     if json_:
-        rows = {name: json.loads(table.to_json(orient="records")) for name, table in opened.tables.items()}
-        print(json.dumps({"folder": str(opened.path), **rows}))
+        rows = {name: json.loads(table.to_json(orient="records")) for name, table in result.tables.items()}
+        print(json.dumps({"folder": str(result.folder), **rows}))
         return
-    for table in opened.tables.values():
+    for table in result.tables.values():
         console.print(to_console(table))
-    console.print(f"Report:  {report_path}\nFolder:  {opened.path}", highlight=False, soft_wrap=True)
+    console.print(f"Report:  {result.report}\nFolder:  {result.folder}", highlight=False, soft_wrap=True)

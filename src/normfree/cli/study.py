@@ -16,11 +16,9 @@ from normfree.cli.options import (
     nested_assignments,
     numbers,
     open_console,
-    told,
 )
-from normfree.cli.report import write_report
+from normfree.cli.report import show_study
 from normfree.errors import InputError, RunFailedError
-from normfree.locks import locked
 from normfree.processes import check_alone
 
 
@@ -76,7 +74,7 @@ def study(
 
     Example: normfree study relu-revival --preset cpu --seeds 0,1,2
     """
-    from normfree.studies import COLLECTIONS, DEFAULT_RETRIES, Execution, Preset, begin, load_preset, make_executor
+    from normfree.studies import COLLECTIONS, DEFAULT_RETRIES, make_executor, run_study, told
 
     check_alone("normfree study", "leave the launcher out, and give --workers to train several runs at once")
     if all_ and name != "relu-revival":
@@ -85,43 +83,24 @@ def study(
     if only and name in COLLECTIONS:
         raise InputError(f"--only is for one study, and {name} is several; name one of them, or leave --only out")
     wanted = changes(set_, tokens=tokens, steps=steps, corpus=corpus, tokenizer=tokenizer)
-
-    def changed(preset: Preset) -> Preset:
-        return preset.with_changes(**wanted)
-
-    chosen_seeds = _seeds(seeds) if seeds is not None else None
+    chosen_seeds = numbers("--seeds", seeds, "0,1,2") if seeds is not None else None
     chosen_executor = make_executor(executor, nested_assignments("--executor-set", executor_set), workers)
     if chosen_executor is None and retries is not None:
         raise InputError("--retries means nothing without --workers, --executor slurm or --executor ray")
     console = open_console(json_)
-    execution = Execution(
-        console,
-        cache_dir,
+    result = run_study(
+        name,
+        preset,
         seeds=chosen_seeds,
+        out=out,
+        changes=wanted,
+        only=only,
         tune_lr=tune_lr,
-        only=tuple(only) if only else None,
         executor=chosen_executor,
         retries=DEFAULT_RETRIES if retries is None else retries,
+        cache_dir=cache_dir,
+        progress=console,
     )
-    folder = out or Path("studies") / f"{name}-{Path(preset).stem}"
-    checked_folder(folder)
-    begin(name, folder, preset, changed)  # a folder that is refused is not even locked
-    with locked(folder):
-        begun = begin(name, folder, preset, changed)
-        console.print(f"Study {name}, preset {Path(preset).stem}: {load_preset(preset).description}", highlight=False)
-        failures = begun.run(execution)
-        try:
-            write_report(begun, console, json_=json_)
-        except InputError as error:
-            if not failures:
-                raise
-            console.print(f"No report: {error}", highlight=False, soft_wrap=True)
-    if failures:
-        raise RunFailedError(f"{told(failures)}; the same command tries again")
-
-
-def _seeds(text: str) -> list[int]:
-    seeds = numbers("--seeds", text, "0,1,2")
-    if len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        raise InputError(f"--seeds {text!r}: seeds must be different numbers from 0")
-    return seeds
+    show_study(result, console, json_=json_)
+    if result.failures:
+        raise RunFailedError(f"{told(result.failures)}; the same command tries again")

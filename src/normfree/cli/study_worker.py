@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from normfree.cli.options import Json, open_console, told
+from normfree.cli.options import Json, open_console
 from normfree.errors import RunFailedError
 from normfree.processes import check_alone
 
@@ -24,7 +24,7 @@ def study_worker(
 
     Example: normfree study-worker studies/relu-revival-gpu
     """
-    from normfree.studies import help_with
+    from normfree.studies import help_with, told
 
     check_alone("normfree study-worker", "leave the launcher out, and start it once for each run to be trained at once")
     failures = help_with(folder, open_console(json_))

@@ -325,13 +325,11 @@ def _watch(probe: EntropyProbe, model: nn.Module, batches: Sequence[tuple[torch.
     device = next((each.device for each in model.parameters()), torch.device("cpu"))
     with evaluating(model), probe:
         for tokens, mask in batches:
-            options = {} if mask is None else {"attention_mask": mask.to(device)}
-            options = {
-                name: value
-                for name, value in {**options, "use_cache": False}.items()
-                if takes_any or name in parameters
-            }
-            called(input_ids=tokens.to(device), **options)
+            options: dict[str, Any] = {"use_cache": False}
+            if mask is not None:
+                options["attention_mask"] = mask.to(device)
+            taken = {name: value for name, value in options.items() if takes_any or name in parameters}
+            called(input_ids=tokens.to(device), **taken)
 
 
 @contextmanager

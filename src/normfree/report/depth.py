@@ -68,8 +68,9 @@ def residual_variance_over_depth(variance: pd.DataFrame, growth: pd.DataFrame) -
     have each if they differ.
 
     Args:
-        variance: the columns ``RESIDUAL_VARIANCE``, a row a run, set of tokens and layer.
-        growth: the columns ``VARIANCE_GROWTH``, a row a run, set of tokens and law.
+        variance: columns configuration, seed, tokens, layer, residual_variance, standard_error, fitted_variance; a
+            row a run, set of tokens and layer.
+        growth: columns configuration, seed, tokens, law, is_best; a row a run, set of tokens and law.
 
     Raises:
         InputError: a column is missing, or a row occurs twice.
@@ -110,7 +111,8 @@ def angular_distance_heatmaps(distances: pd.DataFrame) -> Figure:
     block that they would drop. Panels are means over seeds; cells that are not finite are hatched.
 
     Args:
-        distances: the columns ``ANGULAR_DISTANCE`` (in units of π), a row a run, layer and n.
+        distances: columns configuration, seed, layer, n_apart, angular_distance (in units of π); a row a run, layer
+            and n.
 
     Raises:
         InputError: a column or cell is missing, or a cell occurs twice.
@@ -150,8 +152,9 @@ def skipped_layer_losses(skipped: pd.DataFrame, dropped: pd.DataFrame) -> Figure
     The axes are logarithmic beyond ±0.01 nats, and linear between.
 
     Args:
-        skipped: the columns ``SKIPPED_LAYERS``, a row a run and layer.
-        dropped: the columns ``DROPPED_LAST``, a row a run and number of dropped layers; models of one layer have none.
+        skipped: columns configuration, seed, layer, loss_increase_nats, standard_error; a row a run and layer.
+        dropped: columns configuration, seed, n_dropped, loss_increase_nats, standard_error; a row a run and number of
+            dropped layers; models of one layer have none.
 
     Raises:
         InputError: a column is missing, or a row occurs twice.
@@ -191,8 +194,9 @@ def jacobian_distance_and_gradient_norms(jacobian: pd.DataFrame, gradients: pd.D
     learn would press all others together.
 
     Args:
-        jacobian: the columns ``JACOBIAN_DISTANCE``, a row a run and layer.
-        gradients: the columns ``GRADIENT_NORMS``, a row a run and layer.
+        jacobian: columns configuration, seed, layer, jacobian_distance, standard_error; a row a run and layer.
+        gradients: columns configuration, seed, layer, parameter_gradient_norm, residual_gradient_norm,
+            standard_error; a row a run and layer.
 
     Raises:
         InputError: a column is missing, or a row occurs twice.

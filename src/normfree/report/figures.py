@@ -42,6 +42,9 @@ def headwise_entropy_distribution(head_entropy: pd.DataFrame) -> Figure:
     several seeds a bar is the mean, dots are the seeds and whiskers the 95 % t-interval. A diverged run makes
     its configuration's bars NaN, written in their place.
 
+    Args:
+        head_entropy: columns model, context_length, configuration, seed, layer, head, entropy_nats.
+
     Raises:
         InputError: a column is missing, a head occurs twice, or the frame mixes models or context lengths.
     """
@@ -135,6 +138,9 @@ def evaluation_loss_curves(eval_curve: pd.DataFrame) -> Figure:
 
     The loss axis shows all that happens after the first tenth of the training tokens and cuts off the steep
     start.
+
+    Args:
+        eval_curve: columns model, context_length, configuration, seed, step, tokens, eval_loss (nats per token).
 
     Raises:
         InputError: a column is missing, an evaluation occurs twice, or the frame mixes models or context

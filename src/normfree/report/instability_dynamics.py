@@ -34,8 +34,9 @@ def instability_dynamics(layers: pd.DataFrame, layer_entropy: pd.DataFrame, *, b
     column share their axes.
 
     Args:
-        layers: see :func:`normfree.report.first_nonfinite`.
-        layer_entropy: see :func:`normfree.report.entropy_collapse`.
+        layers: columns model, context_length, configuration, seed, step, layer, scores_nan_count, scores_inf_count,
+            residual_nan_count, residual_inf_count.
+        layer_entropy: columns model, context_length, configuration, seed, step, layer, entropy_nats.
         bound: the entropy of uniform attention in nats, drawn as a dashed line.
 
     Raises:

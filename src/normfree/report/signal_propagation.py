@@ -46,7 +46,9 @@ def signal_propagation_over_depth(signal: pd.DataFrame) -> Figure:
     mean: the others go on as thin lines, and the legend counts the runs.
 
     Args:
-        signal: the columns ``SIGNAL_PROPAGATION``, one row a run and layer.
+        signal: columns model, context_length, configuration, seed, layer, residual_rms, residual_kurtosis,
+            residual_excess_kurtosis, residual_max_over_median, token_cosine_similarity;
+            one row a run and layer.
 
     Raises:
         InputError: a column is missing, a layer occurs twice, or the frame mixes models or context lengths.
@@ -69,7 +71,9 @@ def signal_propagation_dynamics(dynamics: pd.DataFrame) -> Figure:
     """The same statistics over training: at the last layer (above), and at the layer with the largest (below).
 
     Args:
-        dynamics: the columns ``SIGNAL_DYNAMICS``, one row a run, step and layer.
+        dynamics: columns model, context_length, configuration, seed, step, layer, residual_rms, residual_kurtosis,
+            residual_excess_kurtosis, residual_max_over_median, token_cosine_similarity;
+            one row a run, step and layer.
 
     Raises:
         InputError: a column is missing, a layer occurs twice at a step, or the frame mixes models or context lengths.

@@ -1,11 +1,12 @@
 """Studies: named grids of configurations, and what to show of them."""
 
 from normfree.studies.collection import Collection, CollectionFolder
-from normfree.studies.execution import DEFAULT_RETRIES, Execution, help_with, run_study
+from normfree.studies.execution import DEFAULT_RETRIES, Execution, help_with, told
 from normfree.studies.executors import EXECUTORS, make_executor
 from normfree.studies.page import StudyPage
 from normfree.studies.preset import Preset, load_preset, preset_names
 from normfree.studies.registry import COLLECTIONS, STUDIES, begin, open_folder
+from normfree.studies.result import StudyResult, load_study, run_study
 from normfree.studies.study import Study, StudyFolder
 
 __all__ = [
@@ -20,11 +21,14 @@ __all__ = [
     "Study",
     "StudyFolder",
     "StudyPage",
+    "StudyResult",
     "begin",
     "help_with",
     "load_preset",
+    "load_study",
     "make_executor",
     "open_folder",
     "preset_names",
     "run_study",
+    "told",
 ]

@@ -85,7 +85,8 @@ class CollectionFolder:
         return cls(path, collection, pages)
 
     def run(self, execution: Execution) -> dict[str, str]:
-        """Trains every study, one after the other. See :func:`run_study`.
+        """Trains every study, one after the other. See
+        :func:`~normfree.studies.execution.train_study`.
 
         Raises:
             InputError: a configuration, a recipe or a corpus cannot be used.
@@ -108,6 +109,11 @@ class CollectionFolder:
         """The collection's own ``table``, from the finished runs of its members."""
         return {"table": self.collection.table(self.pages)}
 
+    @property
+    def runs(self) -> pd.DataFrame:
+        """What ``results.csv`` holds: the collection's table."""
+        return self.tables["table"]
+
     def write(self) -> Path:
         """Writes each study's own report, ``results.csv`` (the table) and ``report.html``; returns the page's path.
 
@@ -116,7 +122,7 @@ class CollectionFolder:
         """
         reports = [page.write() for page in self.pages]
         table = self.tables["table"]
-        write_text(self.path / RESULTS_FILE, table.to_csv(index=False, na_rep="nan"))
+        write_text(self.path / RESULTS_FILE, self.runs.to_csv(index=False, na_rep="nan"))
         findings = self.collection.describe(self.pages, table, self.path)
         own = Section(
             "Result",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +46,7 @@ class Execution:
     retries: int = DEFAULT_RETRIES
 
 
-def run_study(study: Study, folder: StudyFolder, execution: Execution) -> dict[str, str]:
+def train_study(study: Study, folder: StudyFolder, execution: Execution) -> dict[str, str]:
     """Trains and measures all runs of a study (see :func:`~normfree.studies.plan.plan_study`).
 
     What is finished is skipped, what was stopped goes on, and what other processes work on is theirs (see
@@ -93,13 +94,19 @@ def help_with(path: Path, console: Console) -> dict[str, str]:
     """Trains runs of the study in ``path`` beside the process that began it, until none is left.
 
     Returns:
-        As :func:`run_study`; a run that failed here may still be finished elsewhere.
+        As :func:`train_study`; a run that failed here may still be finished elsewhere.
 
     Raises:
         InputError: nobody is training a study there, or its tokens cannot be had.
     """
     work = open_work(path)
     return _train_here(work, console, f"helping with {work.folder.study_name}").failures
+
+
+def told(failures: Mapping[str, str]) -> str:
+    """Which runs of a study failed, and why."""
+    n = len(failures)
+    return f"{n} run{'s' if n > 1 else ''} failed: " + "; ".join(f"{run} ({why})" for run, why in failures.items())
 
 
 def _train_here(work: Work, console: Console, description: str) -> Schedule:

@@ -34,7 +34,7 @@ from normfree.report import (
     table_notes,
     write_report,
 )
-from normfree.studies.execution import Execution, run_study
+from normfree.studies.execution import Execution, train_study
 from normfree.studies.frames import head_entropy_frame, results_frame, sequence_losses_frame
 from normfree.studies.plan import LEARNING_RATE_FACTORS, SWEEP_DECAY
 from normfree.studies.study import STUDY_FILE, Study, StudyFolder, best_learning_rates
@@ -102,6 +102,15 @@ class StudyPage:
         """The same, each configuration at its own best learning rate, if the sweep is done."""
         return self._table(self.tuned) if self.tuned else None
 
+    @cached_property
+    def runs(self) -> pd.DataFrame:
+        """What ``results.csv`` holds: a row a finished run, of the recipe's learning rate and of the tuned ones."""
+        frame = results_frame(self.study, self.labels, self.results).assign(learning_rate_source="recipe")
+        if self.tuned:
+            tuned = results_frame(self.study, self.labels, self.tuned).assign(learning_rate_source="tuned")
+            frame = pd.concat([frame, tuned], ignore_index=True)
+        return frame
+
     @property
     def path(self) -> Path:
         """The study's folder."""
@@ -118,12 +127,12 @@ class StudyPage:
         return uniform_entropy_bound(self.folder.preset.data.sequence_length)
 
     def run(self, execution: Execution) -> dict[str, str]:
-        """Trains the study. See :func:`run_study`.
+        """Trains the study. See :func:`train_study`.
 
         Raises:
             InputError: a configuration, the recipe or the corpus cannot be used; then the folder is not touched.
         """
-        return run_study(self.study, self.folder, execution)
+        return train_study(self.study, self.folder, execution)
 
     def figure(self, name: str, figure: Figure, caption: str) -> FigureBlock:
         """Saves ``figure`` in the study's folder, as PNG and PDF, and returns it for the page."""
@@ -135,11 +144,7 @@ class StudyPage:
         Raises:
             InputError: no run of the baseline is finished.
         """
-        frame = results_frame(self.study, self.labels, self.results).assign(learning_rate_source="recipe")
-        if self.tuned:
-            tuned = results_frame(self.study, self.labels, self.tuned).assign(learning_rate_source="tuned")
-            frame = pd.concat([frame, tuned], ignore_index=True)
-        write_text(self.path / RESULTS_FILE, frame.to_csv(index=False, na_rep="nan"))
+        write_text(self.path / RESULTS_FILE, self.runs.to_csv(index=False, na_rep="nan"))
 
         findings = self.study.describe(self)
         sections = [self._result_section()]
