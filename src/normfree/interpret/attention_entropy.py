@@ -134,7 +134,7 @@ def check_same_tokens(first: str, other: str) -> None:
         )
 
 
-def _named_tokenizer(measured: LoadedModel, name: str) -> PreTrainedTokenizerBase:
+def named_tokenizer(measured: LoadedModel, name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of that name, once it agrees with the model and with the one saved with it."""
     tokenizer = load_tokenizer(name)
     measured.check_tokenizer(tokenizer, f"tokenizer {name!r}")
@@ -191,7 +191,7 @@ def token_sequences(
         tokens, beginning = _own_sequences(measured, tokenizer, T, cache_dir, bos)
         where = f"the evaluation data of {measured.source}"
     else:
-        reader = _named_tokenizer(measured, tokenizer) if tokenizer is not None else tokenizer_of(measured)
+        reader = named_tokenizer(measured, tokenizer) if tokenizer is not None else tokenizer_of(measured)
         beginning = Beginning.of(reader, beginning_rule(measured, bos))
         tokens = _corpus_sequences(corpus, reader, T, n_sequences, beginning)
         where = f"corpus {corpus!r}"

@@ -14,7 +14,12 @@ from transformers import PreTrainedTokenizerBase
 
 from normfree.data import Beginning, load_tokenizer
 from normfree.errors import InputError
-from normfree.interpret.attention_entropy import beginning_rule, default_sequence_length, tokenizer_of
+from normfree.interpret.attention_entropy import (
+    beginning_rule,
+    default_sequence_length,
+    named_tokenizer,
+    tokenizer_of,
+)
 from normfree.training import LoadedModel
 
 ALLOWED = "give a string, a list of strings, a datasets column, or token ids (int64 [n, T] or a list of lists)"
@@ -149,6 +154,8 @@ def _tokenized(
     T = default_sequence_length(measured) if sequence_length is None else sequence_length
     if len(beginning) + 1 > T:
         raise InputError(f"sequence_length {T} leaves no room for text; give at least {max(2, len(beginning) + 1)}")
+    if measured.n_positions is not None and measured.n_positions < T:
+        raise InputError(f"sequence_length {T} is more than the {measured.n_positions} positions of {measured.source}")
     # an empty text has no token, though the tokenizer would put one before it
     encoded = reader([each for each in strings if each] or [""], add_special_tokens=False, verbose=False)["input_ids"]
     n_text = T - len(beginning)
@@ -163,9 +170,14 @@ def _tokenizer(
     measured: LoadedModel, tokenizer: PreTrainedTokenizerBase | str | Path | None
 ) -> PreTrainedTokenizerBase:
     if isinstance(tokenizer, PreTrainedTokenizerBase):
+        measured.check_tokenizer(tokenizer, "the tokenizer")
         return tokenizer
     if isinstance(tokenizer, (str, Path)):
-        return load_tokenizer(str(tokenizer))
+        if measured.checkpoint:
+            return named_tokenizer(measured, str(tokenizer))
+        named = load_tokenizer(str(tokenizer))
+        measured.check_tokenizer(named, f"tokenizer {str(tokenizer)!r}")
+        return named
     if tokenizer is not None:
         raise InputError(
             f"a {type(tokenizer).__name__} is no tokenizer of transformers; give one, or the name or folder of one"
@@ -176,7 +188,7 @@ def _tokenizer(
 
 
 def _check_tokens(measured: LoadedModel, sequences: Sequence[torch.Tensor]) -> None:
-    n_vocabulary = measured.model.config.get_text_config().vocab_size
+    n_vocabulary = measured.n_embedding
     for i, row in enumerate(sequences):
         if int(row.min()) < 0 or int(row.max()) >= n_vocabulary:
             wrong = int(row.min()) if int(row.min()) < 0 else int(row.max())

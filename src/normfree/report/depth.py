@@ -20,7 +20,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter, SymmetricalLogLocator
 
 from normfree.errors import InputError
-from normfree.report.frames import FloatArray, check_frame, in_order
+from normfree.report.frames import FloatArray, check_columns, check_frame, in_order
 from normfree.report.signal_propagation import logarithmic_axis
 from normfree.report.style import (
     NON_FINITE,
@@ -160,6 +160,7 @@ def skipped_layer_losses(skipped: pd.DataFrame, dropped: pd.DataFrame) -> Figure
         InputError: a column is missing, or a row occurs twice.
     """
     check_frame(skipped, "skipped layers", SKIPPED_LAYERS, LOSS_INCREASE)
+    check_columns(dropped, "dropped last layers", DROPPED_LAST)
     with paper_style():
         figure = Figure(figsize=(TWO_COLUMN, 2.4), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)

@@ -20,6 +20,7 @@ RESULTS = (*SETTING, "configuration", "seed", "eval_loss", "eval_ppl", "status")
 HEAD_ENTROPY = (*SETTING, "configuration", "seed", "layer", "head", "entropy_nats")
 EVAL_CURVE = (*SETTING, "configuration", "seed", "step", "tokens", "eval_loss")
 LAYER_ENTROPY = (*SETTING, "configuration", "seed", "step", "layer", "entropy_nats")
+DECAY_ONLY = ("configuration", "step", "negative_slope")
 SLOPES = (*SETTING, "configuration", "seed", "step", "layer", "negative_slope")
 NONFINITE_COUNTS = ("scores_nan_count", "scores_inf_count", "residual_nan_count", "residual_inf_count")
 NONFINITE = (*SETTING, "configuration", "seed", "step", "layer", *NONFINITE_COUNTS)
@@ -35,9 +36,7 @@ def check_frame(frame: pd.DataFrame, name: str, columns: Sequence[str], values: 
     Raises:
         InputError: a column is missing, there is no row, or a key occurs twice.
     """
-    missing = [column for column in columns if column not in frame.columns]
-    if missing:
-        raise InputError(f"the {name} frame lacks {', '.join(missing)}; it needs the columns {', '.join(columns)}")
+    check_columns(frame, name, columns)
     if frame.empty:
         raise InputError(f"the {name} frame has no rows; give at least one run")
     key = [column for column in columns if column not in values]
@@ -46,6 +45,19 @@ def check_frame(frame: pd.DataFrame, name: str, columns: Sequence[str], values: 
         first = frame.loc[twice, key].iloc[0].to_dict()
         shown = ", ".join(f"{column} {value}" for column, value in first.items())
         raise InputError(f"the {name} frame has more than one row for {shown}; give one row each")
+
+
+def check_columns(frame: pd.DataFrame, name: str, columns: Sequence[str]) -> None:
+    """Checks that ``frame`` has ``columns``; it may have more, and no row.
+
+    Raises:
+        InputError: it is no DataFrame, or a column is missing.
+    """
+    if not isinstance(frame, pd.DataFrame):
+        raise InputError(f"the {name} frame is a {type(frame).__name__}; give a DataFrame with {', '.join(columns)}")
+    missing = [column for column in columns if column not in frame.columns]
+    if missing:
+        raise InputError(f"the {name} frame lacks {', '.join(missing)}; it needs the columns {', '.join(columns)}")
 
 
 def check_one_setting(frame: pd.DataFrame, name: str) -> None:

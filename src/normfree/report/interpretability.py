@@ -15,7 +15,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFor
 from numpy.typing import NDArray
 
 from normfree.errors import InputError
-from normfree.report.frames import FloatArray, check_frame, in_order
+from normfree.report.frames import FloatArray, check_columns, check_frame, in_order
 from normfree.report.style import (
     QUIET,
     TWO_COLUMN,
@@ -241,6 +241,7 @@ def _head_grid(rows: pd.DataFrame, model: str) -> FloatArray:
 
 def _check_columns(frame: pd.DataFrame, name: str, columns: tuple[str, ...]) -> None:
     """As :func:`check_frame`, for rows that are told apart by columns that the figure does not read."""
+    check_columns(frame, name, columns)
     check_frame(frame.assign(row=range(len(frame))), name, (*columns, "row"), columns)
 
 

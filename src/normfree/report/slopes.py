@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from normfree.report.frames import SLOPES, check_frame, check_one_setting, in_order
+from normfree.report.frames import DECAY_ONLY, SLOPES, check_columns, check_frame, check_one_setting, in_order
 from normfree.report.style import INK, TWO_COLUMN, depth_bar, depth_colours, hide_unused_panels, paper_style
 
 
@@ -31,6 +31,7 @@ def negative_slope_trajectories(slopes: pd.DataFrame, *, decay_only: pd.DataFram
     """
     check_frame(slopes, "slopes", SLOPES, ("negative_slope",))
     check_one_setting(slopes, "slopes")
+    check_columns(decay_only, "decay_only", DECAY_ONLY)  # without weight decay it has no row
     configurations = in_order(slopes["configuration"])
     layers = sorted(in_order(slopes["layer"]))
     colours = depth_colours(len(layers))

@@ -31,10 +31,10 @@ def active_neurons(sparsity: pd.DataFrame, dynamics: pd.DataFrame, *, nominal: f
     Configurations that use every neuron all the time, as GELU does, are named below instead of drawn.
 
     Args:
-        sparsity: columns model, context_length, configuration, seed, layer, active_share, attended_keys; one row a run and
-            layer.
-        dynamics: columns model, context_length, configuration, seed, step, tokens, layer, active_share; one row a run, step
+        sparsity: columns model, context_length, configuration, seed, layer, active_share, attended_keys; one row a run
             and layer.
+        dynamics: columns model, context_length, configuration, seed, step, tokens, layer, active_share; one row a run,
+            step and layer.
         nominal: the share that top-k aims at, 0 to 1, drawn as a dashed line.
 
     Raises:

@@ -7,7 +7,6 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -251,7 +250,7 @@ def _checked_seeds(seeds: Iterable[int] | None) -> list[int] | None:
     if seeds is None:
         return None
     chosen = list(seeds) if isinstance(seeds, Iterable) else []
-    whole = [int(each) for each in chosen if isinstance(each, Integral) and not isinstance(each, bool)]
+    whole = [int(each) for each in chosen if isinstance(each, (int, np.integer)) and not isinstance(each, bool)]
     if not whole or len(set(whole)) < len(chosen) or min(whole) < 0:
         raise InputError(f"seeds must be different numbers from 0, such as 0,1,2; given: {seeds!r}")
     return whole
