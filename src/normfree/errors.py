@@ -1,9 +1,13 @@
 """The one error that means "the input is wrong, not the program"."""
 
-from collections.abc import Iterable
-from difflib import get_close_matches
+from __future__ import annotations
 
-from pydantic import BaseModel, ValidationError
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # pydantic takes a third of the time of ``normfree --help``
+    from collections.abc import Iterable
+
+    from pydantic import BaseModel, ValidationError
 
 
 class InputError(ValueError):
@@ -24,6 +28,8 @@ class RunFailedError(Exception):
 
 def unknown_name(kind: str, name: object, allowed: Iterable[str]) -> InputError:
     """An error for ``name`` not being one of ``allowed``, with the nearest allowed name as a suggestion."""
+    from difflib import get_close_matches
+
     names = [str(each) for each in allowed]
     close = get_close_matches(str(name), names, n=1, cutoff=0.5)
     suggestion = f" (did you mean {close[0]!r}?)" if close else ""
@@ -47,6 +53,8 @@ def invalid_fields(where: str, error: ValidationError, schema: type[BaseModel]) 
 
 
 def _field_names(schema: type[BaseModel], prefix: str = "") -> list[str]:
+    from pydantic import BaseModel
+
     names = []
     for name, field in schema.model_fields.items():
         names.append(prefix + name)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _LOGGERS = ("torchao", "torch.utils._pytree")
 
@@ -12,6 +14,8 @@ _LOGGERS = ("torchao", "torch.utils._pytree")
 @contextmanager
 def quiet_imports() -> Iterator[None]:
     """Where torchao is installed, transformers imports it, and it warns of GPU kernels that it cannot load here."""
+    import logging
+
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     before = [each.level for each in loggers]
     for each in loggers:

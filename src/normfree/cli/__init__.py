@@ -16,9 +16,11 @@ import re
 import shlex
 import sys
 import traceback
+from typing import Annotated
 
 import typer
 
+from normfree import __version__
 from normfree.cli.bench import bench
 from normfree.cli.depth import depth
 from normfree.cli.entropy import entropy
@@ -99,14 +101,38 @@ COMMANDS = (
 app = typer.Typer(
     name="normfree",
     help="What normalization, activation functions and sparsity do to a transformer language model.",
-    no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _help_without_command(context: typer.Context) -> None:
+    # typer's own no_args_is_help raises the help as an error message, which main() prints as one line.
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(2)
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"normfree {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _app(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    _help_without_command(context)
+
+
 for _command in COMMANDS:
     app.command(_command.__name__.replace("_", "-"))(_command)
-app.add_typer(bench, name="bench")
+app.add_typer(bench, name="bench", callback=_help_without_command, invoke_without_command=True)
 
 
 def main() -> None:
@@ -116,7 +142,7 @@ def main() -> None:
     logging.getLogger("normfree").addHandler(warnings)
     try:
         with stopping_cleanly():
-            code = app(standalone_mode=False)
+            code = app(prog_name="normfree", standalone_mode=False)
     except InputError as error:
         _fail(str(error), 2, everywhere=True)
     except RunFailedError as error:

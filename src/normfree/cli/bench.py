@@ -24,7 +24,6 @@ from normfree.files import write_text
 
 bench = typer.Typer(
     help="Measure what this package costs in time and memory, on this machine.",
-    no_args_is_help=True,
     rich_markup_mode=None,
 )
 
