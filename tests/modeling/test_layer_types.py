@@ -197,6 +197,18 @@ def test_pruning_keeps_the_kinds_of_the_layers_that_are_left() -> None:
     assert prune_layers(build(sliding_window=4), [1]).config.layer_types == [SLIDING] * 2
 
 
+@torch.no_grad()
+def test_a_block_keeps_its_kind_where_another_is_deleted_or_replaced() -> None:
+    expected = prune_layers(build(**MIXED), [0])(tokens()).logits
+    replaced = build(**MIXED)
+    replaced.model.blocks[0] = torch.nn.Identity()
+    replaced.model.blocks[0].forward = lambda x, **_: x
+    torch.testing.assert_close(replaced(tokens()).logits, expected)
+    deleted = build(**MIXED)
+    del deleted.model.blocks[0]
+    torch.testing.assert_close(deleted(tokens()).logits, expected)
+
+
 def test_what_supposes_full_attention_refuses_windows(tmp_path: Path) -> None:
     model = build(sliding_window=4, norm="constant_std", final_norm="constant_std", n_kv_head=4)
     with pytest.raises(InputError, match="sliding_window = 4 has no counterpart in GPT-2"):

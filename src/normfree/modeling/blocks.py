@@ -27,6 +27,7 @@ class Block(GradientCheckpointingLayer):
 
     def __init__(self, config: NormfreeConfig, layer: int) -> None:
         super().__init__()
+        self.layer_type = config.layer_types[layer]
         self.attention_norm = build_norm(config, layer, "attention")
         self.attention = build_attention(config, layer)
         self.ffn_norm = build_norm(config, layer, "ffn")

@@ -170,7 +170,9 @@ class NormfreeModel(NormfreePreTrainedModel):
         x = self.embedding_dropout(x)
         # A block that is computed again in the backward pass would append its keys twice.
         is_checkpointed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        for block, kind in zip(self.blocks, kinds, strict=True):
+        for block in self.blocks:
+            # A block keeps its kind where others are taken out; what may stand in for one (nn.Identity) has none.
+            kind = getattr(block, "layer_type", kinds[0])
             x = block(
                 x,
                 attention_mask=masks[kind],
