@@ -10,7 +10,18 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from peft import LoraConfig, get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 import normfree
 from normfree.data import train_tokenizer
@@ -21,6 +32,13 @@ from tests.data.made_up import document
 VOCABULARY = 300
 TOKENS = {"bos_token_id": 0, "eos_token_id": 0}
 TEXTS = ["def f(x):\n    return x", "x", "import numpy as np\n\nvalues = [1, 2, 3]\n", "for value in values:"]
+SIZES = {
+    "num_attention_heads": 4,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "vocab_size": VOCABULARY,
+    "initializer_range": 0.5,
+}
 MODELS = {
     "gpt2": lambda: GPT2LMHeadModel(
         GPT2Config(
@@ -48,9 +66,28 @@ MODELS = {
 }
 
 
+WITH_OTHER_MASKS = {
+    "bidirectional": lambda: BertLMHeadModel(BertConfig(**SIZES, num_hidden_layers=2, **TOKENS)),
+    "windows": lambda: MistralForCausalLM(
+        MistralConfig(**SIZES, num_key_value_heads=2, num_hidden_layers=2, sliding_window=4, **TOKENS)
+    ),
+    "two kinds": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            **SIZES,
+            head_dim=8,
+            num_key_value_heads=2,
+            num_hidden_layers=2,
+            layer_types=["sliding_attention", "full_attention"],
+            sliding_window=4,
+            **TOKENS,
+        )
+    ),
+}
+
+
 def build(name):
     torch.manual_seed(0)
-    return MODELS[name]()
+    return (MODELS | WITH_OTHER_MASKS)[name]()
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +133,16 @@ def test_sequences_of_different_lengths_against_float64(name, batch_size):
     ):
         np.testing.assert_allclose(as_grid(measured, column), expected, rtol=0, atol=3e-5, err_msg=column)
     np.testing.assert_allclose(measured.layers["mean_nats"], reference(build(name), sequences)[0].mean(1), atol=3e-5)
+
+
+@pytest.mark.parametrize("name", WITH_OTHER_MASKS)
+def test_padding_never_counts_under_other_masks(name):
+    sequences = [list(range(3, 20)), [21, 22, 23], [5], [40, 41, 42, 43, 44, 45, 46]]
+    measured = normfree.measure(build(name), sequences)
+    assert measured.unreadable == {}
+    entropy, _, sink = reference(build(name), sequences)
+    np.testing.assert_allclose(as_grid(measured, "entropy_nats"), entropy, atol=3e-5)
+    np.testing.assert_allclose(as_grid(measured, "sink_share"), sink, atol=3e-5)
 
 
 class IgnoresTheMask(torch.nn.Module):
@@ -275,7 +322,7 @@ def test_what_a_notebook_shows_is_a_heatmap_and_a_table_with_names_escaped():
     assert sum(tag == "tr" for tag, _ in page.seen) == 1 + 3
     assert isinstance(measured.plot(), Figure)
     assert re.fullmatch(
-        r"Measurement\(.*: 3 layers of 4 heads; 1 sequences, 4 tokens; mean entropy .* sink share .* %\)",
+        r"Measurement\(.*: layers: 3, heads in each: 4; sequences: 1, tokens: 4; mean entropy .* sink share .* %\)",
         repr(measured),
     )
 
@@ -291,7 +338,7 @@ def test_head_nan_is_said():
     with torch.no_grad():
         model.transformer.h[1].attn.c_attn.weight[0, 0] = torch.nan
     measured = normfree.measure(model, [[1, 2, 3]])
-    assert "heads with NaN" in repr(measured)
+    assert "heads with NaN: 1" in repr(measured)
     assert "mean entropy nan" in repr(measured)
     assert "NaN" in measured._repr_html_()
 

@@ -89,15 +89,15 @@ class Measurement(AttentionEntropy):
     def _summary(self) -> str:
         n_head = sorted({int(n) for n in self.layers["n_head"]})
         parts = [
-            f"{len(self.layers)} layers of {' or '.join(map(str, n_head))} heads",
-            f"{self.n_sequences:,} sequences, {self.n_tokens:,} tokens",
+            f"layers: {len(self.layers)}, heads in each: {' or '.join(map(str, n_head))}",
+            f"sequences: {self.n_sequences:,}, tokens: {self.n_tokens:,}",
             f"mean entropy {self.heads['entropy_nats'].mean(skipna=False):.3f} of at most "
             f"{self.heads['uniform_nats'].mean():.3f} nats",
             f"sink share {100 * self.heads['sink_share'].mean(skipna=False):.1f} %",
         ]
         n_nan = int((self.heads["nan_queries"] > 0).sum())
-        parts += [f"{n_nan} heads with NaN"] if n_nan else []
-        parts += [f"{len(self.unreadable)} attention modules unreadable"] if self.unreadable else []
+        parts += [f"heads with NaN: {n_nan}"] if n_nan else []
+        parts += [f"unreadable modules: {len(self.unreadable)}"] if self.unreadable else []
         return "; ".join(parts)
 
     def _repr_html_(self) -> str:

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from normfree import load_study
 from normfree.studies import load_preset, preset_names
 from normfree.studies.paper import FIGURES
 
@@ -51,6 +52,16 @@ def test_table_2_has_every_column_with_its_published_one(normfree: Command, colu
     assert "tiny rotary, T = 16" in page
     assert "3.270" in page or "3.273" in page
     assert "tiny rotary" in out
+
+    study = load_study("table")
+    pd.testing.assert_frame_equal(study.results, table, check_dtype=False)
+    assert study.results is study.table
+    assert list(study.studies) == ["tiny", "rotary"]
+    assert set(study.head_entropy["model"]) == {"tiny", "tiny rotary"}
+    assert {"tiny/headwise-entropy", "rotary/headwise-entropy"} <= set(study.figures)
+    assert len(study.studies["rotary"].results) == 8
+    assert repr(study).startswith("StudyResult(table-2: preset tiny, rotary; 8 configurations, 16 runs; lowest loss")
+    assert study._repr_html_().count("<tr") == 1 + 8
 
     weights = {path: path.stat().st_mtime_ns for path in (tmp_path / "table").rglob("model.safetensors")}
     code, again, err = normfree("report", "table", "--json")

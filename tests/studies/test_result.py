@@ -176,6 +176,7 @@ def test_a_study_without_its_baseline_is_refused_at_once(result: StudyResult, tm
         ("relu-revival", {"seeds": (True,)}, "seeds must be different numbers from 0"),
         ("relu-revival", {"tokens": 9, "steps": 9}, "a budget is in tokens or in steps"),
         ("relu-revival", {"changes": {"recipe.lerning_rate": 1}}, "did you mean 'recipe.learning_rate'"),
+        ("table-2", {"only": ["SM+R"]}, "only is for one study, and table-2 is several"),
         ("relu-revival", {"only": ["SM+X"]}, "SM\\+X"),
         ("relu-revival", {"corpus": "directory:nowhere"}, "nowhere"),
     ],
@@ -214,7 +215,7 @@ def test_failed_runs_are_named_and_the_others_shown(
     made = normfree.run_study("relu-revival", preset, progress=False, **options)
     assert made.failures == {"runs/sm-r/seed-0": "it was <unplugged>"}
     assert list(made.table["configuration"]) == ["SM+LN+G"]
-    assert "1 runs failed" in repr(made)
+    assert "failed runs: 1" in repr(made)
     assert "it was <unplugged>" in "".join(parsed(made._repr_html_()).text)
     broken.add("SM+LN+G")
     with pytest.raises(RunFailedError, match="2 runs failed: "):

@@ -27,7 +27,7 @@ from normfree.studies.executors import Executor, make_executor
 from normfree.studies.frames import eval_curve_frame, head_entropy_frame, layer_entropy_frame
 from normfree.studies.page import FIGURES_FOLDER, REPORT_FILE, StudyPage
 from normfree.studies.preset import Preset, load_preset
-from normfree.studies.registry import begin, open_folder
+from normfree.studies.registry import COLLECTIONS, begin, open_folder
 from normfree.training.run_folder import RESULTS_FILE
 
 LINE_WIDTH = 110
@@ -119,7 +119,7 @@ class StudyResult:
         best = self.table.loc[self.table["eval_loss"].notna()].nsmallest(1, "eval_loss")
         parts = [f"preset {', '.join(presets)}", f"{len(self.table)} configurations, {n_runs} runs"]
         parts += [f"lowest loss {row['eval_loss']:.3f} nats ({row['configuration']})" for _, row in best.iterrows()]
-        parts += [f"{len(self.failures)} runs failed"] if self.failures else []
+        parts += [f"failed runs: {len(self.failures)}"] if self.failures else []
         parts += ["no report yet"] if self.report is None else []
         return f"StudyResult({self.name}: {'; '.join(parts)}; {self.folder})"
 
@@ -201,6 +201,8 @@ def run_study(
         RunFailedError: runs failed, and without them there is nothing to compare.
     """
     check_alone("a study", "leave the launcher out, and give workers to train several runs at once")
+    if only and name in COLLECTIONS:
+        raise InputError(f"only is for one study, and {name} is several; name one of them, or leave only out")
     if executor is not None and workers is not None:
         raise InputError("an executor has its own number of workers; give executor or workers, not both")
     wanted = dict(changes or {}) | _options(tokens=tokens, steps=steps, corpus=corpus, tokenizer=tokenizer)
