@@ -2,6 +2,8 @@
 
 import inspect
 import re
+import sys
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -9,6 +11,7 @@ from matplotlib.figure import Figure
 
 from normfree import plot
 from normfree.errors import InputError
+from normfree.report.notebook import draw_figures_in_notebooks
 from tests.report.study import head_entropy
 
 FIGURES = [name for name in plot.__all__ if name != "save_figure"]
@@ -57,3 +60,31 @@ def test_all_figures_of_the_reports_are_there():
     for name in FIGURES:
         assert inspect.signature(getattr(plot, name)).return_annotation in (Figure, "Figure")
     assert isinstance(plot.headwise_entropy_heatmaps(head_entropy()), Figure)
+
+
+class Formatter(dict):
+    """What IPython's formatter of PNG files is asked for."""
+
+    def for_type(self, kind, function):
+        self[kind] = function
+
+
+def teach(shell):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+        draw_figures_in_notebooks()
+
+
+def test_ipython_learns_to_draw_figures_once():
+    formatter = Formatter()
+    shell = SimpleNamespace(display_formatter=SimpleNamespace(formatters={"image/png": formatter}))
+    teach(shell)
+    assert formatter[Figure](plot.headwise_entropy_heatmaps(head_entropy())).startswith(b"\x89PNG")
+    formatter[Figure] = own = object()
+    teach(shell)
+    assert formatter[Figure] is own
+
+
+@pytest.mark.parametrize("shell", [None, SimpleNamespace(display_formatter=None)])
+def test_an_ipython_without_a_display_is_left_alone(shell):
+    teach(shell)

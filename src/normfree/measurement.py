@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,10 @@ from normfree.files import write_text
 from normfree.interpret.attention_entropy import AttentionEntropy, measure_attention_entropy, write_attention_entropy
 from normfree.interpret.given_texts import given_sequences
 from normfree.report import headwise_entropy_heatmaps, paper_style
+from normfree.report.notebook import draw_figures_in_notebooks, figure_png
 from normfree.training import LoadedModel, load_pretrained
+
+draw_figures_in_notebooks()
 
 MOST_ROWS = 12
 """Layers shown in a notebook; the middle ones of a deeper model are left out there."""
@@ -101,10 +103,8 @@ class Measurement(AttentionEntropy):
         return "; ".join(parts)
 
     def _repr_html_(self) -> str:
-        picture = io.BytesIO()
         with paper_style():
-            self.plot().savefig(picture, format="png", metadata={"Software": None})
-        encoded = base64.b64encode(picture.getvalue()).decode("ascii")
+            encoded = base64.b64encode(figure_png(self.plot())).decode("ascii")
         name = html.escape(self.name)
         unread = "".join(
             f"<li><code>{html.escape(module)}</code>: {html.escape(reason)}</li>"

@@ -9,7 +9,7 @@ Each function's docstring names the columns it needs; more columns do no harm. `
 ``Measurement.head_entropy``, from the CSV files that the commands write, or from anywhere else.
 
 Figures are made without pyplot: save one with :func:`save_figure` or ``figure.savefig``. A notebook draws a figure that
-a cell returns once ``matplotlib.pyplot`` is imported in it.
+a cell returns.
 
 All functions raise an InputError that names a missing column, and a row that occurs twice.
 """
@@ -37,12 +37,15 @@ from normfree.report.interpretability import (
     residual_std_by_position,
 )
 from normfree.report.norm_removal_figures import removal_loss_curves
+from normfree.report.notebook import draw_figures_in_notebooks
 from normfree.report.overload import perplexity_and_overload
 from normfree.report.pruning import pruned_layer_losses
 from normfree.report.signal_propagation import signal_propagation_dynamics, signal_propagation_over_depth
 from normfree.report.slopes import negative_slope_trajectories
 from normfree.report.spark import active_neurons
 from normfree.report.thresholds import entropy_threshold_trajectories
+
+draw_figures_in_notebooks()
 
 __all__ = [
     "active_neurons",
