@@ -10,18 +10,36 @@ VOCAB_SIZE = 49152
 """Of SmolLM2: with a few hundred tokens there is nothing to lose."""
 
 
-def drawn(dtype=torch.float32):
+def drawn(dtype=torch.float32, vocab_size=VOCAB_SIZE, n=2):
     generator = torch.Generator().manual_seed(0)
-    logits = (4 * torch.randn(2, 24, VOCAB_SIZE, generator=generator)).to(dtype)
-    return logits, torch.randint(0, VOCAB_SIZE, (2, 24), generator=generator)
+    logits = (4 * torch.randn(n, 24, vocab_size, generator=generator)).to(dtype)
+    return logits, torch.randint(0, vocab_size, (n, 24), generator=generator)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_token_has_the_loss_of_float64(dtype):
     logits, labels = drawn(dtype)
     expected = cross_entropy(logits[:, :-1].double().transpose(1, 2), labels[:, 1:], reduction="none")
-    torch.testing.assert_close(token_losses(logits, labels).double(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(token_losses(logits, labels).double(), expected, rtol=0, atol=3e-6)
     torch.testing.assert_close(sequence_losses(logits, labels).double(), expected.mean(dim=1), rtol=0, atol=5e-6)
+
+
+def test_the_largest_vocabularies_too():
+    logits, labels = drawn(vocab_size=262144, n=1)
+    expected = cross_entropy(logits[:, :-1].double().transpose(1, 2), labels[:, 1:], reduction="none")
+    torch.testing.assert_close(token_losses(logits, labels).double(), expected, rtol=0, atol=3e-6)
+
+
+def test_infinite_logits_make_infinite_losses_and_an_infinite_target_none():
+    logits, labels = drawn(vocab_size=50)
+    labels[1, 6:8] = torch.tensor([3, 7])
+    logits[0, 3, labels[0, 4]] = -torch.inf  # the target has no probability
+    logits[1, 5, 7] = torch.inf  # another token has all of it
+    logits[1, 6, 7] = torch.inf  # the target has all of it: inf - inf
+    losses = token_losses(logits, labels)
+    assert losses[0, 3] == losses[1, 5] == torch.inf
+    assert losses[1, 6].isnan()
+    assert losses.isfinite().sum() == losses.numel() - 3
 
 
 def test_tokens_that_are_not_predicted_count_for_nothing():

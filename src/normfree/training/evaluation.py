@@ -7,7 +7,6 @@ import math
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from normfree.data.blocks import NOT_PREDICTED
@@ -16,13 +15,15 @@ from normfree.data.blocks import NOT_PREDICTED
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The next-token loss of each token but the first, nats: float32 [batch, T - 1], 0 where its label is -100.
 
-    Rows of logits are read as they lie in memory. Over a transposed view torch sums exponentials one by one: that takes
-    three times as long for 49,152 tokens, and is wrong by up to 1e-4 nats.
+    logsumexp less the target's logit: ``cross_entropy`` adds the exponentials of a row one by one, in float32, which is
+    wrong by up to 1e-4 nats for 49,152 tokens, more for 262,144; logsumexp adds them pairwise.
     """
-    next_labels = torch.full_like(labels, NOT_PREDICTED)
-    next_labels[:, :-1] = labels[:, 1:]
-    losses = cross_entropy(logits.flatten(0, 1).float(), next_labels.flatten(), reduction="none")
-    return losses.view(labels.shape)[:, :-1]
+    targets = labels[:, 1:]
+    is_predicted = targets != NOT_PREDICTED
+    logits = logits.float()
+    chosen = logits[:, :-1].gather(-1, targets.where(is_predicted, 0)[..., None])[..., 0]
+    losses = logits.logsumexp(dim=-1)[:, :-1] - chosen
+    return losses.where(is_predicted, 0.0)
 
 
 @torch.no_grad()
