@@ -199,9 +199,7 @@ def test_every_public_name_is_there_for_people_and_type_checkers() -> None:
         if isinstance(node, ast.ImportFrom)
         for name in node.names
     }
-    rooms = {
-        name: (name, "normfree" if name == room else f"normfree.{room}") for name, room in normfree._ROOMS.items()
-    }
+    rooms = {name: (name, "normfree" if name == room else f"normfree.{room}") for name, room in normfree._ROOMS.items()}
     assert imports == rooms, "a public name is a line of _ROOMS and `from ROOM import NAME as NAME` for type checkers"
     assert list(rooms) == sorted(rooms)
     assert set(normfree.__all__) == set(rooms) <= set(dir(normfree))
