@@ -111,7 +111,7 @@ def _help_without_command(context: typer.Context) -> None:
     # typer's own no_args_is_help raises the help as an error message, which main() prints as one line.
     if context.invoked_subcommand is None:
         print(context.get_help())
-        raise typer.Exit(2)
+        raise typer.Exit
 
 
 def _print_version(is_asked: bool) -> None:
