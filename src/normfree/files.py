@@ -144,6 +144,55 @@ def user_path(text: str) -> Path:
         return Path(text)
 
 
+FILE_SUFFIXES = (
+    *(".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".npy", ".yaml", ".yml", ".py"),
+    *(".txt", ".text", ".md", ".rst", ".html", ".xml", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"),
+    *(".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz"),
+)
+"""Endings of files, which no Hub id has; the dot of an id such as Qwen2.5-0.5B begins none of them."""
+
+
+def exists(path: Path) -> bool:
+    """True if something is at ``path``; a name that no file can have is a missing one."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def looks_local(source: str) -> bool:
+    """True for a name that can only be a path: a Hub id has at most one slash, inside, and no file's ending."""
+    return (
+        source.startswith(("/", "./", "../", "~"))
+        or source in (".", "..")
+        or source.endswith("/")
+        or source.count("/") > 1
+        or Path(source).suffix.lower() in FILE_SUFFIXES
+    )
+
+
+def local_or_hub(source: str, what: str) -> str:
+    """The path of a file or folder, its ``~`` expanded, or ``source`` as it is if it may be a Hub id.
+
+    The Hub is not asked for a name that can only be a path.
+
+    Args:
+        source: a path or a Hub id.
+        what: what is looked for, for the message: "model".
+
+    Raises:
+        InputError: it looks like a path (see :func:`looks_local`), and nothing is there.
+    """
+    path = user_path(source)
+    if exists(path):
+        return str(path) if source.startswith("~") else source
+    if looks_local(source):
+        raise InputError(
+            f"there is no file or folder {source!r} for the {what}; correct the path, or give a Hub id (OWNER/NAME)"
+        )
+    return source
+
+
 def sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal digits."""
     with path.open("rb") as file:

@@ -81,7 +81,7 @@ def test_saved_tokenizers_load(trained, tmp_path):
 def test_tokenizers_that_cannot_be_loaded(name, tmp_path):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "tokenizer.json").write_text("{", encoding="utf-8")
-    with pytest.raises(InputError, match="cannot load tokenizer") as error:
+    with pytest.raises(InputError, match=r"cannot load tokenizer|no file or folder") as error:
         load_tokenizer(str(tmp_path / name))
     assert "\n" not in str(error.value)
 

@@ -16,6 +16,8 @@ from normfree.cli.options import (
     CacheDir,
     Json,
     Model,
+    Tokenizer,
+    checked_corpus,
     checked_folder,
     model_name,
     open_console,
@@ -28,9 +30,9 @@ def entropy(
     model: Model,
     corpus: Annotated[
         str | None,
-        typer.Option(help="As for a study; default, for a run: its own evaluation sequences."),
+        typer.Option(help="As for a study; default, for a run: its own evaluation sequences.", callback=checked_corpus),
     ] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="A tokenizer's name or folder; default: the model's.")] = None,
+    tokenizer: Tokenizer = None,
     sequence_length: Annotated[
         int | None, typer.Option(help="T; default: the run's, or 512 or the model's positions.")
     ] = None,

@@ -15,6 +15,7 @@ from normfree.cli.options import (
     Json,
     Model,
     changes,
+    checked_corpus,
     checked_folder,
     open_console,
     quantized,
@@ -25,7 +26,10 @@ from normfree.cli.options import (
 def finetune(
     model: Model,
     corpus: Annotated[
-        str, typer.Option(help="pairs:FILE.jsonl, with a prompt and a completion a line; or as for a study.")
+        str,
+        typer.Option(
+            help="pairs:FILE.jsonl, with a prompt and a completion a line; or as for a study.", callback=checked_corpus
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Run folder.", callback=checked_folder)],
     epochs: Annotated[float, typer.Option(min=0.01, help="Passes over the training split.")] = 3.0,

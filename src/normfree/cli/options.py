@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,8 +15,8 @@ from rich.console import Console
 
 from normfree.errors import InputError
 from normfree.files import DEFAULT_CACHE_DIR as DEFAULT_CACHE_DIR
-from normfree.files import check_output_folder
-from normfree.processes import is_main_process
+from normfree.files import check_output_folder, exists, local_or_hub, user_path, written_whole
+from normfree.processes import check_alone, is_main_process
 
 FINISHED = ("results.csv", "removal.csv")
 """Files of a folder whose work is done: it is read, and may be read-only."""
@@ -40,41 +41,105 @@ def checked_file(file: Path | None) -> Path | None:
     """
     if file is not None and is_main_process():
         check_output_folder(file.parent)
-        if _exists(file / "."):
+        if exists(file / "."):
             raise InputError(f"{file} is a folder; give the name of a file")
     return file
 
 
 def _checked_cache(folder: Path) -> Path:
-    if is_main_process() and folder != DEFAULT_CACHE_DIR and not _exists(folder / "."):
+    if is_main_process() and folder != DEFAULT_CACHE_DIR and not exists(folder / "."):
         check_output_folder(folder)
     return folder
 
 
 def _is_finished(folder: Path) -> bool:
-    return any(_exists(folder / name) for name in FINISHED)
+    return any(exists(folder / name) for name in FINISHED)
 
 
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):
-        return False
+def checked_source(what: str) -> Callable[[Any], Any]:
+    """A callback for names of models or tokenizers: a missing path is an error before any work.
+
+    Args:
+        what: what the names are of, for messages: "model".
+
+    Raises (the callback):
+        InputError: a name can only be a path, and nothing is there.
+    """
+
+    def check(value: str | list[str] | None) -> str | list[str] | None:
+        if value is None:
+            return None
+        return local_or_hub(value, what) if isinstance(value, str) else [local_or_hub(each, what) for each in value]
+
+    return check
+
+
+def checked_corpus(context: typer.Context, name: str | None) -> str | None:
+    """The full name of a corpus, once its kind and its path are known to be right; ``-`` is standard input.
+
+    Raises:
+        InputError: the kind is unknown, a file or folder is missing, or standard input holds no text.
+    """
+    if name is None:
+        return None
+    from normfree.data.corpus_name import check_corpus_name, full_corpus_name
+
+    if name == "-":
+        name = str(_saved_input(context.params["cache_dir"]))
+    name = full_corpus_name(name)
+    check_corpus_name(name)
+    return name
+
+
+def _saved_input(cache_dir: Path) -> Path:
+    """Standard input as a file named by its content, so that runs resume and are verified without it."""
+    check_alone("--corpus -", "write the text into a file, and give its path to --corpus")
+    content = sys.stdin.buffer.read()
+    if not content.strip():
+        raise InputError("--corpus -: standard input is empty; pipe text into the command")
+    path = user_path(str(cache_dir)) / "stdin" / f"{hashlib.sha256(content).hexdigest()[:16]}.txt"
+    if not path.exists():
+        with written_whole(path) as temporary:
+            temporary.write_bytes(content)
+    return path.resolve()
 
 
 CacheDir = Annotated[
-    Path, typer.Option(help="Where tokenized corpora are kept and found again.", callback=_checked_cache)
+    Path,
+    typer.Option(
+        help="Where tokenized corpora are kept and found again.",
+        callback=_checked_cache,
+        is_eager=True,  # --corpus - is saved there, wherever the two are in the command
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, to standard output.")]
 Model = Annotated[
-    str, typer.Argument(help="A Hub id, a model folder, a .gguf file, or a run or checkpoint folder of Normfree.")
+    str,
+    typer.Argument(
+        help="A Hub id, a model folder, a .gguf file, or a run or checkpoint folder of Normfree.",
+        callback=checked_source("model"),
+    ),
 ]
 Compared = Annotated[
-    list[str], typer.Argument(help="Hub ids, model folders, .gguf files or runs of Normfree; compared on one page.")
+    list[str],
+    typer.Argument(
+        help="Hub ids, model folders, .gguf files or runs of Normfree; compared on one page.",
+        callback=checked_source("model"),
+    ),
 ]
-ComparedCorpus = Annotated[str | None, typer.Option(help="As for a study; default: the first run's own sequences.")]
+ComparedCorpus = Annotated[
+    str | None,
+    typer.Option(help="As for a study; default: the first run's own sequences.", callback=checked_corpus),
+]
 ComparedTokenizer = Annotated[
-    str | None, typer.Option(help="A tokenizer's name or folder; default: the first model's.")
+    str | None,
+    typer.Option(
+        help="A tokenizer's name or folder; default: the first model's.", callback=checked_source("tokenizer")
+    ),
+]
+Tokenizer = Annotated[
+    str | None,
+    typer.Option(help="A tokenizer's name or folder; default: the model's.", callback=checked_source("tokenizer")),
 ]
 ComparedLength = Annotated[int | None, typer.Option(help="T; default: the first model's.")]
 Bos = Annotated[
@@ -148,7 +213,7 @@ def output_folder(out: Path | None, command: str, models: list[str]) -> Path:
         return out
     name = _folder_name(models[0])
     if len(models) > 1:
-        paths = [str(Path(each).resolve()) if _exists(Path(each)) else each for each in models]
+        paths = [str(Path(each).resolve()) if exists(Path(each)) else each for each in models]
         name = f"{name}--and-{len(models) - 1}-more-{_digest(chr(10).join(paths))}"
     folder = Path(command) / name
     checked_folder(folder)
@@ -157,7 +222,7 @@ def output_folder(out: Path | None, command: str, models: list[str]) -> Path:
 
 def _folder_name(model: str) -> str:
     path = Path(model)
-    if not _exists(path):
+    if not exists(path):
         parts = [part for part in model.split("/") if part]
         whole = "--" not in model
     else:
@@ -188,7 +253,8 @@ def changes(
     """What the options and ``--set`` change, by dotted name; an option goes before a ``--set`` of the same name.
 
     Raises:
-        InputError: both kinds of budget are given, or a ``--set`` is not of the form NAME=VALUE.
+        InputError: both kinds of budget are given, a ``--set`` is not of the form NAME=VALUE, or a corpus or
+            tokenizer is a path and nothing is there.
     """
     if tokens is not None and steps is not None:
         raise InputError("give --tokens or --steps, not both")
@@ -201,7 +267,24 @@ def changes(
     if bos is not None:
         options["data.beginning"] = "bos_token" if bos else "none"
     given = {option: value for option, value in options.items() if value is not None}
-    return dict(_assignment("--set", text, "model.n_layer=4") for text in assignments or []) | given
+    changed = dict(_assignment("--set", text, "model.n_layer=4") for text in assignments or []) | given
+    _check_sources(changed)
+    return changed
+
+
+def _check_sources(changed: Mapping[str, Any]) -> None:
+    """Checks a corpus and a tokenizer named with ``--set`` as those named with their options.
+
+    Raises:
+        InputError: one is a path, and nothing is there.
+    """
+    from normfree.data.corpus_name import check_corpus_name, full_corpus_name
+
+    corpus, tokenizer = changed.get("data.corpus"), changed.get("data.tokenizer")
+    if isinstance(corpus, str):
+        check_corpus_name(full_corpus_name(corpus))
+    if isinstance(tokenizer, str):
+        local_or_hub(tokenizer, "tokenizer")
 
 
 def nested_assignments(option: str, texts: list[str] | None) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from normfree.cli.options import (
     CacheDir,
     Json,
     checked_folder,
+    checked_source,
     model_name,
     open_console,
     output_folder,
@@ -28,7 +29,8 @@ def private_cost(
     models: Annotated[
         list[str],
         typer.Argument(
-            help="Runs, model folders, Hub ids, presets (the four configurations) or YAML files; compared on one page."
+            help="Runs, model folders, Hub ids, presets (the four configurations) or YAML files; compared on one page.",
+            callback=checked_source("model"),
         ),
     ],
     sequence_length: Annotated[int | None, typer.Option(min=2, help="T; default: the run's or preset's.")] = None,

@@ -14,6 +14,8 @@ from normfree.cli.options import (
     CacheDir,
     Json,
     Model,
+    Tokenizer,
+    checked_corpus,
     checked_folder,
     numbers,
     open_console,
@@ -34,9 +36,12 @@ def prune_layers(
         typer.Option(help="Drop so many consecutive layers, those across which the angular distance is smallest."),
     ] = None,
     corpus: Annotated[
-        str | None, typer.Option(help="For --drop-similar, as for a study; default, for a run: its own sequences.")
+        str | None,
+        typer.Option(
+            help="For --drop-similar, as for a study; default, for a run: its own sequences.", callback=checked_corpus
+        ),
     ] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="A tokenizer's name or folder; default: the model's.")] = None,
+    tokenizer: Tokenizer = None,
     sequence_length: Annotated[int | None, typer.Option(help="T, for --drop-similar; default: the model's.")] = None,
     sequences: Annotated[int, typer.Option(help="Sequences for --drop-similar.")] = 32,
     bos: Bos = None,

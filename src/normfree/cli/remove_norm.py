@@ -16,7 +16,9 @@ from normfree.cli.options import (
     CacheDir,
     Json,
     Model,
+    Tokenizer,
     changes,
+    checked_corpus,
     checked_folder,
     model_name,
     open_console,
@@ -30,8 +32,10 @@ from normfree.processes import check_alone
 
 def remove_norm(
     model: Model,
-    corpus: Annotated[str | None, typer.Option(help="As for a study; default, for a run: its own.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="A tokenizer's name or folder; default: the model's.")] = None,
+    corpus: Annotated[
+        str | None, typer.Option(help="As for a study; default, for a run: its own.", callback=checked_corpus)
+    ] = None,
+    tokenizer: Tokenizer = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for runs and models; default removal/MODEL.", callback=checked_folder)
     ] = None,

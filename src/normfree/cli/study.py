@@ -12,7 +12,9 @@ from normfree.cli.options import (
     CacheDir,
     Json,
     changes,
+    checked_corpus,
     checked_folder,
+    checked_source,
     nested_assignments,
     numbers,
     open_console,
@@ -33,9 +35,15 @@ def study(
     steps: Annotated[int | None, typer.Option(help="Training budget of each run, in optimizer steps.")] = None,
     corpus: Annotated[
         str | None,
-        typer.Option(help="installed-python, directory:PATH[:GLOB], file:PATH, codeparrot or hf:NAME."),
+        typer.Option(
+            help="A file, a folder, - (standard input), installed-python, directory:PATH:GLOB, codeparrot or hf:NAME.",
+            callback=checked_corpus,
+        ),
     ] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="'train', or a Hugging Face tokenizer's name or path.")] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="'train', or a Hugging Face tokenizer's name or path.", callback=checked_source("tokenizer")),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", help="Change any value of the preset, e.g. --set model.n_layer=4. Can be repeated."),

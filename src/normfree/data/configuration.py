@@ -7,11 +7,13 @@ from pydantic import (
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
+    field_validator,
     model_serializer,
     model_validator,
 )
 
 from normfree.data.beginning import BeginningRule
+from normfree.data.corpus_name import full_corpus_name
 
 Cut = Literal["chunks", "packed"]
 
@@ -24,7 +26,8 @@ class DataConfig(BaseModel):
 
     corpus:
         ``installed-python``, ``directory:PATH[:GLOB]``, ``file:PATH``, ``pairs:PATH``, ``codeparrot`` or
-        ``hf:NAME[@REVISION][:CONFIGURATION]`` (see :mod:`normfree.data.corpus`).
+        ``hf:NAME[@REVISION][:CONFIGURATION]`` (see :mod:`normfree.data.corpus`); the bare path of a file or folder
+        becomes ``file:PATH`` or ``directory:PATH``.
     tokenizer:
         ``train`` for a byte-level BPE trained on the train split, otherwise the name or the folder of a
         Hugging Face tokenizer.
@@ -64,6 +67,11 @@ class DataConfig(BaseModel):
     eval_fraction: float = Field(0.05, gt=0, lt=1)
     max_document_bytes: int = Field(262_144, ge=1)
     seed: int = 0
+
+    @field_validator("corpus")
+    @classmethod
+    def _name_kind(cls, corpus: str) -> str:
+        return full_corpus_name(corpus)
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:

@@ -1,13 +1,13 @@
-"""Corpora by name: a string ``KIND`` or ``KIND:ARGUMENT``."""
+"""Corpora by name: a string ``KIND`` or ``KIND:ARGUMENT``; a bare path is ``file:`` or ``directory:``."""
 
 from collections.abc import Callable
 
 from normfree.data.configuration import DataConfig
+from normfree.data.corpus_name import check_corpus_name
 from normfree.data.documents import Corpus
 from normfree.data.hub import codeparrot, hub
 from normfree.data.local import directory, installed_python, text_file
 from normfree.data.pairs import prompt_completion_pairs
-from normfree.errors import unknown_name
 
 CORPORA: dict[str, Callable[[str, DataConfig], Corpus]] = {
     "installed-python": installed_python,
@@ -26,7 +26,6 @@ def open_corpus(config: DataConfig) -> Corpus:
     Raises:
         InputError: an unknown kind, a missing path, an unreachable data set, or no usable document.
     """
+    check_corpus_name(config.corpus)
     kind, _, argument = config.corpus.partition(":")
-    if kind not in CORPORA:
-        raise unknown_name("corpus", kind, CORPORA)
     return CORPORA[kind](argument, config)

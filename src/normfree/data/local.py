@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from normfree.data.configuration import DataConfig
+from normfree.data.corpus_name import existing_file, split_directory
 from normfree.data.documents import (
     TEXT_COLUMNS,
     Admission,
@@ -25,7 +26,7 @@ from normfree.data.documents import (
 from normfree.data.passages import PASSAGE_CHARACTERS, passages
 from normfree.data.records import RECORDS, Record, kind_of, read_content, read_records
 from normfree.errors import InputError
-from normfree.files import read_regular, user_path
+from normfree.files import read_regular
 from normfree.processes import is_main_process
 
 log = logging.getLogger(__name__)
@@ -200,12 +201,8 @@ def directory(argument: str, config: DataConfig) -> Corpus:
 
     Each is one document, whatever it holds; the log says so of files of records.
     """
-    path, glob = argument, "**/*"
-    if not _is_folder(path) and ":" in argument:
-        path, glob = argument.rsplit(":", maxsplit=1)
-    if not path or not _is_folder(path):
-        raise InputError(f"corpus {config.corpus!r}: no folder {path!r}; write directory:PATH[:GLOB]")
-    files, unreadable = _files(user_path(path), glob)
+    path, glob = split_directory(argument, config.corpus)
+    files, unreadable = _files(path, glob)
     records = [file for file in files if kind_of(file) in RECORDS_NOT_PROSE]
     if records and is_main_process():
         log.warning(
@@ -224,9 +221,7 @@ def text_file(argument: str, config: DataConfig) -> Corpus:
     Of a table, the text is in the column ``text`` or ``content``. A ``.txt`` file is parted at
     :data:`DOCUMENT_SEPARATOR`; any other is one document. Files may be compressed (``.gz``, ``.bz2``, ``.xz``).
     """
-    path = user_path(argument)
-    if not argument or not _exists(path):
-        raise InputError(f"corpus {config.corpus!r}: no file {argument!r}; write file:PATH")
+    path = existing_file(argument, config.corpus)
     kind = kind_of(path)
     if kind in RECORDS:
         return LocalCorpus(_texts(read_records(path, config.corpus, TEXT_COLUMNS, kind)), config)
@@ -237,17 +232,3 @@ def text_file(argument: str, config: DataConfig) -> Corpus:
 def _texts(records: Iterable[tuple[str, Record]]) -> Iterator[bytes]:
     for where, record in records:
         yield record if isinstance(record, bytes) else row_text(record, where).encode("utf-8", "surrogatepass")
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists() and not path.is_dir()
-    except (OSError, ValueError):
-        return False
-
-
-def _is_folder(path: str) -> bool:
-    try:
-        return user_path(path).is_dir()
-    except (OSError, ValueError):
-        return False

@@ -10,11 +10,11 @@ from transformers import PreTrainedTokenizerBase
 
 from normfree.data.blocks import Blocks, Cutter, SplitStatistics, token_dtype
 from normfree.data.configuration import DataConfig
+from normfree.data.corpus_name import existing_file
 from normfree.data.documents import Admission, Split
 from normfree.data.local import LocalCorpus
 from normfree.data.records import RECORDS, Record, kind_of, read_records
 from normfree.errors import InputError
-from normfree.files import user_path
 
 FIELDS = ("prompt", "completion")
 
@@ -50,13 +50,7 @@ class PairCorpus(LocalCorpus):
 
 def prompt_completion_pairs(argument: str, config: DataConfig) -> PairCorpus:
     """``pairs:PATH``: records with the texts ``prompt`` and ``completion``; JSON lines if the name does not say."""
-    path = user_path(argument)
-    try:
-        is_there = bool(argument) and path.exists()
-    except (OSError, ValueError):
-        is_there = False
-    if not is_there:
-        raise InputError(f"corpus {config.corpus!r}: no file {argument!r}; write pairs:PATH")
+    path = existing_file(argument, config.corpus)
     if config.cut != "packed":
         raise InputError(f"corpus {config.corpus!r}: pairs are shorter than a sequence; set data.cut to packed")
     kind = kind_of(path)

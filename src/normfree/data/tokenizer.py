@@ -7,6 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from normfree.errors import InputError
+from normfree.files import local_or_hub
 from normfree.modeling.gguf import is_gguf, load_gguf_tokenizer, open_gguf
 
 END_OF_TEXT = "<|endoftext|>"
@@ -71,8 +72,9 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of that name on the Hugging Face hub, or saved in that folder. Remote code is never run.
 
     Raises:
-        InputError: it cannot be loaded.
+        InputError: it cannot be loaded; a missing path is not looked for on the hub.
     """
+    name_or_path = local_or_hub(name_or_path, "tokenizer")
     if is_gguf(name_or_path):
         return load_gguf_tokenizer(open_gguf(Path(name_or_path)))
     try:

@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from normfree.errors import InputError
+from normfree.files import local_or_hub
 from normfree.modeling.gguf import check_gguf_model, gguf_reader, is_gguf, open_gguf
 
 NAMES_SHOWN = 3
@@ -110,6 +111,7 @@ def load_model(source: str, *, local_files_only: bool = False) -> PreTrainedMode
     Raises:
         InputError: there is no such model, it cannot be read, or a tensor is missing, superfluous or of another shape.
     """
+    source = local_or_hub(source, "model")
     if is_gguf(source):
         return _load_gguf(Path(source))
     folder = Path(source)

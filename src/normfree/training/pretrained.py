@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from normfree.data import DataConfig, PackedData, vocabulary_size
 from normfree.errors import InputError
+from normfree.files import local_or_hub
 from normfree.modeling import NormfreeForCausalLM, from_hf
 from normfree.modeling.gguf import is_gguf, open_gguf
 from normfree.modeling.loading import load_model
@@ -84,6 +85,7 @@ def load_pretrained(source: str) -> LoadedModel:
         InputError: there is no such model, or its weights are not all there (see
             :func:`normfree.modeling.loading.load_model`).
     """
+    source = local_or_hub(source, "model")
     folder = Path(source)
     checkpoint, run = source, None
     if (folder / CONFIG_FILE).is_file():

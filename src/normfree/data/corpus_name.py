@@ -1,0 +1,69 @@
+"""Names of corpora: ``KIND``, ``KIND:ARGUMENT`` or the bare path of a file or folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from normfree.errors import InputError, unknown_name
+from normfree.files import exists, looks_local, user_path
+
+KINDS = ("installed-python", "directory", "file", "codeparrot", "hf", "pairs")
+"""What may precede the first colon."""
+
+
+def full_corpus_name(text: str) -> str:
+    """``file:PATH`` or ``directory:PATH`` for the bare path of a file or folder; any other name as it is."""
+    if not text or text.partition(":")[0] in KINDS:
+        return text
+    path = user_path(text)
+    if not exists(path):
+        return text
+    return f"directory:{text}" if path.is_dir() else f"file:{text}"
+
+
+def check_corpus_name(name: str) -> None:
+    """Checks the kind of a corpus and, for a local one, that its file or folder is there. Nothing is opened.
+
+    Raises:
+        InputError: the kind is unknown, or the file or folder is missing.
+    """
+    kind, _, argument = name.partition(":")
+    if kind not in KINDS:
+        if looks_local(name):
+            raise InputError(f"corpus {name!r}: there is no such file or folder; correct the path")
+        raise unknown_name("corpus", kind, [*KINDS, "a file or folder"])
+    if kind == "directory":
+        split_directory(argument, name)
+    elif kind in ("file", "pairs"):
+        existing_file(argument, name)
+
+
+def existing_file(argument: str, corpus: str) -> Path:
+    """The file of a ``file:`` or ``pairs:`` corpus.
+
+    Raises:
+        InputError: it is missing, or a folder.
+    """
+    path = user_path(argument)
+    if not argument or not exists(path) or path.is_dir():
+        kind = corpus.partition(":")[0]
+        raise InputError(f"corpus {corpus!r}: no file {argument!r}; write {kind}:PATH")
+    return path
+
+
+def split_directory(argument: str, corpus: str) -> tuple[Path, str]:
+    """The folder and the glob of a ``directory:PATH[:GLOB]`` corpus; ``**/*`` without one.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+    path, glob = argument, "**/*"
+    if not _is_folder(path) and ":" in argument:
+        path, glob = argument.rsplit(":", maxsplit=1)
+    if not path or not _is_folder(path):
+        raise InputError(f"corpus {corpus!r}: no folder {path!r}; write directory:PATH[:GLOB]")
+    return user_path(path), glob
+
+
+def _is_folder(path: str) -> bool:
+    return exists(user_path(path)) and user_path(path).is_dir()
