@@ -65,7 +65,7 @@ def wait_for_checkpoint(launcher: subprocess.Popen[str], folder: Path, after: in
 def test_torchrun(
     command: Command, tmp_path: Path, launched: Callable[[tuple[object, ...]], subprocess.Popen[str]]
 ) -> None:
-    """A process is killed, the same command goes on, and SIGTERM to the launcher saves; nothing hangs or stays."""
+    """A process is killed, the same command resumes, and SIGTERM to the launcher saves; nothing hangs or stays."""
     arguments = (*TORCHRUN, *command("run", steps=100_000, eval_steps=100_000, sharding="full"))
     run = tmp_path / "run"
 
@@ -78,7 +78,7 @@ def test_torchrun(
     output = (tmp_path / "output").read_text()
     assert not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in started)
     assert (
-        "normfree: another of the 2 processes of this run is gone; the same command goes on from the last checkpoint"
+        "normfree: another of the 2 processes of this run is gone; the same command resumes from the last checkpoint"
         in output
     )
 
@@ -89,7 +89,7 @@ def test_torchrun(
     launcher.wait(LONGEST)
     assert not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in started)
     output = (tmp_path / "output").read_text()
-    assert output.count("normfree: stopped by SIGTERM; the same command goes on from the last checkpoint: ") == 1
+    assert output.count("normfree: stopped by SIGTERM; the same command resumes from the last checkpoint: ") == 1
     last = last_checkpoint(run)
     assert last is not None
     assert step_of(last) >= step

@@ -70,7 +70,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
             ended = together(n, job, tmp_path)
         assert ended.codes == [143] * n, ended.output
         assert "Traceback" not in ended.output
-        assert ended.output.count("stopped by SIGTERM; the same command goes on from the last checkpoint: ") == 1
+        assert ended.output.count("stopped by SIGTERM; the same command resumes from the last checkpoint: ") == 1
         checkpoint = last_checkpoint(tmp_path / "run")
         assert checkpoint is not None
         assert checkpoint.name == f"checkpoint-{step + 1}"
@@ -89,7 +89,7 @@ def test_a_killed_process_ends_the_run_and_the_same_command_goes_on(
     assert ended.codes == [1, -signal.SIGKILL], ended.output
     last = ended.outputs[0].strip().splitlines()[-1]
     assert last == (
-        "normfree: another of the 2 processes of this run is gone; the same command goes on from the last checkpoint"
+        "normfree: another of the 2 processes of this run is gone; the same command resumes from the last checkpoint"
     )
     assert [each.name for each in checkpoints(tmp_path / "run")] == ["checkpoint-4"]
     assert together(2, job, tmp_path).codes == [0, 0]

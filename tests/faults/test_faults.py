@@ -135,7 +135,7 @@ def test_a_disk_that_fills_up_while_telemetry_is_written(
     command, before = train_command(stopped), pd.read_parquet(stopped / "run" / records.METRICS_FILE)
     ended = in_child(normfree(*command), stopped)
     assert ended.code == 1
-    assert f"{FULL}; when that is mended, the same command goes on from the last checkpoint" in last_line(ended)
+    assert f"{FULL}; once that is fixed, the same command resumes from the last checkpoint" in last_line(ended)
     pd.testing.assert_frame_equal(pd.read_parquet(stopped / "run" / records.METRICS_FILE), before)
     monkeypatch.undo()
     assert_goes_on(command, stopped, whole)
@@ -310,7 +310,7 @@ def test_a_data_loader_worker_that_dies(
     ended = in_child(normfree(*command), stopped)
     assert ended.code == 1
     assert "DataLoader worker" in last_line(ended)
-    assert "the same command goes on from the last checkpoint" in last_line(ended)
+    assert "the same command resumes from the last checkpoint" in last_line(ended)
     monkeypatch.undo()
     assert_goes_on(command, stopped, whole)
 

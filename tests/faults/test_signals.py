@@ -56,7 +56,7 @@ def test_a_run_saves_itself_and_goes_on_as_if_nothing_had_happened(
     assert checkpoint is not None
     assert checkpoint.name == "checkpoint-7"
     last = ended.output.strip().splitlines()[-1]
-    assert last.startswith(f"normfree: stopped by {told.name}; the same command goes on from the last checkpoint: ")
+    assert last.startswith(f"normfree: stopped by {told.name}; the same command resumes from the last checkpoint: ")
     assert last.endswith(f"normfree train {' '.join(map(str, train_command(tmp_path / 'stopped')[1:]))}")
     assert "Traceback" not in ended.output
 

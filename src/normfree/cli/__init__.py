@@ -79,7 +79,7 @@ PASSING_FAILURES = re.compile(r"DataLoader worker|out of memory|CUDA error|NCCL|
 """What torch says of workers, memory, devices and connections that fail on the way, all as RuntimeError."""
 TRACEBACK = "NORMFREE_TRACEBACK"
 """The environment variable that asks for the trace of an error that nobody foresaw."""
-GO_ON = "the same command goes on from the last checkpoint"
+GO_ON = "the same command resumes from the last checkpoint"
 RESUMING = ("study", "study-worker", "train", "finetune", "remove-norm")
 """Commands that write checkpoints, and go on from them."""
 COMMANDS = (
@@ -155,7 +155,7 @@ def main() -> None:
         is_bad_place = error.errno in NOT_WRITABLE
         advice = "; give another folder" if is_bad_place else ""
         if error.errno in PASSING:
-            advice = f"; when that is mended, {_again()}"
+            advice = f"; once that is fixed, {_again()}"
         where = f" {error.filename}" if error.filename is not None else ""
         _fail(f"cannot use{where}: {error.strerror or error}{advice}", 2 if is_bad_place else 1)
     except Exception as error:

@@ -186,7 +186,7 @@ def train(
             except RuntimeError as error:
                 if is_lost_connection(error):
                     raise RunFailedError(
-                        f"another of the {n_processes()} processes of this run is gone; the same command goes on from "
+                        f"another of the {n_processes()} processes of this run is gone; the same command resumes from "
                         "the last checkpoint"
                     ) from error
                 raise
