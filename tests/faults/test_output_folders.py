@@ -19,7 +19,7 @@ COMMANDS = {
     "prune-layers": ("nowhere", "--drop", "1"),
     "to-spark": ("nowhere",),
     "remove-norm": ("nowhere",),
-    "finetune": ("nowhere", "--corpus", "pairs:nowhere"),
+    "finetune": ("nowhere", "--corpus", "installed-python"),
     "train": ("nowhere.yaml",),
     "study": ("relu-revival",),
     "private-cost": ("nowhere",),
