@@ -7,6 +7,7 @@ from transformers import Trainer, TrainingArguments
 from normfree import NormfreeConfig, NormfreeForCausalLM
 from normfree.errors import InputError
 from normfree.training import Recipe
+from normfree.training.configuration import with_changes
 from normfree.training.trainer import NormfreeTrainer
 
 
@@ -36,6 +37,33 @@ def test_a_budget_smaller_than_a_step_is_refused() -> None:
 def test_bad_recipes_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         Recipe(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("batch", "micro"), [(4, 4), (512, 128), (130, 65), (131, 1), (96, 96), (256, 128)])
+def test_a_batch_size_alone_is_enough(batch: int, micro: int) -> None:
+    assert Recipe(steps=1, batch_size=batch).micro_batch_size == micro
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes"),
+    [
+        ({"recipe.batch_size": 4}, (4, 4)),
+        ({"recipe.batch_size": 32}, (32, 8)),
+        ({"recipe.batch_size": 12}, (12, 6)),
+        ({"recipe.batch_size": 12, "recipe.micro_batch_size": 4}, (12, 4)),
+        ({"recipe.micro_batch_size": 2}, (16, 2)),
+    ],
+)
+def test_a_changed_batch_size_takes_the_micro_batch_along(changes: dict[str, int], sizes: tuple[int, int]) -> None:
+    content = {"recipe": {"steps": 1, "batch_size": 16, "micro_batch_size": 8}}
+    recipe = Recipe.model_validate(with_changes(content, changes)["recipe"])
+    assert (recipe.batch_size, recipe.micro_batch_size) == sizes
+
+
+def test_a_chosen_micro_batch_size_that_does_not_divide_is_refused() -> None:
+    content = {"recipe": {"steps": 1, "batch_size": 16, "micro_batch_size": 8}}
+    with pytest.raises(ValidationError, match="not a multiple"):
+        Recipe.model_validate(with_changes(content, {"recipe.batch_size": 12, "recipe.micro_batch_size": 8})["recipe"])
 
 
 def test_the_defaults_are_the_papers(tmp_path: Path) -> None:

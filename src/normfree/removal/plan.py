@@ -11,10 +11,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from normfree.data import PackedData, natural_rule, prepare_data, same_data
-from normfree.errors import InputError, invalid_fields, unknown_name
+from normfree.errors import InputError, invalid_fields
 from normfree.removal.schedule import RemovalSchedule
 from normfree.training import RunConfig, load_pretrained
-from normfree.training.configuration import with_changes
+from normfree.training.configuration import unknown_option, with_changes
 from normfree.training.pretrained import check_embeddings
 
 PUBLISHED_STEPS = 300
@@ -100,7 +100,7 @@ def plan(
     for name in changes:
         section, _, option = name.partition(".")
         if section not in sections or not option:
-            raise unknown_name("option", name, [f"{each}.OPTION" for each in sections])
+            raise unknown_option(name, sections)
     sections = with_changes(sections, changes)
     if trained is None and "corpus" not in sections["data"]:
         raise InputError(f"{source} is no run with data of its own; name a corpus to fine-tune on with --corpus")

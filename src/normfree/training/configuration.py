@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import platform
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from normfree.data import DataConfig, PackedData
-from normfree.errors import InputError, invalid_fields, unknown_name
+from normfree.errors import InputError, field_names, invalid_fields, unknown_name
 from normfree.files import read_regular
 from normfree.modeling import NormfreeConfig
 from normfree.training.lora import LoraOptions
 from normfree.training.objectives import OBJECTIVES, Objective, ObjectiveOptions
-from normfree.training.recipe import Recipe
+from normfree.training.recipe import Recipe, fitting_micro_batch_size
 from normfree.training.run_folder import PROVENANCE
 
 
@@ -131,7 +131,8 @@ def with_changes(content: Mapping[str, Any], changes: Mapping[str, Any]) -> dict
     """``content`` with some values changed, by their dotted names: ``recipe.tokens``.
 
     What a change makes meaningless goes: one kind of budget where the other is given, and the size of the vocabulary
-    where a tokenizer is named.
+    where a tokenizer is named. A batch size takes the micro-batch size along, unless that is changed too: the largest
+    divisor up to the one there.
 
     Raises:
         InputError: a name's section is none of ``content``.
@@ -151,7 +152,18 @@ def with_changes(content: Mapping[str, Any], changes: Mapping[str, Any]) -> dict
             section.pop("tokens", None)
         elif name == "data.tokenizer" and value != "train":
             section.pop("vocab_size", None)
+    if "recipe.batch_size" in changes and "recipe.micro_batch_size" not in changes:
+        recipe = changed["recipe"]
+        recipe["micro_batch_size"] = fitting_micro_batch_size(
+            recipe["batch_size"], recipe.get("micro_batch_size", Recipe.model_fields["micro_batch_size"].default)
+        )
     return changed
+
+
+def unknown_option(name: str, sections: Collection[str]) -> InputError:
+    """An error for ``name`` being no option in one of the ``sections`` of a run, with the nearest as a suggestion."""
+    allowed = [each for each in field_names(RunConfig) if each.partition(".")[0] in sections and "." in each]
+    return unknown_name("option", name, allowed)
 
 
 def load_run_config(path: Path) -> RunConfig:

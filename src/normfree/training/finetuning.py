@@ -9,11 +9,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from normfree.data import DataConfig, PackedData, natural_rule, prepare_data
-from normfree.errors import InputError, invalid_fields, unknown_name
-from normfree.training.configuration import RunConfig, with_changes
+from normfree.data import PackedData, natural_rule, prepare_data
+from normfree.errors import InputError, invalid_fields
+from normfree.training.configuration import RunConfig, unknown_option, with_changes
 from normfree.training.pretrained import LoadedModel
-from normfree.training.recipe import Recipe
 
 RECIPE: dict[str, Any] = {
     "batch_size": 16,
@@ -69,29 +68,32 @@ def finetuning_run(
         sections["lora"] = {"rank": lora_rank}
     for name in changes:
         if name.partition(".")[0] not in sections:
-            raise unknown_name("option", name, [f"{each}.OPTION" for each in sections])
+            raise unknown_option(name, sections)
     sections = with_changes(sections, changes)
     if "corpus" not in sections["data"]:
         raise InputError("name what to fine-tune on with --corpus, such as pairs:FILE.jsonl")
     if "beginning" not in sections["data"]:
         rule = natural_rule(sections["data"]["tokenizer"]) if trained is None else trained.data.beginning
         sections["data"]["beginning"] = rule
+    has_budget = bool({"steps", "tokens"} & sections["recipe"].keys())
+    content = {
+        "model_name": loaded.source,
+        "configuration": "finetuned",
+        "seed": seed,
+        "model": {},
+        "start_from": str(Path(loaded.source).resolve()) if Path(loaded.source).exists() else loaded.source,
+        **sections,
+    }
     try:
-        data = prepare_data(DataConfig.model_validate(sections["data"]), cache_dir, progress=progress)
-        loaded.check_tokenizer(data.tokenizer, "the tokenizer of the corpus")
-        if not {"steps", "tokens"} & sections["recipe"].keys():
-            batch = Recipe.model_validate({**sections["recipe"], "steps": 1}).batch_size
-            sections["recipe"]["steps"] = max(1, math.ceil(epochs * len(data.train) / batch))
+        # Checked before the data are prepared, which takes long; epochs become steps afterwards.
         run = RunConfig.model_validate(
-            {
-                "model_name": loaded.source,
-                "configuration": "finetuned",
-                "seed": seed,
-                "model": {},
-                "start_from": str(Path(loaded.source).resolve()) if Path(loaded.source).exists() else loaded.source,
-                **sections,
-            }
+            content if has_budget else {**content, "recipe": {**sections["recipe"], "steps": 1}}
         )
+        data = prepare_data(run.data, cache_dir, progress=progress)
+        loaded.check_tokenizer(data.tokenizer, "the tokenizer of the corpus")
+        if not has_budget:
+            steps = max(1, math.ceil(epochs * len(data.train) / run.recipe.batch_size))
+            run = RunConfig.model_validate({**content, "recipe": {**sections["recipe"], "steps": steps}})
     except ValidationError as error:
         raise invalid_fields("finetune", error, RunConfig) from error
     return run, data

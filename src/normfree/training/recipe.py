@@ -20,6 +20,13 @@ LAUNCHER_SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 """What ``accelerate launch`` sets where its own configuration asks for it."""
 
 
+def fitting_micro_batch_size(batch_size: Any, most: Any) -> Any:
+    """The largest divisor of ``batch_size`` up to ``most``; ``most`` itself if either is no number above 0."""
+    if type(batch_size) is not int or type(most) is not int or batch_size < 1 or most < 1:
+        return most  # validation says what is wrong
+    return next(size for size in range(min(batch_size, most), 0, -1) if batch_size % size == 0)
+
+
 class Recipe(BaseModel):
     """The training recipe; the defaults are those of ReLU's Revival and of its public code.
 
@@ -33,7 +40,8 @@ class Recipe(BaseModel):
 
     A budget is given either in ``steps`` (optimizer steps) or in ``tokens``, which is rounded down to whole steps.
     ``batch_size`` counts the sequences of one optimizer step over all devices; a device holds at most
-    ``micro_batch_size`` of them at a time and accumulates the rest.
+    ``micro_batch_size`` of them at a time and accumulates the rest. By
+    default it is the largest divisor of ``batch_size`` up to 128.
 
     Where several processes train one model, ``sharding`` says what each of them holds: with ``none`` all weights,
     gradients and optimizer states (DDP), with ``full`` its share of them (FSDP). One process has nothing to share.
@@ -76,6 +84,14 @@ class Recipe(BaseModel):
 
     on_nonfinite: OnNonfinite = "record"
     max_rewinds: int = Field(3, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fit_micro_batch(cls, content: Any) -> Any:
+        if not isinstance(content, dict) or "batch_size" not in content or "micro_batch_size" in content:
+            return content
+        most = cls.model_fields["micro_batch_size"].default
+        return {**content, "micro_batch_size": fitting_micro_batch_size(content["batch_size"], most)}
 
     @model_validator(mode="after")
     def _check_batch(self) -> Recipe:
