@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from normfree.cli.options import (
     DEFAULT_CACHE_DIR,
@@ -25,7 +27,10 @@ from normfree.processes import check_alone
 
 
 def study(
-    name: Annotated[str, typer.Argument(help="The study; a wrong name lists them all.")],
+    name: Annotated[str | None, typer.Argument(help="The study; --list shows them all.", show_default=False)] = None,
+    list_: Annotated[
+        bool, typer.Option("--list", help="Show every study: what it asks, its presets and runs; then exit.")
+    ] = False,
     preset: Annotated[str, typer.Option(help="The size: a preset's name, or a YAML file of the same form.")] = "cpu",
     out: Annotated[
         Path | None, typer.Option(help="Study folder; default studies/NAME-PRESET.", callback=checked_folder)
@@ -84,6 +89,11 @@ def study(
     """
     from normfree.studies import COLLECTIONS, DEFAULT_RETRIES, make_executor, run_study, told
 
+    if list_:
+        _show_studies(open_console(json_), json_=json_)
+        return
+    if name is None:
+        raise InputError("name a study; normfree study --list shows them all")
     check_alone("normfree study", "leave the launcher out, and give --workers to train several runs at once")
     if all_ and name != "relu-revival":
         raise InputError(f"--all is for relu-revival, not for {name}; leave it out")
@@ -112,3 +122,20 @@ def study(
     show_study(result, console, json_=json_)
     if result.failures:
         raise RunFailedError(f"{told(result.failures)}; the same command tries again")
+
+
+def _show_studies(console: Console, *, json_: bool) -> None:
+    """Prints every study and every preset."""
+    from normfree.studies import list_presets, list_studies
+
+    studies, presets = list_studies(), list_presets()
+    if json_:
+        print(json.dumps({"studies": studies, "presets": presets}))
+        return
+    for each in studies:
+        console.print(f"{each['study']}: {each['asks']}", highlight=False, markup=False, soft_wrap=True)
+        runs = ", ".join(f"{preset} {n}" for preset, n in each["runs"].items())
+        console.print(f"    runs a seed: {runs}", highlight=False, markup=False, soft_wrap=True)
+    console.print("\nPresets", highlight=False)
+    for name, description in presets.items():
+        console.print(f"{name}: {description}", highlight=False, markup=False, soft_wrap=True)

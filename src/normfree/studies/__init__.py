@@ -3,6 +3,7 @@
 from normfree.studies.collection import Collection, CollectionFolder
 from normfree.studies.execution import DEFAULT_RETRIES, Execution, help_with, told
 from normfree.studies.executors import EXECUTORS, make_executor
+from normfree.studies.listing import list_presets, list_studies
 from normfree.studies.page import StudyPage
 from normfree.studies.preset import Preset, load_preset, preset_names
 from normfree.studies.registry import COLLECTIONS, STUDIES, begin, open_folder
@@ -24,6 +25,8 @@ __all__ = [
     "StudyResult",
     "begin",
     "help_with",
+    "list_presets",
+    "list_studies",
     "load_preset",
     "load_study",
     "make_executor",

@@ -21,7 +21,7 @@ from normfree.report.tables import table_notes
 from normfree.studies.execution import Execution
 from normfree.studies.page import REPORT_FILE, Findings, StudyPage
 from normfree.studies.preset import Preset
-from normfree.studies.study import Study, StudyFolder
+from normfree.studies.study import GENERAL_PRESETS, Study, StudyFolder
 from normfree.training.configuration import read_yaml
 from normfree.training.run_folder import RESULTS_FILE
 
@@ -52,6 +52,8 @@ class Collection:
     members: Callable[[str, Callable[[Preset], Preset]], Sequence[Member]]
     table: Callable[[Sequence[StudyPage]], pd.DataFrame]
     describe: Callable[[Sequence[StudyPage], pd.DataFrame, Path], Findings]
+    question: str = ""
+    presets: tuple[str, ...] = GENERAL_PRESETS
 
 
 @dataclass(frozen=True)

@@ -218,9 +218,13 @@ _NOTES = (
     "sequence, and the law that describes its growth best.",
 )
 
+DEPTHS = ("depth-12", "depth-24", "depth-48", "depth-96")
+LLAMAS = ("llama-60m", "llama-130m", "llama-250m", "llama-350m", "llama-1b")
 STUDY = Study(
     name="curse-of-depth",
     title="The Curse of Depth: norms, their placements, and what deep layers do",
+    question="Which norms and placements win on equal tokens, and what do deep layers do?",
+    presets=("smoke", *DEPTHS, *LLAMAS),
     baseline=PRE_LN,
     configurations=configurations,
     describe=describe,

@@ -136,6 +136,7 @@ def _closed(share: float) -> str:
 STUDY = Study(
     name="distillation",
     title="Distillation of a model with LayerNorm into norm-free ones",
+    question="How far does a teacher with LayerNorm lift a student without it?",
     baseline=TEACHER.label,
     configurations=lambda preset: (
         TEACHER,

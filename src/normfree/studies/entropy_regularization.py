@@ -201,6 +201,7 @@ def _lead(page: StudyPage, curves: pd.DataFrame) -> str:
 STUDY = Study(
     name="entropy-regularization",
     title="Does a penalty on attention entropy cure the overload of norm-free models?",
+    question="Does a penalty on entropy cure overload, and at what perplexity?",
     baseline=LAYERNORM_GELU.label,
     configurations=lambda preset: (
         LAYERNORM_GELU,

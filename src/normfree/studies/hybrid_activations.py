@@ -134,6 +134,7 @@ def _lead(splits: pd.DataFrame) -> str:
 STUDY = Study(
     name="hybrid-activations",
     title="GELU in some layers and ReLU in the others, without LayerNorm",
+    question="GELU in some layers and ReLU in the others: which layers matter?",
     baseline=GELU.label,
     configurations=configurations,
     describe=describe,

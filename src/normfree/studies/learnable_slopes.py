@@ -194,6 +194,7 @@ def _near_identical(distances: pd.DataFrame) -> str:
 STUDY = Study(
     name="learnable-slopes",
     title="ReLU's Revival: do learnable negative slopes go to zero?",
+    question="Do learnable slopes of leaky ReLU go to zero, and would they without weight decay?",
     baseline=LAYERNORM_GELU.label,
     configurations=lambda preset: (
         LAYERNORM_GELU,

@@ -196,6 +196,7 @@ def _order(runs: pd.DataFrame, column: str) -> str:
 STUDY = Study(
     name="negative-slope",
     title="Fixed negative slopes without LayerNorm: NaNs and entropy collapse",
+    question="Where do fixed slopes break: NaNs and entropy collapse?",
     baseline=RELU.label,
     configurations=lambda preset: (RELU, *LEAKY),
     describe=describe,

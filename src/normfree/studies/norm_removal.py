@@ -297,6 +297,8 @@ def _lead(table: pd.DataFrame) -> str:
 STUDY = Study(
     name="norm-removal",
     title="Norms taken out by fine-tuning",
+    question="What does taking every norm out of a trained model cost? Runs: models, before their removals.",
+    presets=("removal-smoke", "removal-cpu"),
     baseline=GPT_2.label,
     configurations=configurations,
     describe=describe,

@@ -168,6 +168,7 @@ _LIMITS = (
 STUDY = Study(
     name="outliers",
     title="Signal propagation, outliers and int8 with and without LayerNorm",
+    question="How do outliers and int8 differ with and without LayerNorm?",
     baseline=LAYERNORM_GELU.label,
     configurations=lambda preset: (LAYERNORM_GELU, LAYERNORM_RELU, GELU, RELU),
     describe=describe,

@@ -16,6 +16,8 @@ from normfree.studies.page import FIGURES_FOLDER, Findings, StudyPage
 from normfree.studies.preset import Preset, load_preset
 from normfree.studies.study import Configuration, Study
 
+COLUMN_PRESETS = ("cpu", "gpu", "paper-gpt2-128")
+"""Presets that name the columns of Table 2 at their scale."""
 PARTS = (relu_revival.STUDY, learnable_slopes.STUDY, negative_slope.STUDY)
 
 
@@ -46,6 +48,7 @@ def _describe_figures(page: StudyPage) -> Findings:
 FIGURES: Study = Study(
     name="relu-revival-figures",
     title="ReLU's Revival: every figure",
+    question="Figures 1 to 5 of ReLU's Revival, in one study.",
     baseline=relu_revival.STUDY.baseline,
     configurations=_configurations,
     describe=_describe_figures,
@@ -86,7 +89,21 @@ def _describe(pages: Sequence[StudyPage], table: pd.DataFrame, _: Path) -> Findi
     return Findings("Perplexity, best first. " + " ".join(verdicts), [], limits)
 
 
-TABLE_2: Collection = Collection("table-2", "ReLU's Revival: Table 2", _columns, _table, _describe)
+TABLE_2: Collection = Collection(
+    "table-2",
+    "ReLU's Revival: Table 2",
+    _columns,
+    _table,
+    _describe,
+    question="GELU or ReLU, with or without LayerNorm, for each model and context length of Table 2?",
+    presets=COLUMN_PRESETS,
+)
 EVERYTHING: Collection = Collection(
-    "relu-revival-all", "ReLU's Revival: every table and figure", _columns_and_figures, _table, _describe
+    "relu-revival-all",
+    "ReLU's Revival: every table and figure",
+    _columns_and_figures,
+    _table,
+    _describe,
+    question="Every table and figure of ReLU's Revival; also: relu-revival --all.",
+    presets=COLUMN_PRESETS,
 )

@@ -113,6 +113,7 @@ def _lead(table: pd.DataFrame) -> str:
 STUDY = Study(
     name="relu-revival",
     title="ReLU's Revival: GELU and ReLU with and without LayerNorm",
+    question="GELU or ReLU, with or without LayerNorm?",
     baseline=LAYERNORM_GELU.label,
     configurations=lambda preset: (LAYERNORM_GELU, LAYERNORM_RELU, GELU, RELU),
     describe=describe,

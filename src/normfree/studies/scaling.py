@@ -92,6 +92,7 @@ _CAPTION = (
 SIZES: Study = Study(
     name="scaling-sizes",
     title="ReLU against GELU without LayerNorm: width, depth and learning rate",
+    question="At which widths, depths and learning rates does ReLU beat GELU?",
     baseline=GELU.label,
     configurations=_all_sizes,
     describe=_describe_member,
@@ -99,6 +100,7 @@ SIZES: Study = Study(
 CONTEXT: Study = Study(
     name="scaling-context",
     title="ReLU against GELU without LayerNorm: twice the context length",
+    question="Does ReLU beat GELU at twice the context length?",
     baseline=GELU.label,
     configurations=_own_size,
     describe=_describe_member,
@@ -173,4 +175,5 @@ SCALING: Collection = Collection(
     _members,
     lambda pages: pd.concat([page.table for page in pages], ignore_index=True),
     _describe,
+    question="At which widths, depths, context lengths and learning rates does ReLU beat GELU?",
 )

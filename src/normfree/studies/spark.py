@@ -372,6 +372,7 @@ _MEASUREMENT = Measurement(check=lambda: None, measure=measure)
 STUDY = Study(
     name="spark",
     title="Spark Transformer: sparse feed-forward networks and attention",
+    question="What do sparse layers lose against dense ones?",
     baseline=LAYERNORM_GELU.label,
     configurations=lambda preset: CONFIGURATIONS,
     describe=describe,
@@ -397,6 +398,7 @@ def _curve(preset: Preset) -> tuple[Configuration, ...]:
 CURVE = Study(
     name="spark-active",
     title="Spark Transformer: perplexity by the share of active neurons",
+    question="How does perplexity depend on the share of active neurons?",
     baseline=LAYERNORM_GELU.label,
     configurations=_curve,
     describe=describe_curve,
@@ -405,6 +407,7 @@ CURVE = Study(
 NORMS = Study(
     name="spark-norms",
     title="Spark Transformer: what a sparse feed-forward network costs with and without norms",
+    question="What does each step from a dense to a sparse network cost with and without norms?",
     baseline=LAYERNORM_RELU.label,
     configurations=_with_and_without_norms,
     describe=describe_norms,

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from normfree.studies.page import Findings, StudyPage
 
 STUDY_FILE = "study.yaml"
+GENERAL_PRESETS = ("smoke", "cpu", "gpu", "paper-gpt2-128", "paper-pythia-128", "paper-pythia-256")
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Study:
 
     ``baseline`` is the label that the others are measured against. ``configurations`` come from the preset, because
     some studies have one for each layer, and so does the ``measurement``. ``describe`` makes the study's own part of
-    the report.
+    the report. ``question`` is what the study asks, in one line, and ``presets`` are those made for it.
     """
 
     name: str
@@ -79,6 +80,8 @@ class Study:
     configurations: Callable[[Preset], tuple[Configuration, ...]]
     describe: Callable[[StudyPage], Findings]
     measurement: Callable[[Preset], Measurement] | None = None
+    question: str = ""
+    presets: tuple[str, ...] = GENERAL_PRESETS
 
 
 @dataclass(frozen=True)
