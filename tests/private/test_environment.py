@@ -74,7 +74,7 @@ def test_the_command_line_says_it_in_one_line(normfree: Command, tmp_path: Path)
         (["cpu", "--fraction-bits", "40"], "fraction bits 40 leave no room in fm64; give 1 to 31"),
         (["cpu", "--network", "fast"], "not of the form NAME=MBIT_PER_SECOND,DELAY_MS"),
         (["paper-gpt2-128"], "give its size with --vocab-size"),
-        (["cpu", "cpu.yaml"], "cannot read cpu.yaml"),
+        (["cpu", "cpu.yaml"], "there is no file or folder 'cpu.yaml'"),
         (["cpu", "--end-to-end"], "is a configuration without weights"),
     ],
 )

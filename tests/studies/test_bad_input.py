@@ -36,7 +36,7 @@ def assert_refused(command: Command, folder: Path, *arguments: object, says: str
         (("study", "relu-revival", "--preset", "gpuu"), "unknown preset 'gpuu' (did you mean 'gpu'?)"),
         (("study", "relu-revival", "--preset", "none.yaml"), "cannot read none.yaml: No such file or directory"),
         (("study", "relu-revival", "--presett", "cpu"), "No such option"),
-        (("study",), "Missing argument"),
+        (("study",), "name a study; normfree study --list shows them all"),
         (("studdy",), "No such command"),
         (("study", "relu-revival", "--tokens", "many"), "Invalid value for '--tokens'"),
         (("study", "relu-revival", "--tokens", "9", "--steps", "9"), "give --tokens or --steps, not both"),

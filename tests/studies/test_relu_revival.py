@@ -111,7 +111,7 @@ def test_a_stopped_study_goes_on_to_the_same_result(
         patch.setattr(Trainer, "training_step", interrupted)
         code, _, err = normfree(*command, "--out", "stopped")
     assert code == 130
-    assert "goes on from the last checkpoint" in err
+    assert "resumes from the last checkpoint" in err
     assert normfree(*command, "--out", "stopped")[0] == 0
     pd.testing.assert_frame_equal(
         pd.read_csv(tmp_path / "whole" / "results.csv"), pd.read_csv(tmp_path / "stopped" / "results.csv")
