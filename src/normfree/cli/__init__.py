@@ -58,7 +58,7 @@ NOT_WRITABLE = (
     errno.ENODEV,
     errno.ENXIO,
 )
-"""Errors of the operating system that another folder mends."""
+"""OS errors that another folder fixes."""
 PASSING = (
     errno.ENOSPC,
     errno.EDQUOT,
@@ -74,14 +74,14 @@ PASSING = (
     errno.ECONNRESET,
     errno.ECONNREFUSED,
 )
-"""Errors of the operating system after which the same command may do, once their cause is gone."""
+"""OS errors after which the same command may succeed, once their cause is gone."""
 PASSING_FAILURES = re.compile(r"DataLoader worker|out of memory|CUDA error|NCCL|[Cc]onnection")
 """What torch says of workers, memory, devices and connections that fail on the way, all as RuntimeError."""
 TRACEBACK = "NORMFREE_TRACEBACK"
 """The environment variable that asks for the trace of an error that nobody foresaw."""
 GO_ON = "the same command resumes from the last checkpoint"
 RESUMING = ("study", "study-worker", "train", "finetune", "remove-norm")
-"""Commands that write checkpoints, and go on from them."""
+"""Commands that write checkpoints and resume from them."""
 COMMANDS = (
     study,
     study_worker,

@@ -47,7 +47,7 @@ def finetune(
 ) -> None:
     """Fine-tune a trained model on prompts and completions; only the completions are predicted.
 
-    A run that was stopped goes on from its last checkpoint when the same command is given again.
+    A stopped run resumes from its last checkpoint when the same command is given again.
 
     Example: normfree finetune studies/curse-of-depth-cpu/runs/pre-ln/seed-0 --corpus pairs:pairs.jsonl --out runs/tuned
     """

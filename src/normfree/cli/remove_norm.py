@@ -64,7 +64,7 @@ def remove_norm(
 ) -> None:
     """Take every LayerNorm or RMSNorm out of a trained model by fine-tuning, and export it without any.
 
-    A removal that was stopped goes on where it was when the same command is given again.
+    A stopped removal resumes when the same command is given again.
 
     Example: normfree remove-norm studies/relu-revival-cpu/runs/sm-ln-g/seed-0
     """

@@ -83,7 +83,7 @@ def study(
 ) -> None:
     """Train the configurations of a paper, compare them, and write tables, figures and a report.
 
-    A study that was stopped goes on where it was when the same command is given again.
+    A stopped study resumes when the same command is given again.
 
     Example: normfree study relu-revival --preset cpu --seeds 0,1,2
     """

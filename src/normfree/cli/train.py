@@ -17,7 +17,7 @@ def train(
     cache_dir: CacheDir = DEFAULT_CACHE_DIR,
     json_: Json = False,
 ) -> None:
-    """Train one configuration. A run that was stopped goes on from its last checkpoint.
+    """Train one configuration. A stopped run resumes from its last checkpoint.
 
     The config.yaml of an earlier run also says which tokens it was trained on: the same are used, or the run is
     refused. Without its `provenance` the corpus is taken as it is now.
