@@ -17,7 +17,7 @@ test: check
 # Hundreds of kills, thousands of made-up inputs, longer runs of several processes and all architectures, where
 # `make test` has a few; hours.
 nightly: .venv/.installed-dev
-	NORMFREE_NIGHTLY=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s tests/faults tests/distributed tests/studies/executors \
+	NORMFREE_NIGHTLY=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s tests/faults tests/distributed tests/runner/executors \
 	  tests/coverage
 
 # Sweeps all causal LM architectures of the transformers that is installed, and writes docs/models.md; minutes.

@@ -33,7 +33,7 @@ bench() {
 
 case $part in
 timings)
-  check tests-kernels 150 -m pytest -q -p no:cacheprovider tests/entropy/test_triton.py tests/sparsity/decode/test_triton.py
+  check tests-kernels 150 -m pytest -q -p no:cacheprovider tests/entropy/test_triton.py tests/spark/decode/test_triton.py
   bench entropy-gpu 120 entropy
   bench spark_decode-model-bf16-gpu 90 sparse-decode model --dtype bf16
   bench spark_decode-ffn-bf16-gpu 45 sparse-decode ffn --dtype bf16

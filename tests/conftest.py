@@ -15,6 +15,9 @@ from normfree import cli, compiled
 from normfree.data import DataConfig, PackedData, prepare_data
 from normfree.training import Recipe, RunConfig
 from tests.data.made_up import document, write_documents
+from tests.small_study import blank_figures, preset_content, preset_file
+
+__all__ = ["blank_figures", "preset_content", "preset_file"]
 
 SEQUENCE_LENGTH = 16
 

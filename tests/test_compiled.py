@@ -12,7 +12,7 @@ import pytest
 from normfree import compiled
 from normfree.entropy import compiled_kernels
 from normfree.modeling import activation_kernels
-from normfree.sparsity.decode import extension
+from normfree.spark.decode import extension
 
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "csrc").glob("*.cpp"))

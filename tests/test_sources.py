@@ -186,7 +186,7 @@ def test_an_empty_standard_input_is_refused(normfree: Normfree, monkeypatch: pyt
 
 @pytest.fixture
 def preset_of_four_steps(corpus_folder: Path, tmp_path: Path) -> Path:
-    from tests.studies.conftest import PRESET
+    from tests.small_study import PRESET
 
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(PRESET))

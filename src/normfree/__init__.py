@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from normfree.probes.trainer_callback import EntropyCallback as EntropyCallback
     from normfree.removal import remove_norms as remove_norms
     from normfree.removal import to_stock as to_stock
-    from normfree.sparsity import statistical_topk as statistical_topk
-    from normfree.studies import StudyResult as StudyResult
-    from normfree.studies import load_study as load_study
-    from normfree.studies import run_study as run_study
+    from normfree.runner import StudyResult as StudyResult
+    from normfree.runner import load_study as load_study
+    from normfree.runner import run_study as run_study
+    from normfree.spark import statistical_topk as statistical_topk
 
 # A public name is one line here and, for type checkers, its import above.
 _ROOMS = {
@@ -36,17 +36,17 @@ _ROOMS = {
     "Measurement": "measurement",
     "NormfreeConfig": "modeling",
     "NormfreeForCausalLM": "modeling",
-    "StudyResult": "studies",
+    "StudyResult": "runner",
     "attention_entropy": "entropy",
     "entropy_bands": "entropy",
     "from_hf": "modeling",
-    "load_study": "studies",
+    "load_study": "runner",
     "measure": "measurement",
     "plot": "plot",
     "remove_norms": "removal",
-    "run_study": "studies",
+    "run_study": "runner",
     "sparse_decode": "modeling",
-    "statistical_topk": "sparsity",
+    "statistical_topk": "spark",
     "to_stock": "removal",
 }
 __all__ = [*_ROOMS]

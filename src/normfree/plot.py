@@ -5,7 +5,7 @@
 
 Each function's docstring names the columns it needs; more columns do no harm. ``model``, ``context_length``,
 ``configuration`` and ``seed`` name a run, and a diverged run has NaN in its rows. Frames come from
-:class:`~normfree.studies.StudyResult` (``head_entropy``, ``layer_entropy``, ``eval_curve``), from
+:class:`~normfree.runner.StudyResult` (``head_entropy``, ``layer_entropy``, ``eval_curve``), from
 ``Measurement.head_entropy``, from the CSV files that the commands write, or from anywhere else.
 
 Figures are made without pyplot: save one with :func:`save_figure` or ``figure.savefig``. A notebook draws a figure that

@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from normfree import NormfreeConfig
 from normfree.benchmarks import decode_models, sparse_decode
-from normfree.sparsity.decode import decode_backends
+from normfree.spark.decode import decode_backends
 
 Command = Callable[..., tuple[int, str, str]]
 pytestmark = pytest.mark.skipif(decode_backends()["cpu"] is not None, reason="the kernels are not compiled")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from normfree.modeling import activation_kernels
 from normfree.modeling.activation_kernels import count_nonzero, kernels_take
-from normfree.modeling.residual_stream import StreamStatistics
+from normfree.probes.residual_stream import StreamStatistics
 
 pytestmark = pytest.mark.skipif(not kernels_take(torch.zeros(1)), reason="no compiled kernels")
 DTYPES = [torch.float32, torch.bfloat16]

@@ -15,7 +15,7 @@ from normfree.interpret import DepthMeasurement, measure_depth
 from normfree.studies.depth import depth_sections, write_depth_page
 from normfree.training import RunConfig, train
 from tests.interpret.depth.models import ours, stock, tokens
-from tests.studies.test_bad_input import assert_refused
+from tests.runner.test_bad_input import assert_refused
 
 Command = Callable[..., tuple[int, str, str]]
 FRAMES = {

@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 import yaml
 
-from normfree.studies import load_preset, registry
+from normfree.runner import load_preset, registry
+from normfree.runner.study import run_config
 from normfree.studies.distillation import STUDY
-from normfree.studies.study import run_config
 
 Command = Callable[..., tuple[int, str, str]]
 LABELS = [

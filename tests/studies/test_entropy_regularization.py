@@ -4,10 +4,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from normfree.studies import StudyFolder, load_preset
+from normfree.runner import StudyFolder, load_preset
+from normfree.runner.run_frames import threshold_frame
+from normfree.runner.study import run_config
 from normfree.studies.entropy_regularization import OPTIONS, STUDY
-from normfree.studies.frames import threshold_frame
-from normfree.studies.study import run_config
 
 Command = Callable[..., tuple[int, str, str]]
 WEIGHTS = ("0.001", "0.01", "0.1")

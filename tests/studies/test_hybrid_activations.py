@@ -1,9 +1,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from normfree.studies import load_preset
+from normfree.runner import load_preset
+from normfree.runner.study import run_config
 from normfree.studies.hybrid_activations import STUDY
-from normfree.studies.study import run_config
 
 Command = Callable[..., tuple[int, str, str]]
 

@@ -8,9 +8,9 @@ import pandas as pd
 from safetensors.torch import load_file
 
 from normfree import NormfreeForCausalLM
-from normfree.studies import StudyFolder, load_preset
+from normfree.runner import StudyFolder, load_preset
+from normfree.runner.study import run_config
 from normfree.studies.learnable_slopes import LEARNABLE, STUDY
-from normfree.studies.study import run_config
 from normfree.training import load_run_config
 from normfree.training.records import LAYERS_FILE
 from normfree.training.trainer import last_checkpoint

@@ -9,9 +9,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from normfree.studies import STUDIES, load_preset
+from normfree.runner import STUDIES, load_preset
+from normfree.runner.study import run_config
 from normfree.studies.negative_slope import LEAKY, STUDY, _lead, what_nan_means
-from normfree.studies.study import run_config
 from normfree.training import Recipe
 
 Command = Callable[..., tuple[int, str, str]]

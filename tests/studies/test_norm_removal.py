@@ -13,11 +13,11 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from normfree.removal import finetuning
-from normfree.studies import load_preset
+from normfree.runner import load_preset
+from normfree.runner.study import run_config
 from normfree.studies.norm_removal import GPT_2, PYTHIA, configurations, llama
 from normfree.studies.norm_removal_scaling import SIZE_FACTORS
 from normfree.studies.norm_removal_scaling import configurations as sizes
-from normfree.studies.study import run_config
 
 Command = Callable[..., tuple[int, str, str]]
 

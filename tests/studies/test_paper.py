@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from normfree import load_study
-from normfree.studies import load_preset, preset_names
+from normfree.runner import load_preset, preset_names
 from normfree.studies.paper import FIGURES
 
 Command = Callable[..., tuple[int, str, str]]

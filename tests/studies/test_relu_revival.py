@@ -13,9 +13,9 @@ import pandas as pd
 import pytest
 import yaml
 
-from normfree.studies import StudyFolder, StudyPage
+from normfree.runner import StudyFolder, StudyPage
+from normfree.runner.study import best_learning_rates
 from normfree.studies.relu_revival import STUDY
-from normfree.studies.study import best_learning_rates
 from tests.data.made_up import document, write_documents
 
 Command = Callable[..., tuple[int, str, str]]

@@ -7,9 +7,9 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from normfree.studies import load_preset
+from normfree.runner import load_preset
+from normfree.runner.study import run_config
 from normfree.studies.scaling import SCALING, SIZES
-from normfree.studies.study import run_config
 
 Command = Callable[..., tuple[int, str, str]]
 

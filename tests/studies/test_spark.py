@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from normfree.studies import StudyFolder, load_preset
+from normfree.runner import StudyFolder, load_preset
+from normfree.runner.study import run_config
 from normfree.studies.spark import CURVE, NORMS, STUDY, costs_frame, savings_frame
-from normfree.studies.study import run_config
 from normfree.training.records import LAYERS_FILE
 
 Command = Callable[..., tuple[int, str, str]]

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from normfree import NormfreeConfig, NormfreeForCausalLM
 from normfree.data import PackedData
-from normfree.modeling.residual_stream import ResidualStreamProbe
 from normfree.probes import EntropyProbe
+from normfree.probes.residual_stream import ResidualStreamProbe
 from normfree.training import RunConfig, train
 from normfree.training.records import LAYERS_FILE, METRICS_FILE
 from normfree.training.telemetry import all_finite

@@ -11,9 +11,9 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from normfree import NormfreeConfig, NormfreeForCausalLM
 from normfree.modeling.residual import ResidualProjection
-from normfree.modeling.spark_cache import SparkCacheLayer
-from normfree.modeling.spark_feedforward import SparkFeedForward
-from normfree.sparsity.decode.extension import all_dots, weighted_rows
+from normfree.spark.cache import SparkCacheLayer
+from normfree.spark.decode.extension import all_dots, weighted_rows
+from normfree.spark.sparse_feedforward import SparkFeedForward
 
 ROOM = 2048
 """Tokens that a cache has room for at first, behind those it is filled with; and then each time it is full."""

@@ -60,7 +60,7 @@ def prune_layers(
         token_sequences,
         tokenizer_of,
     )
-    from normfree.modeling.residual_stream import decoder_blocks
+    from normfree.probes.residual_stream import decoder_blocks
     from normfree.training import load_pretrained
 
     if sum(choice is not None for choice in (drop, drop_last, drop_similar)) != 1:

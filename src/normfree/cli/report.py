@@ -12,7 +12,7 @@ from rich.console import Console
 from normfree.cli.options import Json, open_console
 
 if TYPE_CHECKING:
-    from normfree.studies import StudyResult
+    from normfree.runner import StudyResult
 
 
 def report(
@@ -23,7 +23,7 @@ def report(
 
     Example: normfree report studies/relu-revival-cpu
     """
-    from normfree.studies import load_study
+    from normfree.runner import load_study
 
     result = load_study(folder)
     result.write_report()

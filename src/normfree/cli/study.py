@@ -87,7 +87,7 @@ def study(
 
     Example: normfree study relu-revival --preset cpu --seeds 0,1,2
     """
-    from normfree.studies import COLLECTIONS, DEFAULT_RETRIES, make_executor, run_study, told
+    from normfree.runner import COLLECTIONS, DEFAULT_RETRIES, make_executor, run_study, told
 
     if list_:
         _show_studies(open_console(json_), json_=json_)
@@ -126,7 +126,7 @@ def study(
 
 def _show_studies(console: Console, *, json_: bool) -> None:
     """Prints every study and every preset."""
-    from normfree.studies import list_presets, list_studies
+    from normfree.runner import list_presets, list_studies
 
     studies, presets = list_studies(), list_presets()
     if json_:

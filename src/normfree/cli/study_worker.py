@@ -24,7 +24,7 @@ def study_worker(
 
     Example: normfree study-worker studies/relu-revival-gpu
     """
-    from normfree.studies import help_with, told
+    from normfree.runner import help_with, told
 
     check_alone("normfree study-worker", "leave the launcher out, and start it once for each run to be trained at once")
     failures = help_with(folder, open_console(json_))

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from normfree.errors import InputError, unknown_name
-from normfree.modeling.residual_stream import decoder_blocks
+from normfree.probes.residual_stream import decoder_blocks
 from normfree.training.evaluation import evaluation_losses, perplexity
 
 FULL_PRECISION = "full_precision"

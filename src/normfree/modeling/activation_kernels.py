@@ -23,7 +23,7 @@ def kernels_take(x: Tensor) -> bool:
 def stream_sums(x: Tensor, sums: Tensor) -> None:
     """Fills ``sums``, float64 [11 + d], with those of x [n_sequence, T, d], which :func:`kernels_take`.
 
-    They are in the order of :class:`normfree.modeling.residual_stream.StreamStatistics`, and the same whatever the
+    They are in the order of :class:`normfree.probes.residual_stream.StreamStatistics`, and the same whatever the
     number of threads.
     """
     x = x.contiguous()

@@ -21,8 +21,8 @@ from normfree.modeling.layer_types import SLIDING
 from normfree.modeling.qk_norms import build_head_norm
 from normfree.modeling.residual import ResidualProjection
 from normfree.modeling.softcap import soft_capped
-from normfree.modeling.spark_attention import rotate_parts, spark_attention_forward
-from normfree.sparsity import TOPKS
+from normfree.spark import TOPKS
+from normfree.spark.sparse_attention import rotate_parts, spark_attention_forward
 
 if TYPE_CHECKING:
     from normfree.modeling.configuration import NormfreeConfig

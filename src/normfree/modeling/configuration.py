@@ -17,7 +17,7 @@ from normfree.modeling.layer_types import settle_layer_types
 from normfree.modeling.norms import NORMS, SCALED_NORMS
 from normfree.modeling.qk_norms import QK_NORMS
 from normfree.modeling.rotary import check_parameters, settled_parameters
-from normfree.modeling.spark_sizes import SparkSizes, settle_spark_options
+from normfree.spark.sizes import SparkSizes, settle_spark_options
 
 SLOPE_SHARINGS = ("layer", "global")
 POSITIONS = ("learned", "rotary")

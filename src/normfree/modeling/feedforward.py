@@ -13,7 +13,7 @@ from torch import nn
 
 from normfree.modeling.activations import build_activation
 from normfree.modeling.residual import ResidualProjection
-from normfree.modeling.spark_feedforward import SparkFeedForward
+from normfree.spark.sparse_feedforward import SparkFeedForward
 
 if TYPE_CHECKING:
     from normfree.modeling.configuration import NormfreeConfig

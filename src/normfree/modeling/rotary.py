@@ -13,7 +13,7 @@ from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbeddin
 
 from normfree.errors import InputError, unknown_name
 from normfree.modeling.layer_types import MASKS
-from normfree.modeling.spark_sizes import check_spark_rotation
+from normfree.spark.sizes import check_spark_rotation
 
 if TYPE_CHECKING:
     from normfree.modeling.configuration import NormfreeConfig

@@ -1,37 +1,5 @@
 """Studies: named grids of configurations, and what to show of them."""
 
-from normfree.studies.collection import Collection, CollectionFolder
-from normfree.studies.execution import DEFAULT_RETRIES, Execution, help_with, told
-from normfree.studies.executors import EXECUTORS, make_executor
-from normfree.studies.listing import list_presets, list_studies
-from normfree.studies.page import StudyPage
-from normfree.studies.preset import Preset, load_preset, preset_names
-from normfree.studies.registry import COLLECTIONS, STUDIES, begin, open_folder
-from normfree.studies.result import StudyResult, load_study, run_study
-from normfree.studies.study import Study, StudyFolder
+from normfree import runner
 
-__all__ = [
-    "COLLECTIONS",
-    "DEFAULT_RETRIES",
-    "EXECUTORS",
-    "STUDIES",
-    "Collection",
-    "CollectionFolder",
-    "Execution",
-    "Preset",
-    "Study",
-    "StudyFolder",
-    "StudyPage",
-    "StudyResult",
-    "begin",
-    "help_with",
-    "list_presets",
-    "list_studies",
-    "load_preset",
-    "load_study",
-    "make_executor",
-    "open_folder",
-    "preset_names",
-    "run_study",
-    "told",
-]
+__all__ = ["runner"]

@@ -24,11 +24,11 @@ from normfree.report import (
     signal_propagation_over_depth,
 )
 from normfree.report.numbers import mean_and_half
+from normfree.runner.page import FIGURES_FOLDER, Findings, StudyPage
+from normfree.runner.presets import Preset
+from normfree.runner.run_frames import eval_curve_frame, final_checkpoint, run_key, signal_dynamics_frame
+from normfree.runner.study import Configuration, Measurement, Study
 from normfree.studies.depth import depth_sections
-from normfree.studies.frames import eval_curve_frame, final_checkpoint, run_key, signal_dynamics_frame
-from normfree.studies.page import FIGURES_FOLDER, Findings, StudyPage
-from normfree.studies.preset import Preset
-from normfree.studies.study import Configuration, Measurement, Study
 from normfree.training import RunResult, load_pretrained
 
 DYNAMIC_TANH = {"norm": "dyt", "final_norm": "dyt", "dyt_alpha": 1.0, "scale_embeddings": True}

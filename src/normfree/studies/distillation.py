@@ -14,10 +14,10 @@ from normfree.report import (
     headwise_entropy_heatmaps,
     layerwise_entropy_dynamics,
 )
-from normfree.studies.frames import eval_curve_frame, head_entropy_frame, layer_entropy_frame
-from normfree.studies.page import Findings, StudyPage
+from normfree.runner.page import Findings, StudyPage
+from normfree.runner.run_frames import eval_curve_frame, head_entropy_frame, layer_entropy_frame
+from normfree.runner.study import Configuration, Study
 from normfree.studies.relu_revival import GELU, LAYERNORM_GELU, RELU, scale_limits
-from normfree.studies.study import Configuration, Study
 from normfree.training.objectives import DistillationOptions
 
 TEACHER = LAYERNORM_GELU

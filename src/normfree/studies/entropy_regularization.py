@@ -20,10 +20,10 @@ from normfree.report import (
     layerwise_entropy_dynamics,
     perplexity_and_overload,
 )
-from normfree.studies.frames import eval_curve_frame, head_entropy_frame, layer_entropy_frame, threshold_frame
-from normfree.studies.page import Findings, StudyPage
+from normfree.runner.page import Findings, StudyPage
+from normfree.runner.run_frames import eval_curve_frame, head_entropy_frame, layer_entropy_frame, threshold_frame
+from normfree.runner.study import Configuration, Study
 from normfree.studies.relu_revival import GELU, LAYERNORM_GELU, RELU, scale_limits
-from normfree.studies.study import Configuration, Study
 from normfree.training.objectives import EntropyRegularizationOptions
 from normfree.training.objectives.entropy_regularization import PENALTY, THRESHOLD
 from normfree.training.records import METRICS_FILE

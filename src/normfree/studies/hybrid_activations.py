@@ -12,11 +12,11 @@ from normfree.report import (
     layer_entropy_by_configuration,
     perplexity_and_overload,
 )
-from normfree.studies.frames import eval_curve_frame, head_entropy_frame
-from normfree.studies.page import Findings, StudyPage
-from normfree.studies.preset import Preset
+from normfree.runner.page import Findings, StudyPage
+from normfree.runner.presets import Preset
+from normfree.runner.run_frames import eval_curve_frame, head_entropy_frame
+from normfree.runner.study import Configuration, Study
 from normfree.studies.relu_revival import GELU, RELU, scale_limits
-from normfree.studies.study import Configuration, Study
 
 LETTERS = {"gelu": "G", "relu": "R"}
 

@@ -23,10 +23,10 @@ from normfree.report import (
     slope_under_decay_only,
     trajectory_distance_matrix,
 )
-from normfree.studies.frames import layer_entropy_frame, slope_frame
-from normfree.studies.page import Findings, StudyPage
+from normfree.runner.page import Findings, StudyPage
+from normfree.runner.run_frames import layer_entropy_frame, slope_frame
+from normfree.runner.study import Configuration, Study
 from normfree.studies.relu_revival import GELU, LAYERNORM_GELU, LAYERNORM_RELU, RELU, scale_limits
-from normfree.studies.study import Configuration, Study
 from normfree.training.records import METRICS_FILE
 
 INITIAL_SLOPES = (0.01, 0.25, 0.0, -0.1)

@@ -17,10 +17,10 @@ from normfree.report import (
     first_nonfinite,
     instability_dynamics,
 )
-from normfree.studies.frames import eval_curve_frame, layer_entropy_frame, nonfinite_frame
-from normfree.studies.page import Findings, StudyPage
+from normfree.runner.page import Findings, StudyPage
+from normfree.runner.run_frames import eval_curve_frame, layer_entropy_frame, nonfinite_frame
+from normfree.runner.study import Configuration, Study
 from normfree.studies.relu_revival import RELU, scale_limits
-from normfree.studies.study import Configuration, Study
 from normfree.training import Recipe
 
 SLOPES = (0.01, 0.05, 0.1, 0.2)

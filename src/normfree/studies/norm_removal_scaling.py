@@ -24,6 +24,9 @@ from normfree.report.norm_removal import (
     tokens_to_reach,
 )
 from normfree.report.norm_removal_figures import removal_scaling
+from normfree.runner.page import Findings, StudyPage
+from normfree.runner.presets import Preset
+from normfree.runner.study import Configuration, Study, run_config
 from normfree.studies.norm_removal import (
     GPT_2,
     REMOVALS_FILE,
@@ -34,9 +37,6 @@ from normfree.studies.norm_removal import (
     removals_frame,
     trained_on,
 )
-from normfree.studies.page import Findings, StudyPage
-from normfree.studies.preset import Preset
-from normfree.studies.study import Configuration, Study, run_config
 
 SIZES = ("n_layer", "n_head", "n_embd")
 SIZE_FACTORS = (0.5, 1.0, 1.5, 2.0)

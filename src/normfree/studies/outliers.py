@@ -31,10 +31,10 @@ from normfree.report import (
     signal_propagation_dynamics,
     signal_propagation_over_depth,
 )
-from normfree.studies.frames import KEY, final_checkpoint, measured_frame, signal_dynamics_frame
-from normfree.studies.page import Findings, StudyPage
+from normfree.runner.page import Findings, StudyPage
+from normfree.runner.run_frames import KEY, final_checkpoint, measured_frame, signal_dynamics_frame
+from normfree.runner.study import Measurement, Study
 from normfree.studies.relu_revival import GELU, LAYERNORM_GELU, LAYERNORM_RELU, RELU, scale_limits
-from normfree.studies.study import Measurement, Study
 from normfree.training import RunResult, load_pretrained
 from normfree.training.records import write_parquet
 

@@ -10,11 +10,11 @@ import pandas as pd
 from normfree.errors import InputError
 from normfree.report import Section
 from normfree.report.frames import SETTING
+from normfree.runner.collection import Collection, Member
+from normfree.runner.page import FIGURES_FOLDER, Findings, StudyPage
+from normfree.runner.presets import Preset, load_preset
+from normfree.runner.study import Configuration, Study
 from normfree.studies import learnable_slopes, negative_slope, relu_revival
-from normfree.studies.collection import Collection, Member
-from normfree.studies.page import FIGURES_FOLDER, Findings, StudyPage
-from normfree.studies.preset import Preset, load_preset
-from normfree.studies.study import Configuration, Study
 
 COLUMN_PRESETS = ("cpu", "gpu", "paper-gpt2-128")
 """Presets that name the columns of Table 2 at their scale."""

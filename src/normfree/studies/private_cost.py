@@ -26,7 +26,7 @@ from normfree.private import (
     model_steps,
     run_encrypted,
 )
-from normfree.studies.preset import Preset, load_preset, preset_names
+from normfree.runner.presets import Preset, load_preset, preset_names
 from normfree.studies.relu_revival import STUDY
 from normfree.training import load_pretrained, load_run_config
 from normfree.training.configuration import read_yaml

@@ -25,7 +25,7 @@ from normfree.report import (
     write_report,
 )
 from normfree.report.private_cost import alternatives_bytes, cost_by_operation, perplexity_against_bytes
-from normfree.studies.page import FIGURES_FOLDER, saved_figure
+from normfree.runner.page import FIGURES_FOLDER, saved_figure
 from normfree.studies.private_cost import group_costs
 
 _MEGABYTE = 1e6

@@ -14,9 +14,9 @@ from normfree.report import (
     layerwise_entropy_dynamics,
     published_head_entropy,
 )
-from normfree.studies.frames import eval_curve_frame, head_entropy_frame, layer_entropy_frame
-from normfree.studies.page import Findings, StudyPage
-from normfree.studies.study import Configuration, Study
+from normfree.runner.page import Findings, StudyPage
+from normfree.runner.run_frames import eval_curve_frame, head_entropy_frame, layer_entropy_frame
+from normfree.runner.study import Configuration, Study
 
 PAPER_TOKENS = 2.1e9
 PAPER_SEQUENCE_LENGTH = 128

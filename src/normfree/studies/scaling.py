@@ -17,11 +17,11 @@ from normfree.errors import InputError
 from normfree.modeling import NormfreeConfig
 from normfree.report import FigureBlock, Section, Table, loss_gap, loss_gap_heatmap
 from normfree.report.scaling import OWN_BEST
-from normfree.studies.collection import Collection, Member
-from normfree.studies.page import FIGURES_FOLDER, Findings, StudyPage, saved_figure
-from normfree.studies.preset import Preset, load_preset
+from normfree.runner.collection import Collection, Member
+from normfree.runner.page import FIGURES_FOLDER, Findings, StudyPage, saved_figure
+from normfree.runner.presets import Preset, load_preset
+from normfree.runner.study import Configuration, Study
 from normfree.studies.relu_revival import GELU, RELU, scale_limits
-from normfree.studies.study import Configuration, Study
 
 LEARNING_RATE_FACTORS = (0.5, 1.0, 2.0)
 SIZE_FACTORS = (0.5, 2.0)

@@ -13,8 +13,7 @@ from rich.console import Console
 
 from normfree.data import PackedData
 from normfree.modeling import NormfreeConfig
-from normfree.modeling.spark_sizes import SparkSizes
-from normfree.modeling.sparsity_probe import SparsityProbe
+from normfree.probes.sparsity_probe import SparsityProbe
 from normfree.report import (
     BANDS,
     Block,
@@ -30,19 +29,20 @@ from normfree.report import (
     perplexity_and_overload,
     sparsity_table,
 )
-from normfree.sparsity.accounting import decode_cost, total_flops
-from normfree.studies.decode_seconds import decode_seconds
-from normfree.studies.frames import (
+from normfree.runner.page import Findings, StudyPage
+from normfree.runner.presets import Preset
+from normfree.runner.run_frames import (
     eval_curve_frame,
     final_checkpoint,
     head_entropy_frame,
     measured_frame,
     run_key,
 )
-from normfree.studies.page import Findings, StudyPage
-from normfree.studies.preset import Preset
+from normfree.runner.study import Configuration, Measurement, Study, run_config
+from normfree.spark.accounting import decode_cost, total_flops
+from normfree.spark.sizes import SparkSizes
+from normfree.studies.decode_seconds import decode_seconds
 from normfree.studies.relu_revival import LAYERNORM_GELU, LAYERNORM_RELU, RELU
-from normfree.studies.study import Configuration, Measurement, Study, run_config
 from normfree.training import RunResult, load_pretrained, load_run_config
 from normfree.training.configuration import read_yaml
 from normfree.training.records import LAYERS_FILE, METRICS_FILE, write_parquet

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from normfree.modeling.residual_stream import decoder_blocks
+from normfree.probes.residual_stream import decoder_blocks
 from normfree.processes import is_main_process, n_processes
 
 

@@ -14,9 +14,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from normfree.modeling import NormfreeForCausalLM
 from normfree.modeling.activations import LearnableLeakyReLU
-from normfree.modeling.residual_stream import ResidualStreamProbe
-from normfree.modeling.sparsity_probe import SparsityProbe
 from normfree.probes import EntropyProbe
+from normfree.probes.residual_stream import ResidualStreamProbe
+from normfree.probes.sparsity_probe import SparsityProbe
 from normfree.processes import largest
 from normfree.training.objectives import Objective
 from normfree.training.objectives.trainer import CROSS_ENTROPY

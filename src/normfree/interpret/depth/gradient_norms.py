@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from normfree.interpret.depth.averages import mean_and_standard_error
 from normfree.interpret.depth.block_calls import record
-from normfree.modeling.residual_stream import decoder_blocks
+from normfree.probes.residual_stream import decoder_blocks
 from normfree.training.evaluation import token_losses
 
 

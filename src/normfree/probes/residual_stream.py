@@ -1,0 +1,293 @@
+"""Signal propagation and outliers: statistics of the residual stream after each block of a transformers decoder.
+
+They are read from the blocks' outputs, so they need no norm to hook into, and they know nothing of training: telemetry
+reads them while a model trains, ``normfree.interpret`` from a finished one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.utils.module_tracker import ModuleTracker
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from normfree.errors import InputError
+from normfree.modeling import activation_kernels
+from normfree.probes.attached import Attached
+from normfree.probes.moments import CentralMoments
+
+NEVER_CALLED = "it has not been called"
+MOMENTS, CHANNEL_SQUARES = slice(6, 11), slice(11, None)
+"""Where :class:`StreamStatistics` has them."""
+
+
+def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The decoder blocks of ``model``, wrapped (DDP, PEFT) or not, by module name, in order.
+
+    They are the one ``nn.ModuleList`` of transformers' ``GradientCheckpointingLayer``, which is what transformers
+    makes every decoder block of (``model.layers``, ``transformer.h``, ``gpt_neox.layers``; ours: ``model.blocks``).
+    Of a model that reads images or audio too, they are the list that its ``get_decoder()``, the language model, holds.
+
+    Raises:
+        InputError: there is no such list, or more than one, as in an encoder-decoder.
+    """
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module)
+        and all(isinstance(block, GradientCheckpointingLayer) for block in module)
+    }
+    if len(lists) > 1 and isinstance(model, PreTrainedModel) and not model.config.is_encoder_decoder:
+        of_decoder = list(model.get_decoder().children())
+        lists = {name: blocks for name, blocks in lists.items() if blocks in of_decoder} or lists
+    if len(lists) != 1:
+        found = f"has {len(lists)} ({', '.join(lists)})" if lists else "has none"
+        raise InputError(
+            f"reading the residual stream needs one list of decoder blocks, and {type(model).__name__} {found}; "
+            "pass a decoder-only language model of transformers"
+        )
+    ((name, blocks),) = lists.items()
+    return {f"{name}.{layer}": block for layer, block in enumerate(blocks)}
+
+
+@dataclass(frozen=True)
+class StreamStatistics:
+    """What is kept of one layer's activations x [n_sequence, T, d]: sums that add up over batches and processes.
+
+    ``packed`` is all of it, float64 [..., 11 + d]; what it holds, in this order, has the shape that is left: [] of one
+    layer, [n_layer] of several side by side. Counts are exact up to 2⁵³.
+    """
+
+    packed: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor) -> StreamStatistics:
+        """The statistics of one batch, x [n_sequence, T, d] of any float dtype."""
+        if not activation_kernels.kernels_take(x):
+            return cls(_stream_sums(x))
+        packed = torch.empty(CHANNEL_SQUARES.start + x.shape[-1], dtype=torch.float64)
+        activation_kernels.stream_sums(x, packed)
+        return cls(packed)
+
+    @property
+    def n_sequences(self) -> Tensor:
+        return self.packed[..., 0]
+
+    @property
+    def n_tokens(self) -> Tensor:
+        return self.packed[..., 1]
+
+    @property
+    def ratios(self) -> Tensor:
+        """Σ over tokens of max_j |x_j| / median_j |x_j|; any number after a token with a NaN.
+
+        Of an even number of channels the median is the lower of the two in the middle.
+        """
+        return self.packed[..., 2]
+
+    @property
+    def similarities(self) -> Tensor:
+        """Σ over sequences of the mean cosine between two different tokens."""
+        return self.packed[..., 3]
+
+    @property
+    def nan(self) -> Tensor:
+        """The number of NaN entries."""
+        return self.packed[..., 4]
+
+    @property
+    def inf(self) -> Tensor:
+        """The number of infinite entries."""
+        return self.packed[..., 5]
+
+    @property
+    def moments(self) -> CentralMoments:
+        """Those of all entries."""
+        return CentralMoments.unpacked(self.packed[..., MOMENTS])
+
+    @property
+    def channel_squares(self) -> Tensor:
+        """Σ x² over tokens, of each channel: [..., d]."""
+        return self.packed[..., CHANNEL_SQUARES]
+
+    def __add__(self, other: StreamStatistics) -> StreamStatistics:
+        packed = self.packed + other.packed
+        packed[..., MOMENTS] = (self.moments + other.moments).packed()
+        return StreamStatistics(packed)
+
+
+def _stream_sums(x: Tensor) -> Tensor:
+    n_sequences, T, _ = x.shape
+    # Fourth powers of all finite float32 numbers are finite in float64.
+    x64 = x.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
+    squares = x64.square()
+    inverse_norm = squares.sum(dim=-1, keepdim=True).rsqrt()
+    directions = (inverse_norm.transpose(1, 2) @ x64).square().sum()
+    similarities = (directions - n_sequences * T) / (T * (T - 1) or torch.nan)
+    magnitudes = x.abs()
+    ratios = magnitudes.amax(dim=-1).double() / magnitudes.median(dim=-1).values.double()
+    channel_squares = squares.sum(dim=(0, 1))
+    counts = channel_squares.new_tensor([n_sequences, n_sequences * T])
+    sums = torch.stack([ratios.sum(), similarities, x.isnan().sum().double(), x.isinf().sum().double()])
+    return torch.cat([counts, sums, CentralMoments.of(x64, scratch=squares).packed(), channel_squares])
+
+
+class ResidualStreamProbe(Attached):
+    """Statistics of the residual stream after each block, over the batches seen while attached.
+
+    It attaches itself when it is made and leaves with :meth:`close` or at the end of a ``with`` block::
+
+        with ResidualStreamProbe(model) as probe:
+            for batch in batches:
+                model(batch)
+        probe.by_layer()
+
+    Activations are read in their own precision, computed with in float64, and not kept. X is what a block put out over
+    all N tokens seen, [N, d]; every position counts, so sequences must not be padded. Recomputation under gradient
+    checkpointing is not counted again.
+
+    NaN and infinite entries are counted, and make every statistic they enter NaN or infinite; none is left out. So do
+    tokens whose channels are half zeros (``max_over_median``) or all zeros (also the cosine similarity), and sequences
+    of one token (the cosine similarity).
+
+    Raises:
+        InputError: the model has no list of decoder blocks (see :func:`decoder_blocks`).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        blocks = decoder_blocks(model)
+        self.layers = tuple(blocks)
+        self._statistics: list[StreamStatistics | None] = [None] * len(blocks)
+        self._refused: dict[int, str] = {}
+        self._tracker = ModuleTracker()
+        self._hooks = [block.register_forward_hook(self._reader(layer)) for layer, block in enumerate(blocks.values())]
+
+    def close(self) -> None:
+        """Takes the probe off the model; what it has seen stays."""
+        for hook in self._hooks:
+            hook.remove()
+
+    @property
+    def unreadable(self) -> dict[str, str]:
+        """The blocks that have not been read, by name, and why; their statistics are NaN, their counts 0."""
+        reasons = {}
+        for layer, name in enumerate(self.layers):
+            if layer in self._refused:
+                reasons[name] = self._refused[layer]
+            elif self._statistics[layer] is None:
+                reasons[name] = NEVER_CALLED
+        return reasons
+
+    @property
+    def elements(self) -> Tensor:
+        """Entries seen, int64 [n_layer]."""
+        return self._seen().moments.n.long()
+
+    @property
+    def tokens(self) -> Tensor:
+        """Tokens seen, int64 [n_layer]."""
+        return self._seen().n_tokens.long()
+
+    @property
+    def nan(self) -> Tensor:
+        """NaN entries, int64 [n_layer]."""
+        return self._seen().nan.long()
+
+    @property
+    def inf(self) -> Tensor:
+        """Infinite entries, int64 [n_layer]."""
+        return self._seen().inf.long()
+
+    def rms(self) -> Tensor:
+        """Root mean square of all entries, sqrt(Σ_αj X_αj² / (N d)): float64 [n_layer]."""
+        seen = self._seen()
+        return (seen.channel_squares.sum(-1) / seen.moments.n).sqrt()
+
+    def kurtosis(self) -> Tensor:
+        """Kurtosis of the channels' RMS, the measure of outlier features of He et al. (2024): float64 [n_layer].
+
+        With s_j = sqrt(Σ_α X_αj² / N), it is (Σ_j s_j⁴ / d) / (Σ_j s_j² / d)²: 1 where all channels are equally
+        large, d where one channel holds everything (He et al., "Understanding and Minimising Outlier Features in
+        Transformer Training", 2024, Section 2).
+        """
+        channel_squares = self._seen().channel_squares
+        return channel_squares.square().mean(-1) / channel_squares.mean(-1).square()
+
+    def excess_kurtosis(self) -> Tensor:
+        """Excess kurtosis of all entries pooled, E[(x − μ)⁴] / E[(x − μ)²]² − 3: float64 [n_layer].
+
+        0 for a normal distribution (Bondarenko et al., "Quantizable Transformers", 2023, report the kurtosis of the
+        entries, without − 3). Unlike :meth:`kurtosis` it also sees single large tokens.
+        """
+        return self._seen().moments.excess_kurtosis()
+
+    def max_over_median(self) -> Tensor:
+        """Mean over tokens α of max_j |X_αj| / median_j |X_αj|, He et al.'s max-median ratio: float64 [n_layer].
+
+        A mean of ratios within a token, so it is exact over a stream. Of an even number of channels the median is the
+        lower of the two in the middle.
+        """
+        seen = self._seen()
+        return seen.ratios / seen.n_tokens
+
+    def token_cosine_similarity(self) -> Tensor:
+        """Mean cosine between the representations of two different tokens of a sequence: float64 [n_layer].
+
+        1 means that all tokens have collapsed onto one direction. With unit vectors u_t of the T tokens, the mean over
+        pairs is (|Σ_t u_t|² − T) / (T (T − 1)), the mean off-diagonal entry of their Gram matrix, which is never
+        built; then the mean over sequences (Noci et al., "Signal Propagation in Transformers", 2022, Section 3.1).
+        """
+        seen = self._seen()
+        return seen.similarities / seen.n_sequences
+
+    def by_layer(self) -> dict[str, Tensor]:
+        """Every statistic by the name it is recorded under, each [n_layer]."""
+        return {
+            "residual_rms": self.rms(),
+            "residual_kurtosis": self.kurtosis(),
+            "residual_excess_kurtosis": self.excess_kurtosis(),
+            "residual_max_over_median": self.max_over_median(),
+            "token_cosine_similarity": self.token_cosine_similarity(),
+            "residual_nan_count": self.nan,
+            "residual_inf_count": self.inf,
+        }
+
+    def reduce(self) -> None:
+        """Adds up the processes of a distributed run; call it in each of them, once, before reading."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return
+        for layer, seen in enumerate(self._statistics):
+            if seen is not None:
+                everyones = [torch.empty_like(seen.packed) for _ in range(torch.distributed.get_world_size())]
+                torch.distributed.all_gather(everyones, seen.packed)
+                first, *others = map(StreamStatistics, everyones)
+                self._statistics[layer] = sum(others, first)
+
+    def _reader(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        @torch.no_grad()
+        def read(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            if self._tracker.is_bw:
+                return
+            x = output[0] if isinstance(output, tuple) else output
+            if not isinstance(x, Tensor) or x.ndim != 3:
+                what = f"a tensor of {x.ndim} dimensions" if isinstance(x, Tensor) else type(x).__name__
+                self._refused[layer] = f"it puts out {what}, not activations [n_sequence, T, d]"
+                return
+            seen, new = self._statistics[layer], StreamStatistics.of(x)
+            self._statistics[layer] = new if seen is None else seen + new
+
+        return read
+
+    def _seen(self) -> StreamStatistics:
+        """That of all layers side by side, on the CPU; a layer that has not been read has counts of 0."""
+        read = {layer: each.packed.cpu() for layer, each in enumerate(self._statistics) if each is not None}
+        size = next((packed.shape for packed in read.values()), (CHANNEL_SQUARES.start + 1,))
+        nothing = torch.zeros(size, dtype=torch.float64)
+        return StreamStatistics(torch.stack([read.get(layer, nothing) for layer in range(len(self._statistics))]))

@@ -1,0 +1,97 @@
+"""What every executor does: it starts workers somewhere, and knows whether they are still there."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+from rich.console import Console
+
+from normfree.errors import InputError
+
+
+class Settings(BaseModel):
+    """The options of one executor, as ``--executor-set`` gives them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One attempt at one run: the arguments of :func:`normfree.runner.worker.work_on`, which every engine calls."""
+
+    folder: Path
+    place: str
+    attempt: str
+
+    @property
+    def arguments(self) -> tuple[str, str, str]:
+        return str(self.folder), self.place, self.attempt
+
+
+class Job(ABC):
+    """A task that an engine has taken."""
+
+    @property
+    @abstractmethod
+    def where(self) -> str:
+        """The name by which the engine's own tools know it."""
+
+    @abstractmethod
+    def is_done(self) -> bool:
+        """Whether its process has ended or will never begin."""
+
+    @abstractmethod
+    def end(self) -> str:
+        """How a job that is done ended, as far as the engine knows; for those whose worker could not say it."""
+
+
+class Executor(ABC):
+    """An engine for the runs of a study; a context manager, inside which it takes tasks.
+
+    ``at_once`` is how many tasks it is given at a time; None leaves the queue to the engine.
+    """
+
+    name: ClassVar[str]
+    settings_type: ClassVar[type[Settings]]
+    poll_seconds: ClassVar[float] = 1.0
+
+    at_once: int | None
+
+    @abstractmethod
+    def __init__(self, settings: Any, workers: int | None) -> None:
+        """Takes settings of :attr:`settings_type` and the number of runs that may be at work at once, if it is given.
+
+        Raises:
+            InputError: what the engine needs is not installed, or this machine is too small.
+        """
+
+    @abstractmethod
+    def __enter__(self) -> Executor:
+        """Finds the engine.
+
+        Raises:
+            InputError: it cannot be had from this machine.
+        """
+
+    @abstractmethod
+    def __exit__(self, *_: object) -> None: ...
+
+    @abstractmethod
+    def start(self, tasks: Sequence[Task]) -> list[Job]:
+        """Gives tasks to the engine, at least one."""
+
+    @abstractmethod
+    def stop(self, jobs: Sequence[Job], console: Console) -> None:
+        """The study is told to stop: ends the jobs, or says that they go on."""
+
+
+def not_installed(executor: str, package: str) -> InputError:
+    """The library behind an executor is missing."""
+    return InputError(
+        f"--executor {executor} needs {package}, which is not installed: pip install 'normfree[{executor}]'"
+    )

@@ -1,0 +1,108 @@
+"""Sparse decode by the compiled CPU kernels (csrc/spark_decode.cpp)."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from normfree import compiled
+from normfree.compiled import address, size_array, sizes
+from normfree.spark.decode.shapes import AttentionInputs, FeedForwardInputs
+from normfree.spark.decode.threshold import attention_quantiles, feed_forward_quantile
+
+NAME, INTERFACE = "spark_decode", 1
+ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def extension_refuses() -> str | None:
+    """Why the compiled kernels cannot be used on this machine; None if they can."""
+    return compiled.library_refuses(NAME, INTERFACE)
+
+
+def feed_forward(inputs: FeedForwardInputs) -> Tensor:
+    """``sparse_feed_forward`` on the CPU: float32 [n, d]."""
+    K1, K2, V, n = inputs.K1, inputs.K2, inputs.V, inputs.q.shape[0]
+    n_inner = K1.shape[1]
+    q = inputs.q.float().contiguous()
+    scores, excess, multipliers = torch.empty(3, n, n_inner)
+    indices, counts = torch.empty((n, n_inner), dtype=torch.int32), torch.empty(n, dtype=torch.int32)
+    biases = [_float32(bias) for bias in (inputs.predictor_bias, inputs.rest_bias)]
+    compiled.library(NAME, INTERFACE).normfree_active_neurons(
+        ELEMENT_TYPES[K1.dtype],
+        address(K1),
+        address(K2),
+        *sizes(n, K1.shape[0], K2.shape[0], n_inner),
+        ctypes.c_double(feed_forward_quantile(inputs.k, n_inner)),
+        *map(address, (q, *biases, scores, indices, excess, multipliers, counts)),
+        torch.get_num_threads(),
+    )
+    most = max(counts.tolist())
+    # the same operations on the places behind a row's count, which nobody reads
+    weights = torch.empty(n, n_inner)
+    weights[:, :most] = inputs.activation(excess[:, : max(most, 0)]) * multipliers[:, : max(most, 0)]
+    return weighted_rows(V, weights, indices, counts)
+
+
+def weighted_rows(
+    matrix: Tensor, weights: Tensor, indices: Tensor | None = None, counts: Tensor | None = None
+) -> Tensor:
+    """Σ_i weights[v, i] · matrix[indices[v, i]]: float32 [n, dim]; NaN in rows with a count below 0.
+
+    matrix [n_row, dim], float32 or bfloat16, contiguous; weights float32 [n, n_row]; indices int32 [n, n_row], of which
+    the first ``counts[v]`` (int32 [n]) count. Without them, all rows: a dense product.
+    """
+    out = torch.empty(weights.shape[0], matrix.shape[1])
+    compiled.library(NAME, INTERFACE).normfree_weighted_rows(
+        ELEMENT_TYPES[matrix.dtype],
+        address(matrix),
+        *sizes(weights.shape[0], *matrix.shape),
+        *map(address, (indices, counts, weights, out)),
+        torch.get_num_threads(),
+    )
+    return out if counts is None else out.masked_fill_((counts < 0)[:, None], torch.nan)
+
+
+def all_dots(matrix: Tensor, vectors: Tensor) -> Tensor:
+    """vectors · matrixᵀ, the dense product of few vectors: float32 [n, n_row].
+
+    matrix [n_row, dim], float32 or bfloat16, contiguous; vectors float32 [n, dim], contiguous.
+    """
+    out = torch.empty(vectors.shape[0], matrix.shape[0])
+    compiled.library(NAME, INTERFACE).normfree_all_dots(
+        ELEMENT_TYPES[matrix.dtype],
+        address(matrix),
+        *sizes(vectors.shape[0], *matrix.shape),
+        *map(address, (vectors, out)),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def attention(inputs: AttentionInputs) -> Tensor:
+    """``sparse_attention_decode`` on the CPU: float32 [batch, n_head, value_dim]."""
+    predictor, rest, values = inputs.predictor_keys, inputs.rest_keys, inputs.values
+    batch, n_kv_head, n_key, r = predictor.shape
+    n_head, value_dim = inputs.q.shape[1], values.shape[-1]
+    q = inputs.q.float().contiguous()
+    visible = None if inputs.visible is None else inputs.visible.contiguous()
+    scores = torch.empty(batch, n_head, n_key)
+    counts, out = torch.empty((batch, n_head), dtype=torch.int32), torch.empty(batch, n_head, value_dim)
+    strides = [stride for tensor in (predictor, rest, values) for stride in tensor.stride()[:2]]
+    shape = (batch, n_kv_head, n_head // n_kv_head, n_key, r, rest.shape[-1], value_dim, *strides)
+    compiled.library(NAME, INTERFACE).normfree_attend(
+        ELEMENT_TYPES[predictor.dtype],
+        *map(address, (predictor, rest, values)),
+        size_array(*shape),
+        *map(address, (q, visible, attention_quantiles(inputs.k, n_key))),
+        ctypes.c_double(inputs.predictor_scale),
+        ctypes.c_double(inputs.rest_scale),
+        *map(address, (scores, counts, out)),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _float32(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float().contiguous()

@@ -1,0 +1,167 @@
+"""Generation of Spark models that reads only active neurons and attended tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+
+from normfree.errors import InputError
+from normfree.modeling.attention import SparkAttention
+from normfree.modeling.residual import ResidualProjection
+from normfree.spark.cache import spark_layer
+from normfree.spark.decode import sparse_attention_decode, sparse_feed_forward
+from normfree.spark.decode.backends import chosen_backend
+from normfree.spark.sparse_feedforward import SparkFeedForward
+
+if TYPE_CHECKING:
+    from normfree.modeling.decoder import NormfreePreTrainedModel
+
+MAX_ROWS = 8
+"""Positions, over the whole batch, up to which the sparse path is taken: each reads its own rows."""
+
+
+@contextmanager
+def sparse_decode(model: NormfreePreTrainedModel, *, backend: str = "auto") -> Iterator[NormfreePreTrainedModel]:
+    """Inside, ``model`` (in eval mode, without gradients) decodes its Spark layers sparsely; also in ``generate()``.
+
+        with normfree.sparse_decode(model):
+            model.generate(**inputs)
+
+    A pass over at most ``MAX_ROWS`` positions of the whole batch reads the FFN's rows of active neurons only; a query
+    of one token a sequence, the keys and values of attended tokens only. Everything else (a longer prompt, training) is
+    computed as without. The results are those of the masked dense computation up to the rounding of sums.
+
+    Two of an FFN's three weights change their layout in memory (not their numbers), one weight at a time, and get it
+    back at the end: nothing is held twice. The layers of a ``DynamicCache`` become
+    :class:`~normfree.spark.cache.SparkCacheLayer`, which goes on working outside.
+
+    Args:
+        model: with ``ffn`` or ``attention`` spark, and ``topk`` statistical.
+        backend: as in :func:`normfree.spark.decode.sparse_feed_forward`.
+
+    Raises:
+        InputError: the model has no Spark layer, or chooses by another top-k, or has weights that are not plain
+            ``nn.Linear`` (adapters, quantization); the backend is unknown or cannot be used.
+    """
+    config = model.config
+    if "spark" not in (config.ffn, config.attention):
+        raise InputError(
+            f"there is nothing to decode sparsely: ffn is {config.ffn!r} and attention {config.attention!r}; "
+            "one of them must be 'spark'"
+        )
+    if config.topk != "statistical":
+        raise InputError(f"the sparse decode chooses by topk 'statistical', and this model by {config.topk!r}")
+    chosen_backend(backend, next(model.parameters()))
+    feed_forwards = [module for module in model.modules() if isinstance(module, SparkFeedForward)]
+    attentions = [module for module in model.modules() if isinstance(module, SparkAttention)]
+    for ffn in feed_forwards:
+        _check_linear(ffn.predictor_proj, ffn.up_proj, ffn.down_proj)
+    if any("forward" in vars(module) for module in (*feed_forwards, *attentions)):
+        raise InputError("this model already decodes sparsely, or something else has replaced its layers' forward")
+    try:
+        for ffn in feed_forwards:
+            _set_columns_contiguous(ffn.predictor_proj, ffn.down_proj)
+            ffn.forward = _SparseFeedForward(ffn, backend)  # type: ignore[method-assign]
+        for attention in attentions:
+            attention.forward = _SparseAttention(attention, backend)  # type: ignore[method-assign]
+        yield model
+    finally:
+        for module in (*feed_forwards, *attentions):
+            vars(module).pop("forward", None)
+        for ffn in feed_forwards:
+            _set_rows_contiguous(ffn.predictor_proj, ffn.down_proj)
+
+
+class _SparseFeedForward:
+    """The ``forward`` of a :class:`SparkFeedForward` whose weights have the layout of the decode."""
+
+    def __init__(self, ffn: SparkFeedForward, backend: str) -> None:
+        self.ffn, self.backend = ffn, backend
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        ffn = self.ffn
+        if _is_differentiated(ffn) or x.shape[:-1].numel() > MAX_ROWS:
+            return SparkFeedForward.forward(ffn, x)
+        out = sparse_feed_forward(
+            x.reshape(-1, x.shape[-1]),
+            ffn.predictor_proj.weight.t(),
+            ffn.up_proj.weight.t(),
+            ffn.down_proj.weight.t(),
+            ffn.n_active,
+            ffn.activation,
+            predictor_bias=ffn.predictor_proj.bias,
+            backend=self.backend,
+        ).view(*x.shape[:-1], -1)
+        return out if ffn.down_proj.bias is None else out + ffn.down_proj.bias
+
+
+class _SparseAttention:
+    """The ``forward`` of a :class:`SparkAttention` that keeps its cache in two parts."""
+
+    def __init__(self, attention: SparkAttention, backend: str) -> None:
+        self.attention, self.backend = attention, backend
+
+    def __call__(
+        self,
+        x: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        cache: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        attention = self.attention
+        if _is_differentiated(attention) or cache is None:
+            return SparkAttention.forward(attention, x, attention_mask, position_embeddings, cache, **kwargs)
+        layer = spark_layer(cache, attention.layer_idx, attention.predictor_dim)
+        if (x[0] if isinstance(x, tuple) else x).shape[1] > 1:
+            return SparkAttention.forward(attention, x, attention_mask, position_embeddings, cache, **kwargs)
+        query, key, value = attention.project(x, position_embeddings)
+        layer.append(key, value)
+        attended = sparse_attention_decode(
+            query[:, :, 0],
+            layer.predictor_keys,
+            layer.rest_keys,
+            layer.stored_values,
+            attention.n_active,
+            predictor_scale=attention.scaling,
+            rest_scale=attention.gate_scaling,
+            visible=_visible(attention_mask, query.shape[0]),
+            backend=self.backend,
+        )
+        return attention.o_proj(attended.flatten(1)[:, None]), None
+
+
+def _is_differentiated(module: nn.Module) -> bool:
+    return module.training or torch.is_grad_enabled()
+
+
+def _visible(attention_mask: torch.Tensor | None, batch: int) -> torch.Tensor | None:
+    """Bool [batch, T] of an additive mask [batch or 1, 1, 1, T]; None where it hides nothing."""
+    if attention_mask is None:
+        return None
+    visible = attention_mask[:, 0, -1] > torch.finfo(attention_mask.dtype).min
+    return visible.expand(batch, -1)
+
+
+def _check_linear(*projections: nn.Module) -> None:
+    for projection in projections:
+        if type(projection) not in (nn.Linear, ResidualProjection) or type(projection.weight.data) is not torch.Tensor:
+            raise InputError(
+                f"the sparse decode reads plain nn.Linear weights, and this model has a {type(projection).__name__} "
+                f"of {type(projection.weight.data).__name__}; merge adapters, or leave quantization out"
+            )
+
+
+def _set_columns_contiguous(*projections: nn.Linear) -> None:
+    for projection in projections:
+        projection.weight.data = projection.weight.data.t().contiguous().t()
+
+
+def _set_rows_contiguous(*projections: nn.Linear) -> None:
+    for projection in projections:
+        projection.weight.data = projection.weight.data.contiguous()

@@ -1,0 +1,42 @@
+"""A part of a study: trained, shown, and gone on with."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from normfree.runner import STUDIES, load_preset
+
+Command = Callable[..., tuple[int, str, str]]
+pytestmark = pytest.mark.usefixtures("blank_figures")
+PRESET = load_preset("smoke")
+MEASURED_IN_MINUTES = ("norm-removal", "norm-removal-scaling")
+
+
+@pytest.mark.parametrize("name", [name for name in STUDIES if name not in MEASURED_IN_MINUTES])
+def test_every_study_shows_a_part_of_itself(normfree: Command, preset_file: Path, tmp_path: Path, name: str) -> None:
+    label = STUDIES[name].configurations(PRESET)[-1].label
+    code, _, err = normfree("study", name, "--preset", preset_file, "--steps", 2, "--only", label, "--out", "study")
+    assert code == 0, err
+    results = pd.read_csv(tmp_path / "study" / "results.csv")
+    assert {STUDIES[name].baseline, label} <= set(results["configuration"])
+    assert len(results) <= 3  # a student's teacher beside them
+    assert label in (tmp_path / "study" / "report.html").read_text()
+
+
+def test_the_rest_can_be_added_and_the_tuned_part_is_shown(
+    normfree: Command, preset_file: Path, tmp_path: Path
+) -> None:
+    command = ("study", "relu-revival", "--preset", preset_file, "--steps", 2, "--out", "study")
+    code, _, err = normfree(*command, "--only", "SM+R", "--tune-lr")
+    assert code == 0, err
+    runs = tmp_path / "study" / "runs"
+    assert {path.name for path in runs.iterdir()} == {"sm-ln-g", "sm-r"}
+    assert {path.name for path in (tmp_path / "study" / "sweep").iterdir()} == {"sm-ln-g", "sm-r"}
+    assert "With tuned learning rates" in (tmp_path / "study" / "report.html").read_text()
+    before = (runs / "sm-r" / "seed-0" / "results.csv").stat().st_mtime_ns
+    code, _, err = normfree(*command)
+    assert code == 0, err
+    assert len(pd.read_csv(tmp_path / "study" / "results.csv")) == 4
+    assert (runs / "sm-r" / "seed-0" / "results.csv").stat().st_mtime_ns == before
