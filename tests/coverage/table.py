@@ -13,56 +13,49 @@ from tests.coverage.tiny_models import UNBUILT
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 COMMAND = "make models"
-COLUMNS = (
-    "architecture",
-    "model type",
-    "entropy",
-    "agreement, nats",
-    "depth",
-    "prune-layers",
-    "from_hf",
-    "remove-norm",
-)
+COLUMNS = ("entropy", "depth", "prune-layers", "from_hf", "remove-norm", "model types")
 
 _INTRO = """# Which models Normfree reads
 
 <!-- Written by `{command}`. -->
 
-Every causal language model that transformers {version} has an auto class for, built tiny and random, in float32 on the
-CPU: {read} of {total} are read in full, {partly} in part, {refused} are refused, {without} have no softmax attention.
-The same sweep is a test: it fails if a number is wrong by more than 1e-5, or if anything but one clear line is raised.
-`make test` sweeps 25 architectures, the most used and the hardest, `make nightly` all of them.
+Look up the `model_type` of your model's `config.json`. The table covers every causal language model for which
+transformers {version} has an auto class, built tiny and random, float32, on the CPU: {read} of {total} are read in
+full, {partly} in part, {refused} are refused, {without} have no softmax attention. Another configuration of a model
+type may be refused where this one is read. [Two real models](real-models.md) have their own page.
 
-- **entropy**: `EntropyProbe` (and `normfree entropy`, `measure`, `EntropyCallback`, `EntropyMonitor`). *read*: mean
-  entropies by head and by position and the share of the first key agree with a float64 computation from the model's own
-  eager softmax, without padding, with padding on the left and on the right, under the default attention implementation
-  and under eager, in one pass and token by token with a KV cache (where the model's own logits agree with one pass);
-  the logits of the probed model are the same bit for bit. *partly read*: some modules are named in `unreadable`: linear
-  attention, or cross-attention and image or audio towers that nothing called. *refused*: all are.
-  *no reference*: read, but its softmax could not be seen apart from the probe.
-- **agreement**: the largest difference from that computation, of a head or of a head at a position.
-- **depth**: `normfree depth`; loss and losses without each layer agree with forward hooks that skip it.
-- **prune-layers**: `normfree prune-layers`; the pruned model's logits are those with the layers skipped.
-  *{last_only}*: what a layer does depends on its index.
-- **from_hf**: `normfree.from_hf`, the same logits to 1e-5, padding included ([conversion.md](conversion.md)).
-- **remove-norm**: `normfree remove-norm`; norms that have been made constant fold away with the same logits.
+The sweep is a test: it fails if a number is wrong by more than 1e-5 (largest entropy difference: {agreement:.0e} nats),
+or if anything but a one-line error is raised. `make test` sweeps 25 model types, `make nightly` all of them.
 
-Numbers in parentheses name the reasons below the table, which speak of tiny models' layers. Another configuration of
-an architecture may be refused where this one is read. [Two real models](real-models.md) have a page of their own.
+| column | what is checked |
+|---|---|
+| entropy | `EntropyProbe`, `normfree entropy`, `measure`, `EntropyCallback`, `EntropyMonitor`. \
+*{read_word}*: entropies per head and position and attention to the first key match a float64 computation from the \
+model's own eager softmax, with left, right and no padding, default and eager attention, in one pass and token by \
+token with a KV cache; logits of the probed model are bit-identical. *{partly_word}*: `unreadable` names some modules: \
+linear attention, or cross-attention and image or audio towers that nothing called. *no reference*: read, but nothing \
+to compare with |
+| depth | `normfree depth`: the loss, and losses without each layer, match forward hooks that skip it |
+| prune-layers | `normfree prune-layers`: the logits are those with the layers skipped. \
+*{last_only}*: what a layer does depends on its index |
+| from_hf | [`normfree.from_hf`](conversion.md): logits within 1e-5, padding included |
+| remove-norm | [`normfree remove-norm`](removal.md): constant norms fold away with unchanged logits |
+
+Numbers in parentheses refer to the reasons below, which name layers of the tiny models.
 
 """
 
 
 def page(rows: Iterable[Row]) -> str:
-    """The page of ``rows``, sorted by model type."""
+    """The page of ``rows``: model types with equal results share a line, those with the fewest reasons first."""
     rows = sorted(rows, key=lambda row: row.model_type)
+    groups: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    for row in rows:
+        groups.setdefault(tuple(cells_of(row)), []).append(f"`{row.model_type}`")
     notes: dict[str, int] = {}
     lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
-    for row in rows:
-        cells = cells_of(row)
-        shown = [_with_number(cell, notes) for cell in cells]
-        nats = f"{row.agreement_nats:.0e}" if row.status in (READ, PARTLY) else ""
-        lines.append(f"| {row.architecture} | `{row.model_type}` | {' | '.join([shown[0], nats, *shown[1:]])} |")
+    for cells, names in sorted(groups.items(), key=_order):
+        lines.append(f"| {' | '.join(_with_number(cell, notes) for cell in cells)} | {' '.join(names)} |")
     counts = {status: sum(row.status == status for row in rows) for status in (READ, PARTLY, REFUSED, NO_ATTENTION)}
     intro = _INTRO.format(
         command=COMMAND,
@@ -72,7 +65,10 @@ def page(rows: Iterable[Row]) -> str:
         partly=counts[PARTLY],
         refused=counts[REFUSED],
         without=counts[NO_ATTENTION],
+        agreement=max((row.agreement_nats for row in rows if row.status in (READ, PARTLY)), default=0.0),
         last_only=LAST_ONLY,
+        read_word=READ,
+        partly_word=PARTLY,
     )
     reasons = [f"{number}. {reason}" for reason, number in notes.items()]
     unbuilt = [f"- `{model_type}`: {reason}" for model_type, reason in sorted(UNBUILT.items())]
@@ -89,15 +85,22 @@ def cells_of(row: Row) -> list[tuple[str, str]]:
     return [(word, _general(reason, row.architecture)) for word, reason in words]
 
 
+def _order(group: tuple[tuple[tuple[str, str], ...], list[str]]) -> tuple[int, int]:
+    """Position of a group of model types on the page: by reasons, then by size, the largest first."""
+    cells, names = group
+    return sum(bool(reason) for _, reason in cells), -len(names)
+
+
 def read_page(text: str) -> tuple[str, Mapping[str, list[tuple[str, str]]]]:
     """transformers' version and the cells of each model type, as :func:`cells_of` gives them, from a page."""
-    version = re.search(r"that transformers (\S+) has", text)
+    version = re.search(r"which\stransformers (\S+) has", text)
     assert version is not None
     reasons = dict(re.findall(r"^(\d+)\. (.*)$", text, re.MULTILINE))
     rows = {}
-    for line in re.findall(r"^\| \w+ \| `.*\|$", text, re.MULTILINE):
-        _, model_type, entropy, _, *others = (cell.strip() for cell in line.strip("|").split(" | "))
-        rows[model_type.strip("`")] = [_without_number(cell, reasons) for cell in (entropy, *others)]
+    for line in re.findall(r"^\| .* \| `.*` \|$", text, re.MULTILINE):
+        *cells, names = line.strip("| ").split(" | ")
+        for model_type in names.split():
+            rows[model_type.strip("`")] = [_without_number(cell, reasons) for cell in cells]
     return version[1], rows
 
 
