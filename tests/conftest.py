@@ -66,7 +66,7 @@ def tiny_run(corpus_folder: Path) -> Callable[..., RunConfig]:
     def make(
         configuration: str = "SM+LN+G", *, seed: int = 0, model: dict[str, Any] | None = None, **recipe: Any
     ) -> RunConfig:
-        small = {
+        small: dict[str, Any] = {
             "steps": 6,
             "batch_size": 4,
             "micro_batch_size": 4,

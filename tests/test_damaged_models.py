@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ COMMANDS = {
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "gpt2"
     torch.manual_seed(0)
-    ids = {"bos_token_id": 0, "eos_token_id": 0}
+    ids: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0}
     GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=300, n_positions=32, **ids)).save_pretrained(
         folder
     )

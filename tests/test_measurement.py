@@ -2,6 +2,7 @@
 
 import re
 from html.parser import HTMLParser
+from typing import Any
 
 import datasets
 import numpy as np
@@ -30,9 +31,9 @@ from normfree.training import load_pretrained
 from tests.data.made_up import document
 
 VOCABULARY = 300
-TOKENS = {"bos_token_id": 0, "eos_token_id": 0}
+TOKENS: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0}
 TEXTS = ["def f(x):\n    return x", "x", "import numpy as np\n\nvalues = [1, 2, 3]\n", "for value in values:"]
-SIZES = {
+SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
     "hidden_size": 32,
     "intermediate_size": 32,

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -280,7 +281,7 @@ def _check_conversion(model: PreTrainedModel) -> str:
 def _check_removal(model: PreTrainedModel) -> str:
     """Norms made constant at the stds of one batch, and folded away; in float64, where only the algebra is left."""
     model = copy.deepcopy(model).double()
-    batch = {"input_ids": batch_of("none")["input_ids"]}
+    batch: dict[str, Any] = {"input_ids": batch_of("none")["input_ids"]}
     converted = from_hf(model)
     midway = Midway(converted, momentum=0.9)
     off = _relative(_logits(converted, batch), _logits(model, batch))

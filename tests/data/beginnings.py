@@ -1,6 +1,7 @@
 """Tiny tokenizers that put special tokens before a text, behind it, both or neither."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import processors
@@ -31,7 +32,7 @@ def tokenizer_with(template: str | None, *, bos_token: str | None = "<bos>") -> 
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos_token, eos_token="<eos>")
 
 
-def saved(folder: Path, template: str | None, **options: str | None) -> str:
+def saved(folder: Path, template: str | None, **options: Any) -> str:
     """The folder of such a tokenizer, as a string."""
     tokenizer_with(template, **options).save_pretrained(folder)
     return str(folder)

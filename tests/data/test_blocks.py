@@ -1,4 +1,5 @@
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,7 +67,7 @@ def test_packed_by_hand(tokenizer, tokens, tmp_path, monkeypatch, batch_bytes):
 @pytest.mark.parametrize("separator", [None, 0])
 @pytest.mark.parametrize("cap", [T, T + 1, 5 * T, 5 * T - 1, 10**6])
 def test_a_cap_keeps_the_first_blocks(tokenizer, tmp_path, separator, cap):
-    options = {"sequence_length": T, "separator": separator}
+    options: dict[str, Any] = {"sequence_length": T, "separator": separator}
     write_blocks(tmp_path / "all.npy", TEXTS, tokenizer, **options)
     statistics = write_blocks(tmp_path / "capped.npy", TEXTS, tokenizer, max_tokens=cap, **options)
     everything = np.load(tmp_path / "all.npy")

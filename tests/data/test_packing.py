@@ -1,6 +1,7 @@
 import json
 import logging
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from .made_up import document, write_documents
 
 
 def config_for(folder, **fields):
-    defaults = {"vocab_size": 300, "sequence_length": 32, "eval_fraction": 0.3}
+    defaults: dict[str, Any] = {"vocab_size": 300, "sequence_length": 32, "eval_fraction": 0.3}
     if "tokenizer" in fields:
         del defaults["vocab_size"]
     return DataConfig(corpus=f"directory:{folder}", **(defaults | fields))
@@ -229,7 +230,7 @@ def test_packing_needs_an_end_of_text_token(folder, tmp_path):
     tokenizer = train_tokenizer(iter([document(0)]), 280)
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    fields = {"tokenizer": str(tmp_path / "tokenizer")}
+    fields: dict[str, Any] = {"tokenizer": str(tmp_path / "tokenizer")}
     with pytest.raises(InputError, match="no end-of-text token"):
         prepare_data(config_for(folder, cut="packed", **fields), tmp_path / "cache")
     assert len(prepare_data(config_for(folder, **fields), tmp_path / "cache").train)

@@ -1,6 +1,7 @@
 """The C++ kernels of attention entropy, where their blocks end, and each of their builds."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -223,7 +224,7 @@ def test_soft_caps_and_biases_of_every_library(library_for, instructions, softca
     keep = torch.rand(2, 1, 150, 420) < 0.7
     scores = scores_of(q, k, 0.2, softcap) + (0 if bias is None else bias.double().numpy())
     expected = entropy_of(scores, visible(150, 420, True, None) & keep.numpy())
-    options = {"scale": 0.2, "attention_mask": keep, "softcap": softcap, "bias": bias}
+    options: dict[str, Any] = {"scale": 0.2, "attention_mask": keep, "softcap": softcap, "bias": bias}
     most = tolerance(q, k, 0.2, 0.0 if bias is None else bias)
     np.testing.assert_allclose(entropy_of_compiled(q, k, **options), expected, rtol=0, atol=most)
 

@@ -1,5 +1,6 @@
 import math
 from functools import partial
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -62,7 +63,7 @@ def attention_cases(draw, masks=MASKS, magnitudes=(0.0, 4.0)):
         bias = bias if keep.any() else 0.0
     if mask is not None:
         allowed = allowed & keep.numpy()
-    options = {"is_causal": is_causal, "attention_mask": mask, "sliding_window": window}
+    options: dict[str, Any] = {"is_causal": is_causal, "attention_mask": mask, "sliding_window": window}
     return q, k, options, allowed, bias
 
 
@@ -280,6 +281,6 @@ def test_select_backend_tells_what_auto_takes():
     ],
 )
 def test_bad_input_is_named(change, message):
-    arguments = {"q": torch.randn(1, 2, 4, 8), "k": torch.randn(1, 2, 4, 8)} | change
+    arguments: dict[str, Any] = {"q": torch.randn(1, 2, 4, 8), "k": torch.randn(1, 2, 4, 8)} | change
     with pytest.raises(InputError, match=message):
         attention_entropy(arguments.pop("q"), arguments.pop("k"), **arguments)

@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -72,7 +73,7 @@ def backends_for(q, k, options):
     return ["auto", *(name for name in BACKENDS if not refused or name != "cpu")]
 
 
-KINDLESS = {"is_causal": False, "sliding_window": None}
+KINDLESS: dict[str, Any] = {"is_causal": False, "sliding_window": None}
 
 
 @settings(max_examples=200, deadline=None)
@@ -120,7 +121,9 @@ def test_share_of_the_first_key_is_its_weight_next_to_the_sink(case):
 
 def leaves(q, k, options, dtype):
     """q, k, bias and sinks as leaves with gradients, and the options without the latter two."""
-    tensors = {"q": q, "k": k} | {name: options[name] for name in ("bias", "sinks") if options[name] is not None}
+    tensors: dict[str, Any] = {"q": q, "k": k} | {
+        name: options[name] for name in ("bias", "sinks") if options[name] is not None
+    }
     made = {name: each.to(dtype).detach().clone().requires_grad_() for name, each in tensors.items()}
     return made, {name: each for name, each in options.items() if name not in made}
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -133,7 +134,7 @@ def test_gradients_with_sinks_agree_with_float64_autograd(case, seed):
     q, k, options, _ = case
     options, _, tolerance = with_sinks(q, k, options, seed)
     weight = torch.randn(q.shape[:3], generator=torch.Generator().manual_seed(seed))
-    on_cpu = options | {"sinks": options["sinks"].cpu()}
+    on_cpu: dict[str, Any] = options | {"sinks": options["sinks"].cpu()}
     expected = gradients_of(partial(attention_entropy_reference, **on_cpu), q, k, weight, torch.float64)
     actual = gradients_of(partial(entropy_by_triton, **options), *on_device(q, k, weight), torch.float32)
     for mine, right, other in zip(actual, expected, (k, q), strict=True):
@@ -262,7 +263,7 @@ def test_output_and_entropy_in_one_pass_with_sinks(dtype):
     ],
 )
 def test_unfit_inputs_are_named_and_auto_takes_another_backend(change, message):
-    arguments = {"q": torch.randn(1, 2, 4, 8), "k": torch.randn(1, 2, 4, 8)} | change
+    arguments: dict[str, Any] = {"q": torch.randn(1, 2, 4, 8), "k": torch.randn(1, 2, 4, 8)} | change
     q, k = on_device(arguments.pop("q"), arguments.pop("k"))
     with pytest.raises(InputError, match=message):
         entropy_by_triton(q, k, **arguments)

@@ -1,5 +1,7 @@
 """Small random decoders of every kind that interpretability has to take apart, with weights of a size that matters."""
 
+from typing import Any
+
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -8,7 +10,7 @@ from normfree import NormfreeConfig, NormfreeForCausalLM
 
 VOCAB_SIZE = 50
 T = 7
-TOKENS = {"bos_token_id": 0, "eos_token_id": 0}
+TOKENS: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0}
 
 
 def stirred(model, scale=0.3):
@@ -56,7 +58,14 @@ def llama():
 
 def decoder(**options):
     """Three layers without any norm, unless ``options`` say otherwise."""
-    sizes = {"n_layer": 3, "n_head": 4, "n_embd": 32, "n_inner": 40, "vocab_size": VOCAB_SIZE, "n_positions": 16}
+    sizes: dict[str, Any] = {
+        "n_layer": 3,
+        "n_head": 4,
+        "n_embd": 32,
+        "n_inner": 40,
+        "vocab_size": VOCAB_SIZE,
+        "n_positions": 16,
+    }
     config = NormfreeConfig(**{**sizes, "norm": "none", "final_norm": "none", **options})
     return stirred(NormfreeForCausalLM(config), scale=0.5)
 

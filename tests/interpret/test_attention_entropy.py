@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -27,7 +28,7 @@ from normfree.training import load_pretrained
 from tests.data.made_up import document
 
 T, N_SEQUENCE, VOCABULARY = 24, 6, 300
-TOKENS = {"bos_token_id": 0, "eos_token_id": 0}
+TOKENS: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0}
 MODELS = {
     "gpt2": lambda: GPT2LMHeadModel(
         GPT2Config(
@@ -122,7 +123,7 @@ def test_command_agrees_with_the_models_own_attention_weights(name, models, corp
         assert (tmp_path / "out" / f"headwise_entropy.{ending}").stat().st_size > 1000
 
 
-SIZES = {"num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 32, "vocab_size": VOCABULARY}
+SIZES: dict[str, Any] = {"num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 32, "vocab_size": VOCABULARY}
 BOUNDS = {
     "bidirectional": (
         lambda: BertLMHeadModel(BertConfig(**SIZES, num_hidden_layers=2, initializer_range=0.5, **TOKENS)),

@@ -1,6 +1,7 @@
 """What a model reads begins as its tokenizer begins a text."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -66,7 +67,12 @@ def test_sinks_are_of_the_beginning_token(models, corpus_folder):
 def test_a_run_keeps_its_own_sequences(tiny_run, data, tmp_path, corpus_folder):
     train(tiny_run("SM+R"), data, tmp_path / "run")
     measured = load_pretrained(str(tmp_path / "run"))
-    options = {"tokenizer": None, "sequence_length": None, "n_sequences": 2, "cache_dir": data.folder.parent}
+    options: dict[str, Any] = {
+        "tokenizer": None,
+        "sequence_length": None,
+        "n_sequences": 2,
+        "cache_dir": data.folder.parent,
+    }
     own = token_sequences(measured, corpus=None, **options)
     assert own.beginning == Beginning()
     assert torch.equal(own.tokens, torch.tensor(data.eval.tokens[:2].astype(int)))

@@ -1,5 +1,7 @@
 """Patching against modules that are swapped by hand, gradients against finite differences."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -143,7 +145,7 @@ def test_weights_keep_their_gradients_and_may_be_frozen():
     expected = patch_heads(model, PAIRS)
     assert all(parameter.grad is None for parameter in model.parameters())
     # differences of float32 logits of about 1: what another order of sums may change of them
-    close = {"rtol": 0.0, "atol": 1e-6}
+    close: dict[str, Any] = {"rtol": 0.0, "atol": 1e-6}
     pd.testing.assert_frame_equal(patch_heads(model.requires_grad_(False), PAIRS), expected, **close)
     with torch.no_grad():
         pd.testing.assert_frame_equal(patch_heads(model, PAIRS), expected, **close)

@@ -1,4 +1,5 @@
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def skipped(model, blocks, layers, text):
 
 def assert_generates_with_its_cache(model):
     text = tokens(1, 5, seed=3)
-    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     cached, plain = (model.generate(text, use_cache=use_cache, **options) for use_cache in (True, False))
     assert cached.shape == (1, 11)
     torch.testing.assert_close(cached, plain, rtol=0, atol=0)
@@ -166,8 +167,19 @@ def test_a_meaning_of_the_index_that_no_name_tells_is_found_by_the_logits(tmp_pa
 
 def test_the_decoder_of_an_architecture_with_an_encoder_has_its_own_number_of_layers():
     torch.manual_seed(0)
-    sizes = {"d_model": 16, "decoder_layers": 4, "encoder_layers": 2, "decoder_attention_heads": 2, "vocab_size": 50}
-    inner = {"decoder_ffn_dim": 24, "encoder_ffn_dim": 24, "max_position_embeddings": 32, "init_std": 0.2}
+    sizes: dict[str, Any] = {
+        "d_model": 16,
+        "decoder_layers": 4,
+        "encoder_layers": 2,
+        "decoder_attention_heads": 2,
+        "vocab_size": 50,
+    }
+    inner: dict[str, Any] = {
+        "decoder_ffn_dim": 24,
+        "encoder_ffn_dim": 24,
+        "max_position_embeddings": 32,
+        "init_std": 0.2,
+    }
     model = BartForCausalLM(BartConfig(**sizes, **inner, encoder_attention_heads=2)).eval()
     text = tokens(2, 12)
     expected = skipped(model, model.model.decoder.layers, [1, 3], text)
@@ -177,8 +189,13 @@ def test_the_decoder_of_an_architecture_with_an_encoder_has_its_own_number_of_la
 @pytest.mark.parametrize("layer", range(6))
 def test_blocks_that_share_weights_are_left_out_where_the_others_make_a_model(layer):
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
-    state = {"mamba_d_state": 4, "mamba_dt_rank": 4, "n_mamba_heads": 2, "vocab_size": 50}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
+    state: dict[str, Any] = {"mamba_d_state": 4, "mamba_dt_rank": 4, "n_mamba_heads": 2, "vocab_size": 50}
     kinds = ["mamba", "mamba", "hybrid", "mamba", "hybrid", "mamba"]
     model = ZambaForCausalLM(ZambaConfig(num_hidden_layers=6, layers_block_type=kinds, **sizes, **state)).eval()
     if kinds[layer] == "mamba":

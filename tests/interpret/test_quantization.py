@@ -1,6 +1,7 @@
 """int8 models against the rounding written out in NumPy."""
 
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -112,15 +113,25 @@ def test_nan_is_the_cost_of_a_model_with_nan(model):
 
 def test_other_models_with_linear_layers_can_be_quantized():
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     model = LlamaForCausalLM(LlamaConfig(vocab_size=60, **sizes, bos_token_id=0, eos_token_id=0)).eval()
     frame = quantization_cost(model, torch.randint(0, 60, (2, 8)))
     assert np.isfinite(frame["eval_loss"]).all()
 
 
 def mixtral():
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    experts = {"num_local_experts": 2, "num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 0}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    experts: dict[str, Any] = {"num_local_experts": 2, "num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 0}
     return MixtralForCausalLM(MixtralConfig(vocab_size=60, **sizes, **experts)).eval()
 
 

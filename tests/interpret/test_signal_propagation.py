@@ -1,5 +1,7 @@
 """The table of a model's layers, against NumPy on its own hidden states."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from normfree.errors import InputError
 from normfree.interpret import measure_signal_propagation
 
-TOKENS = {"bos_token_id": 0, "eos_token_id": 0}
+TOKENS: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0}
 
 
 @pytest.fixture

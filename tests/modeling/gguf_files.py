@@ -38,7 +38,7 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0,
 }
 ROPE = {"rope_type": "default", "rope_theta": 5000.0}
-GEMMA = {**SIZES, "head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 256}
+GEMMA: dict[str, Any] = {**SIZES, "head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 256}
 BUILD = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters=ROPE)),
     "llama, untied": lambda: LlamaForCausalLM(LlamaConfig(**{**SIZES, "tie_word_embeddings": False})),

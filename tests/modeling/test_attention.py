@@ -14,7 +14,7 @@ from normfree.modeling.attention import BIASED_PROJECTIONS
 
 from . import reference
 
-SIZES = {"vocab_size": 19, "n_positions": 16, "n_layer": 2, "n_head": 4, "n_embd": 64}
+SIZES: dict[str, Any] = {"vocab_size": 19, "n_positions": 16, "n_layer": 2, "n_head": 4, "n_embd": 64}
 VARIANTS: dict[str, dict[str, Any]] = {
     "learned": {},
     "rotary-grouped": {"position": "rotary", "n_kv_head": 2, "norm": "none"},

@@ -13,7 +13,7 @@ from normfree.modeling.blocks import PLACEMENTS
 
 from . import reference
 
-SIZES = {"vocab_size": 19, "n_positions": 16, "n_layer": 2, "n_head": 4, "n_embd": 16, "n_inner": 20}
+SIZES: dict[str, Any] = {"vocab_size": 19, "n_positions": 16, "n_layer": 2, "n_head": 4, "n_embd": 16, "n_inner": 20}
 PYTHIA = {"position": "rotary", "rope_parameters": {"rope_theta": 100.0, "partial_rotary_factor": 0.5}}
 ARRANGEMENTS: dict[str, dict[str, Any]] = {
     "pre": {"norm_placement": "pre"},

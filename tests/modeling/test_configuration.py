@@ -13,8 +13,8 @@ from normfree import NormfreeConfig
 from normfree.errors import InputError
 from normfree.modeling.blocks import PLACEMENTS
 
-ROTARY = {"position": "rotary"}
-MIXED = {"n_layer": 2, "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 4}
+ROTARY: dict[str, Any] = {"position": "rotary"}
+MIXED: dict[str, Any] = {"n_layer": 2, "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 4}
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     # unknown names, with the nearest one

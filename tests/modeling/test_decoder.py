@@ -20,8 +20,8 @@ from normfree.modeling.norms import NORMS, SCALED_NORMS
 
 from . import reference
 
-SIZES = {"vocab_size": 19, "n_positions": 32, "n_layer": 3, "n_head": 4, "n_embd": 16}
-GLOBAL_SLOPE = {"activation": "learnable_leaky_relu", "slope_sharing": "global"}
+SIZES: dict[str, Any] = {"vocab_size": 19, "n_positions": 32, "n_layer": 3, "n_head": 4, "n_embd": 16}
+GLOBAL_SLOPE: dict[str, Any] = {"activation": "learnable_leaky_relu", "slope_sharing": "global"}
 NORMS_OF_EVERY_PLACEMENT = ("layernorm", "rmsnorm", "dyt")
 ARRANGEMENTS: dict[str, dict[str, Any]] = {
     "pre": {},
@@ -91,7 +91,12 @@ def test_save_and_load_with_auto_classes(arrangement: str, position: str, tmp_pa
 @torch.no_grad()
 def test_cached_generation_equals_uncached(arrangement: str, position: str) -> None:
     model = reference.perturb(build(position=position, **ARRANGEMENTS[arrangement])).eval()
-    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
+    options: dict[str, Any] = {
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "return_dict_in_generate": True,
+    }
     mask = torch.ones_like(tokens())
     mask[1, :4] = 0
     cached, uncached = (
@@ -406,7 +411,7 @@ def test_positions_that_skip_padding() -> None:
 def test_rotary_parameters_by_kind_of_layer(tmp_path: Path) -> None:
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]
     sets = {"full_attention": {"rope_theta": 7.0, "partial_rotary_factor": 0.5}, "sliding_attention": {"rope_theta": 2}}
-    options = {"position": "rotary", "layer_types": kinds, "sliding_window": 4, "n_embd": 32}
+    options: dict[str, Any] = {"position": "rotary", "layer_types": kinds, "sliding_window": 4, "n_embd": 32}
     model = reference.perturb(build(**options, rope_parameters=sets)).eval()
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -20,9 +20,9 @@ from normfree.private.operations import check_supported
 from normfree.removal import to_stock
 from normfree.training.objectives.entropy_regularization import EntropyRegularizationOptions
 
-SIZES = {"vocab_size": 19, "n_positions": 32, "n_layer": 3, "n_head": 4, "n_embd": 16, "n_kv_head": 2}
+SIZES: dict[str, Any] = {"vocab_size": 19, "n_positions": 32, "n_layer": 3, "n_head": 4, "n_embd": 16, "n_kv_head": 2}
 FULL, SLIDING = "full_attention", "sliding_attention"
-MIXED = {"sliding_window": 3, "layer_types": [SLIDING, FULL, SLIDING]}
+MIXED: dict[str, Any] = {"sliding_window": 3, "layer_types": [SLIDING, FULL, SLIDING]}
 WINDOWS: dict[str, dict[str, Any]] = {"all": {"sliding_window": 4}, "mixed": MIXED, "wide": {"sliding_window": 30}}
 T = 11
 

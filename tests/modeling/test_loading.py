@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,13 @@ from normfree.errors import InputError
 from normfree.modeling.loading import load_model
 
 WEIGHTS = "model.safetensors"
-SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +45,7 @@ def renamed(folder: Path, rename: Callable[[str], str | None]) -> None:
     save_file({name: tensor for name, tensor in weights.items() if name is not None}, folder / WEIGHTS)
 
 
-def configured(folder: Path, **options: object) -> None:
+def configured(folder: Path, **options: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | options))
 

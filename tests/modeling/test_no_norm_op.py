@@ -37,7 +37,7 @@ ALL_ACTIVATIONS = ["gelu", "gelu_tanh", "relu", "leaky_relu", "learnable_leaky_r
 
 def ops(implementation: str = "sdpa", **options: Any) -> set[str]:
     """The names of the ops in the core ATen graph of a float32 model's forward pass."""
-    sizes = {"vocab_size": 19, "n_positions": 16, "n_layer": 1, "n_head": 2, "n_embd": 16}
+    sizes: dict[str, Any] = {"vocab_size": 19, "n_positions": 16, "n_layer": 1, "n_head": 2, "n_embd": 16}
     model = NormfreeForCausalLM(NormfreeConfig(**{**sizes, **options})).eval()
     model.set_attn_implementation(implementation)
     return ops_of(model)

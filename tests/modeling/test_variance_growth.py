@@ -31,8 +31,14 @@ PER_LAYER = (STD**2 * WIDTH) ** 2 + STD**2 * WIDTH / 2 * STD**2 * INNER
 
 def mean_squares(**options: Any) -> Array:
     """The mean square of the residual stream after 0, ..., n_layer - 1 blocks, over 200 sequences of one token."""
-    sizes = {"vocab_size": 200, "n_positions": 1, "n_layer": N_LAYER + 1, "n_head": 2, "n_embd": WIDTH}
-    plain = {"n_inner": INNER, "activation": "relu", "attention_bias": "none", "mlp_bias": False, "final_norm": "none"}
+    sizes: dict[str, Any] = {"vocab_size": 200, "n_positions": 1, "n_layer": N_LAYER + 1, "n_head": 2, "n_embd": WIDTH}
+    plain: dict[str, Any] = {
+        "n_inner": INNER,
+        "activation": "relu",
+        "attention_bias": "none",
+        "mlp_bias": False,
+        "final_norm": "none",
+    }
     config = NormfreeConfig(**{**sizes, **plain, "initializer_range": STD, **options})
     model = NormfreeForCausalLM(config).eval()
     with torch.no_grad():

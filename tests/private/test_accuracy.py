@@ -111,7 +111,14 @@ CASES = {
     ),
     "multiply": Case("multiply", (X, X[::-1].copy()), lambda x, y: x * y, 3e-4),
 }
-SMALL = {"n_layer": 2, "n_head": 4, "n_embd": 16, "n_positions": 12, "vocab_size": 24, "initializer_range": 0.3}
+SMALL: dict[str, Any] = {
+    "n_layer": 2,
+    "n_head": 4,
+    "n_embd": 16,
+    "n_positions": 12,
+    "vocab_size": 24,
+    "initializer_range": 0.3,
+}
 MODELS = {
     "SM+LN+G": NormfreeConfig(**SMALL, attention_bias="qk", mlp_bias=False),
     "SM+LN+R": NormfreeConfig(**SMALL, attention_bias="qk", mlp_bias=False, activation="relu"),

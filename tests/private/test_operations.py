@@ -11,7 +11,7 @@ from normfree import NormfreeConfig
 from normfree.errors import InputError
 from normfree.private import GROUPS, alternatives, block_steps, model_steps
 
-SIZES = {"n_layer": 3, "n_head": 4, "n_embd": 32, "vocab_size": 50, "n_positions": 16}
+SIZES: dict[str, Any] = {"n_layer": 3, "n_head": 4, "n_embd": 32, "vocab_size": 50, "n_positions": 16}
 
 
 def shapes(config: NormfreeConfig) -> dict[str, tuple[tuple[int, ...], ...]]:

@@ -1,5 +1,7 @@
 """Attention is found by what modules do, not by what they are called."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -13,7 +15,7 @@ from normfree.probes import EntropyProbe
 
 from .small_models import batch_of, build
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 50,
     "hidden_size": 32,
     "intermediate_size": 32,
@@ -25,7 +27,7 @@ SIZES = {
     "eos_token_id": 2,
 }
 LATENT = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
-LONGCAT = SIZES | LATENT | {
+LONGCAT: dict[str, Any] = SIZES | LATENT | {
     "num_layers": 2, "ffn_hidden_size": 32, "expert_ffn_hidden_size": 16, "n_routed_experts": 2, "zero_expert_num": 1,
     "moe_topk": 2,
 }  # fmt: skip
@@ -63,7 +65,7 @@ def test_attention_of_each_token_to_layers_is_not_attention_to_tokens():
 
 @pytest.mark.parametrize("kind", ["softmax", "spark"])
 def test_before_a_pass_layers_are_those_that_will_attend(kind):
-    sizes = {"vocab_size": 50, "n_layer": 3, "n_head": 4, "n_embd": 32, "n_positions": 16}
+    sizes: dict[str, Any] = {"vocab_size": 50, "n_layer": 3, "n_head": 4, "n_embd": 32, "n_positions": 16}
     model = NormfreeForCausalLM(NormfreeConfig(**sizes, attention=kind))
     probe = EntropyProbe(model)
     assert probe.layers == tuple(f"model.blocks.{layer}.attention" for layer in range(3))
@@ -125,7 +127,12 @@ def test_a_module_of_any_name_is_expected_by_its_code_and_one_around_it_is_not()
 
 
 def test_routers_are_no_attention():
-    sizes = SIZES | {"num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    sizes: dict[str, Any] = SIZES | {
+        "num_hidden_layers": 2,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+    }
     probe = probe_of(model_of("qwen3_moe", **sizes))
     assert probe.layers == ("model.layers.0.self_attn", "model.layers.1.self_attn")
     assert probe.unreadable == {}

@@ -1,6 +1,7 @@
 """One call of a module is not one forward pass: what is counted where."""
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from normfree.probes import EntropyProbe, EntropyRecorder
 from .small_models import batch_of, build
 from .test_attention_entropy import entropies_of, expected_of
 
-SIZES = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4}
+SIZES: dict[str, Any] = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4}
 
 
 def randomized(model):
@@ -54,7 +55,13 @@ def test_a_module_called_several_times_has_a_row_for_each_call():
 
 
 def test_a_model_that_loops_over_its_layers():
-    sizes = {"num_layers_per_stack": 2, "H_cycles": 2, "L_cycles": 2, "num_key_value_heads": 4, "head_dim": 8}
+    sizes: dict[str, Any] = {
+        "num_layers_per_stack": 2,
+        "H_cycles": 2,
+        "L_cycles": 2,
+        "num_key_value_heads": 4,
+        "head_dim": 8,
+    }
     model = randomized(AutoModelForCausalLM.from_config(HrmTextConfig(**SIZES, **sizes)))
     model.generation_config.eos_token_id = None
     batch = batch_of("none", n_token=9)

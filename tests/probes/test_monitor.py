@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -207,7 +208,7 @@ def lightning_fit(folder, callbacks, initializer_range=0.3, **trainer):
             return torch.optim.SGD(self.parameters(), lr=0.5)
 
     module = Module()
-    given = {
+    given: dict[str, Any] = {
         "accelerator": "cpu",
         "max_epochs": 1,
         "logger": CSVLogger(folder),

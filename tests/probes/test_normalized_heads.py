@@ -26,7 +26,14 @@ from normfree.probes import EntropyProbe
 @torch.no_grad()
 def test_entropy_is_that_of_the_eager_weights(options: dict[str, Any], implementation: str) -> None:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 50, "n_positions": 16, "n_layer": 3, "n_head": 4, "n_embd": 32, "n_kv_head": 2}
+    sizes: dict[str, Any] = {
+        "vocab_size": 50,
+        "n_positions": 16,
+        "n_layer": 3,
+        "n_head": 4,
+        "n_embd": 32,
+        "n_kv_head": 2,
+    }
     model = NormfreeForCausalLM(NormfreeConfig(**sizes, position="rotary", initializer_range=0.5, **options)).eval()
     for name, parameter in model.named_parameters():
         if ".q_norm.weight" in name or ".k_norm.weight" in name:

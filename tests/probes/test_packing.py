@@ -1,5 +1,7 @@
 """Sequences packed into one row give what each gives alone, for every statistic that knows positions."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -174,8 +176,13 @@ def test_a_model_outside_the_interface():
 
 @pytest.mark.parametrize("padding", [0, 4])
 def test_chunks_of_attention_are_no_sequences(padding):
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "intermediate_size_mlp": 32, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "intermediate_size_mlp": 32,
+        "num_hidden_layers": 2,
+    }
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 2}
     torch.manual_seed(0)
     config = Llama4TextConfig(vocab_size=50, attention_chunk_size=8, **sizes, **heads, pad_token_id=0)
     model, tokens = Llama4ForCausalLM(config).eval(), tokens_of()

@@ -1,6 +1,7 @@
 """How calls of each attention implementation are read, where this machine cannot run the implementation itself."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ def test_flash_takes_causality_window_and_padding_from_the_arguments():
 
 
 LENGTHS = torch.tensor([0, 2, 6], dtype=torch.int32)
-PACKINGS = {
+PACKINGS: dict[str, Any] = {
     "position ids": {"position_ids": torch.tensor([[0, 1, 0, 1, 2, 3]])},
     "lengths": {"cu_seq_lens_q": LENGTHS, "cu_seq_lens_k": LENGTHS, "max_length_q": 4, "max_length_k": 4},
 }
@@ -82,7 +83,7 @@ def test_flash_packs_nothing_where_transformers_does_not():
     padding = torch.ones(1, 6, dtype=torch.int64)
     padded = call_of(flash_attention_forward, batch=1, mask=padding, position_ids=restarting[:1])
     assert read_call(padded).sequences == ()
-    some = {"cu_seq_lens_q": LENGTHS, "cu_seq_lens_k": LENGTHS}
+    some: dict[str, Any] = {"cu_seq_lens_q": LENGTHS, "cu_seq_lens_k": LENGTHS}
     assert read_call(call_of(flash_attention_forward, batch=1, **some)).sequences == ()
 
 

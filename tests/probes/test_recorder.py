@@ -1,6 +1,7 @@
 """The entropies of one forward pass, against attention weights that are materialised in float64, and their gradient."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,16 @@ from normfree.probes import EntropyRecorder
 from .small_models import build
 
 
-def tiny_model(**options: object) -> NormfreeForCausalLM:
+def tiny_model(**options: Any) -> NormfreeForCausalLM:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 50, "n_layer": 3, "n_head": 4, "n_embd": 32, "n_positions": 12, "initializer_range": 0.15}
+    sizes: dict[str, Any] = {
+        "vocab_size": 50,
+        "n_layer": 3,
+        "n_head": 4,
+        "n_embd": 32,
+        "n_positions": 12,
+        "initializer_range": 0.15,
+    }
     return NormfreeForCausalLM(NormfreeConfig(**{**sizes, "norm": "none", "activation": "relu", **options}))
 
 

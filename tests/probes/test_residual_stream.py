@@ -35,8 +35,20 @@ from normfree.probes.residual_stream import ResidualStreamProbe, StreamStatistic
 from tests.coverage.tiny_models import tiny_model
 
 N_LAYER, D, VOCABULARY, T = 3, 16, 60, 12
-SIZES = {"vocab_size": VOCABULARY, "initializer_range": 0.4, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-LLAMA = {"num_hidden_layers": N_LAYER, "num_attention_heads": 2, "hidden_size": D, "intermediate_size": 24, **SIZES}
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "initializer_range": 0.4,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+LLAMA: dict[str, Any] = {
+    "num_hidden_layers": N_LAYER,
+    "num_attention_heads": 2,
+    "hidden_size": D,
+    "intermediate_size": 24,
+    **SIZES,
+}
 MODELS: dict[str, tuple[str, Callable[[], PreTrainedModel]]] = {
     "normfree": (
         "model.blocks",

@@ -5,6 +5,7 @@ models scale the attention's output instead.
 """
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from normfree.probes.watching import Attending, AttentionWatch, Row
 
 from .small_models import batch_of
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 50,
     "hidden_size": 32,
     "intermediate_size": 32,
@@ -36,10 +37,15 @@ SIZES = {
     "pad_token_id": 0,
     "num_experts_per_tok": 2,
 } | dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), 4)
-INKLING = {"swa_head_dim": 8, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "sliding_window_size": 6}
+INKLING: dict[str, Any] = {
+    "swa_head_dim": 8,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "sliding_window_size": 6,
+}
 SOFT_CAPPED = {"attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8}
 
-ARCHITECTURES = {
+ARCHITECTURES: dict[str, Any] = {
     "gemma2": SOFT_CAPPED,
     "vaultgemma": SOFT_CAPPED,
     "inkling_text": INKLING | {"d_rel": 4, "rel_extent": 8, "n_shared_experts": 1},
@@ -160,13 +166,13 @@ def test_sdpa_takes_a_position_bias(padding):
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_encoder_decoder_with_relative_position_biases(implementation):
     torch.manual_seed(0)
-    sizes = {"vocab_size": 50, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 4}
+    sizes: dict[str, Any] = {"vocab_size": 50, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 4}
     model = T5Model(T5Config(**sizes)).eval()
     for name, parameter in model.named_parameters():
         if "relative_attention_bias" in name:
             nn.init.normal_(parameter.data, std=2.0)
     ids = torch.randint(1, 50, (2, 16))
-    inputs = {"input_ids": ids, "decoder_input_ids": ids[:, :9]}
+    inputs: dict[str, Any] = {"input_ids": ids, "decoder_input_ids": ids[:, :9]}
     twin = copy.deepcopy(model)
     twin.set_attn_implementation("eager")
     model.set_attn_implementation(implementation)

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def attached():
     )
 
 
-CASES = {
+CASES: dict[str, Any] = {
     "plain": {},
     "accumulation": {"gradient_accumulation_steps": 3},
     "checkpointing": {
@@ -123,7 +124,7 @@ def test_the_first_step_with_logging_first_step_and_layers_alone(tmp_path):
 
 def test_checkpoints_during_training_and_resume(tmp_path):
     def resume(callbacks):
-        kwargs = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+        kwargs: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
         trainer, _ = train(build("gpt2"), tmp_path, callbacks, **kwargs)
         again = type(trainer)(
             build("gpt2"), arguments(tmp_path, **kwargs), train_dataset=examples(), callbacks=callbacks

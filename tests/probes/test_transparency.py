@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -25,8 +26,19 @@ from normfree.probes.statistics import LayerStatistics
 
 from .small_models import batch_of, build
 
-SIZES = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "pad_token_id": 0}
-GROUPED = SIZES | {"num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 4, "num_kv_shared_layers": 2}
+SIZES: dict[str, Any] = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_attention_heads": 4,
+    "pad_token_id": 0,
+}
+GROUPED: dict[str, Any] = SIZES | {
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+}
 SHARED = {
     "gemma3n": Gemma3nTextConfig(
         **GROUPED, vocab_size_per_layer_input=50, hidden_size_per_layer_input=8, laurel_rank=4,
@@ -82,8 +94,13 @@ def test_positions_of_shared_keys_are_those_of_the_tokens(name):
 
 def test_decoder_of_an_encoder_with_a_cache():
     torch.manual_seed(0)
-    sizes = {"encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
-    inner = {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "d_model": 32, "vocab_size": 50}
+    sizes: dict[str, Any] = {
+        "encoder_layers": 1,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+    }
+    inner: dict[str, Any] = {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "d_model": 32, "vocab_size": 50}
     model = BartForConditionalGeneration(BartConfig(**sizes, **inner)).eval()
     model.generation_config.eos_token_id = model.generation_config.forced_eos_token_id = None
     ids = batch_of("none", n_token=9)["input_ids"]

@@ -55,7 +55,7 @@ class RecordingTrainer(Trainer):
 
 
 def arguments(folder, **changed: Any) -> TrainingArguments:
-    given = {
+    given: dict[str, Any] = {
         "output_dir": str(folder),
         "use_cpu": True,
         "report_to": "none",

@@ -17,7 +17,7 @@ from transformers import (
 from normfree import NormfreeConfig, NormfreeForCausalLM, from_hf
 
 VOCAB = 43
-LAYERS = {"num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": VOCAB, "hidden_size": 32}
+LAYERS: dict[str, Any] = {"num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": VOCAB, "hidden_size": 32}
 STOCK: dict[str, Any] = {
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**LAYERS, n_positions=24, bos_token_id=1, eos_token_id=2)),
     "gpt_neox": lambda: GPTNeoXForCausalLM(

@@ -52,7 +52,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_from(model: str, corpus: Path, **recipe: Any) -> RunConfig:
-    options = {"steps": STEPS, "batch_size": 4, "micro_batch_size": 4, "precision": "fp32", "learning_rate": 1e-3}
+    options: dict[str, Any] = {
+        "steps": STEPS,
+        "batch_size": 4,
+        "micro_batch_size": 4,
+        "precision": "fp32",
+        "learning_rate": 1e-3,
+    }
     every = {"logging_steps": 1, "telemetry_steps": 5, "save_steps": 4, "eval_steps": 100}
     data = {"corpus": f"directory:{corpus}", "vocab_size": 270, "sequence_length": T, "eval_tokens": 20 * T}
     return RunConfig.model_validate(
@@ -441,7 +447,7 @@ def test_models_that_cannot_be_removed_from(normfree: Command, gpt2: Path, corpu
     code, _, err = normfree("remove-norm", gpt2)
     assert code == 2
     assert "name a corpus to fine-tune on with --corpus" in err
-    options = {"norm": "none", "final_norm": "none", "n_positions": 24}
+    options: dict[str, Any] = {"norm": "none", "final_norm": "none", "n_positions": 24}
     free = NormfreeForCausalLM(NormfreeConfig(vocab_size=270, n_layer=1, n_head=2, n_embd=8, **options))
     free.save_pretrained(tmp_path / "free")
     size = ["--corpus", f"directory:{corpus}", "--tokenizer", "train", "--set", "data.vocab_size=270"]

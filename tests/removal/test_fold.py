@@ -76,7 +76,7 @@ def test_it_is_a_transformers_model(name: str, tmp_path: Path) -> None:
     ],
 )
 def test_options(options: dict[str, Any]) -> None:
-    sizes = {"vocab_size": VOCAB, "n_positions": 24, "n_layer": 2, "n_head": 4, "n_embd": 16}
+    sizes: dict[str, Any] = {"vocab_size": VOCAB, "n_positions": 24, "n_layer": 2, "n_head": 4, "n_embd": 16}
     torch.manual_seed(0)
     source = perturbed(NormfreeForCausalLM(NormfreeConfig(**sizes, **options)))
     centered = "rmsnorm" not in (source.config.norm, source.config.final_norm)
@@ -120,7 +120,7 @@ def test_a_folded_reader_is_the_formula(
 def test_what_cannot_be_folded_is_named() -> None:
     with pytest.raises(InputError, match=r"norm 'layernorm' divides by each token's own std.*remove-norm"):
         remove_norms(from_hf(stock("gpt2")))
-    sizes = {"vocab_size": 9, "n_positions": 4, "n_layer": 1, "n_head": 1, "n_embd": 4}
+    sizes: dict[str, Any] = {"vocab_size": 9, "n_positions": 4, "n_layer": 1, "n_head": 1, "n_embd": 4}
     for options, message in (
         ({"norm": "dyt"}, "norm 'dyt' is a tanh and no division by a std"),
         ({"norm": "none", "final_norm": "dyt"}, "final_norm 'dyt' is a tanh"),

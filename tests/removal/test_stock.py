@@ -32,7 +32,7 @@ def llama_with(**options: Any) -> NormfreeForCausalLM:
 
 
 def grouped_gpt2() -> NormfreeForCausalLM:
-    norms = {"norm": "constant_std", "final_norm": "constant_std"}
+    norms: dict[str, Any] = {"norm": "constant_std", "final_norm": "constant_std"}
     return NormfreeForCausalLM(NormfreeConfig(n_layer=1, n_head=4, n_kv_head=2, n_embd=32, vocab_size=43, **norms))
 
 

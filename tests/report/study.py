@@ -1,10 +1,12 @@
 """Small made-up frames of a study with four configurations, with values a test can follow by hand."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
 CONFIGURATIONS = ("SM+LN+G", "SM+LN+R", "SM+G", "SM+R")
-SETTING = {"model": "tiny", "context_length": 128}
+SETTING: dict[str, Any] = {"model": "tiny", "context_length": 128}
 
 
 def head_entropy(

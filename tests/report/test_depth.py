@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -181,7 +183,7 @@ def test_a_model_that_does_not_learn_does_not_press_the_others_together():
 def test_runs_without_a_finite_value_are_drawn():
     laws = growth({("pre", 0): "linear", ("scaled", 0): "linear"}).assign(is_best=False)
     columns = ("parameter_gradient_norm", "residual_gradient_norm", "standard_error")
-    nan = {"residual_variance": np.nan, "fitted_variance": np.nan, "standard_error": np.nan}
+    nan: dict[str, Any] = {"residual_variance": np.nan, "fitted_variance": np.nan, "standard_error": np.nan}
     figures = [
         residual_variance_over_depth(variance().assign(**nan), laws),
         angular_distance_heatmaps(distances().assign(angular_distance=np.nan)),

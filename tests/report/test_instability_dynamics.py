@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,10 +18,10 @@ def frames(seeds=(0,)):
     broken = {(20, 2): (0, 4, 6, 0), (30, 2): (10, 0, 0, 990)}
     counts, entropy = [], []
     for seed in seeds:
-        run = {"seed": seed, "configuration": "SM+R"}
+        run: dict[str, Any] = {"seed": seed, "configuration": "SM+R"}
         counts.append(layers({}, **run))
         entropy.append(entropies([[3.8, 3.7, 3.6, 3.5]] * 3, **run))
-        run = {"seed": seed, "configuration": "SM+L 0.2"}
+        run: dict[str, Any] = {"seed": seed, "configuration": "SM+L 0.2"}
         counts.append(layers(broken if seed == 0 else {}, **run))
         entropy.append(entropies([[3.8, 3.7, 3.6, 3.5]] * 2 + [[3.8, 0.5, NAN if seed == 0 else 0.1, 0.1]], **run))
     return pd.concat(counts), pd.concat(entropy)

@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -6,7 +8,7 @@ from normfree.errors import InputError
 from normfree.report import perplexity_and_overload
 
 
-def curves(**changes: object) -> pd.DataFrame:
+def curves(**changes: Any) -> pd.DataFrame:
     frame = pd.DataFrame(
         {
             "line": ["SM+R", "SM+R", "SM+R", "SM+G"],

@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -6,7 +8,7 @@ from normfree.errors import InputError
 from normfree.report import entropy_threshold_trajectories
 
 
-def heads(**changes: object) -> pd.DataFrame:
+def heads(**changes: Any) -> pd.DataFrame:
     grid = pd.MultiIndex.from_product(
         [[0, 1], [0, 10, 20], range(3), range(2)], names=["seed", "step", "layer", "head"]
     )

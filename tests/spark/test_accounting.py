@@ -23,9 +23,16 @@ GEMMA: dict[str, Any] = {
     "attention_bias": "none",
     "mlp_bias": False,
 }
-DENSE = {**GEMMA, "ffn": "gated", "n_inner": 9216}
+DENSE: dict[str, Any] = {**GEMMA, "ffn": "gated", "n_inner": 9216}
 # As many parameters: three matrices of 9,216 neurons are two of 13,824.
-SPARK = {**GEMMA, "ffn": "spark", "n_inner": 13824, "ffn_active": 0.08, "attention": "spark", "attention_active": 256}
+SPARK: dict[str, Any] = {
+    **GEMMA,
+    "ffn": "spark",
+    "n_inner": 13824,
+    "ffn_active": 0.08,
+    "attention": "spark",
+    "attention_active": 256,
+}
 WINDOWS = [4096, 8192] * 13
 
 
@@ -102,7 +109,14 @@ def test_weights_read_are_the_model_s_own(ffn: str) -> None:
 
 
 def test_natural_sparsity_saves_the_last_weight_only() -> None:
-    sizes = {"vocab_size": 13, "n_layer": 2, "n_head": 2, "n_embd": 16, "n_inner": 24, "activation": "relu"}
+    sizes: dict[str, Any] = {
+        "vocab_size": 13,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_embd": 16,
+        "n_inner": 24,
+        "activation": "relu",
+    }
     dense = by_part(decode_cost(NormfreeConfig(**sizes), context_length=3, active_share=[0.25, 0.5]))
     assert dense["ffn in"] == 2 * 2 * 16 * 24
     assert dense["ffn out"] == 2 * 0.75 * 16 * 24

@@ -96,7 +96,7 @@ def test_a_run_starts_from_what_the_command_made(
     assert code == 0, err
     told = json.loads(out)
     assert told["parameters"] == told["dense_parameters"]
-    recipe = {"steps": 3, "attn_implementation": "eager"}
+    recipe: dict[str, Any] = {"steps": 3, "attn_implementation": "eager"}
     start = tiny_run(**recipe).model_copy(update={"model": {}, "start_from": str(tmp_path / "spark")})
     result = train(start, data, tmp_path / "sparse")
     assert result.row["status"] == "finished"

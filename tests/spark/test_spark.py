@@ -97,7 +97,7 @@ def test_attention_is_that_of_the_equation(topk: str, first: int, n_kv_head: int
 @pytest.mark.parametrize("bias", ["none", "all"])
 @pytest.mark.parametrize("r", [1, 16, 31])
 def test_as_many_parameters_as_the_dense_layers(bias: str, r: int) -> None:
-    options = {**SIZES, "attention_bias": bias, "mlp_bias": bias == "all"}
+    options: dict[str, Any] = {**SIZES, "attention_bias": bias, "mlp_bias": bias == "all"}
     dense = NormfreeForCausalLM(NormfreeConfig(**options))
     spark = NormfreeForCausalLM(NormfreeConfig(**options, **SPARK, ffn_predictor_dim=r, attention_predictor_dim=1))
     assert spark.num_parameters() == dense.num_parameters()
@@ -354,7 +354,14 @@ def test_the_scale_of_the_output_at_initialisation() -> None:
     With t = Φ⁻¹(1 − p), E[max(z − t, 0)²] = (1 + t²) p − t φ(t): a neuron's second moment is that times the variances
     of both products, and a dense ReLU neuron's is half of one variance.
     """
-    sizes = {"n_layer": 1, "n_embd": 512, "n_head": 8, "activation": "relu", "mlp_bias": False, "vocab_size": 8}
+    sizes: dict[str, Any] = {
+        "n_layer": 1,
+        "n_embd": 512,
+        "n_head": 8,
+        "activation": "relu",
+        "mlp_bias": False,
+        "vocab_size": 8,
+    }
     x = torch.randn(400, 512)
     rms = {}
     for ffn in ("dense", "spark"):

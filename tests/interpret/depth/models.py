@@ -1,5 +1,7 @@
 """Small random models of stock architectures and of ours, with weights of a size that matters."""
 
+from typing import Any
+
 import torch
 from transformers import (
     GPT2Config,
@@ -42,7 +44,7 @@ def stock(name, **overrides):
 
 def ours(**options):
     torch.manual_seed(0)
-    sizes = {"n_layer": N_LAYER, "n_head": 4, "n_embd": 16, "vocab_size": VOCAB_SIZE, "n_positions": 32}
+    sizes: dict[str, Any] = {"n_layer": N_LAYER, "n_head": 4, "n_embd": 16, "vocab_size": VOCAB_SIZE, "n_positions": 32}
     return NormfreeForCausalLM(NormfreeConfig(**{**sizes, "initializer_range": 0.2, **options})).eval()
 
 

@@ -1,5 +1,7 @@
 """Blocks that read more of one another than the residual stream, wherever in the model they are."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
@@ -15,8 +17,18 @@ T = 8
 def shared_keys(n_shared, n_layer):
     """A Gemma 4 whose last ``n_shared`` layers read keys and values of earlier ones."""
     torch.manual_seed(0)
-    sizes = {**GROUPED, "num_hidden_layers": n_layer, "head_dim": 4, "global_head_dim": 4, "sliding_window": 4}
-    small = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB_SIZE, "initializer_range": 0.2}
+    sizes: dict[str, Any] = {
+        **GROUPED,
+        "num_hidden_layers": n_layer,
+        "head_dim": 4,
+        "global_head_dim": 4,
+        "sliding_window": 4,
+    }
+    small: dict[str, Any] = {
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": VOCAB_SIZE,
+        "initializer_range": 0.2,
+    }
     kinds = ["sliding_attention", "full_attention"] * (n_layer // 2)
     config = Gemma4TextConfig(**sizes, **small, layer_types=kinds, num_kv_shared_layers=n_shared)
     return Gemma4ForCausalLM(config).eval()

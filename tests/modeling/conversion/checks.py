@@ -108,7 +108,7 @@ class FamilyChecks:
     def test_same_generation_with_and_without_cache(self, case: dict[str, Any]) -> None:
         theirs = self.build(**case)
         ours = from_hf(theirs)
-        options = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        options: dict[str, Any] = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         for mask in (torch.ones(3, LENGTH, dtype=torch.long), padding_mask("left")):
             expected = theirs.generate(tokens(), attention_mask=mask, **options)
             for use_cache in (True, False):

@@ -60,7 +60,7 @@ def test_activation_names_stand_for_the_same_function(name: str) -> None:
 
 
 def test_other_classes_are_refused_by_name() -> None:
-    sizes = {"d_model": 8, "decoder_attention_heads": 2, "decoder_layers": 1, "decoder_ffn_dim": 8}
+    sizes: dict[str, Any] = {"d_model": 8, "decoder_attention_heads": 2, "decoder_layers": 1, "decoder_ffn_dim": 8}
     bart = BartForCausalLM(BartConfig(vocab_size=8, **sizes))
     allowed = "allowed: .*GPT2LMHeadModel, .*LlamaForCausalLM, MistralForCausalLM, .*Qwen3ForCausalLM"
     with pytest.raises(InputError, match=f"cannot convert a BartForCausalLM; {allowed}"):

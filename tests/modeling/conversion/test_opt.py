@@ -12,7 +12,7 @@ from normfree import from_hf
 from normfree.errors import InputError
 from tests.modeling.conversion.checks import VOCAB, FamilyChecks, assert_same, padding_mask, tokens
 
-NARROW = {"word_embed_proj_dim": 12}
+NARROW: dict[str, Any] = {"word_embed_proj_dim": 12}
 POST = {"do_layer_norm_before": False}
 
 

@@ -56,9 +56,14 @@ class TestPhi3(FamilyChecks):
         """The frequencies change at one length; keys of the shorter one are not kept."""
         theirs = self.build(**longrope(original))
         ours = from_hf(theirs)
-        options = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        options: dict[str, Any] = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         for mask in (torch.ones(3, 12, dtype=torch.long), padding_mask("left")):
-            arguments = {"attention_mask": mask, "output_logits": True, "return_dict_in_generate": True, **options}
+            arguments: dict[str, Any] = {
+                "attention_mask": mask,
+                "output_logits": True,
+                "return_dict_in_generate": True,
+                **options,
+            }
             expected = theirs.generate(tokens(), **arguments)
             actual = ours.generate(tokens(), **arguments)
             assert torch.equal(actual.sequences, expected.sequences)

@@ -174,7 +174,13 @@ def test_sparse_layers_are_made_or_refused(pair: Any) -> None:
 @pytest.mark.parametrize("n_beam", [1, 2])
 def test_generation_with_a_static_cache(pair: Any, n_beam: int) -> None:
     _, theirs, ours = pair
-    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "num_beams": n_beam}
+    options: dict[str, Any] = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+        "num_beams": n_beam,
+    }
     options |= {"attention_mask": padding_mask("left"), "cache_implementation": "static"}
     assert torch.equal(ours.generate(tokens(), **options), theirs.generate(tokens(), **options))
 

@@ -1,6 +1,7 @@
 """Spark attention of one query: every backend against the masked dense computation in float64 NumPy."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ def check_case(backend, data):
     if data.draw(st.booleans()):
         visible = torch.rand(batch, n_key, generator=torch.Generator().manual_seed(seed)) < 0.7
         visible[:, -1] = True
-    scales = {"predictor_scale": r**-0.5, "rest_scale": rest**-0.5}
+    scales: dict[str, Any] = {"predictor_scale": r**-0.5, "rest_scale": rest**-0.5}
     expected, _, margin = numpy_spark.attention(*tensors, k, visible=visible, **scales)
     # a score nearer to the threshold than rounding falls on either side of it, and takes its whole weight along
     assume(margin > (1e-12 if dtype == torch.float64 else 2e-5))
@@ -102,7 +103,7 @@ def test_keys_and_values_of_other_tokens_are_not_read(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_views_of_a_longer_cache(backend):
     tensors = inputs(0, 2, 2, 2, 90, 8, 8, 8)
-    scales = {"predictor_scale": 0.3, "rest_scale": 0.3}
+    scales: dict[str, Any] = {"predictor_scale": 0.3, "rest_scale": 0.3}
     short = [tensors[0], *(each[:, :, :50] for each in tensors[1:])]
     expected, _, _ = numpy_spark.attention(*short, 10, **scales)
     np.testing.assert_allclose(attend(backend, short, 10, **scales).cpu().numpy(), expected, rtol=0, atol=1e-5)

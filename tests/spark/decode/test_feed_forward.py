@@ -2,6 +2,7 @@
 """The Spark FFN of a few queries: every backend against the masked dense computation in float64 NumPy."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -159,7 +160,7 @@ def test_packed_weights_are_the_same_numbers_and_copied_only_where_needed():
     ],
 )
 def test_what_does_not_fit_is_one_clear_line(change, message):
-    arguments = {
+    arguments: dict[str, Any] = {
         "q": torch.randn(2, 10),
         "K1": torch.randn(4, 30),
         "K2": torch.randn(30, 6).t(),

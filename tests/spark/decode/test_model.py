@@ -1,5 +1,7 @@
 """Generation of whole models by the sparse decode against the masked dense computation of the same models."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -16,8 +18,15 @@ VOCABULARY = 61
 
 
 def spark_model(*, seed=0, **options):
-    sizes = {"vocab_size": VOCABULARY, "n_positions": 200, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 48}
-    defaults = {"ffn": "spark", "attention": "spark", "ffn_active": 0.1, "attention_active": 12}
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "n_positions": 200,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_kv_head": 2,
+        "n_embd": 48,
+    }
+    defaults: dict[str, Any] = {"ffn": "spark", "attention": "spark", "ffn_active": 0.1, "attention_active": 12}
     torch.manual_seed(seed)
     config = NormfreeConfig(**(sizes | defaults | {"initializer_range": 0.1, "tie_word_embeddings": False} | options))
     return NormfreeForCausalLM(config).eval()
@@ -34,7 +43,7 @@ def prompts():
 def generated(model, n_token=24, **options):
     """Token ids, and the logits of the new ones [n_token, batch, vocabulary]."""
     inputs = {name: each.to(model.device) for name, each in prompts().items()}
-    options = {"do_sample": False, "pad_token_id": 0} | options
+    options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0} | options
     out = model.generate(**inputs, max_new_tokens=n_token, output_logits=True, return_dict_in_generate=True, **options)
     return out.sequences.cpu(), torch.stack(out.logits).cpu()
 
