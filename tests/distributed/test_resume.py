@@ -19,7 +19,7 @@ from normfree.data import DataConfig, prepare_data
 from normfree.locks import locked
 from normfree.training.nonfinite import load_rewinds
 from normfree.training.run_folder import checkpoints, last_checkpoint
-from normfree.training.telemetry import Telemetry
+from normfree.training.telemetry_callback import TelemetryCallback
 from tests.forked import normfree
 
 from .launch import together
@@ -43,7 +43,7 @@ class SignalAt:
 
 def signalled(monkeypatch: pytest.MonkeyPatch, step: int, rank: int, told: signal.Signals) -> None:
     """Telemetry's probes stand on the model in every second step; the signal comes between forward and update."""
-    monkeypatch.setattr(Telemetry, "on_pre_optimizer_step", SignalAt(step, rank, told).send, raising=False)
+    monkeypatch.setattr(TelemetryCallback, "on_pre_optimizer_step", SignalAt(step, rank, told).send, raising=False)
 
 
 @pytest.mark.parametrize(

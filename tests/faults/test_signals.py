@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from normfree.signals import Interrupted, deferred, noted, stopping_cleanly
 from normfree.training.run_folder import checkpoints, last_checkpoint
-from normfree.training.telemetry import Telemetry
+from normfree.training.telemetry_callback import TelemetryCallback
 from tests.forked import normfree
 
 from .crash import in_child
@@ -37,7 +37,7 @@ class SignalAt(TrainerCallback):  # type: ignore[misc]
 
 
 def stopped(monkeypatch: pytest.MonkeyPatch, at: SignalAt) -> None:
-    monkeypatch.setattr(Telemetry, "on_substep_end", at.send, raising=False)
+    monkeypatch.setattr(TelemetryCallback, "on_substep_end", at.send, raising=False)
 
 
 @pytest.mark.parametrize(("told", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -271,8 +271,8 @@ def test_a_block_that_cannot_be_read_is_named(output: Any, reason: str) -> None:
 
 
 def test_a_block_that_was_not_called_is_named() -> None:
-    probe = ResidualStreamProbe(built("llama"))
-    probe.close()
+    with ResidualStreamProbe(built("llama")) as probe:
+        pass
     assert probe.unreadable == {f"model.layers.{layer}": "it has not been called" for layer in range(N_LAYER)}
     assert probe.kurtosis().isnan().all()
     assert probe.nan.tolist() == [0] * N_LAYER

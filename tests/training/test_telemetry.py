@@ -136,11 +136,9 @@ def small_model(**options: Any) -> NormfreeForCausalLM:
 
 def test_residual_rms_is_the_root_mean_square_of_each_blocks_output() -> None:
     model, tokens = small_model(initializer_range=0.3), torch.arange(16).view(2, 8)
-    probe = ResidualStreamProbe(model)
-    with torch.no_grad():
+    with ResidualStreamProbe(model) as probe, torch.no_grad():
         # The last hidden state that transformers returns is behind the final norm.
         states = model(tokens, output_hidden_states=True).hidden_states[1:-1]
-    probe.close()
     expected = [math.sqrt((state.double().numpy() ** 2).mean()) for state in states]
     np.testing.assert_allclose(probe.rms()[:2].numpy(), expected, rtol=1e-6)
 
@@ -150,10 +148,8 @@ def test_nan_and_inf_in_the_residual_stream_are_counted_by_layer() -> None:
     with torch.no_grad():
         model.model.blocks[1].ffn.down_proj.bias[3] = math.inf
         model.model.blocks[2].ffn.down_proj.bias[5] = math.nan
-    probe = ResidualStreamProbe(model)
-    with torch.no_grad():
+    with ResidualStreamProbe(model) as probe, torch.no_grad():
         model(tokens)
-    probe.close()
     assert probe.inf[:2].tolist() == [0, 16]
     assert probe.nan[:2].tolist() == [0, 0]
     assert probe.nan[2] > 0
@@ -163,8 +159,8 @@ def test_nan_and_inf_in_the_residual_stream_are_counted_by_layer() -> None:
 
 def test_a_probe_leaves_nothing_on_the_model() -> None:
     model = small_model()
-    probe = ResidualStreamProbe(model)
-    probe.close()
+    with ResidualStreamProbe(model) as probe:
+        pass
     with torch.no_grad():
         model(torch.zeros(1, 8, dtype=torch.long))
     assert probe.elements.tolist() == [0, 0, 0]

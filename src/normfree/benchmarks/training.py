@@ -14,6 +14,7 @@ are taken within a round, so that a machine that slows down slows down all.
 
 from __future__ import annotations
 
+import itertools
 import random
 import statistics
 import time
@@ -28,9 +29,6 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedModel,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
 )
 
 from normfree import NormfreeForCausalLM
@@ -40,7 +38,7 @@ from normfree.runner import Preset, load_preset
 from normfree.runner.study import run_config
 from normfree.studies.relu_revival import LAYERNORM_GELU
 from normfree.training.records import RunRecords
-from normfree.training.telemetry import Telemetry
+from normfree.training.telemetry import Telemetry, recorded_probes
 
 DEFAULT_INTERVAL = 100
 """Steps between two with telemetry, as a recipe has it."""
@@ -160,15 +158,14 @@ def _training_step(model: PreTrainedModel, batch: torch.Tensor, dtype: torch.dty
 
 
 def _with_telemetry(model: NormfreeForCausalLM, step: Step, folder: Path) -> Step:
-    """``step`` with the callback that the Trainer calls, which measures in every step."""
-    telemetry = Telemetry(RunRecords(folder), telemetry_steps=1, tokens_per_step=1)
-    arguments, state, control = TrainingArguments(str(folder)), TrainerState(), TrainerControl()
+    """``step``, measured each time as a run measures it."""
+    telemetry = Telemetry(RunRecords(folder), recorded_probes(model), every=1, tokens_per_step=1)
+    count = itertools.count()
 
     def measured() -> None:
-        telemetry.on_step_begin(arguments, state, control, model=model)
+        telemetry.begin_step(next(count))
         step()
-        state.global_step += 1
-        telemetry.on_step_end(arguments, state, control, model=model)
+        telemetry.end_step()
 
     return measured
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +12,13 @@ from torch import Tensor, nn
 from normfree.entropy.fused import BACKENDS
 from normfree.errors import InputError, unknown_name
 from normfree.probes.measuring import Meter
+from normfree.probes.probe import LayerRow, Probe, rows_by_head, rows_by_layer
 from normfree.probes.reading import UnreadableCallError
 from normfree.probes.statistics import LayerStatistics
 from normfree.probes.watching import Attending, AttentionWatch, Row
 
 
-class EntropyProbe:
+class EntropyProbe(Probe):
     """Context manager: while active, every forward pass of ``model`` adds to statistics of its attention.
 
     Entropies are those of ReLU's Revival, Eq. 8, without its ε: in nats, the mean over the queries of all
@@ -75,33 +75,13 @@ class EntropyProbe:
         self._watch = AttentionWatch(model, self._read)
         self._count_nonfinite = count_nonfinite
         self._meter = Meter(backend, count_nonfinite=count_nonfinite)
-        self._active: ExitStack | None = None
         self.reset()
-
-    def __enter__(self) -> Self:
-        if self._active is not None:
-            raise InputError("this EntropyProbe is already active; leave it before entering it again")
-        with ExitStack() as stack:
-            stack.enter_context(self._watch.watch())
-            self._active = stack.pop_all()
-        return self
-
-    def __exit__(
-        self,
-        exception_type: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        assert self._active is not None
-        self._active.close()
-        self._active = None
-        self._meter.forget_mask()
 
     def __repr__(self) -> str:
         """Model, state, and how much has been seen."""
         read, unreadable = len(self._readable()), len(self._watch.refused)
         n_queries = max((int(each.rows.sum()) for each in self._readable().values()), default=0)
-        state = "active" if self._active is not None else "not active"
+        state = "active" if self._attached is not None else "not active"
         refused = f", {unreadable} unreadable" if unreadable else ""
         return f"EntropyProbe({self._model_name}: {state}, {n_queries:,} queries in {read} layers{refused})"
 
@@ -199,13 +179,22 @@ class EntropyProbe:
         nan = self._stack(lambda layer: layer.nan_scores, empty=0)
         return nan, self._stack(lambda layer: layer.inf_scores, empty=0)
 
-    def reduce(self) -> None:
-        """Sum the statistics over all processes of torch.distributed, in place; a no-op outside of it.
+    def layer_rows(self) -> Iterator[LayerRow]:
+        """``entropy_nats`` of each head; with ``count_nonfinite`` the layers' numbers of NaN and infinite scores.
 
-        Call it in every process, once, before reading; ``reset`` before measuring again.
+        Raises:
+            InputError: no layer could be read, or the layers differ in their number of heads.
         """
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return
+        yield from rows_by_head("entropy_nats", self.per_head())
+        if self._count_nonfinite:
+            nan, inf = self.nonfinite()
+            yield from rows_by_layer({"scores_nan_count": nan.sum(dim=1), "scores_inf_count": inf.sum(dim=1)})
+
+    def _attach(self, stack: ExitStack) -> None:
+        stack.callback(self._meter.forget_mask)
+        stack.enter_context(self._watch.watch())
+
+    def _reduce(self) -> None:
         sizes = {row: (layer.n_head, layer.n_position) for row, layer in self._statistics.items()}
         found: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(found, (sizes, self._watch.refused))

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from types import TracebackType
-from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from normfree.errors import InputError
 from normfree.probes.interception import SoftmaxCall
+from normfree.probes.probe import Attachable
 from normfree.probes.reading import Attention, UnreadableCallError, read_call
 from normfree.probes.watching import Attending, AttentionWatch, Row
 
 
-class EntropyRecorder:
+class EntropyRecorder(Attachable):
     """Context manager around one forward pass of ``model``; its entropies can be differentiated afterwards. ::
 
         with EntropyRecorder(model) as recorded:
@@ -36,19 +35,6 @@ class EntropyRecorder:
     def __init__(self, model: nn.Module) -> None:
         self._watch = AttentionWatch(model, self._record)
         self._attentions: dict[Row, Attention] = {}
-        self._active = ExitStack()
-
-    def __enter__(self) -> Self:
-        self._active.enter_context(self._watch.watch())
-        return self
-
-    def __exit__(
-        self,
-        exception_type: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._active.close()
 
     def per_head(self) -> Tensor:
         """Entropy of each sequence, layer and head, mean over the queries: float32 [batch, n_layer, n_head], nats.
@@ -68,6 +54,9 @@ class EntropyRecorder:
         if len({layer.shape for layer in layers}) > 1:
             raise InputError("the layers of this model differ in their number of heads: no common table of heads")
         return torch.stack(layers, dim=1)
+
+    def _attach(self, stack: ExitStack) -> None:
+        stack.enter_context(self._watch.watch())
 
     def _record(self, row: Row, attending: Attending) -> None:
         if isinstance(attending.call, SoftmaxCall):

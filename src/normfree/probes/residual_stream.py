@@ -6,21 +6,22 @@ reads them while a model trains, ``normfree.interpret`` from a finished one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
-from torch.utils.module_tracker import ModuleTracker
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from normfree.errors import InputError
 from normfree.modeling import activation_kernels
-from normfree.probes.attached import Attached
 from normfree.probes.moments import CentralMoments
+from normfree.probes.probe import LayerRow, Probe, read_calls, rows_by_layer
 
 NEVER_CALLED = "it has not been called"
 MOMENTS, CHANNEL_SQUARES = slice(6, 11), slice(11, None)
@@ -139,7 +140,7 @@ def _stream_sums(x: Tensor) -> Tensor:
     return torch.cat([counts, sums, CentralMoments.of(x64, scratch=squares).packed(), channel_squares])
 
 
-class ResidualStreamProbe(Attached):
+class ResidualStreamProbe(Probe):
     """Statistics of the residual stream after each block, over the batches seen while attached.
 
     It attaches itself when it is made and leaves with :meth:`close` or at the end of a ``with`` block::
@@ -164,15 +165,12 @@ class ResidualStreamProbe(Attached):
     def __init__(self, model: nn.Module) -> None:
         blocks = decoder_blocks(model)
         self.layers = tuple(blocks)
-        self._statistics: list[StreamStatistics | None] = [None] * len(blocks)
-        self._refused: dict[int, str] = {}
-        self._tracker = ModuleTracker()
-        self._hooks = [block.register_forward_hook(self._reader(layer)) for layer, block in enumerate(blocks.values())]
+        self._blocks = tuple(blocks.values())
+        self.reset()
 
-    def close(self) -> None:
-        """Takes the probe off the model; what it has seen stays."""
-        for hook in self._hooks:
-            hook.remove()
+    def reset(self) -> None:
+        self._statistics: list[StreamStatistics | None] = [None] * len(self._blocks)
+        self._refused: dict[int, str] = {}
 
     @property
     def unreadable(self) -> dict[str, str]:
@@ -259,10 +257,14 @@ class ResidualStreamProbe(Attached):
             "residual_inf_count": self.inf,
         }
 
-    def reduce(self) -> None:
-        """Adds up the processes of a distributed run; call it in each of them, once, before reading."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return
+    def layer_rows(self) -> Iterator[LayerRow]:
+        return rows_by_layer(self.by_layer())
+
+    def _attach(self, stack: ExitStack) -> None:
+        for layer, block in enumerate(self._blocks):
+            read_calls(stack, block, partial(self._read, layer))
+
+    def _reduce(self) -> None:
         for layer, seen in enumerate(self._statistics):
             if seen is not None:
                 everyones = [torch.empty_like(seen.packed) for _ in range(torch.distributed.get_world_size())]
@@ -270,20 +272,14 @@ class ResidualStreamProbe(Attached):
                 first, *others = map(StreamStatistics, everyones)
                 self._statistics[layer] = sum(others, first)
 
-    def _reader(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        @torch.no_grad()
-        def read(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            if self._tracker.is_bw:
-                return
-            x = output[0] if isinstance(output, tuple) else output
-            if not isinstance(x, Tensor) or x.ndim != 3:
-                what = f"a tensor of {x.ndim} dimensions" if isinstance(x, Tensor) else type(x).__name__
-                self._refused[layer] = f"it puts out {what}, not activations [n_sequence, T, d]"
-                return
-            seen, new = self._statistics[layer], StreamStatistics.of(x)
-            self._statistics[layer] = new if seen is None else seen + new
-
-        return read
+    def _read(self, layer: int, inputs: Any, output: Any) -> None:
+        x = output[0] if isinstance(output, tuple) else output
+        if not isinstance(x, Tensor) or x.ndim != 3:
+            what = f"a tensor of {x.ndim} dimensions" if isinstance(x, Tensor) else type(x).__name__
+            self._refused[layer] = f"it puts out {what}, not activations [n_sequence, T, d]"
+            return
+        seen, new = self._statistics[layer], StreamStatistics.of(x)
+        self._statistics[layer] = new if seen is None else seen + new
 
     def _seen(self) -> StreamStatistics:
         """That of all layers side by side, on the CPU; a layer that has not been read has counts of 0."""

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed
-from torch import Tensor, nn
-from torch.utils.module_tracker import ModuleTracker
+from torch import Tensor
 
 from normfree.modeling import activation_kernels
 from normfree.modeling.attention import SparkAttention
 from normfree.modeling.decoder import NormfreeForCausalLM
-from normfree.probes.attached import Attached
+from normfree.probes.probe import LayerRow, Probe, read_calls, rows_by_layer
 
 
 @dataclass
@@ -29,7 +29,7 @@ class _Mean:
         self.n += n
 
 
-class SparsityProbe(Attached):
+class SparsityProbe(Probe):
     """Sums over the batches seen while attached, for every layer of one of our models.
 
     It attaches itself when it is made and leaves with :meth:`close` or at the end of a ``with`` block::
@@ -45,21 +45,12 @@ class SparsityProbe(Attached):
     """
 
     def __init__(self, model: NormfreeForCausalLM) -> None:
-        blocks = model.model.blocks
-        self._neurons, self._keys = ([_Mean() for _ in blocks] for _ in range(2))
-        self.has_sparse_attention = any(isinstance(block.attention, SparkAttention) for block in blocks)
-        self._tracker = ModuleTracker()
-        self._attached = ExitStack()
-        for layer, block in enumerate(blocks):
-            hook = block.ffn.down_proj.register_forward_pre_hook(self._neuron_reader(layer))
-            self._attached.callback(hook.remove)
-            if isinstance(block.attention, SparkAttention):
-                hook = block.attention.register_forward_hook(self._key_reader(layer))
-                self._attached.callback(hook.remove)
+        self._blocks = model.model.blocks
+        self.has_sparse_attention = any(isinstance(block.attention, SparkAttention) for block in self._blocks)
+        self.reset()
 
-    def close(self) -> None:
-        """Takes the probe off the model; what it has seen stays."""
-        self._attached.close()
+    def reset(self) -> None:
+        self._neurons, self._keys = ([_Mean() for _ in self._blocks] for _ in range(2))
 
     def active_share(self) -> Tensor:
         """Share of the n_inner neurons that are not zero, over all tokens: float64 [n_layer]; NaN if none was seen."""
@@ -77,10 +68,16 @@ class SparsityProbe(Attached):
         keys = {"attended_keys": self.attended_keys()} if self.has_sparse_attention else {}
         return {"active_share": self.active_share(), **keys}
 
-    def reduce(self) -> None:
-        """Adds up the processes of a distributed run; call it in each of them, once, before reading."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return
+    def layer_rows(self) -> Iterator[LayerRow]:
+        return rows_by_layer(self.by_layer())
+
+    def _attach(self, stack: ExitStack) -> None:
+        for layer, block in enumerate(self._blocks):
+            read_calls(stack, block.ffn.down_proj, partial(self._read_neurons, layer))
+            if isinstance(block.attention, SparkAttention):
+                read_calls(stack, block.attention, partial(self._read_keys, layer))
+
+    def _reduce(self) -> None:
         device = torch.device("cuda") if torch.distributed.get_backend() == "nccl" else torch.device("cpu")
         means = (*self._neurons, *self._keys)
         sums = torch.tensor([[each.total, each.n] for each in means], dtype=torch.float64, device=device)
@@ -88,26 +85,14 @@ class SparsityProbe(Attached):
         for mean, (total, n) in zip(means, sums.tolist(), strict=True):
             mean.total, mean.n = total, int(n)
 
-    def _neuron_reader(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        @torch.no_grad()
-        def read(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            if self._tracker.is_bw:
-                return
-            (neurons,) = inputs
-            self._neurons[layer].add(_count_nonzero(neurons), neurons.numel())
+    def _read_neurons(self, layer: int, inputs: tuple[Tensor], output: Tensor) -> None:
+        (neurons,) = inputs
+        self._neurons[layer].add(_count_nonzero(neurons), neurons.numel())
 
-        return read
-
-    def _key_reader(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...], tuple[Tensor, Tensor]], None]:
-        @torch.no_grad()
-        def read(module: nn.Module, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-            if self._tracker.is_bw:
-                return
-            weights = output[1]
-            total = (weights > 0).sum() + (weights * 0).sum(dtype=torch.float64)
-            self._keys[layer].add(float(total), weights[..., 0].numel())
-
-        return read
+    def _read_keys(self, layer: int, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
+        weights = output[1]
+        total = (weights > 0).sum() + (weights * 0).sum(dtype=torch.float64)
+        self._keys[layer].add(float(total), weights[..., 0].numel())
 
 
 def _means(means: list[_Mean]) -> Tensor:

@@ -48,7 +48,8 @@ from normfree.training.recipe import Recipe
 from normfree.training.records import RunRecords, read_parquet, write_parquet
 from normfree.training.run_folder import RESULTS_FILE, last_checkpoint, step_of
 from normfree.training.sharding import check_sharding
-from normfree.training.telemetry import Telemetry, all_finite
+from normfree.training.telemetry import Telemetry, all_finite, logged_terms, recorded_probes
+from normfree.training.telemetry_callback import TelemetryCallback
 
 log = logging.getLogger(__name__)
 
@@ -227,9 +228,10 @@ def _train(
     tokens_per_step = config.recipe.batch_size * sequence_length
     telemetry = Telemetry(
         records,
-        telemetry_steps=config.recipe.telemetry_steps,
+        recorded_probes(model, objective),
+        every=config.recipe.telemetry_steps,
         tokens_per_step=tokens_per_step,
-        objective=objective,
+        logged=logged_terms(objective),
     )
     halts = config.recipe.on_nonfinite != "record"
     watch = NonfiniteWatch(records, scaled=config.recipe.precision == "fp16") if halts else None
@@ -254,7 +256,7 @@ def _train(
             order.epochs,
             StopWhenTold(),
             *([watch] if watch is not None else []),
-            telemetry,
+            TelemetryCallback(telemetry),
             RecordRewinds(records, rewinds, tokens_per_step),
             *callbacks,
         ],
@@ -274,7 +276,7 @@ def _train(
                 adapters.merge()
             return _measure(trainer, config, data, folder)
     finally:
-        telemetry.detach()
+        telemetry.close()
 
 
 def _batches(config: RunConfig, data: PackedData) -> Batches:
