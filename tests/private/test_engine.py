@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from normfree import NormfreeConfig, NormfreeForCausalLM
-from normfree.private import PROTOCOLS, Cost, Engine, Measurer, Settings, block_cost, block_steps, run_encrypted
-from normfree.private.operations import Operation
-from normfree.private.parties import EngineError
+from normfree_private.environment import Engine
+from normfree_private.measurement import PROTOCOLS, Cost, Measurer, Settings
+from normfree_private.model import block_cost, run_encrypted
+from normfree_private.operations import Operation, block_steps
+from normfree_private.parties import EngineError
 
 pytestmark = pytest.mark.engine
 
@@ -62,7 +64,7 @@ def test_a_whole_model_and_what_is_measured_again(
     measure = measurer(engine, "semi2k", tmp_path)
     relu = Operation("relu", ((4, 4),))
     first = measure.operations([relu])
-    monkeypatch.setattr("normfree.private.measurement.run_programs", pytest.fail)
+    monkeypatch.setattr("normfree_private.measurement.run_programs", pytest.fail)
     assert measure.operations([relu]) == first
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from normfree.errors import InputError
-from normfree.private import find_engine
-from normfree.private.environment import ENGINE_FOLDER
+from normfree_private.environment import ENGINE_FOLDER, find_engine
 
 Command = Callable[..., tuple[int, str, str]]
 

@@ -9,7 +9,7 @@ import pytest
 
 from normfree import NormfreeConfig
 from normfree.errors import InputError
-from normfree.private import GROUPS, alternatives, block_steps, model_steps
+from normfree_private.operations import GROUPS, alternatives, block_steps, model_steps
 
 SIZES: dict[str, Any] = {"n_layer": 3, "n_head": 4, "n_embd": 32, "vocab_size": 50, "n_positions": 16}
 
@@ -100,6 +100,7 @@ def test_shapes_as_text() -> None:
         {"norm_placement": "sandwich"},
         {"qk_norm": "rmsnorm"},
         {"norm_placement": "hybrid"},
+        {"sliding_window": 4},
         {"embedding_multiplier": 2.0},
         {"attn_logit_softcapping": 50.0},
         {"final_logit_softcapping": 30.0},

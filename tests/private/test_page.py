@@ -12,9 +12,10 @@ import pandas as pd
 import pytest
 
 from normfree.data import PackedData
-from normfree.private import Cost, Measurer
-from normfree.private.operations import Operation
 from normfree.training import RunConfig, train
+from normfree_private.costs import measure_private_costs
+from normfree_private.measurement import Cost, Measurer
+from normfree_private.operations import Operation
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -96,6 +97,17 @@ def test_runs_bring_their_perplexity(
     assert "two semi-honest parties and a trusted dealer; online cost only" in text
     assert "messages · one-way delay + 8 · bytes / bandwidth" in text
     assert "here: 8 Mbit/s, 0 ms one way" in text
+
+
+def test_a_notebook_gets_the_tables_of_the_command(normfree: Command, formula: None, tmp_path: Path) -> None:
+    costs = measure_private_costs({"cpu": "cpu"}, sequence_length=16, cache_dir=tmp_path)
+    assert list(costs.frames()) == ["operations", "totals", "blocks", "alternatives"]
+    assert (costs.engine_version, costs.quantization, set(costs.sequence_lengths)) == ("0.9.5", {}, {16})
+    code, out, err = normfree("private-cost", "cpu", "--sequence-length", 16, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    for name, frame in costs.frames().items():
+        assert json.loads(frame.to_json(orient="records", double_precision=9)) == found[name]
 
 
 def test_a_run_is_measured_at_its_own_length_or_another(

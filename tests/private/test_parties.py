@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from normfree.private.parties import EngineError, free_ports, run_parties
+from normfree_private.parties import EngineError, free_ports, run_parties
 
 SLEEPS = "import time; time.sleep(60)"
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('on', flush=True); time.sleep(60)"
@@ -80,7 +80,7 @@ def test_parties_that_take_too_long_are_ended(tmp_path: Path) -> None:
 
 
 def test_a_party_that_ignores_the_request_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("normfree.private.parties._GRACE_SECONDS", 0.1)
+    monkeypatch.setattr("normfree_private.parties._GRACE_SECONDS", 0.1)
     failing = "import pathlib, time\nwhile not pathlib.Path('party-0.out').read_text(): time.sleep(0.01)\nexit(3)"
     monkeypatch.chdir(tmp_path)
     with pytest.raises(EngineError, match="party 1 of 2 failed with exit code 3"):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from normfree.private.profile import RunProfile, parse_profiles
+from normfree_private.profile import RunProfile, parse_profiles
 
 PROFILE = (Path(__file__).parent / "profile-aby3.txt").read_text()
 

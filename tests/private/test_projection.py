@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from normfree.errors import InputError
-from normfree.private import NETWORKS, Network, parse_network
+from normfree_private.projection import NETWORKS, Network, parse_network
 
 
 def test_delay_and_bandwidth_add_up() -> None:

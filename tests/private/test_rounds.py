@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from normfree.private import PROTOCOLS, Engine
-from normfree.private.measurement import Program
-from normfree.private.operations import Operation
-from normfree.private.parties import free_ports, run_parties
-from normfree.private.profile import parse_profiles
+from normfree_private.environment import Engine
+from normfree_private.measurement import PROTOCOLS, Program
+from normfree_private.operations import Operation
+from normfree_private.parties import free_ports, run_parties
+from normfree_private.profile import parse_profiles
 from tests.private.delayed_links import delayed_links
 
 pytestmark = pytest.mark.engine

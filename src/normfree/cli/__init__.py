@@ -4,7 +4,7 @@ Exit codes: 0 done, 1 the run failed or what was checked does not hold, 2 bad in
 Ctrl-C, 143 SIGTERM).
 
 A new command is one file with one function, and its name in ``COMMANDS``; a group of commands is one file with a Typer,
-which is added below them.
+which is added below them. A plug-in adds a command without touching this package (:mod:`normfree.cli.plugins`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from normfree.cli.depth import depth
 from normfree.cli.entropy import entropy
 from normfree.cli.finetune import finetune
 from normfree.cli.interpret import interpret
-from normfree.cli.private_cost import private_cost
+from normfree.cli.plugins import CommandGroup
 from normfree.cli.prune_layers import prune_layers
 from normfree.cli.remove_norm import remove_norm
 from normfree.cli.report import report
@@ -93,13 +93,13 @@ COMMANDS = (
     depth,
     prune_layers,
     to_spark,
-    private_cost,
     report,
     verify,
 )
 
 app = typer.Typer(
     name="normfree",
+    cls=CommandGroup,
     help="What normalization, activation functions and sparsity do to a transformer language model.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,

@@ -16,7 +16,6 @@ from normfree.interpret import direct_logit_attribution, measure_depth, prune_la
 from normfree.interpret.depth.block_calls import record
 from normfree.interpret.patching import PromptPairs, logit_difference, patch_heads
 from normfree.modeling import to_spark
-from normfree.private.export import engine_config
 from normfree.removal import to_stock
 from normfree.removal.midway import Midway, check_removable
 from normfree.removal.schedule import automatic_schedule
@@ -69,12 +68,6 @@ NOT_SPARSE = {
     **dict.fromkeys(("gemma2", "gemma3"), "attention_scale is not defined for attention 'spark'"),
     **dict.fromkeys(WINDOWS, "sliding_window is not defined for attention 'spark'"),
     **dict.fromkeys(("stablelm", "stablelm-parallel", "stablelm-qk"), "leaves a part without a pair of the 2 rotary"),
-}
-NOT_ENCRYPTED = {
-    **dict.fromkeys(("gemma2", "gemma3"), "norm_placement 'sandwich' has no encrypted counterpart"),
-    **dict.fromkeys(WINDOWS, r"sliding_window \d has no encrypted counterpart"),
-    "stablelm-qk": f"{PER_HEAD} has no encrypted counterpart",
-    "olmo2": "norm_placement 'reordered' has no encrypted counterpart",
 }
 
 
@@ -183,15 +176,6 @@ def test_generation_with_a_static_cache(pair: Any, n_beam: int) -> None:
     }
     options |= {"attention_mask": padding_mask("left"), "cache_implementation": "static"}
     assert torch.equal(ours.generate(tokens(), **options), theirs.generate(tokens(), **options))
-
-
-def test_encryption_is_described_or_refused(pair: Any) -> None:
-    name, _, ours = pair
-    if name in NOT_ENCRYPTED:
-        with pytest.raises(InputError, match=NOT_ENCRYPTED[name]):
-            engine_config(ours.config)
-        return
-    assert engine_config(ours.config)["n_layer"] == 3
 
 
 def _with(model: NormfreeForCausalLM, norms: dict[str, Any]) -> Any:

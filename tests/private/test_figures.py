@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 
 from normfree.errors import InputError
-from normfree.report.private_cost import (
+from normfree_private.figures import (
     alternatives_bytes,
     cost_by_operation,
     pareto_front,

@@ -8,9 +8,9 @@ import torch
 
 from normfree.errors import InputError
 from normfree.modeling import NormfreeConfig, NormfreeForCausalLM
-from normfree.private.environment import Engine
-from normfree.private.export import block_weights, engine_config, model_weights, one_hot, public_tables
-from normfree.private.measurement import Cost, Measurer, Program, Settings, run_programs
+from normfree_private.environment import Engine
+from normfree_private.export import block_weights, engine_config, model_weights, one_hot, public_tables
+from normfree_private.measurement import Cost, Measurer, Program, Settings, run_programs
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 ``weights`` maps a name to a secret array: those of a block are ``q_weight`` ... ``down_bias``, and a model has
 ``embedding`` [vocab_size, n_embd], ``positions`` [T, n_embd], ``blocks.0.q_weight`` ..., ``final_gain`` ... and
 ``unembedding`` [n_embd, vocab_size]. Linear maps are [n_in, n_out]. ``config`` is the JSON that
-``normfree.private.export`` writes; ``public`` holds the rotary tables.
+``normfree_private.export`` writes; ``public`` holds the rotary tables.
 """
 
 import jax.numpy as jnp

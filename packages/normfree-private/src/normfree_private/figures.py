@@ -34,8 +34,7 @@ def cost_by_operation(costs: pd.DataFrame) -> Figure:
     """What a party sends for each model, as one bar of operations: megabytes above, messages below; a panel a protocol.
 
     Args:
-        costs: model, protocol, group (of ``normfree.private.GROUPS``), bytes_sent and messages_sent (means over the
-            parties).
+        costs: model, protocol, group (of ``GROUPS``), bytes_sent and messages_sent (means over the parties).
 
     Raises:
         InputError: a column is missing, or a group of a model occurs twice.

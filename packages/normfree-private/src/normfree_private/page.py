@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +11,6 @@ from pathlib import Path
 import pandas as pd
 
 from normfree.files import write_text
-from normfree.private import GROUPS, Network, Settings
 from normfree.report import (
     Block,
     Callout,
@@ -24,121 +22,84 @@ from normfree.report import (
     weights_entry,
     write_report,
 )
-from normfree.report.private_cost import alternatives_bytes, cost_by_operation, perplexity_against_bytes
 from normfree.runner.page import FIGURES_FOLDER, saved_figure
-from normfree.studies.private_cost import group_costs
+from normfree_private.costs import PrivateCosts
+from normfree_private.figures import alternatives_bytes, cost_by_operation, perplexity_against_bytes
+from normfree_private.operations import GROUPS
+from normfree_private.pricing import group_costs
+from normfree_private.projection import Network
 
 _MEGABYTE = 1e6
 _FORMULA = "network seconds = messages · one-way delay + 8 · bytes / bandwidth          (both of one party)"
 
 
-@dataclass(frozen=True)
-class PrivateCosts:
-    """What was measured, as the frames of :mod:`normfree.studies.private_cost`; None for what was not asked for."""
+def write_page(costs: PrivateCosts, folder: Path, *, command: str) -> Path:
+    """Writes CSV files, figures and ``report.html`` into ``folder``; returns the path of the report.
 
-    operations: pd.DataFrame
-    totals: pd.DataFrame
-    blocks: pd.DataFrame
-    alternatives: pd.DataFrame | None = None
-    end_to_end: pd.DataFrame | None = None
-
-    def by_name(self) -> dict[str, pd.DataFrame]:
-        """The frames that there are."""
-        return {name: frame for name, frame in vars(self).items() if frame is not None}
-
-
-def write_private_costs(
-    costs: PrivateCosts,
-    folder: Path,
-    *,
-    settings: Sequence[Settings],
-    networks: Sequence[Network],
-    sequence_lengths: Sequence[int],
-    engine_version: str,
-    command: str,
-    quantized: Mapping[str, str] | None = None,
-) -> None:
-    """Writes CSV files, figures and ``report.html`` into ``folder``.
-
-    The page says how weights were ``quantized``, by model.
+    The page names ``command``, and says how weights were quantized.
     """
-    for name, frame in costs.by_name().items():
+    for name, frame in costs.frames().items():
         write_text(folder / f"{name}.csv", frame.to_csv(index=False, na_rep="nan"))
-    first = settings[0]
+    first = costs.settings[0]
     page = render_report(
         title="What encryption costs: " + ", ".join(dict.fromkeys(costs.totals["model"])),
         lead=_lead(costs.totals),
-        sections=_sections(costs, folder / FIGURES_FOLDER, settings, networks),
+        sections=_sections(costs, folder / FIGURES_FOLDER),
         meta={
             "Made by": f"normfree {version('normfree')}",
-            "Engine": f"SecretFlow SPU {engine_version}, {first.field.upper()}, {first.fraction_bits} fraction bits",
-            "Sequence length": ", ".join(str(each) for each in dict.fromkeys(sequence_lengths)),
+            "Engine": f"SecretFlow SPU {costs.engine_version}, {first.field.upper()}, {first.fraction_bits} fraction "
+            "bits",
+            "Sequence length": ", ".join(str(each) for each in dict.fromkeys(costs.sequence_lengths)),
             "Date": date.today().isoformat(),
             "Command": command,
-            **weights_entry(quantized),
+            **weights_entry(costs.quantization),
         },
     )
-    write_report(folder / "report.html", page)
+    report = folder / "report.html"
+    write_report(report, page)
+    return report
 
 
-def _sections(
-    costs: PrivateCosts, figures: Path, settings: Sequence[Settings], networks: Sequence[Network]
-) -> list[Section]:
-    assumptions = [f"{each.protocol.name}: {each.protocol.assumption}." for each in settings]
-    projections = [f"{network}." for network in networks]
-    found = [
-        Section(
-            "Result",
-            [
-                _totals_table(costs.totals, networks, assumptions + projections),
-                _shares_table(costs.totals, networks),
-                saved_figure(
-                    figures,
-                    "private-operations",
-                    cost_by_operation(group_costs(costs.operations)),
-                    "Megabytes and messages that a party sends, by operation, mean over the parties.",
-                ),
-                *_pareto(costs.totals, figures),
-            ],
+def _sections(costs: PrivateCosts, figures: Path) -> list[Section]:
+    assumptions = [f"{each.protocol.name}: {each.protocol.assumption}." for each in costs.settings]
+    projections = [f"{network}." for network in costs.networks]
+    result = [
+        _totals_table(costs.totals, costs.networks, assumptions + projections),
+        _shares_table(costs.totals, costs.networks),
+        saved_figure(
+            figures,
+            "private-operations",
+            cost_by_operation(group_costs(costs.operations)),
+            "Megabytes and messages that a party sends, by operation, mean over the parties.",
         ),
-        Section("Operations", [_operations_table(costs.operations)]),
+        *_pareto(costs.totals, figures),
     ]
+    found = [Section("Result", result), Section("Operations", [_operations_table(costs.operations)])]
     if costs.alternatives is not None:
-        found.append(
-            Section(
-                "What each norm and activation would cost",
-                [
-                    saved_figure(
-                        figures,
-                        "private-alternatives",
-                        alternatives_bytes(costs.alternatives),
-                        "Megabytes that a party sends for each norm and each activation on the arrays of the first "
-                        "model, whichever it has.",
-                    ),
-                    _alternatives_table(costs.alternatives),
-                ],
-            )
+        figure = saved_figure(
+            figures,
+            "private-alternatives",
+            alternatives_bytes(costs.alternatives),
+            "Megabytes that a party sends for each norm and each activation on the arrays of the first model, "
+            "whichever it has.",
         )
-    found.append(Section("Checks", [_blocks_table(costs.blocks), *_end_to_end(costs.end_to_end)]))
-    found.append(
-        Section(
-            "How to read it",
-            [
-                Code(_FORMULA),
-                Callout(
-                    "Bytes and messages are exact: they repeat from run to run. Seconds over loopback are the median "
-                    "of a few runs on the machine that measured, all parties on it; they tell nothing about a network."
-                ),
-                Paragraph(
-                    "Sharing the weights and the input among the parties, and opening the result, is not counted. The "
-                    "input is the one-hot rows of the tokens, which their owner makes."
-                ),
-            ],
-        )
-    )
-    return found
+        table = _alternatives_table(costs.alternatives)
+        found.append(Section("What each norm and activation would cost", [figure, table]))
+    checks = [_blocks_table(costs.blocks), *_end_to_end(costs.end_to_end)]
+    return [*found, Section("Checks", checks), Section("How to read it", _HOW_TO_READ)]
 
 
+_HOW_TO_READ: list[Block] = [
+    Code(_FORMULA),
+    Callout(
+        "Bytes and messages are exact: they repeat from run to run. Seconds over loopback are the median of a few runs "
+        "on the machine that measured, all parties on it; they tell nothing about a network."
+    ),
+    Paragraph(
+        "Sharing the weights and the input among the parties, and opening the result, is not counted. The input is the "
+        "one-hot rows of the tokens, which their owner makes."
+    ),
+]
 _WHOSE = {"model": "Model", "protocol": "Protocol", "part": "Part"}
 
 

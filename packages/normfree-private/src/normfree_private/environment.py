@@ -6,14 +6,13 @@ import json
 import os
 import subprocess
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
 from normfree.errors import InputError
 
 ENGINE_VERSION = "0.9.5"
 """The version of SPU that costs are measured with; ``engine/requirements.txt`` installs it."""
-ENGINE_FOLDER = Path(str(files("normfree") / "private" / "engine"))
+ENGINE_FOLDER = Path(__file__).parent / "engine"
 PYTHON_VARIABLE = "NORMFREE_ENGINE_PYTHON"
 ENVIRONMENT = ".venv-private"
 _START_SECONDS = 120
@@ -70,6 +69,6 @@ def _python_of_variable() -> Path | None:
 
 
 def _default_python() -> Path:
-    checkout = ENGINE_FOLDER.parents[3]
+    checkout = ENGINE_FOLDER.parents[4]
     here, there = (folder / ENVIRONMENT / "bin" / "python" for folder in (Path.cwd(), checkout))
     return there if there.is_file() and not here.is_file() else here

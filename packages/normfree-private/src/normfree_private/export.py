@@ -17,7 +17,7 @@ from normfree.modeling.attention import SoftmaxAttention
 from normfree.modeling.blocks import Block
 from normfree.modeling.constant_std import ConstantStdNorm
 from normfree.modeling.norms import DynamicTanh
-from normfree.private.operations import NORM_KINDS, check_supported
+from normfree_private.operations import NORM_KINDS, check_supported
 
 Arrays = dict[str, npt.NDArray[np.float32]]
 

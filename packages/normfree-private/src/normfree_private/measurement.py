@@ -16,11 +16,11 @@ import numpy as np
 
 from normfree.errors import InputError, unknown_name
 from normfree.files import write_text
-from normfree.private.environment import ENGINE_FOLDER, Engine
-from normfree.private.export import Arrays
-from normfree.private.operations import Operation
-from normfree.private.parties import EngineError, free_ports, run_parties
-from normfree.private.profile import parse_profiles
+from normfree_private.environment import ENGINE_FOLDER, Engine
+from normfree_private.export import Arrays
+from normfree_private.operations import Operation
+from normfree_private.parties import EngineError, free_ports, run_parties
+from normfree_private.profile import parse_profiles
 
 _BATCH = 8
 """Programs that one set of processes runs: starting them takes longer than most programs."""

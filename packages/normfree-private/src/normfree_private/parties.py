@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from normfree.errors import RunFailedError
+
 _POLL_SECONDS = 0.02
 _GRACE_SECONDS = 5.0
 
 
-class EngineError(RuntimeError):
-    """The engine failed in the middle of a measurement; the message is one line."""
+class EngineError(RunFailedError):
+    """The engine failed during a measurement; the message is one line."""
 
 
 def free_ports(n: int) -> list[int]:

@@ -15,22 +15,15 @@ import torch
 from normfree.data import DataConfig
 from normfree.errors import InputError
 from normfree.modeling import NormfreeConfig, NormfreeForCausalLM
-from normfree.private import (
-    Cost,
-    Measurer,
-    Network,
-    Step,
-    alternatives,
-    block_cost,
-    block_steps,
-    model_steps,
-    run_encrypted,
-)
 from normfree.runner.presets import Preset, load_preset, preset_names
 from normfree.studies.relu_revival import STUDY
 from normfree.training import load_pretrained, load_run_config
 from normfree.training.configuration import read_yaml
 from normfree.training.run_folder import RESULTS_FILE
+from normfree_private.measurement import Cost, Measurer
+from normfree_private.model import block_cost, run_encrypted
+from normfree_private.operations import Step, alternatives, block_steps, model_steps
+from normfree_private.projection import Network
 
 Progress = Callable[[str], None]
 WHOLE_MODEL = "model"
@@ -171,7 +164,7 @@ def run_end_to_end(model: PricedModel, measurers: Iterable[Measurer], *, progres
     """The whole model under encryption on random tokens, a row a protocol.
 
     Returns:
-        The columns of :func:`price_blocks`, and those of :class:`~normfree.private.EncryptedRun`.
+        The columns of :func:`price_blocks`, and those of :class:`~normfree_private.model.EncryptedRun`.
 
     Raises:
         EngineError: the engine failed.
