@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
-from normfree.runner import COLLECTIONS, STUDIES, list_studies, load_preset, preset_names
+from normfree.runner import installed_studies, list_studies, load_preset, preset_names
 
 Normfree = Callable[..., tuple[int, str, str]]
 
@@ -14,7 +14,7 @@ def test_every_study_is_listed_with_what_it_asks(normfree: Normfree) -> None:
     code, out, error = normfree("study", "--list", "--json")
     assert code == 0, error
     listed = json.loads(out)
-    assert [each["study"] for each in listed["studies"]] == [*STUDIES, *COLLECTIONS]
+    assert [each["study"] for each in listed["studies"]] == list(installed_studies())
     assert all(each["asks"] and each["runs"] for each in listed["studies"])
     assert listed["presets"] == {name: load_preset(name).description for name in preset_names()}
 

@@ -6,11 +6,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from normfree.runner import STUDIES, load_preset
+from normfree.runner import Study, installed_studies, load_preset
 
 Command = Callable[..., tuple[int, str, str]]
 pytestmark = pytest.mark.usefixtures("blank_figures")
 PRESET = load_preset("smoke")
+STUDIES = {name: each for name, each in installed_studies().items() if isinstance(each, Study)}
 MEASURED_IN_MINUTES = ("norm-removal", "norm-removal-scaling")
 
 

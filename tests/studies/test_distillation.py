@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from normfree.runner import load_preset, registry
+from normfree.runner import load_preset
 from normfree.runner.study import run_config
 from normfree.studies.distillation import STUDY
 
@@ -75,7 +75,7 @@ def test_a_teacher_that_will_be_missing_is_refused_before_training(
     arguments: tuple[str, ...],
     says: str,
 ) -> None:
-    monkeypatch.setitem(registry.STUDIES, STUDY.name, replace(STUDY, configurations=configurations))
+    monkeypatch.setattr("normfree.studies.distillation.STUDY", replace(STUDY, configurations=configurations))
     code, _, err = normfree("study", STUDY.name, "--preset", preset_file, "--out", "study", *arguments)
     assert code == 2
     assert says in err

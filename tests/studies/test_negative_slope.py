@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from normfree.runner import STUDIES, load_preset
+from normfree.runner import load_preset
 from normfree.runner.study import run_config
 from normfree.studies.negative_slope import LEAKY, STUDY, _lead, what_nan_means
 from normfree.training import Recipe
@@ -30,7 +30,7 @@ def runs(first_nan: dict[int, list[float | None]], collapse: dict[int, list[floa
 
 def test_the_slopes_are_the_papers() -> None:
     preset = load_preset("cpu")
-    configurations = STUDIES["negative-slope"].configurations(preset)
+    configurations = STUDY.configurations(preset)
     assert [each.label for each in configurations] == LABELS
     assert [each.slug for each in configurations] == ["sm-r", "sm-l-0.01", "sm-l-0.05", "sm-l-0.1", "sm-l-0.2"]
     models = [run_config(preset, each, 0).build_model_config(512) for each in configurations]

@@ -113,6 +113,13 @@ CacheDir = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, to standard output.")]
+StudyFile = Annotated[
+    str | None,
+    typer.Option(
+        "--study",
+        help="The file of your own that defines the study, if one does; its code is run.",
+    ),
+]
 Model = Annotated[
     str,
     typer.Argument(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from normfree.cli.options import Json, open_console
+from normfree.cli.options import Json, StudyFile, open_console
 
 if TYPE_CHECKING:
     from normfree.runner import StudyResult
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 def report(
     folder: Annotated[Path, typer.Argument(help="The folder of a study.")],
+    study: StudyFile = None,
     json_: Json = False,
 ) -> None:
     """Write the table, the figures and the report of a study again, from the runs that are finished.
@@ -25,7 +26,7 @@ def report(
     """
     from normfree.runner import load_study
 
-    result = load_study(folder)
+    result = load_study(folder, study)
     result.write_report()
     show_study(result, open_console(json_), json_=json_)
 

@@ -27,7 +27,13 @@ from normfree.processes import check_alone
 
 
 def study(
-    name: Annotated[str | None, typer.Argument(help="The study; --list shows them all.", show_default=False)] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            help="The study; --list shows them all. Or the path of a file of your own that defines one; it is run.",
+            show_default=False,
+        ),
+    ] = None,
     list_: Annotated[
         bool, typer.Option("--list", help="Show every study: what it asks, its presets and runs; then exit.")
     ] = False,
@@ -87,7 +93,7 @@ def study(
 
     Example: normfree study relu-revival --preset cpu --seeds 0,1,2
     """
-    from normfree.runner import COLLECTIONS, DEFAULT_RETRIES, make_executor, run_study, told
+    from normfree.runner import DEFAULT_RETRIES, make_executor, run_study, told
 
     if list_:
         _show_studies(open_console(json_), json_=json_)
@@ -98,8 +104,6 @@ def study(
     if all_ and name != "relu-revival":
         raise InputError(f"--all is for relu-revival, not for {name}; leave it out")
     name = f"{name}-all" if all_ else name
-    if only and name in COLLECTIONS:
-        raise InputError(f"--only is for one study, and {name} is several; name one of them, or leave --only out")
     wanted = changes(set_, tokens=tokens, steps=steps, corpus=corpus, tokenizer=tokenizer)
     chosen_seeds = numbers("--seeds", seeds, "0,1,2") if seeds is not None else None
     chosen_executor = make_executor(executor, nested_assignments("--executor-set", executor_set), workers)

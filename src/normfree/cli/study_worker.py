@@ -8,13 +8,14 @@ from typing import Annotated
 
 import typer
 
-from normfree.cli.options import Json, open_console
+from normfree.cli.options import Json, StudyFile, open_console
 from normfree.errors import RunFailedError
 from normfree.processes import check_alone
 
 
 def study_worker(
     folder: Annotated[Path, typer.Argument(help="The folder of a study that `normfree study` is training.")],
+    study: StudyFile = None,
     json_: Json = False,
 ) -> None:
     """Help with a study, on this machine or on another one with the same file system.
@@ -27,7 +28,7 @@ def study_worker(
     from normfree.runner import help_with, told
 
     check_alone("normfree study-worker", "leave the launcher out, and start it once for each run to be trained at once")
-    failures = help_with(folder, open_console(json_))
+    failures = help_with(folder, open_console(json_), study)
     if json_:
         print(json.dumps({"folder": str(folder), "failures": failures}))
     if failures:

@@ -1,30 +1,35 @@
-"""Studies: named grids of configurations, and what to show of them."""
+"""The machinery of studies: what a study is, how its runs are trained, and how its report is written."""
 
+from normfree.runner.catalog import Found, find_study, installed_studies
 from normfree.runner.collection import Collection, CollectionFolder
 from normfree.runner.execution import DEFAULT_RETRIES, Execution, help_with, told
 from normfree.runner.executors import EXECUTORS, make_executor
 from normfree.runner.listing import list_presets, list_studies
-from normfree.runner.page import StudyPage
+from normfree.runner.opening import begin, open_folder
+from normfree.runner.page import Findings, StudyPage
 from normfree.runner.presets import Preset, load_preset, preset_names
-from normfree.runner.registry import COLLECTIONS, STUDIES, begin, open_folder
 from normfree.runner.result import StudyResult, load_study, run_study
-from normfree.runner.study import Study, StudyFolder
+from normfree.runner.study import Configuration, Measurement, Study, StudyFolder, run_config
 
 __all__ = [
-    "COLLECTIONS",
     "DEFAULT_RETRIES",
     "EXECUTORS",
-    "STUDIES",
     "Collection",
     "CollectionFolder",
+    "Configuration",
     "Execution",
+    "Findings",
+    "Found",
+    "Measurement",
     "Preset",
     "Study",
     "StudyFolder",
     "StudyPage",
     "StudyResult",
     "begin",
+    "find_study",
     "help_with",
+    "installed_studies",
     "list_presets",
     "list_studies",
     "load_preset",
@@ -32,6 +37,7 @@ __all__ = [
     "make_executor",
     "open_folder",
     "preset_names",
+    "run_config",
     "run_study",
     "told",
 ]

@@ -21,7 +21,7 @@ from normfree.report.tables import table_notes
 from normfree.runner.execution import Execution
 from normfree.runner.page import REPORT_FILE, Findings, StudyPage
 from normfree.runner.presets import Preset
-from normfree.runner.study import GENERAL_PRESETS, Study, StudyFolder
+from normfree.runner.study import GENERAL_PRESETS, Study, StudyFolder, check_name
 from normfree.training.configuration import read_yaml
 from normfree.training.run_folder import RESULTS_FILE
 
@@ -55,6 +55,9 @@ class Collection:
     question: str = ""
     presets: tuple[str, ...] = GENERAL_PRESETS
 
+    def __post_init__(self) -> None:
+        check_name(self.name)
+
 
 @dataclass(frozen=True)
 class CollectionFolder:
@@ -63,10 +66,16 @@ class CollectionFolder:
     path: Path
     collection: Collection
     pages: Sequence[StudyPage]
+    study_file: Path | None = None
 
     @classmethod
     def at(
-        cls, path: Path, collection: Collection, preset_name: str, changed: Callable[[Preset], Preset]
+        cls,
+        path: Path,
+        collection: Collection,
+        preset_name: str,
+        changed: Callable[[Preset], Preset],
+        study_file: Path | None = None,
     ) -> CollectionFolder:
         """The folder of this collection at ``path``: the one that is there, or one that :meth:`run` makes.
 
@@ -82,9 +91,12 @@ class CollectionFolder:
                 f"{path} exists and is no collection ({COLLECTION_FILE} is missing); give another with --out"
             )
         members = collection.members(preset_name, changed)
-        folders = [StudyFolder.at(path / each.folder, each.study, each.preset_name, each.preset) for each in members]
+        folders = [
+            StudyFolder.at(path / each.folder, each.study, each.preset_name, each.preset, study_file)
+            for each in members
+        ]
         pages = [StudyPage(each.study, folder) for each, folder in zip(members, folders, strict=True)]
-        return cls(path, collection, pages)
+        return cls(path, collection, pages, study_file)
 
     def run(self, execution: Execution) -> dict[str, str]:
         """Trains every study, one after the other. See
@@ -95,6 +107,7 @@ class CollectionFolder:
         """
         content = {
             "collection": self.collection.name,
+            **({} if self.study_file is None else {"study_file": str(self.study_file)}),
             "members": [page.path.name for page in self.pages],
         }
         if not (self.path / COLLECTION_FILE).exists():

@@ -72,10 +72,12 @@ class Conductor:
         if not chosen:
             return
         names = [uuid.uuid4().hex[:8] for _ in chosen]
-        path = self._work.folder.path.resolve()
-        jobs = self._executor.start(
-            [Task(path, planned.place, name) for planned, name in zip(chosen, names, strict=True)]
-        )
+        folder = self._work.folder
+        tasks = [
+            Task(folder.path.resolve(), planned.place, name, folder.reference)
+            for planned, name in zip(chosen, names, strict=True)
+        ]
+        jobs = self._executor.start(tasks)
         for planned, name, job in zip(chosen, names, jobs, strict=True):
             self._schedule.begin(planned.place)
             self._attempts.append(_Attempt(planned, name, job))

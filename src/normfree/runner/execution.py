@@ -90,8 +90,10 @@ def train_study(study: Study, folder: StudyFolder, execution: Execution) -> dict
     return schedule.failures
 
 
-def help_with(path: Path, console: Console) -> dict[str, str]:
+def help_with(path: Path, console: Console, study: str | Path | None = None) -> dict[str, str]:
     """Trains runs of the study in ``path`` beside the process that began it, until none is left.
+
+    A ``study`` in a user's file has to be named, as for :func:`normfree.runner.load_study`.
 
     Returns:
         As :func:`train_study`; a run that failed here may still be finished elsewhere.
@@ -99,7 +101,7 @@ def help_with(path: Path, console: Console) -> dict[str, str]:
     Raises:
         InputError: nobody is training a study there, or its tokens cannot be had.
     """
-    work = open_work(path)
+    work = open_work(path, study)
     return _train_here(work, console, f"helping with {work.folder.study_name}").failures
 
 

@@ -6,10 +6,10 @@ from contextlib import suppress
 from typing import Any
 
 from normfree.errors import InputError
+from normfree.runner.catalog import installed_studies
 from normfree.runner.collection import Collection
 from normfree.runner.plan import plan_study
 from normfree.runner.presets import Preset, load_preset, preset_names
-from normfree.runner.registry import COLLECTIONS, STUDIES
 from normfree.runner.study import Study
 
 
@@ -18,8 +18,7 @@ def list_studies() -> list[dict[str, Any]]:
 
     Fine-tuned copies that a study makes of a run, as the studies of norm removal do, are no runs of their own.
     """
-    every: dict[str, Study | Collection] = {**STUDIES, **COLLECTIONS}
-    return [{"study": name, "asks": each.question, "runs": _runs(each)} for name, each in every.items()]
+    return [{"study": name, "asks": each.question, "runs": _runs(each)} for name, each in installed_studies().items()]
 
 
 def list_presets() -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -251,7 +252,7 @@ class StudyPage:
             "Device": f"{provenance['device']}, {provenance['cpu_threads']} CPU threads",
             "Versions": ", ".join(f"{name} {version}" for name, version in provenance["versions"].items()),
         }
-        command = f"normfree study {self.study.name} --preset {self.folder.preset_name}"
+        command = f"normfree study {shlex.quote(self.folder.reference)} --preset {self.folder.preset_name}"
         command += f" --seeds {','.join(map(str, seeds))}"
         if len(seeds) == 1:
             limits += " With one seed there is no estimate of the spread between seeds."

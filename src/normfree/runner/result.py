@@ -21,12 +21,13 @@ from normfree.files import DEFAULT_CACHE_DIR, check_output_folder
 from normfree.locks import locked
 from normfree.processes import check_alone
 from normfree.report import formatted, table_notes
-from normfree.runner.collection import CollectionFolder
+from normfree.runner.catalog import find_study
+from normfree.runner.collection import Collection, CollectionFolder
 from normfree.runner.execution import DEFAULT_RETRIES, Execution, told
 from normfree.runner.executors import Executor, make_executor
+from normfree.runner.opening import begin, open_folder
 from normfree.runner.page import FIGURES_FOLDER, REPORT_FILE, StudyPage
 from normfree.runner.presets import Preset, load_preset
-from normfree.runner.registry import COLLECTIONS, begin, open_folder
 from normfree.runner.run_frames import eval_curve_frame, head_entropy_frame, layer_entropy_frame
 from normfree.training.run_folder import RESULTS_FILE
 
@@ -136,19 +137,23 @@ class StudyResult:
         return f"<div>{''.join(parts)}<p>{report}</p></div>"
 
 
-def load_study(path: str | Path) -> StudyResult:
+def load_study(path: str | Path, study: str | Path | None = None) -> StudyResult:
     """The study or collection in a folder that :func:`run_study` or ``normfree study`` has written; only reads.
 
+    If a file of your own defines the study, name it as ``study``: its code is run, and code is never run because a
+    folder names it.
+
     Raises:
-        InputError: there is none, it is damaged, or no run of its baseline is finished.
+        InputError: there is none, it is damaged, or no run of its baseline is finished; or a file defines the study,
+            and it is not given or cannot be used.
     """
-    result = StudyResult(open_folder(Path(path)))
+    result = StudyResult(open_folder(Path(path), study))
     _ = result.table  # a study that has nothing to show is refused here, not at the first attribute
     return result
 
 
 def run_study(
-    name: str,
+    name: str | Path,
     preset: str | Path = "cpu",
     *,
     seeds: Iterable[int] | None = None,
@@ -175,7 +180,8 @@ def run_study(
     installed.
 
     Args:
-        name: the study's or collection's name; a wrong one lists them all.
+        name: the study's or collection's name; a wrong one lists them all. Or the path of a file of your own that
+            defines a study (see :func:`normfree.runner.find_study`); its code is run.
         preset: the size: a preset's name, or a YAML file of the same form.
         seeds: default: the preset's.
         out: the study's folder; default ``studies/NAME-PRESET``.
@@ -187,7 +193,7 @@ def run_study(
         only: labels of the configurations to train, with the baseline; default: all.
         tune_lr: also give each configuration its own learning rate, from a short sweep.
         workers: train so many runs at once, in processes of their own; default: one after the other in this process.
-        executor: who trains in place of them, from :func:`normfree.studies.make_executor`.
+        executor: who trains in place of them, from :func:`normfree.runner.make_executor`.
         retries: how often a run that failed on workers is tried again.
         cache_dir: where tokenized corpora are kept and found again.
         progress: whether to print a line at each evaluation; or the console to show progress on.
@@ -201,8 +207,10 @@ def run_study(
         RunFailedError: runs failed, and without them there is nothing to compare.
     """
     check_alone("a study", "leave the launcher out, and give workers to train several runs at once")
-    if only and name in COLLECTIONS:
-        raise InputError(f"only is for one study, and {name} is several; name one of them, or leave only out")
+    found = find_study(name)
+    name = found.study.name
+    if only and isinstance(found.study, Collection):
+        raise InputError(f"--only is for one study, and {name} is several; name one of them, or leave it out")
     if executor is not None and workers is not None:
         raise InputError("an executor has its own number of workers; give executor or workers, not both")
     wanted = dict(changes or {}) | _options(tokens=tokens, steps=steps, corpus=corpus, tokenizer=tokenizer)
@@ -224,9 +232,9 @@ def run_study(
     def changed(preset: Preset) -> Preset:
         return preset.with_changes(**wanted)
 
-    begin(name, folder, preset_name, changed)  # a folder that is refused is not even locked
+    begin(found, folder, preset_name, changed)  # a folder that is refused is not even locked
     with locked(folder), _undisturbed():
-        begun = begin(name, folder, preset_name, changed)
+        begun = begin(found, folder, preset_name, changed)
         described = load_preset(preset_name).description
         console.print(f"Study {name}, preset {Path(preset_name).stem}: {described}", highlight=False)
         failures = begun.run(execution)

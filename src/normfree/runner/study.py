@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +83,9 @@ class Study:
     question: str = ""
     presets: tuple[str, ...] = GENERAL_PRESETS
 
+    def __post_init__(self) -> None:
+        check_name(self.name)
+
 
 @dataclass(frozen=True)
 class StudyFolder:
@@ -96,12 +99,16 @@ class StudyFolder:
     preset_name: str
     preset: Preset
     corpus_fingerprint: str | None = None
+    study_file: Path | None = None
 
     @classmethod
-    def at(cls, path: Path, study: Study, preset_name: str, preset: Preset) -> StudyFolder:
+    def at(
+        cls, path: Path, study: Study, preset_name: str, preset: Preset, study_file: Path | None = None
+    ) -> StudyFolder:
         """The folder of this study at ``path``: the one that is there, or one that :meth:`claim` can make.
 
         More seeds and tuned learning rates can be added to a study that is there; its sizes cannot change.
+        ``study_file`` is the user's file that defines the study; None for an installed study.
 
         Raises:
             InputError: the folder holds another study, or files that are no study.
@@ -113,10 +120,10 @@ class StudyFolder:
                     f"{path} holds another study ({there.study_name}, preset {there.preset_name}, "
                     "with other options); give another folder with --out, or the same options"
                 )
-            return there
+            return replace(there, study_file=study_file)
         if path.exists() and (not path.is_dir() or not holds_nothing(path)):
             raise InputError(f"{path} exists and is no study folder ({STUDY_FILE} is missing); give another with --out")
-        return cls(path, study.name, preset_name, preset)
+        return cls(path, study.name, preset_name, preset, study_file=study_file)
 
     def prepare_data(self, cache_dir: Path, *, progress: bool) -> PackedData:
         """The study's tokens. A study that is there goes on with those it began with, though the corpus may change.
@@ -130,9 +137,10 @@ class StudyFolder:
 
     def claim(self, data: PackedData) -> None:
         """Writes ``study.yaml``, so that the folder is this study's and its corpus ``data``."""
-        if not (self.path / STUDY_FILE).exists():
+        if not (self.path / STUDY_FILE).exists() or StudyFolder.open(self.path).study_file != self.study_file:
             content = {
                 "study": self.study_name,
+                **({} if self.study_file is None else {"study_file": str(self.study_file)}),
                 "preset": self.preset_name,
                 "corpus_fingerprint": data.fingerprint,
                 **self.preset.model_dump(mode="json", exclude_none=True),
@@ -151,9 +159,16 @@ class StudyFolder:
         content = read_yaml(path / STUDY_FILE)
         try:
             names = [str(content.pop(key)) for key in ("study", "preset", "corpus_fingerprint")]
-            return cls(path, names[0], names[1], Preset.model_validate(content), names[2])
+            file = content.pop("study_file", None)
+            preset = Preset.model_validate(content)
+            return cls(path, names[0], names[1], preset, names[2], None if file is None else Path(str(file)))
         except (KeyError, ValueError) as error:
             raise InputError(f"{path / STUDY_FILE} is damaged ({error}); run the study in another folder") from error
+
+    @property
+    def reference(self) -> str:
+        """The name by which another process finds the study (see :func:`normfree.runner.find_study`)."""
+        return self.study_name if self.study_file is None else f"{self.study_file}:{self.study_name}"
 
     def results(self, group: str) -> list[RunResult]:
         """The finished runs of a group (``runs``, ``sweep``, ``tuned``), in no particular order."""
@@ -200,6 +215,16 @@ def run_config(
 def slug(label: str) -> str:
     """A configuration's label as a folder name; ``*`` by its name, for methods whose names differ in it only."""
     return re.sub(r"[^a-z0-9.-]+", "-", label.lower().replace("*", "-star"))
+
+
+def check_name(name: str) -> None:
+    """A study's name is part of folder names.
+
+    Raises:
+        InputError: it could not be.
+    """
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) is None:
+        raise InputError(f"the name of a study has letters, digits, dots, dashes and underscores only: {name!r}")
 
 
 def _identity(preset: Preset) -> dict[str, Any]:

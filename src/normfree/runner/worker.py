@@ -114,17 +114,18 @@ def write_plan(
     write_text(folder.path / WORKERS_FOLDER / PLAN_FILE, json.dumps(content) + "\n")
 
 
-def open_work(path: Path) -> Work:
+def open_work(path: Path, reference: str | Path | None = None) -> Work:
     """The study in ``path``, which ``normfree study`` has begun and not finished.
+
+    ``reference`` is for a study in a user's file (see :func:`normfree.runner.opening.open_folder`).
 
     Raises:
         InputError: there is no such study, or its tokens cannot be had.
     """
-    # The registry knows the studies, and these know this module.
-    from normfree.runner.registry import open_folder
+    from normfree.runner.opening import open_folder
 
     plan_path = path / WORKERS_FOLDER / PLAN_FILE
-    opened = open_folder(path)
+    opened = open_folder(path, reference)
     study = getattr(opened, "study", None)
     if not isinstance(study, Study):
         raise InputError(f"{path} holds several studies; give the folder of one of them")
@@ -143,8 +144,10 @@ def open_work(path: Path) -> Work:
     return Work(folder, plan, folder.prepare_data(cache_dir, progress=False), measurement)
 
 
-def work_on(path: str, place: str, attempt: str) -> None:
+def work_on(path: str, place: str, attempt: str, reference: str) -> None:
     """One attempt at one run of the study in ``path``, in a process that some engine has started for it.
+
+    The driver gives the ``reference`` by which it found the study (see :func:`~normfree.runner.catalog.find_study`).
 
     Never raises an Exception: what became of the attempt stands in its report. SIGTERM makes the run save itself.
     """
@@ -152,7 +155,7 @@ def work_on(path: str, place: str, attempt: str) -> None:
     reporting = Reporting(folder / WORKERS_FOLDER / place / f"{attempt}.json")
     try:
         with stopping_cleanly():
-            work = open_work(folder)
+            work = open_work(folder, reference)
             planned = next(each for each in work.plan if each.place == place)
             try:
                 work.train(planned, reporting)

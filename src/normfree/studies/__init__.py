@@ -1,5 +1,1 @@
-"""Studies: named grids of configurations, and what to show of them."""
-
-from normfree import runner
-
-__all__ = ["runner"]
+"""The built-in studies: a file each, with its configurations and what its report shows."""

@@ -107,3 +107,4 @@ EVERYTHING: Collection = Collection(
     question="Every table and figure of ReLU's Revival; also: relu-revival --all.",
     presets=COLUMN_PRESETS,
 )
+STUDIES = (FIGURES, TABLE_2, EVERYTHING)

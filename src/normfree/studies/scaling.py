@@ -177,3 +177,4 @@ SCALING: Collection = Collection(
     _describe,
     question="At which widths, depths, context lengths and learning rates does ReLU beat GELU?",
 )
+STUDIES = (SIZES, CONTEXT, SCALING)

@@ -413,3 +413,4 @@ NORMS = Study(
     describe=describe_norms,
     measurement=lambda preset: _MEASUREMENT,
 )
+STUDIES = (STUDY, CURVE, NORMS)

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from normfree.locks import locked
 from normfree.report import save_figure
-from normfree.runner import Execution, begin
+from normfree.runner import Execution, begin, find_study
 from tests.small_study import PRESET
 
 STUDY = "relu-revival"
@@ -48,7 +48,7 @@ def whole(preset_path: Path, cache: Path, tmp_path_factory: pytest.TempPathFacto
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("normfree.runner.page.save_figure", without_drawing)
         with locked(folder):
-            begun = begin(STUDY, folder, str(preset_path), lambda preset: preset)
+            begun = begin(find_study(STUDY), folder, str(preset_path), lambda preset: preset)
             assert begun.run(Execution(Console(stderr=True), cache)) == {}
             begun.write()
     return folder

@@ -69,7 +69,7 @@ def test_every_worker_has_its_own_gpu_and_its_share_of_the_cores(
     monkeypatch.setattr(subprocess, "Popen", NeverEnding)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     executor = LocalExecutor(LocalSettings(gpus=gpus), 8)
-    jobs = executor.start([Task(tmp_path, f"runs/a/seed-{seed}", "x") for seed in range(8)])
+    jobs = executor.start([Task(tmp_path, f"runs/a/seed-{seed}", "x", STUDY) for seed in range(8)])
     environments = [job.process.env for job in jobs]  # type: ignore[attr-defined]
     assert [each.get("CUDA_VISIBLE_DEVICES") for each in environments] == expected
     assert {each["OMP_NUM_THREADS"] for each in environments} == {"4"}

@@ -27,10 +27,11 @@ class Task:
     folder: Path
     place: str
     attempt: str
+    study: str
 
     @property
-    def arguments(self) -> tuple[str, str, str]:
-        return str(self.folder), self.place, self.attempt
+    def arguments(self) -> tuple[str, str, str, str]:
+        return str(self.folder), self.place, self.attempt, self.study
 
 
 class Job(ABC):

@@ -62,7 +62,7 @@ class SlurmJob(Job):
 class SlurmExecutor(Executor):
     """Submits the runs that can begin as one array, and those that become ready later, or failed, as further ones.
 
-    submitit pickles what it submits: here a function of this module and three strings, in files of this very study
+    submitit pickles what it submits: here a function of this module and four strings, in files of this very study
     that only the job just submitted reads. What the jobs return is never read.
     """
 
@@ -144,7 +144,7 @@ def engine(folder: Path) -> submitit.AutoExecutor:
         raise InputError("--executor slurm: srun is not on PATH; give the command where jobs are submitted") from error
 
 
-def work_in_job(folder: str, place: str, attempt: str) -> None:
+def work_in_job(folder: str, place: str, attempt: str, study: str) -> None:
     """What a job runs. submitit has SLURM send SIGUSR2 before the time limit; to a worker that is a SIGTERM."""
     signal.signal(signal.SIGUSR2, lambda *_: signal.raise_signal(signal.SIGTERM))
-    work_on(folder, place, attempt)
+    work_on(folder, place, attempt, study)
