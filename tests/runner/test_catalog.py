@@ -58,9 +58,13 @@ def entries(monkeypatch: pytest.MonkeyPatch) -> list[EntryPoint]:
 
 
 def test_every_module_of_the_package_that_declares_a_study_is_found() -> None:
-    sources = Path(normfree.studies.__file__).parent.glob("*.py")
-    declaring = {path.stem for path in sources if "\nSTUDY" in path.read_text() or "\nSTUDIES" in path.read_text()}
-    assert {"relu_revival", "paper", "spark"} <= declaring
+    root = Path(normfree.studies.__file__).parent
+    declaring = {
+        ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+        for path in root.rglob("*.py")
+        if any(f"\n{name}" in path.read_text() for name in ("STUDY =", "STUDIES ="))
+    }
+    assert {"relu_revival", "paper"} <= declaring
     modules = [sys.modules[f"normfree.studies.{name}"] for name in declaring if find_study("relu-revival")]
     declared = {id(each) for module in modules for each in getattr(module, "STUDIES", [getattr(module, "STUDY", None)])}
     assert {id(each) for each in installed_studies().values()} == declared
@@ -75,16 +79,18 @@ def test_a_package_adds_studies_by_an_entry_point(
     package = file.parent / "their_studies"
     package.mkdir()
     (package / "__init__.py").write_text("")
-    (package / "mine.py").write_text(SOURCE)
+    (package / "mine").mkdir()
+    (package / "mine" / "__init__.py").write_text("")
+    (package / "mine" / "study.py").write_text(SOURCE)
     (package / "two.py").write_text(
         SOURCE.replace("my-study", "b") + "from dataclasses import replace\nSTUDIES = (STUDY, replace(STUDY, name='c'))"
     )
     monkeypatch.syspath_prepend(str(file.parent))
     entries.append(EntryPoint("theirs", "their_studies", catalog.GROUP))
     assert list(installed_studies()) == [*before, "my-study", "b", "c"]
-    entries[:] = [EntryPoint("theirs", "their_studies.mine", catalog.GROUP)]
+    entries[:] = [EntryPoint("theirs", "their_studies.mine.study", catalog.GROUP)]
     assert list(installed_studies()) == [*before, "my-study"]
-    entries[:] = [EntryPoint("theirs", "their_studies.mine:STUDY", catalog.GROUP)]
+    entries[:] = [EntryPoint("theirs", "their_studies.mine.study:STUDY", catalog.GROUP)]
     assert find_study("my-study").study.title == "Mine"
 
 

@@ -2,7 +2,7 @@
 
 An installed package declares where its studies are by an entry point of the group ``normfree.studies``, which names a
 package, a module or a study. A module declares its studies as ``STUDY`` (one) or ``STUDIES`` (several); of a package,
-all modules are searched. A new study in a package that is declared already is therefore one new file.
+all modules and packages in it are searched. A new study in a package that is declared already is therefore one new file.
 """
 
 from __future__ import annotations
@@ -123,17 +123,22 @@ def _declared(found: object, where: str) -> Iterable[AnyStudy]:
     """The studies of a package, a module, or the study that an entry point names itself."""
     if not isinstance(found, ModuleType):
         return _checked([found], where)
-    modules = [found]
-    if hasattr(found, "__path__") and Path(str(found.__file__)).name == PACKAGE_FILE:
-        names = [each.name for each in pkgutil.iter_modules(found.__path__) if not each.name.startswith("_")]
-        modules += [importlib.import_module(f"{found.__name__}.{name}") for name in names]
     declared = [
         study
-        for module in modules
+        for module in _modules(found)
         for study in (*([module.STUDY] if hasattr(module, "STUDY") else []), *getattr(module, "STUDIES", ()))
     ]
     unique = {id(study): study for study in declared}
     return _checked(unique.values(), where)
+
+
+def _modules(found: ModuleType) -> Iterator[ModuleType]:
+    """A module, and of a package all modules and packages in it."""
+    yield found
+    if hasattr(found, "__path__") and Path(str(found.__file__)).name == PACKAGE_FILE:
+        for each in pkgutil.iter_modules(found.__path__):
+            if not each.name.startswith("_"):
+                yield from _modules(importlib.import_module(f"{found.__name__}.{each.name}"))
 
 
 def _checked(declared: Iterable[object], where: str) -> list[AnyStudy]:
