@@ -7,7 +7,7 @@ from triton import compile as compile_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from normfree.entropy import triton_kernels as kernels
+from normfree.entropy import triton_softmax as kernels
 
 H100 = GPUTarget("cuda", 90, 32)
 POINTERS = {

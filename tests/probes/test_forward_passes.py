@@ -20,7 +20,7 @@ from normfree.errors import InputError
 from normfree.probes import EntropyProbe, EntropyRecorder
 
 from .small_models import batch_of, build
-from .test_attention_entropy import entropies_of, expected_of
+from .test_entropy_probe import entropies_of, expected_of
 
 SIZES: dict[str, Any] = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4}
 

@@ -11,7 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from normfree.probes import EntropyProbe
 
 from .small_models import batch_of
-from .test_attention_entropy import entropies_of
+from .test_entropy_probe import entropies_of
 
 SCALED_DOT_PRODUCT_ATTENTION = nn.functional.scaled_dot_product_attention
 N_HEAD = 4

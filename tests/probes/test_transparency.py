@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import AttentionInterface
 
 from normfree.probes import EntropyProbe, measuring
-from normfree.probes.statistics import LayerStatistics
+from normfree.probes.layer_statistics import LayerStatistics
 
 from .small_models import batch_of, build
 

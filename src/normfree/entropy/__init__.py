@@ -1,10 +1,10 @@
 """Exact entropy of attention, in memory linear in the number of keys."""
 
-from normfree.entropy.attention import attention_and_entropy
 from normfree.entropy.distribution import entropy_bands, uniform_entropy_bound
 from normfree.entropy.fused import BACKENDS, attention_entropy, select_backend
-from normfree.entropy.nonfinite import NonFiniteCount, count_nonfinite_scores
+from normfree.entropy.nonfinite_scores import NonFiniteCount, count_nonfinite_scores
 from normfree.entropy.reference import attention_entropy_reference
+from normfree.entropy.with_output import attention_and_entropy
 
 __all__ = [
     "BACKENDS",

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from normfree.entropy import compiled_kernels
-from normfree.entropy.nonfinite import score_bound
+from normfree.entropy.nonfinite_scores import score_bound
 from normfree.entropy.reference import block_products, block_scores, distribution, masked_scores, reference_kernel
 from normfree.entropy.scoring import Scoring, check_sinks, join_sinks, scoring_of, soft_capped
 from normfree.entropy.visibility import Block, Visibility, visibility_of
@@ -270,7 +270,7 @@ def triton_refuses(q: Tensor, k: Tensor, scoring: Scoring, visibility: Visibilit
     """Why the triton kernels cannot take these inputs; None if they can."""
     if find_spec("triton") is None:
         return "needs the package triton, which comes with torch's CUDA wheels"
-    from normfree.entropy.triton import IS_INTERPRETED
+    from normfree.entropy.triton_launch import IS_INTERPRETED
 
     if torch.float64 in (q.dtype, k.dtype):
         return "computes in float32, got float64"
@@ -436,7 +436,7 @@ def _triton(q: Tensor, k: Tensor, scoring: Scoring, visibility: Visibility) -> t
     reason = triton_refuses(q, k, scoring, visibility)
     if reason is not None:
         raise InputError(f"backend 'triton' {reason}; use 'auto' or 'chunked'")
-    from normfree.entropy.triton import TritonEntropy
+    from normfree.entropy.triton_launch import TritonEntropy
 
     result: tuple[Tensor, Tensor] = TritonEntropy.apply(q, k, scoring.scale, visibility)
     return result

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from normfree.entropy import entropy_bands
 from normfree.errors import InputError, unknown_name
-from normfree.probes.attention_entropy import EntropyProbe
+from normfree.probes.entropy_probe import EntropyProbe
 
 Row = dict[str, float]
 

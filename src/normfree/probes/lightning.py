@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
-from normfree.probes.entropy_row import Alerts
-from normfree.probes.probed_steps import ProbedSteps, check_every
+from normfree.probes.probed_steps import ProbesEntropy
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,7 +12,7 @@ except ImportError as missing:
     raise ImportError("Lightning is not installed; install it with: pip install lightning") from missing
 
 
-class EntropyCallback(Callback):
+class EntropyCallback(ProbesEntropy, Callback):
     """Logs the attention entropy of every ``every``-th optimizer step of a Lightning Trainer. ::
 
         from normfree.probes.lightning import EntropyCallback
@@ -29,24 +28,8 @@ class EntropyCallback(Callback):
         InputError: a value of an argument that is not allowed.
     """
 
-    def __init__(
-        self,
-        every: int = 100,
-        *,
-        per_head: bool = True,
-        alert_collapsed: float | None = None,
-        alert_overloaded: float | None = None,
-        on_alert: Literal["warn", "stop"] = "warn",
-    ) -> None:
-        self.every = check_every(every)
-        self._steps = ProbedSteps(per_head=per_head, alerts=Alerts(alert_collapsed, alert_overloaded, on_alert))
-        self._begun_at: int | None = None
-        """``global_step`` before the optimizer step that the latest batches are part of; None: no batch yet."""
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the attention modules: ``entropy/L3`` is of ``layers[3]``. Empty before the first probed step."""
-        return self._steps.layers
+    _begun_at: int | None = None
+    """``global_step`` before the optimizer step that the latest batches are part of; None: no batch yet."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._steps.abandon()
@@ -81,6 +64,3 @@ class EntropyCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._steps.abandon()
-
-    def __repr__(self) -> str:
-        return f"EntropyCallback(every={self.every}, {self._steps})"

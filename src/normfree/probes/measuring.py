@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from normfree.entropy.fused import attention_entropy_and_sink
-from normfree.entropy.nonfinite import NonFiniteCount, count_nonfinite
+from normfree.entropy.nonfinite_scores import NonFiniteCount, count_nonfinite
 from normfree.entropy.reference import read_weights
 from normfree.entropy.visibility import Visibility, visibility_of
 from normfree.probes.interception import SoftmaxCall
-from normfree.probes.packing import EntangledSequencesError, Sequence, packed_sequences
+from normfree.probes.layer_statistics import Queries
 from normfree.probes.padding import UnclearPaddingError, first_own_key, valid_queries
 from normfree.probes.reading import Attention, UnreadableCallError, read_call
+from normfree.probes.sequences import EntangledSequencesError, Sequence, packed_sequences
 from normfree.probes.softmax import count_nonfinite_scores, read_scores, visibility_of_scores
-from normfree.probes.statistics import Queries
 from normfree.probes.watching import Attending
 
 

@@ -9,11 +9,11 @@ from typing import Literal, Self
 from torch import nn
 
 from normfree.errors import InputError
-from normfree.probes.entropy_row import Alerts, Row
-from normfree.probes.probed_steps import ProbedSteps, check_every
+from normfree.probes.entropy_row import Row
+from normfree.probes.probed_steps import ProbesEntropy
 
 
-class EntropyMonitor:
+class EntropyMonitor(ProbesEntropy):
     """The attention entropy of every ``every``-th training step, in a training loop of one's own. ::
 
         monitor = EntropyMonitor(model, every=100)
@@ -56,9 +56,14 @@ class EntropyMonitor:
         alert_overloaded: float | None = None,
         on_alert: Literal["warn", "stop"] = "warn",
     ) -> None:
-        self.every = check_every(every)
+        super().__init__(
+            every,
+            per_head=per_head,
+            alert_collapsed=alert_collapsed,
+            alert_overloaded=alert_overloaded,
+            on_alert=on_alert,
+        )
         self._model: nn.Module | None = model
-        self._steps = ProbedSteps(per_head=per_head, alerts=Alerts(alert_collapsed, alert_overloaded, on_alert))
 
     @contextmanager
     def step(self, step: int) -> Iterator[Row]:
@@ -90,11 +95,6 @@ class EntropyMonitor:
     def should_stop(self) -> bool:
         """True once an alert was raised, with ``on_alert="stop"``."""
         return self._steps.should_stop
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the attention modules: ``entropy/L3`` is of ``layers[3]``. Empty before the first probed step."""
-        return self._steps.layers
 
     def close(self) -> None:
         """Let go of the model."""

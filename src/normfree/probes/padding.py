@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from normfree.entropy.visibility import Visibility
-from normfree.probes.packing import elements_per_row
+from normfree.probes.sequences import elements_per_row
 
 
 class UnclearPaddingError(Exception):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from contextlib import ExitStack
+from typing import Literal
 
 import torch
 from torch import nn
 
 from normfree.errors import InputError
-from normfree.probes.attention_entropy import EntropyProbe
+from normfree.probes.entropy_probe import EntropyProbe
 from normfree.probes.entropy_row import Alerts, Row, entropy_row
 from normfree.probes.training_step import probe_training_step
 
@@ -127,6 +128,34 @@ class ProbedSteps:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if not distributed or torch.distributed.get_rank() == 0:
             warnings.warn(message, stacklevel=2)
+
+
+class ProbesEntropy:
+    """The options of both EntropyCallbacks: every ``every``-th optimizer step is measured.
+
+    Raises:
+        InputError: a value of an argument that is not allowed.
+    """
+
+    def __init__(
+        self,
+        every: int = 100,
+        *,
+        per_head: bool = True,
+        alert_collapsed: float | None = None,
+        alert_overloaded: float | None = None,
+        on_alert: Literal["warn", "stop"] = "warn",
+    ) -> None:
+        self.every = check_every(every)
+        self._steps = ProbedSteps(per_head=per_head, alerts=Alerts(alert_collapsed, alert_overloaded, on_alert))
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the attention modules: ``entropy/L3`` is of ``layers[3]``. Empty before the first probed step."""
+        return self._steps.layers
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(every={self.every}, {self._steps})"
 
 
 def check_every(every: int) -> int:

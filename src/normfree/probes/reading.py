@@ -23,7 +23,7 @@ from transformers.modeling_flash_attention_utils import _is_packed_sequence, pre
 
 from normfree.entropy import attention_entropy
 from normfree.probes.interception import TORCH_SDPA, InterfaceCall
-from normfree.probes.packing import Sequence, sequences_of_lengths
+from normfree.probes.sequences import Sequence, sequences_of_lengths
 
 REFUSED_ARGUMENTS = {
     "cache": "its keys are in a paged cache",

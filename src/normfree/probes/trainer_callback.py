@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 from transformers.trainer_callback import CallbackHandler, TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
-from normfree.probes.entropy_row import Alerts, Row
-from normfree.probes.probed_steps import ProbedSteps, check_every
+from normfree.probes.entropy_row import Row
+from normfree.probes.probed_steps import ProbesEntropy
 
 UNDIVIDED = ("tp_size", "cp_size", "sp_size")
 """Sizes of accelerate's ParallelismConfig that divide the heads or the tokens of a sequence between processes."""
 
 
-class EntropyCallback(TrainerCallback):
+class EntropyCallback(ProbesEntropy, TrainerCallback):
     """Logs the attention entropy of every ``every``-th optimizer step, of any transformers Trainer or TRL trainer. ::
 
         trainer = Trainer(model, args, train_dataset=dataset, callbacks=[EntropyCallback(every=100)])
@@ -44,23 +44,6 @@ class EntropyCallback(TrainerCallback):
     Raises:
         InputError: a value of an argument that is not allowed.
     """
-
-    def __init__(
-        self,
-        every: int = 100,
-        *,
-        per_head: bool = True,
-        alert_collapsed: float | None = None,
-        alert_overloaded: float | None = None,
-        on_alert: Literal["warn", "stop"] = "warn",
-    ) -> None:
-        self.every = check_every(every)
-        self._steps = ProbedSteps(per_head=per_head, alerts=Alerts(alert_collapsed, alert_overloaded, on_alert))
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the attention modules: ``entropy/L3`` is of ``layers[3]``. Empty before the first probed step."""
-        return self._steps.layers
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._steps.abandon()  # a step that an exception has ended, such as one that took too much memory
@@ -97,9 +80,6 @@ class EntropyCallback(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._steps.abandon()
-
-    def __repr__(self) -> str:
-        return f"EntropyCallback(every={self.every}, {self._steps})"
 
 
 def _log(row: Row, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from normfree.errors import InputError
-from normfree.probes.attention_entropy import EntropyProbe
+from normfree.probes.entropy_probe import EntropyProbe
 
 
 @contextmanager

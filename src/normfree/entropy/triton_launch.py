@@ -1,4 +1,4 @@
-"""Entropy on CUDA: what launches the kernels of ``triton_kernels``. Import only where triton can be imported."""
+"""Entropy on CUDA: what launches the kernels of ``triton_softmax``. Import only where triton can be imported."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 from triton.runtime import JITFunction
 
-from normfree.entropy.triton_kernels import forward_kernel, key_gradient_kernel, query_gradient_kernel
+from normfree.entropy.triton_softmax import forward_kernel, key_gradient_kernel, query_gradient_kernel
 from normfree.entropy.visibility import Visibility
 from normfree.errors import InputError
 

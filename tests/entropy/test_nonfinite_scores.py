@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from normfree.entropy import count_nonfinite_scores
-from normfree.entropy.nonfinite import _certified_finite
+from normfree.entropy.nonfinite_scores import _certified_finite
 
 from .numpy_entropy import visible
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from normfree.entropy.fused import BACKENDS
 from normfree.errors import InputError, unknown_name
+from normfree.probes.layer_statistics import LayerStatistics
 from normfree.probes.measuring import Meter
 from normfree.probes.probe import LayerRow, Probe, rows_by_head, rows_by_layer
 from normfree.probes.reading import UnreadableCallError
-from normfree.probes.statistics import LayerStatistics
 from normfree.probes.watching import Attending, AttentionWatch, Row
 
 

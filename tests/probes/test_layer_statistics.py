@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from normfree.entropy import compiled_kernels
-from normfree.probes.statistics import LayerStatistics, Queries
+from normfree.probes.layer_statistics import LayerStatistics, Queries
 
 N_HEAD = 3
 

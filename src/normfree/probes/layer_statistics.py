@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from normfree.entropy import compiled_kernels
-from normfree.entropy.nonfinite import NonFiniteCount
+from normfree.entropy.nonfinite_scores import NonFiniteCount
 
 
 @dataclass(frozen=True)

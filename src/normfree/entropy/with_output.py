@@ -66,7 +66,7 @@ def attention_and_entropy(
 def _in_one_pass(
     q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, visibility: Visibility, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    from normfree.entropy.triton import fused_attention_and_entropy
+    from normfree.entropy.triton_launch import fused_attention_and_entropy
 
     q, k, centre = prepared(q, k, scoring, "triton")
     output, entropy, lse = fused_attention_and_entropy(q, k, v, scoring.scale, visibility)
