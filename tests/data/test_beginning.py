@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from normfree.data import Beginning, DataConfig, load_tokenizer, prepare_data
-from normfree.data.blocks import Cutter, TokenBlocks, write_blocks
+from normfree.data.sequences import Cutter, PackedSequences, write_sequences
 from normfree.errors import InputError
 from normfree.files import sha256
 
@@ -59,7 +59,7 @@ def test_chunks_are_a_beginning_and_consecutive_tokens_of_one_document(name, tmp
     template, beginning = TEMPLATES[name]
     tokenizer = tokenizer_with(template)
     texts = [document(seed) for seed in range(3)] + ["short"]
-    statistics = write_blocks(
+    statistics = write_sequences(
         tmp_path / "a.npy",
         texts,
         tokenizer,
@@ -73,15 +73,15 @@ def test_chunks_are_a_beginning_and_consecutive_tokens_of_one_document(name, tmp
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         expected += [[*beginning, *ids[i : i + n]] for i in range(0, len(ids) - n + 1, n)]
         dropped += len(ids) % n
-    blocks = TokenBlocks(tmp_path / "a.npy", tmp_path / "p.npy")
-    assert blocks.tokens.tolist() == expected
+    sequences = PackedSequences(tmp_path / "a.npy", tmp_path / "p.npy")
+    assert sequences.tokens.tolist() == expected
     assert (statistics.blocks, statistics.tokens) == (len(expected), len(expected) * T)
     assert statistics.dropped_tokens == dropped
-    assert blocks.predicted.tolist() == [[False] * len(beginning) + [True] * n] * len(expected)
-    capped = write_blocks(
+    assert sequences.predicted.tolist() == [[False] * len(beginning) + [True] * n] * len(expected)
+    capped = write_sequences(
         tmp_path / "b.npy", texts, tokenizer, sequence_length=T, beginning=beginning, max_tokens=3 * T + 1
     )
-    assert TokenBlocks(tmp_path / "b.npy").tokens.tolist() == expected[:3]
+    assert PackedSequences(tmp_path / "b.npy").tokens.tolist() == expected[:3]
     assert capped.blocks == 3
 
 
@@ -95,23 +95,23 @@ def test_joined_documents_begin_anew_and_nothing_is_lost(lengths, n, separated, 
     beginning, separator = tuple(range(-n, 0)), 99 if separated else None
     cutter = Cutter(size, beginning)
     documents = [np.arange(1000 * (i + 1), 1000 * (i + 1) + n_tokens) for i, n_tokens in enumerate(lengths)]
-    blocks, predicted = [], []
+    sequences, predicted = [], []
     for i, tokens in enumerate(documents):
         cut = cutter.cut(tokens, np.ones(len(tokens), np.bool_), separator if i else None)
-        blocks += cut.tokens.tolist()
+        sequences += cut.tokens.tolist()
         predicted += cut.predicted.tolist()
     cutter.drop()
     whole = [token for tokens in documents for token in tokens.tolist()]
-    read = [token for block in blocks for token in block if token >= 1000]
+    read = [token for sequence in sequences for token in sequence if token >= 1000]
     assert read == whole[: len(read)]
-    for block, mask in zip(blocks, predicted, strict=True):
-        assert tuple(block[:n]) == beginning
-        assert all(flag == (token >= 0) for token, flag in zip(block, mask, strict=True))
-        starts = [i for i, token in enumerate(block) if token >= 1000 and token % 1000 == 0]
-        assert all(tuple(block[start - n : start]) == beginning for start in starts)
-    if n == 0:  # as without a beginning: one stream cut into blocks
+    for sequence, mask in zip(sequences, predicted, strict=True):
+        assert tuple(sequence[:n]) == beginning
+        assert all(flag == (token >= 0) for token, flag in zip(sequence, mask, strict=True))
+        starts = [i for i, token in enumerate(sequence) if token >= 1000 and token % 1000 == 0]
+        assert all(tuple(sequence[start - n : start]) == beginning for start in starts)
+    if n == 0:  # as without a beginning: one stream cut into sequences
         stream = [t for i, d in enumerate(documents) for t in ([separator] if i and separated else []) + d.tolist()]
-        assert blocks == [stream[i : i + size] for i in range(0, len(stream) - size + 1, size)]
+        assert sequences == [stream[i : i + size] for i in range(0, len(stream) - size + 1, size)]
 
 
 def test_no_room_behind_the_beginning(tmp_path):

@@ -23,13 +23,13 @@ def written(data):
     return {path: path.stat().st_mtime_ns for path in data.folder.rglob("*") if path.is_file()}
 
 
-def test_blocks_hold_the_documents_of_their_split(folder, tmp_path):
-    """Decoding a split's blocks gives the beginnings of its documents, and of no other's."""
+def test_sequences_hold_the_documents_of_their_split(folder, tmp_path):
+    """Decoding a split's sequences gives the beginnings of its documents, and of no other's."""
     config = config_for(folder)
     data = prepare_data(config, tmp_path / "cache")
     corpus = packing.open_corpus(config)
-    for blocks, split, other in ((data.train, "train", "eval"), (data.eval, "eval", "train")):
-        text = data.tokenizer.decode(blocks.tokens.reshape(-1).tolist())
+    for sequences, split, other in ((data.train, "train", "eval"), (data.eval, "eval", "train")):
+        text = data.tokenizer.decode(sequences.tokens.reshape(-1).tolist())
         for each in corpus.documents(split):
             assert each[:200] in text
         for each in corpus.documents(other):
@@ -44,8 +44,8 @@ def test_statistics(folder, tmp_path):
     splits = [statistics["train"], statistics["eval"]]
     assert sum(each["documents"] for each in splits) == 40
     assert sum(each["bytes"] for each in splits) == statistics["corpus"]["bytes"]
-    for blocks, each in zip((data.train, data.eval), splits, strict=True):
-        assert each["tokens"] == blocks.tokens.size == 32 * each["blocks"]
+    for sequences, each in zip((data.train, data.eval), splits, strict=True):
+        assert each["tokens"] == sequences.tokens.size == 32 * each["blocks"]
         assert each["document_tokens"] == each["tokens"] + each["dropped_tokens"]
         assert each["bytes_per_token"] == each["bytes"] / each["document_tokens"]
     assert data.train.tokens.dtype == np.uint16
@@ -79,7 +79,7 @@ def test_caps(folder, tmp_path):
     np.testing.assert_array_equal(capped.eval.tokens, everything.eval.tokens[:10])
 
 
-def test_packed_blocks_are_joined_with_end_of_text(folder, tmp_path):
+def test_packed_sequences_are_joined_with_end_of_text(folder, tmp_path):
     config = config_for(folder, cut="packed")
     data = prepare_data(config, tmp_path / "cache")
     n_documents = data.statistics["train"]["documents"]
@@ -186,7 +186,7 @@ def test_the_record_reads_back_as_the_config(folder, tmp_path):
     }
 
 
-@pytest.mark.parametrize("stage", ["train_tokenizer", "write_blocks"])
+@pytest.mark.parametrize("stage", ["train_tokenizer", "write_sequences"])
 def test_a_build_that_fails_leaves_nothing(folder, tmp_path, monkeypatch, stage):
     def fail(*args, **kwargs):
         raise KeyboardInterrupt
@@ -237,11 +237,11 @@ def test_packing_needs_an_end_of_text_token(folder, tmp_path):
 
 
 @pytest.mark.parametrize(("cut", "needed"), [("chunks", "at least 4096 in one document"), ("packed", "at least")])
-def test_a_corpus_too_small_for_a_block(folder, tmp_path, cut, needed):
+def test_a_corpus_too_small_for_a_sequence(folder, tmp_path, cut, needed):
     n_words = {"chunks": 40, "packed": 1}[cut]
     small = write_documents(tmp_path / "small", {f"{i}.py": document(i, n_words) for i in range(20)})
     config = config_for(small, cut=cut, sequence_length=4096, vocab_size=280)
-    with pytest.raises(InputError, match=rf"train split has \d+ tokens in \d+ documents, one block needs {needed}"):
+    with pytest.raises(InputError, match=rf"train split has \d+ tokens in \d+ documents, one sequence needs {needed}"):
         prepare_data(config, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 

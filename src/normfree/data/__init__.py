@@ -1,11 +1,11 @@
-"""Data: corpus -> tokenizer -> packed, memory-mapped blocks of tokens."""
+"""Data: corpus -> tokenizer -> packed, memory-mapped sequences."""
 
 from normfree.data.beginning import Beginning, natural_rule
-from normfree.data.blocks import SplitStatistics, TokenBlocks
-from normfree.data.configuration import DataConfig
 from normfree.data.corpus import CORPORA, open_corpus
+from normfree.data.data_config import DataConfig
 from normfree.data.documents import Corpus, CorpusStatistics
 from normfree.data.packing import PackedData, load_packed_data, prepare_data, same_data
+from normfree.data.sequences import PackedSequences, SplitStatistics
 from normfree.data.tokenizer import load_tokenizer, train_tokenizer, vocabulary_size
 
 __all__ = [
@@ -15,8 +15,8 @@ __all__ = [
     "CorpusStatistics",
     "DataConfig",
     "PackedData",
+    "PackedSequences",
     "SplitStatistics",
-    "TokenBlocks",
     "load_packed_data",
     "load_tokenizer",
     "natural_rule",

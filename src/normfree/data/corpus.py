@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from normfree.data.configuration import DataConfig
 from normfree.data.corpus_name import check_corpus_name
+from normfree.data.data_config import DataConfig
 from normfree.data.documents import Corpus
 from normfree.data.hub import codeparrot, hub
 from normfree.data.local import directory, installed_python, text_file

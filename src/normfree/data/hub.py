@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from normfree.data.configuration import DataConfig
+from normfree.data.data_config import DataConfig
 from normfree.data.documents import (
     Admission,
     Corpus,

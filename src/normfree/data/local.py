@@ -10,8 +10,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
-from normfree.data.configuration import DataConfig
 from normfree.data.corpus_name import existing_file, split_directory
+from normfree.data.data_config import DataConfig
 from normfree.data.documents import (
     TEXT_COLUMNS,
     Admission,

@@ -1,4 +1,4 @@
-"""From a corpus to a folder of packed token blocks, built once and used again.
+"""From a corpus to a folder of packed sequences of tokens, built once and used again.
 
 ``cache_dir/<fingerprint>/`` holds ``train.npy``, ``eval.npy``, ``tokenizer/`` and ``data.json`` (the config,
 what was kept and dropped, and the size and SHA-256 of every other file). It is built beside its final place
@@ -26,11 +26,11 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from transformers import PreTrainedTokenizerBase
 
 from normfree.data.beginning import Beginning
-from normfree.data.blocks import SplitStatistics, TokenBlocks, write_blocks
-from normfree.data.configuration import DataConfig
 from normfree.data.corpus import open_corpus
+from normfree.data.data_config import DataConfig
 from normfree.data.documents import Corpus, Split
 from normfree.data.pairs import PairCorpus, write_pairs
+from normfree.data.sequences import PackedSequences, SplitStatistics, write_sequences
 from normfree.data.tokenizer import load_tokenizer, train_tokenizer, vocabulary_size
 from normfree.errors import InputError
 from normfree.files import first_difference, sha256
@@ -52,20 +52,20 @@ class PackedData:
 
     statistics:
         ``corpus`` (:class:`~normfree.data.documents.CorpusStatistics`), ``train`` and ``eval``
-        (:class:`~normfree.data.blocks.SplitStatistics` and ``bytes_per_token``) as dictionaries, and
+        (:class:`~normfree.data.sequences.SplitStatistics` and ``bytes_per_token``) as dictionaries, and
         ``vocab_size``; as counted when the folder was built.
     """
 
     folder: Path
     fingerprint: str
-    train: TokenBlocks
-    eval: TokenBlocks
+    train: PackedSequences
+    eval: PackedSequences
     tokenizer: PreTrainedTokenizerBase
     statistics: dict[str, Any]
 
 
 def prepare_data(config: DataConfig, cache_dir: Path, *, progress: bool = False) -> PackedData:
-    """Packed token blocks for ``config``: those in ``cache_dir`` if they are there and whole, else new ones.
+    """Packed sequences for ``config``: those in ``cache_dir`` if they are there and whole, else new ones.
 
     A local corpus is always read through, to know whether it changed. A damaged folder is reported in the log
     and built again.
@@ -76,7 +76,7 @@ def prepare_data(config: DataConfig, cache_dir: Path, *, progress: bool = False)
         progress: Show progress on stderr.
 
     Raises:
-        InputError: a corpus that cannot be opened, has no usable document or too few tokens for one block of
+        InputError: a corpus that cannot be opened, has no usable document or too few tokens for one sequence of
             each split; a tokenizer that cannot be loaded or trained, or has no end-of-text token for
             cut ``packed``.
     """
@@ -138,16 +138,16 @@ def _open(folder: Path) -> PackedData:
     return PackedData(
         folder=folder,
         fingerprint=record["fingerprint"],
-        train=_blocks(folder, "train"),
-        eval=_blocks(folder, "eval"),
+        train=_sequences(folder, "train"),
+        eval=_sequences(folder, "eval"),
         tokenizer=load_tokenizer(str(folder / "tokenizer")),
         statistics=record["statistics"],
     )
 
 
-def _blocks(folder: Path, split: Split) -> TokenBlocks:
+def _sequences(folder: Path, split: Split) -> PackedSequences:
     predicted = folder / f"{split}_predicted.npy"
-    return TokenBlocks(folder / f"{split}.npy", predicted if predicted.exists() else None)
+    return PackedSequences(folder / f"{split}.npy", predicted if predicted.exists() else None)
 
 
 def _fingerprint(config: DataConfig, corpus: Corpus, tokenizer: PreTrainedTokenizerBase | None) -> str:
@@ -196,7 +196,7 @@ def _build(
                 max_tokens=caps[split],
             )
         else:
-            splits[split] = write_blocks(
+            splits[split] = write_sequences(
                 folder / f"{split}.npy",
                 corpus.documents(split),
                 tokenizer,
@@ -249,7 +249,7 @@ def _check_not_empty(split: Split, statistics: SplitStatistics, config: DataConf
     needed = f"at least {T} in one document" if config.cut == "chunks" else f"at least {T}"
     raise InputError(
         f"corpus {config.corpus!r}: the {split} split has {statistics.document_tokens} tokens in "
-        f"{statistics.documents} documents, one block needs {needed}; use a larger corpus, "
+        f"{statistics.documents} documents, one sequence needs {needed}; use a larger corpus, "
         "a smaller sequence_length, or another eval_fraction or seed"
     )
 

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from normfree.data.blocks import Blocks, Cutter, SplitStatistics, token_dtype
-from normfree.data.configuration import DataConfig
 from normfree.data.corpus_name import existing_file
+from normfree.data.data_config import DataConfig
 from normfree.data.documents import Admission, Split
 from normfree.data.local import LocalCorpus
 from normfree.data.records import RECORDS, Record, kind_of, read_records
+from normfree.data.sequences import Cutter, Sequences, SplitStatistics, token_dtype
 from normfree.errors import InputError
 
 FIELDS = ("prompt", "completion")
@@ -68,11 +68,11 @@ def write_pairs(
     beginning: tuple[int, ...] = (),
     max_tokens: int | None = None,
 ) -> SplitStatistics:
-    """Write pairs as blocks of tokens [n, T], and which of them are predicted, bool [n, T].
+    """Write pairs as sequences [n, T], and which of them are predicted, bool [n, T].
 
-    Pair follows pair: the beginning, the prompt, the completion and an end-of-text token, cut wherever a block is full;
-    every block begins with the beginning, and the last remainder is dropped. Completions and their end-of-text tokens
-    are predicted. All pairs are held in memory.
+    Pair follows pair (beginning, prompt, completion, end-of-text token), cut wherever a sequence is full. Every
+    sequence begins with the beginning; the last remainder is dropped. Completions and their end-of-text tokens are
+    predicted. All pairs are held in memory.
 
     Raises:
         InputError: the tokenizer has no end-of-text token.
@@ -81,7 +81,7 @@ def write_pairs(
         raise InputError("the tokenizer has no end-of-text token to end completions with; use another one")
     statistics = SplitStatistics()
     cutter = Cutter(sequence_length, beginning)
-    blocks = [Blocks.empty(sequence_length)]
+    sequences = [Sequences.empty(sequence_length)]
     most = None if max_tokens is None else max_tokens // sequence_length
     for pair in pairs:
         prompt, completion = (_tokens(text, tokenizer) for text in pair)
@@ -89,13 +89,13 @@ def write_pairs(
         statistics.bytes += sum(len(text.encode("utf-8")) for text in pair)
         statistics.document_tokens += len(prompt) + len(completion)
         tokens = np.asarray([*prompt, *completion, tokenizer.eos_token_id], np.int64)
-        blocks.append(cutter.cut(tokens, np.arange(len(tokens)) >= len(prompt)))
-        statistics.blocks += len(blocks[-1].tokens)
+        sequences.append(cutter.cut(tokens, np.arange(len(tokens)) >= len(prompt)))
+        statistics.blocks += len(sequences[-1].tokens)
         if most is not None and statistics.blocks >= most:
             break
     else:
         statistics.dropped_tokens = cutter.drop()
-    tokens, predicted = (np.concatenate(parts)[:most] for parts in zip(*blocks, strict=True))
+    tokens, predicted = (np.concatenate(parts)[:most] for parts in zip(*sequences, strict=True))
     statistics.blocks = len(tokens)
     statistics.tokens = tokens.size
     np.save(path, tokens.astype(token_dtype(tokenizer)))

@@ -20,9 +20,9 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from normfree.data import Beginning, DataConfig, TokenBlocks, load_tokenizer, open_corpus, same_data
+from normfree.data import Beginning, DataConfig, PackedSequences, load_tokenizer, open_corpus, same_data
 from normfree.data.beginning import BeginningRule
-from normfree.data.blocks import write_blocks
+from normfree.data.sequences import write_sequences
 from normfree.entropy import entropy_bands
 from normfree.errors import InputError
 from normfree.files import write_text
@@ -291,7 +291,7 @@ def _corpus_sequences(
     opened = open_corpus(DataConfig.model_validate({"corpus": corpus, "eval_fraction": NEARLY_ALL}))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tokens.npy"
-        write_blocks(
+        write_sequences(
             path,
             opened.documents("eval"),
             tokenizer,
@@ -299,10 +299,10 @@ def _corpus_sequences(
             beginning=beginning.token_ids,
             max_tokens=n_sequences * sequence_length,
         )
-        return _tensor(TokenBlocks(path))
+        return _tensor(PackedSequences(path))
 
 
-def _tensor(blocks: TokenBlocks) -> torch.Tensor:
+def _tensor(blocks: PackedSequences) -> torch.Tensor:
     return torch.from_numpy(np.asarray(blocks.tokens, dtype=np.int64))
 
 

@@ -13,7 +13,7 @@ import torch
 import yaml
 from transformers import PreTrainedModel, TrainerCallback
 
-from normfree.data import PackedData, TokenBlocks
+from normfree.data import PackedData, PackedSequences
 from normfree.errors import InputError
 from normfree.files import folder_written_whole, write_text
 from normfree.modeling import NormfreeForCausalLM
@@ -121,7 +121,7 @@ def remove(
     return RemovalResult(_write_table(losses, tokens, folder), folder / NORM_FREE_FOLDER, stock)
 
 
-def _loss(model: NormfreeForCausalLM, blocks: TokenBlocks) -> float:
+def _loss(model: NormfreeForCausalLM, blocks: PackedSequences) -> float:
     items = blocks.__getitems__(list(range(len(blocks))))
     sequences, labels = (torch.stack([item[name] for item in items]) for name in ("input_ids", "labels"))
     return mean_loss(evaluation_losses(model.eval(), sequences, labels=labels), blocks.n_predicted())

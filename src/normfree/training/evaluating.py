@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, default_data_collator
 from transformers.trainer_utils import EvalLoopOutput
 
-from normfree.data.blocks import TokenBlocks
+from normfree.data.sequences import PackedSequences
 from normfree.probes import EntropyProbe
 from normfree.training.checkpointing import CheckpointingTrainer
 from normfree.training.evaluation import mean_loss, sequence_losses
@@ -40,7 +40,7 @@ class EvaluatingTrainer(CheckpointingTrainer):
         return EvalLoopOutput(losses, None, {f"{metric_key_prefix}_loss": loss}, len(data))
 
     @torch.no_grad()
-    def sequence_losses(self, data: TokenBlocks, probe: EntropyProbe | None = None) -> NDArray[np.float64]:
+    def sequence_losses(self, data: PackedSequences, probe: EntropyProbe | None = None) -> NDArray[np.float64]:
         """The mean loss of each sequence in nats, float64 [n]; NaN where it has nothing to predict.
 
         The processes share the sequences: each is read once, and seen once by ``probe``, which sums up what the model

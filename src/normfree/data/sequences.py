@@ -1,4 +1,4 @@
-"""Blocks of tokens on disk: how documents are cut into them, written, and read back memory-mapped."""
+"""Sequences of tokens on disk: how documents are cut into them, written, and read back memory-mapped."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
@@ -31,7 +31,7 @@ class SplitStatistics:
     blocks, tokens:
         What was written; with ``cut="packed"`` this includes the end-of-text tokens between documents.
     dropped_tokens:
-        Remainders shorter than a block. Whole blocks beyond the cap are not among them, nor, with
+        Remainders shorter than a sequence. Whole sequences beyond the cap are not among them, nor, with
         ``cut="packed"``, anything beyond it.
     """
 
@@ -48,11 +48,11 @@ class SplitStatistics:
         return self.bytes / self.document_tokens if self.document_tokens else float("nan")
 
 
-class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
-    """A memory-mapped ``.npy`` file of tokens, [n_blocks, T], uint16 or uint32, as a map-style data set.
+class PackedSequences(Dataset[dict[str, torch.Tensor]]):
+    """A memory-mapped ``.npy`` file of tokens, [n_sequences, T], uint16 or uint32, as a map-style data set.
 
     An item is ``{"input_ids": int64 [T], "labels": int64 [T]}``, both the same tokens: causal LMs shift the
-    labels themselves. With ``predicted_path``, a file of bool [n_blocks, T], labels of the other tokens are -100.
+    labels themselves. With ``predicted_path``, a file of bool [n_sequences, T], labels of the other tokens are -100.
     Workers get the paths, not the tokens.
     """
 
@@ -64,7 +64,7 @@ class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
 
     @property
     def sequence_length(self) -> int:
-        """T, tokens in a block."""
+        """T, tokens in a sequence."""
         return int(self.tokens.shape[1])
 
     def __len__(self) -> int:
@@ -81,7 +81,7 @@ class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
         return [{"input_ids": ids, "labels": labels} for ids, labels in zip(input_ids, all_labels, strict=True)]
 
     def n_predicted(self) -> NDArray[np.int64]:
-        """Tokens of each block that a causal LM has to predict: all but the first, or those that are marked."""
+        """Tokens of each sequence that a causal LM has to predict: all but the first, or those that are marked."""
         if self.predicted is None:
             return np.full(len(self), self.sequence_length - 1)
         return self.predicted[:, 1:].sum(axis=1, dtype=np.int64)
@@ -90,14 +90,14 @@ class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
         return type(self), (self.path, self.predicted_path)
 
 
-class _BlockWriter:
-    """Writes a .npy file [n_blocks, T] whose length is known only at the end."""
+class _SequenceWriter:
+    """Writes a .npy file [n_sequences, T] whose length is known only at the end."""
 
     def __init__(self, path: Path, sequence_length: int, dtype: np.dtype[Any]) -> None:
         self._file = path.open("wb")
         self._sequence_length = sequence_length
         self._dtype = dtype
-        self._n_blocks = 0
+        self._n_sequences = 0
 
     def __enter__(self) -> Self:
         self._write_header()
@@ -109,10 +109,10 @@ class _BlockWriter:
         self._write_header()
         self._file.close()
 
-    def append(self, blocks: NDArray[Any]) -> None:
-        """Append blocks, [n, T]."""
-        self._file.write(blocks.astype(self._dtype, copy=False).tobytes())
-        self._n_blocks += len(blocks)
+    def append(self, sequences: NDArray[Any]) -> None:
+        """Append sequences, [n, T]."""
+        self._file.write(sequences.astype(self._dtype, copy=False).tobytes())
+        self._n_sequences += len(sequences)
 
     def _write_header(self) -> None:
         np.lib.format.write_array_header_1_0(
@@ -120,25 +120,25 @@ class _BlockWriter:
             {
                 "descr": np.lib.format.dtype_to_descr(self._dtype),
                 "fortran_order": False,
-                "shape": (self._n_blocks, self._sequence_length),
+                "shape": (self._n_sequences, self._sequence_length),
             },
         )
 
 
-class Blocks(NamedTuple):
-    """Whole blocks of tokens, and which of them are predicted, [n, T] each."""
+class Sequences(NamedTuple):
+    """Whole sequences, and which of them are predicted, [n, T] each."""
 
     tokens: NDArray[np.int64]
     predicted: NDArray[np.bool_]
 
     @classmethod
     def empty(cls, sequence_length: int) -> Self:
-        """No block of ``sequence_length`` tokens."""
+        """No sequence of ``sequence_length`` tokens."""
         return cls(np.empty((0, sequence_length), np.int64), np.empty((0, sequence_length), np.bool_))
 
 
 class Cutter:
-    """Cuts documents into blocks of T tokens that all begin with ``beginning``, whose tokens are not predicted.
+    """Cuts documents into sequences of T tokens that all begin with ``beginning``, whose tokens are not predicted.
 
     Document follows document, each with its own beginning, until :meth:`drop` separates them.
     """
@@ -156,11 +156,11 @@ class Cutter:
 
     @property
     def n_left(self) -> int:
-        """Tokens that no block holds yet, a beginning in front of them not counted."""
+        """Tokens that no sequence holds yet, a beginning in front of them not counted."""
         return max(0, len(self._left) - len(self._beginning))
 
-    def cut(self, tokens: NDArray[np.int64], predicted: NDArray[np.bool_], separator: int | None = None) -> Blocks:
-        """The blocks that a document completes; ``separator`` goes in front of it, in the block of the one before."""
+    def cut(self, tokens: NDArray[np.int64], predicted: NDArray[np.bool_], separator: int | None = None) -> Sequences:
+        """The sequences that a document completes; ``separator`` goes before it, at the end of the previous one."""
         T, n = self._T, len(self._beginning)
         before = np.asarray([] if separator is None or (n and not len(self._left)) else [separator], np.int64)
         start = len(self._left) + len(before)
@@ -169,20 +169,20 @@ class Cutter:
         mask = np.concatenate([self._left_predicted, np.ones(len(before), np.bool_), unpredicted, predicted])
         if len(stream) < T:
             self._keep(stream, mask)
-            return Blocks.empty(T)
-        # Of a beginning that the first block cuts through, the second block has the whole.
+            return Sequences.empty(T)
+        # A beginning that the first sequence cuts through is repeated whole in the second.
         again = T if start + n <= T else start + n
         rest, rest_mask = stream[again:], mask[again:]
         n_more = len(rest) // (T - n)
         more, more_mask = rest[: n_more * (T - n)].reshape(-1, T - n), rest_mask[: n_more * (T - n)].reshape(-1, T - n)
-        blocks = np.concatenate([stream[None, :T], self._with_beginning(more)])
+        sequences = np.concatenate([stream[None, :T], self._with_beginning(more)])
         masks = np.concatenate([mask[None, :T], np.hstack([np.tile(unpredicted, (n_more, 1)), more_mask])])
         left = rest[n_more * (T - n) :]
         if len(left):
             self._keep(np.concatenate([self._beginning, left]), np.concatenate([unpredicted, rest_mask[-len(left) :]]))
         else:
             self._keep(left, rest_mask[:0])
-        return Blocks(blocks, masks)
+        return Sequences(sequences, masks)
 
     def drop(self) -> int:
         """Drops what is left; the number of tokens, a beginning in front of them not counted."""
@@ -197,7 +197,7 @@ class Cutter:
         self._left, self._left_predicted = tokens, predicted
 
 
-def write_blocks(
+def write_sequences(
     path: Path,
     documents: Iterable[str],
     tokenizer: PreTrainedTokenizerBase,
@@ -209,14 +209,14 @@ def write_blocks(
     max_tokens: int | None = None,
     report: Callable[[int], object] = lambda _: None,
 ) -> SplitStatistics:
-    """Tokenize documents, cut them into blocks and write these to ``path``.
+    """Tokenize documents, cut them into sequences and write these to ``path``.
 
     Args:
         path: The .npy file to write, uint16 if every token id fits, else uint32.
         documents: Read only as far as ``max_tokens`` needs.
         tokenizer: Adds no special tokens of its own, and takes text that looks like a special token as text.
         sequence_length: T.
-        beginning: The first tokens of each block, and of each document: a block has T - len(beginning) others.
+        beginning: The first tokens of each sequence, and of each document: a sequence has T - len(beginning) others.
         predicted_path: The .npy file to write which tokens are predicted to, bool: those of no beginning.
         separator: None cuts each document apart and drops its remainder (``chunks``). A token id joins the
             documents with that token between them and drops only the last remainder (``packed``).
@@ -224,29 +224,29 @@ def write_blocks(
         report: Called with the number of tokens written so far.
 
     Raises:
-        InputError: the beginning leaves no room in a block.
+        InputError: the beginning leaves no room in a sequence.
     """
     T = sequence_length
     most = None if max_tokens is None else max_tokens // T
     statistics = SplitStatistics()
     cutter = Cutter(T, beginning)
     with contextlib.ExitStack() as stack:
-        writer = stack.enter_context(_BlockWriter(path, T, token_dtype(tokenizer)))
+        writer = stack.enter_context(_SequenceWriter(path, T, token_dtype(tokenizer)))
         masks = None
         if predicted_path is not None:
-            masks = stack.enter_context(_BlockWriter(predicted_path, T, np.dtype(np.bool_)))
+            masks = stack.enter_context(_SequenceWriter(predicted_path, T, np.dtype(np.bool_)))
         for n_bytes, ids in _tokenize(documents, tokenizer):
             tokens = np.asarray(ids, np.int64)
             between = separator if statistics.documents else None
             statistics.documents += 1
             statistics.bytes += n_bytes
             statistics.document_tokens += len(ids)
-            blocks = cutter.cut(tokens, np.ones(len(tokens), np.bool_), between)
+            sequences = cutter.cut(tokens, np.ones(len(tokens), np.bool_), between)
             taken = slice(None if most is None else most - statistics.blocks)
-            writer.append(blocks.tokens[taken])
+            writer.append(sequences.tokens[taken])
             if masks is not None:
-                masks.append(blocks.predicted[taken])
-            statistics.blocks += len(blocks.tokens[taken])
+                masks.append(sequences.predicted[taken])
+            statistics.blocks += len(sequences.tokens[taken])
             if separator is None:
                 statistics.dropped_tokens += cutter.drop()
             report(statistics.blocks * T)

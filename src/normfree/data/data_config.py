@@ -1,4 +1,4 @@
-"""What a prepared corpus is made of: every choice between the documents and the blocks of tokens."""
+"""What a prepared corpus is made of: every choice between the documents and the sequences."""
 
 from typing import Any, Literal, Self
 
@@ -22,7 +22,7 @@ SMALLEST_TRAINED_VOCABULARY = 257
 
 
 class DataConfig(BaseModel):
-    """A corpus, a tokenizer, and how the tokens are cut into blocks.
+    """A corpus, a tokenizer, and how the tokens are cut into sequences.
 
     corpus:
         ``installed-python``, ``directory:PATH[:GLOB]``, ``file:PATH``, ``pairs:PATH``, ``codeparrot`` or
@@ -34,17 +34,17 @@ class DataConfig(BaseModel):
     vocab_size:
         Vocabulary of the tokenizer to train, end-of-text token included. Only for ``tokenizer="train"``.
     sequence_length:
-        T, tokens in a block.
+        T, tokens in a sequence.
     beginning:
         What every sequence and every document begins with: ``none`` (text only), ``tokenizer`` (the special tokens
         that the tokenizer puts before a text) or ``bos_token`` (the same, and where it puts none its
         beginning-of-text token). They count among the T tokens and are not predicted.
     cut:
-        ``chunks``: each document is cut into blocks of its own and its shorter remainder is dropped (ReLU's
+        ``chunks``: each document is cut into sequences of its own and its shorter remainder is dropped (ReLU's
         Revival and the Hugging Face course). ``packed``: documents are joined with the end-of-text token
         between them, and only the last remainder is dropped.
     train_tokens, eval_tokens:
-        Upper bounds on the tokens of a split, rounded down to whole blocks. None takes the whole split.
+        Upper bounds on the tokens of a split, rounded down to whole sequences. None takes the whole split.
     eval_fraction:
         Probability with which a document belongs to the eval split. Not used by hub data sets that come with
         a validation split.
@@ -88,7 +88,7 @@ class DataConfig(BaseModel):
         for name, cap in (("train_tokens", self.train_tokens), ("eval_tokens", self.eval_tokens)):
             if cap is not None and cap < self.sequence_length:
                 raise ValueError(
-                    f"{name} is {cap}, less than one block of sequence_length {self.sequence_length}; "
+                    f"{name} is {cap}, less than one sequence of {self.sequence_length} tokens; "
                     f"set {name} to at least {self.sequence_length}"
                 )
         return self

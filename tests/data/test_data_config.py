@@ -9,8 +9,8 @@ from normfree.data import DataConfig
     [
         ({"sequence_lenght": 64}, "Extra inputs"),
         ({"tokenizer": "gpt2", "vocab_size": 4096}, "brings its own vocabulary"),
-        ({"train_tokens": 127}, "train_tokens is 127, less than one block"),
-        ({"eval_tokens": 100, "sequence_length": 101}, "eval_tokens is 100, less than one block"),
+        ({"train_tokens": 127}, "train_tokens is 127, less than one sequence"),
+        ({"eval_tokens": 100, "sequence_length": 101}, "eval_tokens is 100, less than one sequence"),
         ({"vocab_size": 256}, "greater than or equal to 257"),
         ({"cut": "sliding"}, "'chunks' or 'packed'"),
         ({"eval_fraction": 0.0}, "greater than 0"),
