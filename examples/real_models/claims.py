@@ -67,14 +67,14 @@ def _first_token(model: Measured) -> tuple[str, str]:
 
 def _attribution(model: Measured) -> tuple[str, str]:
     if model.interpretation is None:
-        return REFUSED, "its norms stand on what is written into the stream"
+        return REFUSED, "its norms act on what is written into the stream"
     error = model.interpretation["attribution_nmae"]
     return _verdict(error > 0.1, f"median error over the heads {error:.0%}")
 
 
 def _confidence(model: Measured) -> tuple[str, str]:
     if model.interpretation is None:
-        return REFUSED, "its norms stand on what is written into the stream"
+        return REFUSED, "its norms act on what is written into the stream"
     share = model.interpretation["norm_mediated_share"]
     return _verdict(share > 0.2, f"{share:.0%} of their effect goes through the final norm's std")
 
