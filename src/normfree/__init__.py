@@ -50,7 +50,7 @@ _ROOMS = {
     "to_stock": "removal",
 }
 __all__ = [*_ROOMS]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if not TYPE_CHECKING:  # to a type checker, a name that is not imported above is an error
 
