@@ -1,12 +1,17 @@
-"""The pinned versions agree with pyproject.toml: ``make lock`` ran after the last change of dependencies."""
+"""What the repository says of itself in several places is the same: versions, bounds, pins, and the matrix of CI.
+
+``make lock`` writes the pinned versions.
+"""
 
 from __future__ import annotations
 
 import re
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -73,3 +78,36 @@ def test_the_changelog_has_the_version() -> None:
     assert newest is not None
     assert newest.group(1) in ("Unreleased", normfree.__version__)
     assert f"\nversion: {normfree.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_hooks_are_the_versions_that_make_check_uses() -> None:
+    locked = pinned("locked.txt")
+    hooks = [hook for repo in loaded(".pre-commit-config.yaml")["repos"] for hook in repo["hooks"]]
+    for line in {line for hook in hooks for line in hook.get("additional_dependencies", [])}:
+        requirement = Requirement(line)
+        (specifier,) = requirement.specifier
+        assert specifier.operator == "==", line
+        if requirement.name in locked:
+            assert [Version(specifier.version)] == locked[requirement.name], line
+
+
+def test_ci_runs_each_python_and_both_ends_of_the_range_of_torch() -> None:
+    matrix = loaded(".github/workflows/tests.yml")["jobs"]["test"]["strategy"]["matrix"]
+    classified = [match[1] for each in PROJECT["classifiers"] if (match := re.search(r"Python :: (3\.\d+)$", each))]
+    assert matrix["python"] == classified
+    (torch,) = (each for each in RUNTIME if each.name == "torch")
+    assert [Version(each) for each in matrix["torch"]] == [lowest(torch), *pinned("locked.txt")["torch"]]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github").rglob("*.yml")), ids=lambda path: path.name)
+def test_jobs_run_targets_of_the_makefile(path: Path) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    jobs = loaded(str(path.relative_to(ROOT))).get("jobs", {})
+    commands = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    assert {command.split()[1] for command in commands if command.startswith("make ")} <= targets
+
+
+def loaded(path: str) -> dict[str, Any]:
+    content = yaml.safe_load((ROOT / path).read_text(encoding="utf-8"))
+    assert isinstance(content, dict)
+    return content
