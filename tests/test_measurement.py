@@ -2,7 +2,6 @@
 
 import re
 from html.parser import HTMLParser
-from typing import Any
 
 import datasets
 import numpy as np
@@ -12,88 +11,24 @@ import torch
 from matplotlib.figure import Figure
 from peft import LoraConfig, get_peft_model
 from transformers import (
-    BertConfig,
-    BertLMHeadModel,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
 )
 
 import normfree
-from normfree.data import train_tokenizer
 from normfree.errors import InputError
 from normfree.training import load_pretrained
 from tests.data.made_up import document
+from tests.measured_models import TOKENS, VOCABULARY, build, tokenizer_of
 
-VOCABULARY = 300
-TOKENS: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0}
 TEXTS = ["def f(x):\n    return x", "x", "import numpy as np\n\nvalues = [1, 2, 3]\n", "for value in values:"]
-SIZES: dict[str, Any] = {
-    "num_attention_heads": 4,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "vocab_size": VOCABULARY,
-    "initializer_range": 0.5,
-}
-MODELS = {
-    "gpt2": lambda: GPT2LMHeadModel(
-        GPT2Config(
-            n_layer=2, n_head=2, n_embd=16, vocab_size=VOCABULARY, n_positions=64, initializer_range=0.5, **TOKENS
-        )
-    ),
-    "llama": lambda: LlamaForCausalLM(
-        LlamaConfig(
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            hidden_size=32,
-            intermediate_size=32,
-            vocab_size=VOCABULARY,
-            max_position_embeddings=64,
-            initializer_range=0.5,
-            **TOKENS,
-        )
-    ),
-    "normfree": lambda: normfree.NormfreeForCausalLM(
-        normfree.NormfreeConfig(
-            n_layer=2, n_head=2, n_embd=16, vocab_size=VOCABULARY, n_positions=64, initializer_range=0.5, **TOKENS
-        )
-    ),
-}
-
-
-WITH_OTHER_MASKS = {
-    "bidirectional": lambda: BertLMHeadModel(BertConfig(**SIZES, num_hidden_layers=2, **TOKENS)),
-    "windows": lambda: MistralForCausalLM(
-        MistralConfig(**SIZES, num_key_value_heads=2, num_hidden_layers=2, sliding_window=4, **TOKENS)
-    ),
-    "two kinds": lambda: Gemma3ForCausalLM(
-        Gemma3TextConfig(
-            **SIZES,
-            head_dim=8,
-            num_key_value_heads=2,
-            num_hidden_layers=2,
-            layer_types=["sliding_attention", "full_attention"],
-            sliding_window=4,
-            **TOKENS,
-        )
-    ),
-}
-
-
-def build(name):
-    torch.manual_seed(0)
-    return (MODELS | WITH_OTHER_MASKS)[name]()
+MODELS = ("gpt2", "llama", "normfree")
+WITH_OTHER_MASKS = ("bidirectional", "windows", "two kinds")
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer((document(seed) for seed in range(40)), VOCABULARY)
+    return tokenizer_of()
 
 
 @pytest.fixture
@@ -259,7 +194,7 @@ def test_the_model_and_random_numbers_are_left_as_they_were():
 
 
 def test_dropout_of_a_training_model_is_not_measured():
-    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=VOCABULARY, embd_pdrop=0.9, **TOKENS))
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, embd_pdrop=0.9, **TOKENS))
     same(normfree.measure(model.train(), [[1, 2, 3]]), normfree.measure(model.eval(), [[1, 2, 3]]))
 
 
@@ -329,7 +264,7 @@ def test_what_a_notebook_shows_is_a_heatmap_and_a_table_with_names_escaped():
 
 
 def test_a_deep_model_has_a_short_table():
-    config = GPT2Config(n_layer=30, n_head=1, n_embd=4, vocab_size=VOCABULARY, **TOKENS)
+    config = GPT2Config(n_layer=30, n_head=1, n_embd=4, **TOKENS)
     page = parsed(normfree.measure(GPT2LMHeadModel(config), [[1, 2, 3]])._repr_html_())
     assert sum(tag == "tr" for tag, _ in page.seen) == 1 + 12 + 1
 
@@ -404,7 +339,7 @@ def test_bad_strings_tokenizers_and_models(tokenizer):
         normfree.measure({}, "text")
     with pytest.raises(InputError, match="contains no transformers model"):
         normfree.measure(torch.nn.Linear(2, 2), [[1]])
-    large = train_tokenizer((document(seed) for seed in range(40)), 320)
+    large = tokenizer_of(320)
     with pytest.raises(InputError, match="token"):
         normfree.measure(model, "text", large)
 
