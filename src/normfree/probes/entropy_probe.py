@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from normfree.entropy.fused import BACKENDS
 from normfree.errors import InputError, unknown_name
+from normfree.probes.attention_probe import AttentionProbe
 from normfree.probes.layer_statistics import LayerStatistics
-from normfree.probes.measuring import Meter
-from normfree.probes.probe import LayerRow, Probe, rows_by_head, rows_by_layer
-from normfree.probes.reading import UnreadableCallError
-from normfree.probes.watching import Attending, AttentionWatch, Row
+from normfree.probes.measuring import measure
+from normfree.probes.probe import LayerRow, rows_by_head, rows_by_layer
+from normfree.probes.watching import Attending, Row
 
 
-class EntropyProbe(Probe):
+class EntropyProbe(AttentionProbe[LayerStatistics]):
     """Context manager: while active, every forward pass of ``model`` adds to statistics of its attention.
 
     Entropies are those of ReLU's Revival, Eq. 8, without its ε: in nats, the mean over the queries of all
@@ -71,11 +69,10 @@ class EntropyProbe(Probe):
     def __init__(self, model: nn.Module, *, count_nonfinite: bool = False, backend: str = "auto") -> None:
         if backend != "auto" and backend not in BACKENDS:
             raise unknown_name("entropy backend", backend, ["auto", *BACKENDS])
+        super().__init__(model)
         self._model_name = type(model).__name__
-        self._watch = AttentionWatch(model, self._read)
+        self._backend = backend
         self._count_nonfinite = count_nonfinite
-        self._meter = Meter(backend, count_nonfinite=count_nonfinite)
-        self.reset()
 
     def __repr__(self) -> str:
         """Model, state, and how much has been seen."""
@@ -84,27 +81,6 @@ class EntropyProbe(Probe):
         state = "active" if self._attached is not None else "not active"
         refused = f", {unreadable} unreadable" if unreadable else ""
         return f"EntropyProbe({self._model_name}: {state}, {n_queries:,} queries in {read} layers{refused})"
-
-    def reset(self) -> None:
-        """Forget everything seen."""
-        self._watch.reset()
-        self._statistics: dict[Row, LayerStatistics] = {}
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """The names of the attentions: the first dim of every result."""
-        return tuple(self._watch.name(row) for row in self._watch.rows)
-
-    @property
-    def unreadable(self) -> dict[str, str]:
-        """The attentions that could not be read since the last ``reset``, and why."""
-        reasons = {}
-        for row in self._watch.rows:
-            if row in self._watch.refused:
-                reasons[self._watch.name(row)] = self._watch.refused[row]
-            elif row not in self._statistics:
-                reasons[self._watch.name(row)] = self._watch.why_unseen(row)
-        return reasons
 
     @property
     def interrupted(self) -> int:
@@ -190,39 +166,29 @@ class EntropyProbe(Probe):
             nan, inf = self.nonfinite()
             yield from rows_by_layer({"scores_nan_count": nan.sum(dim=1), "scores_inf_count": inf.sum(dim=1)})
 
-    def _attach(self, stack: ExitStack) -> None:
-        stack.callback(self._meter.forget_mask)
-        stack.enter_context(self._watch.watch())
-
-    def _reduce(self) -> None:
-        sizes = {row: (layer.n_head, layer.n_position) for row, layer in self._statistics.items()}
-        found: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(found, (sizes, self._watch.refused))
-        for _, refused in found:
-            self._watch.refused |= refused
-        self._watch.add({row for sizes, refused in found for row in (*sizes, *refused)})
-        for row in self._watch.rows:
-            of_all = [sizes[row] for sizes, _ in found if row in sizes]
-            if not of_all or row in self._watch.refused:
-                continue
-            n_head, n_position = (max(each) for each in zip(*of_all, strict=True))
-            device = next((each.device for each in self._watch.module(row).parameters()), torch.device("cpu"))
-            layer = self._statistics.setdefault(row, LayerStatistics.zeros(n_head, n_position, device))
-            layer.grow(n_position)
-            layer.all_reduce()
-
     def _read(self, row: Row, attending: Attending) -> None:
-        with torch.inference_mode(False), torch.no_grad():
-            for queries, entropy, sink_share, nonfinite in self._meter.measure(attending):
-                n_head, n_position = entropy.shape[1], queries.start + entropy.shape[2]
-                if row not in self._statistics:
-                    self._statistics[row] = LayerStatistics.zeros(n_head, n_position, entropy.device)
-                layer = self._statistics[row]
-                if layer.n_head != n_head:
-                    raise UnreadableCallError(f"it had {layer.n_head} heads in one call and {n_head} in another")
-                layer.add(queries, entropy, sink_share)
-                if nonfinite is not None:
-                    layer.add_nonfinite(nonfinite)
+        parts = self._parts.of(attending)
+        for queries, entropy, sink_share, nonfinite in measure(parts, self._backend, self._count_nonfinite):
+            n_head, n_position = entropy.shape[1], queries.start + entropy.shape[2]
+            if row not in self._seen:
+                self._seen[row] = LayerStatistics.zeros(n_head, n_position, entropy.device)
+            layer = self._seen[row]
+            self._check_heads(layer, n_head)
+            layer.add(queries, entropy, sink_share)
+            if nonfinite is not None:
+                layer.add_nonfinite(nonfinite)
+
+    def _shape(self, seen: LayerStatistics) -> tuple[int, ...]:
+        return seen.n_head, seen.n_position
+
+    def _reduce_layer(
+        self, seen: LayerStatistics | None, shape: tuple[int, ...], device: torch.device
+    ) -> LayerStatistics:
+        n_head, n_position = shape
+        layer = seen or LayerStatistics.zeros(n_head, n_position, device)
+        layer.grow(n_position)
+        layer.all_reduce()
+        return layer
 
     def _mean_entropy(self) -> Tensor:
         mean = self._stack(lambda layer: layer.entropy.sum(-1)) / self.rows()
@@ -230,18 +196,3 @@ class EntropyProbe(Probe):
 
     def _mean_bound(self) -> Tensor:
         return self._stack(lambda layer: layer.bound.sum(-1)) / self.rows()
-
-    def _readable(self) -> dict[Row, LayerStatistics]:
-        return {row: each for row, each in self._statistics.items() if row not in self._watch.refused}
-
-    def _stack(self, result: Callable[[LayerStatistics], Tensor], empty: float = torch.nan) -> Tensor:
-        """One result a layer, stacked on the CPU; layers that were not read are filled with ``empty``."""
-        results = {row: result(layer).cpu() for row, layer in self._readable().items()}
-        if not results:
-            reasons = "; ".join(sorted(set(self.unreadable.values())))
-            raise InputError(f"no attention layer of the model has been read: {reasons}")
-        shapes = {each.shape for each in results.values()}
-        if len(shapes) > 1:
-            raise InputError("the layers of this model differ in their number of heads: no common table of heads")
-        missing = torch.full_like(next(iter(results.values())), empty)
-        return torch.stack([results.get(row, missing) for row in self._watch.rows])

@@ -1,8 +1,8 @@
-"""From an attention that was computed to the entropy of its queries, sequence by sequence."""
+"""From an attention that was computed to its sequences, and to the entropy of their queries."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -33,8 +33,21 @@ class Measured(NamedTuple):
     nonfinite: NonFiniteCount | None
 
 
-class _Part(NamedTuple):
-    """The queries of one sequence of a packed row, or of all rows."""
+class Part(NamedTuple):
+    """The queries of one sequence of a packed row, or of all rows, and what their softmax is computed from.
+
+    attention: their queries and keys, with the bias in ``visibility``; None where the module made its own scores.
+    scores: these, [batch, n_head, n_query, n_key], which entered its softmax.
+    """
+
+    queries: Queries
+    visibility: Visibility
+    attention: Attention | None
+    scores: Tensor | None
+
+
+class _Masked(NamedTuple):
+    """What a mask says of one sequence of a packed row, or of all rows."""
 
     sequence: Sequence | None
     visibility: Visibility
@@ -50,7 +63,7 @@ class _KnownMask:
     mask: Tensor | None
     version: int
     kind: tuple[Any, ...]
-    parts: tuple[_Part, ...]
+    masked: tuple[_Masked, ...]
 
     def is_same(self, mask: Tensor | None, kind: tuple[Any, ...]) -> bool:
         if self.kind != kind:
@@ -60,113 +73,122 @@ class _KnownMask:
         return self.mask.is_set_to(mask) and self.version == mask._version
 
 
-class Meter:
-    """Measures attentions; a model gives its layers one mask, which is looked at once."""
+class Parts:
+    """Takes attentions apart; a model gives its layers one mask, which is looked at once."""
 
-    def __init__(self, backend: str, *, count_nonfinite: bool) -> None:
-        self._backend = backend
-        self._count_nonfinite = count_nonfinite
+    def __init__(self) -> None:
         self._mask: _KnownMask | None = None
 
     def forget_mask(self) -> None:
         self._mask = None
 
-    def measure(self, attending: Attending) -> Iterator[Measured]:
+    def of(self, attending: Attending) -> Iterator[Part]:
         """One item for each sequence of a packed row, or one for all rows.
 
         Raises:
             UnreadableCallError, InputError: with the reason.
         """
         if isinstance(attending.call, SoftmaxCall):
-            yield from self._measure_scores(attending.call.scores, attending)
+            yield from _scored_parts(attending.call.scores, attending)
             return
         attention = read_call(attending.call)
         start = _start(attending, attention.q.shape[2], attention.k.shape[2])
-        for part in self._parts(attention, attending.module, start):
-            yield self._measure_part(attention, part)
+        for sequence, visibility, queries in self._masked(attention, attending.module, start):
+            of_sequence = part_of(attention, sequence)
+            if of_sequence.bias is not None:
+                allowed = visibility.allowed
+                visibility = visibility.with_bias(of_sequence.bias)
+                if visibility.allowed is not allowed:
+                    queries = replace(queries, counts=visibility.counts + (attention.sinks is not None))
+            yield Part(queries, visibility, of_sequence, None)
 
-    def _measure_scores(self, scores: Tensor, attending: Attending) -> Iterator[Measured]:
-        start = _start(attending, *scores.shape[2:])
-        visibility = visibility_of_scores(scores)
-        valid = _valid(visibility, start, attending.module)
-        assert visibility.allowed is not None
-        # no padding is the first key of its row
-        visibility = replace(visibility, allowed=visibility.allowed & valid[:, None, :, None])
-        sequences = _sequences(visibility, valid, attending.module, start)
-        if not sequences:
-            yield self._measure_one(scores, visibility, Queries(start, valid, visibility.counts))
-        for row, first, stop in sequences:
-            part = scores[row : row + 1, :, first:stop, first:stop]
-            visibility = visibility_of_scores(part)
-            queries = Queries(0, valid[row : row + 1, first:stop], visibility.counts)
-            yield self._measure_one(part, visibility, queries)
-
-    def _measure_one(self, scores: Tensor, visibility: Visibility, queries: Queries) -> Measured:
-        read = read_scores(scores, visibility)
-        nonfinite = None
-        if self._count_nonfinite:
-            nonfinite = NonFiniteCount(*count_nonfinite_scores(scores, visibility))
-        return Measured(queries, read.entropy, read.sink_share if queries.start == 0 else None, nonfinite)
-
-    def _measure_part(self, whole: Attention, part: _Part) -> Measured:
-        attention, visibility, queries = part_of(whole, part.sequence), part.visibility, part.queries
-        if attention.bias is not None:
-            visibility = visibility.with_bias(attention.bias)
-            if visibility.allowed is not part.visibility.allowed:
-                queries = replace(queries, counts=visibility.counts + (attention.sinks is not None))
-        read = None
-        if attention.weights is not None and self._backend == "auto":
-            read = read_weights(attention.weights, visibility)
-        if attention.selects and read is None:
-            raise UnreadableCallError("it attends to selected keys, and handed back no float32 distribution over them")
-        if read is not None:
-            entropy, share = read.entropy, read.sink_share
-        else:
-            entropy, share = attention_entropy_and_sink(
-                attention.q,
-                attention.k,
-                attention.scale,
-                visibility,
-                self._backend,
-                softcap=attention.softcap,
-                sinks=attention.sinks,
-            )
-        # a soft-cap makes finite scores of infinite ones
-        known_finite = read is not None and read.all_scores_finite and attention.softcap is None
-        nonfinite = None
-        if self._count_nonfinite and not known_finite:
-            nonfinite = count_nonfinite(attention.q, attention.k, attention.scale, visibility)
-        return Measured(queries, entropy, share if queries.start == 0 else None, nonfinite)
-
-    def _parts(self, attention: Attention, module: nn.Module, start: int) -> tuple[_Part, ...]:
+    def _masked(self, attention: Attention, module: nn.Module, start: int) -> tuple[_Masked, ...]:
         mask, q, k = attention.attention_mask, attention.q, attention.k
         kind = (
             *(q.shape, k.shape, q.device, attention.is_causal, attention.sliding_window, start, _is_causal(module)),
             *(_chunk(module), attention.sinks is not None, attention.sequences),
         )
         if self._mask is not None and self._mask.is_same(mask, kind):
-            return self._mask.parts
-        parts = tuple(_split(attention, module, start))
+            return self._mask.masked
+        masked = tuple(_split(attention, module, start))
         # tensors of inference mode do not say whether they have been written to
         if mask is None or not mask.is_inference():
             version = 0 if mask is None else mask._version
-            self._mask = _KnownMask(mask, version, kind, parts)
-        return parts
+            self._mask = _KnownMask(mask, version, kind, masked)
+        return masked
 
 
-def _split(attention: Attention, module: nn.Module, start: int) -> Iterator[_Part]:
+def measure(parts: Iterable[Part], backend: str, counts_nonfinite: bool) -> Iterator[Measured]:
+    """The entropies of each part.
+
+    Raises:
+        UnreadableCallError, InputError: with the reason.
+    """
+    for part in parts:
+        if part.scores is not None:
+            yield _measure_scores(part.scores, part, counts_nonfinite)
+        else:
+            assert part.attention is not None
+            yield _measure_attention(part.attention, part, backend, counts_nonfinite)
+
+
+def _measure_scores(scores: Tensor, part: Part, counts_nonfinite: bool) -> Measured:
+    queries, visibility = part.queries, part.visibility
+    read = read_scores(scores, visibility)
+    nonfinite = NonFiniteCount(*count_nonfinite_scores(scores, visibility)) if counts_nonfinite else None
+    return Measured(queries, read.entropy, read.sink_share if queries.start == 0 else None, nonfinite)
+
+
+def _measure_attention(attention: Attention, part: Part, backend: str, counts_nonfinite: bool) -> Measured:
+    queries, visibility = part.queries, part.visibility
+    read = None
+    if attention.weights is not None and backend == "auto":
+        read = read_weights(attention.weights, visibility)
+    if attention.selects and read is None:
+        raise UnreadableCallError("it attends to selected keys, and handed back no float32 distribution over them")
+    q, k, scale = attention.q, attention.k, attention.scale
+    if read is not None:
+        entropy, share = read.entropy, read.sink_share
+    else:
+        entropy, share = attention_entropy_and_sink(
+            q, k, scale, visibility, backend, softcap=attention.softcap, sinks=attention.sinks
+        )
+    # a soft-cap makes finite scores of infinite ones
+    known_finite = read is not None and read.all_scores_finite and attention.softcap is None
+    counted = counts_nonfinite and not known_finite
+    nonfinite = count_nonfinite(q, k, scale, visibility) if counted else None
+    return Measured(queries, entropy, share if queries.start == 0 else None, nonfinite)
+
+
+def _scored_parts(scores: Tensor, attending: Attending) -> Iterator[Part]:
+    start = _start(attending, *scores.shape[2:])
+    visibility = visibility_of_scores(scores)
+    valid = _valid(visibility, start, attending.module)
+    assert visibility.allowed is not None
+    # no padding is the first key of its row
+    visibility = replace(visibility, allowed=visibility.allowed & valid[:, None, :, None])
+    sequences = _sequences(visibility, valid, attending.module, start)
+    if not sequences:
+        yield Part(Queries(start, valid, visibility.counts), visibility, None, scores)
+    for row, first, stop in sequences:
+        part = scores[row : row + 1, :, first:stop, first:stop]
+        visibility = visibility_of_scores(part)
+        yield Part(Queries(0, valid[row : row + 1, first:stop], visibility.counts), visibility, None, part)
+
+
+def _split(attention: Attention, module: nn.Module, start: int) -> Iterator[_Masked]:
     sequences = attention.sequences
     if not sequences:
-        whole = _part(attention, None, start, module)
+        whole = _masked(attention, None, start, module)
         sequences = _sequences(whole.visibility, whole.queries.valid, module, start)
         if not sequences:
             yield whole
             return
     for sequence in sequences:
-        yield _part(part_of(attention, sequence), sequence, 0, module)
+        yield _masked(part_of(attention, sequence), sequence, 0, module)
 
 
-def _part(attention: Attention, sequence: Sequence | None, start: int, module: nn.Module) -> _Part:
+def _masked(attention: Attention, sequence: Sequence | None, start: int, module: nn.Module) -> _Masked:
     visibility = visibility_of(
         attention.q,
         attention.k,
@@ -175,7 +197,7 @@ def _part(attention: Attention, sequence: Sequence | None, start: int, module: n
         sliding_window=attention.sliding_window,
     )
     valid = _valid(visibility, start, module)
-    return _Part(sequence, visibility, Queries(start, valid, visibility.counts + (attention.sinks is not None)))
+    return _Masked(sequence, visibility, Queries(start, valid, visibility.counts + (attention.sinks is not None)))
 
 
 def _sequences(visibility: Visibility, valid: Tensor, module: nn.Module, start: int) -> tuple[Sequence, ...]:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from transformers import TrainingArguments
 
-from normfree.errors import InputError
+from normfree.errors import InputError, unknown_name
+from normfree.probes.optional import optional_probes
 from normfree.processes import n_processes
 
 OnNonfinite = Literal["record", "halt", "rewind"]
@@ -46,6 +47,9 @@ class Recipe(BaseModel):
     Where several processes train one model, ``sharding`` says what each of them holds: with ``none`` all weights,
     gradients and optimizer states (DDP), with ``full`` its share of them (FSDP). One process has nothing to share.
 
+    Telemetry reads the model every ``telemetry_steps`` steps, by the probes of every run and by those that ``probes``
+    names (:mod:`normfree.probes.optional`).
+
     ``on_nonfinite`` says what follows a loss or a gradient that is NaN or infinite: ``record`` goes on and records it,
     ``halt`` stops the run, ``rewind`` goes back to the last checkpoint and past the batches that led there, at most
     ``max_rewinds`` times in a run. Weights that are not finite never get into a checkpoint.
@@ -78,6 +82,7 @@ class Recipe(BaseModel):
     sharding: Sharding = "none"
 
     telemetry_steps: int = Field(100, ge=1)
+    probes: tuple[str, ...] = ()
     logging_steps: int = Field(10, ge=1)
     eval_steps: int = Field(500, ge=1)
     save_steps: int = Field(500, ge=1)
@@ -92,6 +97,15 @@ class Recipe(BaseModel):
             return content
         most = cls.model_fields["micro_batch_size"].default
         return {**content, "micro_batch_size": fitting_micro_batch_size(content["batch_size"], most)}
+
+    @field_validator("probes")
+    @classmethod
+    def _check_probes(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        known = optional_probes() if names else {}
+        for name in names:
+            if name not in known:
+                raise unknown_name("probe", name, sorted(known))
+        return tuple(dict.fromkeys(names))
 
     @model_validator(mode="after")
     def _check_batch(self) -> Recipe:

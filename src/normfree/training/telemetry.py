@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 from normfree.modeling import NormfreeForCausalLM
 from normfree.probes import EntropyProbe
 from normfree.probes.learned_slopes import LearnedSlopeProbe
+from normfree.probes.optional import optional_probe
 from normfree.probes.probe import LayerRow, Probe, WeightProbe, rows_by_head
 from normfree.probes.residual_stream import ResidualStreamProbe
 from normfree.probes.sparsity_probe import SparsityProbe
@@ -30,15 +31,22 @@ LOGGED_NAMES = {
 """Log entries that every run records, and their names in ``metrics.parquet``."""
 
 
-def recorded_probes(model: NormfreeForCausalLM, objective: Objective | None = None) -> list[Probe]:
-    """The probes that every run records, in the order of their rows in ``layers.parquet``."""
-    probes: list[Probe] = [
+def recorded_probes(
+    model: NormfreeForCausalLM, objective: Objective | None = None, names: Iterable[str] = ()
+) -> list[Probe]:
+    """The probes that every run records, in the order of their rows in ``layers.parquet``, and behind them ``names``.
+
+    Raises:
+        InputError: there is no probe of a name (see :mod:`normfree.probes.optional`).
+    """
+    return [
         EntropyProbe(model, count_nonfinite=True),
         ResidualStreamProbe(model),
         SparsityProbe(model),
         LearnedSlopeProbe(model),
+        *([] if objective is None else [ObjectiveProbe(objective)]),
+        *(optional_probe(name, model) for name in names),
     ]
-    return probes if objective is None else [*probes, ObjectiveProbe(objective)]
 
 
 class ObjectiveProbe(WeightProbe):

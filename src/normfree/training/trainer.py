@@ -228,7 +228,7 @@ def _train(
     tokens_per_step = config.recipe.batch_size * sequence_length
     telemetry = Telemetry(
         records,
-        recorded_probes(model, objective),
+        recorded_probes(model, objective, config.recipe.probes),
         every=config.recipe.telemetry_steps,
         tokens_per_step=tokens_per_step,
         logged=logged_terms(objective),
