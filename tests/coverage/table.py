@@ -31,10 +31,9 @@ or if anything but a one-line error is raised. `make test` sweeps 25 model types
 |---|---|
 | entropy | `EntropyProbe`, `normfree entropy`, `measure`, `EntropyCallback`, `EntropyMonitor`. \
 *{read_word}*: entropies per head and position and attention to the first key match a float64 computation from the \
-model's own eager softmax, with left, right and no padding, default and eager attention, in one pass and token by \
-token with a KV cache; logits of the probed model are bit-identical. *{partly_word}*: `unreadable` names some modules: \
-linear attention, or cross-attention and image or audio towers that nothing called. *no reference*: read, but nothing \
-to compare with |
+model's own eager softmax, for every padding, default and eager attention, in one pass and with a KV cache; logits of \
+the probed model are bit-identical. *{partly_word}*: `unreadable` names some modules: linear attention, or \
+cross-attention and image or audio towers that nothing called. *no reference*: read, but nothing to compare with |
 | depth | `normfree depth`: the loss, and losses without each layer, match forward hooks that skip it |
 | prune-layers | `normfree prune-layers`: the logits are those with the layers skipped. \
 *{last_only}*: what a layer does depends on its index |
