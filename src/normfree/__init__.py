@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from normfree.modeling import NormfreeConfig as NormfreeConfig
     from normfree.modeling import NormfreeForCausalLM as NormfreeForCausalLM
     from normfree.modeling import from_hf as from_hf
-    from normfree.modeling import sparse_decode as sparse_decode
     from normfree.probes import EntropyMonitor as EntropyMonitor
     from normfree.probes import EntropyProbe as EntropyProbe
     from normfree.probes.trainer_callback import EntropyCallback as EntropyCallback
@@ -26,7 +25,8 @@ if TYPE_CHECKING:
     from normfree.runner import StudyResult as StudyResult
     from normfree.runner import load_study as load_study
     from normfree.runner import run_study as run_study
-    from normfree.spark import statistical_topk as statistical_topk
+    from normfree.spark import sparse_decode as sparse_decode
+    from normfree.spark.topk import statistical_topk as statistical_topk
 
 # A public name is one line here and, for type checkers, its import above.
 _ROOMS = {
@@ -45,8 +45,8 @@ _ROOMS = {
     "plot": "plot",
     "remove_norms": "removal",
     "run_study": "runner",
-    "sparse_decode": "modeling",
-    "statistical_topk": "spark",
+    "sparse_decode": "spark",
+    "statistical_topk": "spark.topk",
     "to_stock": "removal",
 }
 __all__ = [*_ROOMS]

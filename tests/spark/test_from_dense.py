@@ -13,7 +13,7 @@ import torch
 from normfree import NormfreeConfig, NormfreeForCausalLM
 from normfree.data import PackedData
 from normfree.errors import InputError
-from normfree.modeling import to_spark
+from normfree.spark import to_spark
 from normfree.training import RunConfig, train
 from tests.modeling import reference
 

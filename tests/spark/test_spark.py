@@ -15,7 +15,7 @@ from torch import nn
 from normfree import EntropyProbe, NormfreeConfig, NormfreeForCausalLM
 from normfree.errors import InputError
 from normfree.modeling.activations import ACTIVATIONS
-from normfree.modeling.feedforward import FEED_FORWARDS
+from normfree.modeling.feed_forward import FEED_FORWARDS
 from normfree.probes import EntropyRecorder
 from normfree.probes.sparsity_probe import SparsityProbe
 from normfree.spark.sparse_attention import rotate_parts

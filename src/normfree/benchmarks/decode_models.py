@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from normfree import NormfreeConfig, NormfreeForCausalLM
-from normfree.modeling.residual import ResidualProjection
+from normfree.modeling.initialization import ResidualProjection
 from normfree.spark.cache import SparkCacheLayer
 from normfree.spark.decode.extension import all_dots, weighted_rows
-from normfree.spark.sparse_feedforward import SparkFeedForward
+from normfree.spark.sparse_feed_forward import SparkFeedForward
 
 ROOM = 2048
 """Tokens that a cache has room for at first, behind those it is filled with; and then each time it is full."""

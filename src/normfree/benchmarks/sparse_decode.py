@@ -42,10 +42,10 @@ from normfree.benchmarks.options import DTYPES, check_at_least, check_dtype
 from normfree.benchmarks.surroundings import surroundings, usual_device
 from normfree.errors import InputError, unknown_name
 from normfree.probes.sparsity_probe import SparsityProbe
+from normfree.spark import sparse_decode
 from normfree.spark.accounting import decode_cost, total_bytes
 from normfree.spark.decode import PackedFeedForward, decode_backends, sparse_feed_forward
 from normfree.spark.decode.extension import all_dots, weighted_rows
-from normfree.spark.decoding import sparse_decode
 from normfree.timing import Call, Clock, interleaved
 
 N_HEAD, N_KV_HEAD, HEAD_DIM = 8, 4, 256

@@ -40,7 +40,7 @@ def to_spark(
     """
     from normfree.files import folder_written_whole
     from normfree.interpret import tokenizer_of
-    from normfree.spark.from_dense import to_spark as convert
+    from normfree.spark import to_spark as convert
     from normfree.training import load_pretrained
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -15,7 +15,7 @@ from torch import nn
 
 from normfree.errors import InputError
 from normfree.modeling import NormfreeForCausalLM
-from normfree.modeling.residual import ResidualProjection
+from normfree.modeling.initialization import ResidualProjection
 
 
 def check_decoder(model: NormfreeForCausalLM) -> None:

@@ -3,7 +3,5 @@
 from normfree.modeling.configuration import NormfreeConfig
 from normfree.modeling.conversion import from_hf
 from normfree.modeling.decoder import NormfreeForCausalLM, NormfreeModel
-from normfree.spark.decoding import sparse_decode
-from normfree.spark.from_dense import to_spark
 
-__all__ = ["NormfreeConfig", "NormfreeForCausalLM", "NormfreeModel", "from_hf", "sparse_decode", "to_spark"]
+__all__ = ["NormfreeConfig", "NormfreeForCausalLM", "NormfreeModel", "from_hf"]

@@ -5,10 +5,9 @@ here: ``SoftmaxAttention`` calls transformers' attention interface (``sdpa``, ``
 ``normfree.EntropyProbe`` reads the queries and keys.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,20 +16,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 
 from normfree.errors import InputError
-from normfree.modeling.layer_types import SLIDING
-from normfree.modeling.qk_norms import build_head_norm
-from normfree.modeling.residual import ResidualProjection
+from normfree.model_options import Named, one_of, option, positive, probability
+from normfree.modeling.initialization import ResidualProjection
+from normfree.modeling.layer_types import SLIDING, LayerTypeOptions
+from normfree.modeling.qk_norms import QKNormOptions, build_head_norm
 from normfree.modeling.softcap import soft_capped
-from normfree.spark import TOPKS
-from normfree.spark.sparse_attention import rotate_parts, spark_attention_forward
-
-if TYPE_CHECKING:
-    from normfree.modeling.configuration import NormfreeConfig
+from normfree.spark.sizes import SparkOptions
+from normfree.spark.sparse_attention import Rotation, SparkKeys
 
 BIASED_PROJECTIONS = {"none": "", "qk": "qk", "qkv": "qkv", "all": "qkvo"}
 """Values of ``attention_bias`` and the projections that have a bias under each."""
-
-
 WITHOUT_SOFTCAP = ("sdpa",)
 """Attention implementations of transformers that cannot soft-cap scores."""
 
@@ -77,6 +72,38 @@ def check_softcap_implementation(name: str | None) -> None:
         )
 
 
+@dataclass(kw_only=True)
+class AttentionOptions(QKNormOptions, LayerTypeOptions, SparkOptions):
+    """Attention
+    ``attention``: ``softmax | spark``; ``attention_bias``: which projections have a bias, ``none | qk | qkv | all``
+    (also ``False``, ``True`` for ``none``, ``all``); ``attention_scale``: factor of the scores q·k, default
+    1/sqrt(``head_dim``); ``attn_logit_softcapping``: scores s become c tanh(s / c) (Gemma 2; softmax only);
+    ``attention_dropout``: 0 by default.
+    """
+
+    attention: str = option("softmax", check=one_of(lambda: ATTENTIONS))
+    attention_bias: Named = option(
+        "all",
+        check=one_of(BIASED_PROJECTIONS),
+        read=lambda options, value: {True: "all", False: "none"}[value] if isinstance(value, bool) else value,
+    )
+    attention_scale: float | int | None = option(check=positive)
+    attn_logit_softcapping: float | int | None = option(check=positive)
+    attention_dropout: float | int = option(0.0, check=probability)
+
+    def check_together(self) -> None:
+        if self.attention != "spark":
+            return
+        for name in ("attention_scale", "attn_logit_softcapping"):
+            if getattr(self, name) is not None:
+                raise InputError(f"{name} is not defined for attention 'spark'; leave it out, or use softmax")
+        if self.sliding_window is not None:
+            raise InputError(
+                "sliding_window is not defined for attention 'spark', which chooses its keys among all before the "
+                "query; leave it out, or use attention: softmax"
+            )
+
+
 class SoftmaxAttention(nn.Module):
     """Multi-head softmax attention with optional grouped keys and rotary positions (ReLU's Revival, Eq. 2 and 3).
 
@@ -88,10 +115,11 @@ class SoftmaxAttention(nn.Module):
     implementation: str | None = None
     """The one name of transformers' implementations that it has; None: those of transformers."""
 
-    def __init__(self, config: NormfreeConfig, layer: int) -> None:
+    def __init__(self, config: AttentionOptions, layer: int) -> None:
         super().__init__()
-        self.config = config
-        self.layer_idx = layer  # the names that transformers' attention implementations read
+        # The names that transformers' attention implementations read.
+        self.config: Any = config
+        self.layer_idx = layer
         self.num_key_value_groups = config.n_head // config.n_kv_head
         self.head_dim = config.head_dim
         self.scaling = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
@@ -110,7 +138,7 @@ class SoftmaxAttention(nn.Module):
         self,
         x: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        position_embeddings: Rotation | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -127,7 +155,7 @@ class SoftmaxAttention(nn.Module):
     def project(
         self,
         x: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+        position_embeddings: Rotation | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values [batch, heads, T, head_dim], normalized and rotated: what a cache stores."""
         x, value_input = x if isinstance(x, tuple) else (x, x)
@@ -140,9 +168,9 @@ class SoftmaxAttention(nn.Module):
         return query, key, value
 
     def rotate(
-        self, query: torch.Tensor, key: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+        self, query: torch.Tensor, key: torch.Tensor, position_embeddings: Rotation
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotary positions put into query and key [batch, heads, T, head_dim]."""
+        """Applies rotary positions to query and key [batch, heads, T, head_dim]."""
         rotated: tuple[torch.Tensor, torch.Tensor] = apply_rotary_pos_emb(query, key, *position_embeddings)
         return rotated
 
@@ -174,71 +202,19 @@ class SoftmaxAttention(nn.Module):
         )
 
 
-class SparkAttention(SoftmaxAttention):
-    """Attention to the k keys that the first r dimensions of query and key choose ("Spark Transformer", Section 2).
+class SparkAttention(SparkKeys, SoftmaxAttention):
+    """Sparse attention with the projections, the cache and so the parameters of softmax attention."""
 
-    (softmax(Top-k_{−∞}(q[:r] K[:r]ᵀ / √r)) ⊙ softplus(q[r:] K[r:]ᵀ / √(head_dim − r))) V, with the projections, the
-    cache and so the parameters of softmax attention. Each part is rotated by itself (:func:`rotate_parts`). The paper
-    gives the equation without the two scales, and says nothing of rotary positions that we found.
-
-    There is one implementation, ``eager``; the model refuses others. The weights it hands back are the softmax, which
-    is a distribution, so :class:`normfree.EntropyProbe` reads the entropy of that.
-    """
-
-    implementation = "eager"
-
-    def __init__(self, config: NormfreeConfig, layer: int) -> None:
+    def __init__(self, config: AttentionOptions, layer: int) -> None:
         super().__init__(config, layer)
-        self.predictor_dim = config.spark_sizes.attention_predictor_dim
-        self.n_active = config.spark_sizes.attention_active
-        assert config.topk is not None, "the configuration sets it for spark"
-        self.select = TOPKS[config.topk].mask
-        self.scaling = self.predictor_dim**-0.5
-        self.gate_scaling = (self.head_dim - self.predictor_dim) ** -0.5
-
-    def rotate(
-        self, query: torch.Tensor, key: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return rotate_parts(query, key, position_embeddings, self.predictor_dim)
-
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if self.config._attn_implementation != self.implementation:
-            # Masks are made for the implementation that the configuration names.
-            raise InputError(
-                f"attention spark has the implementation {self.implementation} only, and the configuration names "
-                f"{self.config._attn_implementation!r}; use model.set_attn_implementation({self.implementation!r})"
-            )
-        r = self.predictor_dim
-        # Through the interface, where probes listen; "eager" is the function of this module.
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.implementation, spark_attention_forward)
-        attended: tuple[torch.Tensor, torch.Tensor] = attend(
-            self,
-            query[..., :r],
-            key[..., :r],
-            value,
-            attention_mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            gate_query=query[..., r:],
-            gate_key=key[..., r:],
-            gate_scaling=self.gate_scaling,
-            n_active=self.n_active,
-            select=self.select,
-            **kwargs,
-        )
-        return attended
+        assert config.topk is not None, "filled in for spark"
+        sizes = config.spark_sizes
+        self.set_choice(sizes.attention_predictor_dim, sizes.attention_active, config.topk)
 
 
 ATTENTIONS: dict[str, type[SoftmaxAttention]] = {"softmax": SoftmaxAttention, "spark": SparkAttention}
 
 
-def build_attention(config: NormfreeConfig, layer: int) -> nn.Module:
+def build_attention(config: AttentionOptions, layer: int) -> nn.Module:
     """The attention of block ``layer`` (from 0)."""
     return ATTENTIONS[config.attention](config, layer)

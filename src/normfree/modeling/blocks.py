@@ -1,31 +1,82 @@
-"""Transformer blocks: where the norms stand, by name of the placement.
+"""Transformer blocks: where the norms are applied, by name of the placement.
 
 A new placement is one subclass of ``Block`` and one line in ``PLACEMENTS``. A block maps the residual stream
 [batch, T, n_embd] to the residual stream, so a hook on a block's output reads the residual stream after it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from normfree.modeling.attention import build_attention
-from normfree.modeling.feedforward import build_feed_forward
-from normfree.modeling.norms import build_norm
-from normfree.modeling.residual import INITIAL_SCALE
+from normfree.errors import InputError
+from normfree.model_options import one_of, option, option_of, probability
+from normfree.modeling.attention import AttentionOptions, build_attention
+from normfree.modeling.feed_forward import FeedForwardOptions, build_feed_forward
+from normfree.modeling.initialization import INITIAL_SCALE
+from normfree.modeling.norms import SCALED_NORMS, build_norm
 
-if TYPE_CHECKING:
-    from normfree.modeling.configuration import NormfreeConfig
+QKV_NORM_PLACEMENTS = ("hybrid", "hybrid_star")
+"""Placements that normalize queries, keys and values inside attention."""
+
+
+@dataclass(kw_only=True)
+class BlockOptions(AttentionOptions, FeedForwardOptions):
+    """Blocks
+    ``norm_placement``: ``pre | post | mix | sandwich | reordered | deepnorm | hybrid | hybrid_star`` (``reordered``
+    normalizes the output of a sublayer before it is added, as OLMo 2 does; the hybrid placements have a QKV-norm of the
+    kind of ``norm`` instead of ``qk_norm``); ``n_post_layer``: blocks in post placement, from the first (mix only;
+    default a quarter of them, at least 1); ``parallel_residual``: attention and feed-forward network read the same
+    input (pre placement only); ``residual_dropout``: 0 by default; ``scale_residual_init`` divides the initial weights
+    of the projections into the residual stream by sqrt(2 ``n_layer``) (GPT-2); the deepnorm placement scales its own.
+    """
+
+    norm_placement: str = option("pre", check=one_of(lambda: PLACEMENTS))
+    n_post_layer: int | None = option_of(
+        "norm_placement", kinds=("mix",), fill=lambda options: max(1, options.n_layer // 4)
+    )
+    parallel_residual: bool = False
+    residual_dropout: float | int = option(0.0, check=probability)
+    scale_residual_init: bool = False
+
+    @property
+    def head_norms(self) -> dict[str, str]:
+        """The norm over head_dim of each projection (q, k, v) that has one."""
+        return dict.fromkeys("qkv", self.norm) if self.norm_placement in QKV_NORM_PLACEMENTS else super().head_norms
+
+    def check_together(self) -> None:
+        placement = self.norm_placement
+        if placement != "pre":
+            if self.norm == "none":
+                raise InputError(f"norm_placement {placement!r} means nothing for norm 'none'; leave it out")
+            if self.norm in ("constant_std", *SCALED_NORMS):
+                raise InputError(f"norm {self.norm} is defined for norm_placement pre only, not {placement!r}")
+            if self.parallel_residual:
+                raise InputError(f"parallel_residual is defined for norm_placement pre only, not {placement!r}")
+        if self.n_post_layer is not None and not 1 <= self.n_post_layer < self.n_layer:
+            raise InputError(
+                f"n_post_layer is {self.n_post_layer} of n_layer = {self.n_layer}; mix has both kinds of blocks: "
+                "it must be from 1 to n_layer - 1"
+            )
+        if placement in QKV_NORM_PLACEMENTS and self.qk_norm != "none":
+            raise InputError(
+                f"qk_norm means nothing for norm_placement {placement!r}, which normalizes queries, keys and values "
+                "itself; leave it out"
+            )
+        if placement == "deepnorm" and self.scale_residual_init:
+            raise InputError(
+                "scale_residual_init means nothing for norm_placement 'deepnorm', which scales the initial weights "
+                "itself; leave it out"
+            )
 
 
 class Block(GradientCheckpointingLayer):
     """The parts every placement has: attention, feed-forward network, a norm and a dropout for each."""
 
-    def __init__(self, config: NormfreeConfig, layer: int) -> None:
+    def __init__(self, config: BlockOptions, layer: int) -> None:
         super().__init__()
         self.layer_type = config.layer_types[layer]
         self.attention_norm = build_norm(config, layer, "attention")
@@ -68,7 +119,7 @@ class SandwichNormBlock(Block):
     All four norms have gains of their own.
     """
 
-    def __init__(self, config: NormfreeConfig, layer: int) -> None:
+    def __init__(self, config: BlockOptions, layer: int) -> None:
         super().__init__(config, layer)
         self.attention_output_norm = build_norm(config, layer, "attention")
         self.ffn_output_norm = build_norm(config, layer, "ffn")
@@ -97,7 +148,7 @@ class DeepNormBlock(Block):
     are those of a decoder without encoder (Figure 2).
     """
 
-    def __init__(self, config: NormfreeConfig, layer: int) -> None:
+    def __init__(self, config: BlockOptions, layer: int) -> None:
         super().__init__(config, layer)
         self.alpha = (2 * config.n_layer) ** 0.25
         beta = (8 * config.n_layer) ** -0.25
@@ -119,7 +170,7 @@ class HybridNormBlock(Block):
     final norm.
     """
 
-    def __init__(self, config: NormfreeConfig, layer: int) -> None:
+    def __init__(self, config: BlockOptions, layer: int) -> None:
         super().__init__(config, layer)
         self.attention_norm = nn.Identity()  # the norms of attention are inside it
 
@@ -128,13 +179,13 @@ class HybridNormBlock(Block):
         return x + self.dropout(self.ffn(x))
 
 
-def _mixed(config: NormfreeConfig, layer: int) -> type[Block]:
+def _mixed(config: BlockOptions, layer: int) -> type[Block]:
     """Post-Norm in the first ``n_post_layer`` blocks, Pre-Norm in the others (Mix-LN, Li et al. 2024)."""
-    assert config.n_post_layer is not None, "the configuration sets it for mix"
+    assert config.n_post_layer is not None, "filled in for mix"
     return PostNormBlock if layer < config.n_post_layer else PreNormBlock
 
 
-PLACEMENTS: dict[str, Callable[[NormfreeConfig, int], type[Block]]] = {
+PLACEMENTS: dict[str, Callable[[BlockOptions, int], type[Block]]] = {
     "pre": lambda config, layer: ParallelPreNormBlock if config.parallel_residual else PreNormBlock,
     "post": lambda config, layer: PostNormBlock,
     "mix": _mixed,
@@ -146,10 +197,7 @@ PLACEMENTS: dict[str, Callable[[NormfreeConfig, int], type[Block]]] = {
     "hybrid_star": lambda config, layer: PreNormBlock if layer == 0 else HybridNormBlock,
 }
 
-QKV_NORM_PLACEMENTS = ("hybrid", "hybrid_star")
-"""Placements that normalize queries, keys and values inside attention."""
 
-
-def build_block(config: NormfreeConfig, layer: int) -> Block:
+def build_block(config: BlockOptions, layer: int) -> Block:
     """Block ``layer`` (from 0)."""
     return PLACEMENTS[config.norm_placement](config, layer)(config, layer)

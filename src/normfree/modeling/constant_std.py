@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from transformers import initialization as init
 
 
 class ConstantStdNorm(nn.Module):
@@ -25,6 +26,12 @@ class ConstantStdNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(n_embd))
         self.bias = nn.Parameter(torch.zeros(n_embd)) if is_centered else None
         self.register_buffer("std", torch.ones(n_reader))
+
+    def set_initial_values(self) -> None:
+        init.ones_(self.weight)
+        init.ones_(self.std)
+        if self.bias is not None:
+            init.zeros_(self.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         if self.is_centered:

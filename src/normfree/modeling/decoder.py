@@ -19,12 +19,11 @@ from normfree.modeling.attention import ATTENTIONS, SoftmaxAttention, check_soft
 from normfree.modeling.blocks import Block, build_block
 from normfree.modeling.cache_keyword import CACHE, takes_either_name
 from normfree.modeling.configuration import NormfreeConfig
-from normfree.modeling.constant_std import ConstantStdNorm
 from normfree.modeling.embedding import build_embedding, positions_after, positions_among_tokens
+from normfree.modeling.initialization import INITIAL_SCALE, InitializesItself, ResidualProjection
 from normfree.modeling.layer_types import attention_masks
 from normfree.modeling.long_rope import outgrows_cached_keys
-from normfree.modeling.norms import DynamicTanh, build_final_norm
-from normfree.modeling.residual import INITIAL_SCALE, ResidualProjection
+from normfree.modeling.norms import build_final_norm
 from normfree.modeling.rotary import build_rotary, rotations
 from normfree.modeling.softcap import soft_capped
 
@@ -53,22 +52,13 @@ class NormfreePreTrainedModel(PreTrainedModel):
         them start from the same weights, some of them β times as large with DeepNorm.
         """
         super()._init_weights(module)
-        if isinstance(module, ConstantStdNorm):
-            init.ones_(module.weight)
-            init.ones_(module.std)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        if isinstance(module, DynamicTanh):
-            init.constant_(module.alpha, module.initial_alpha)
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
+        if isinstance(module, InitializesItself):
+            module.set_initial_values()
         if isinstance(module, NormfreeModel) and module.embedding_scale is not None:
             init.constant_(module.embedding_scale, self.config.n_embd**0.5)
         scale = getattr(module, INITIAL_SCALE, None)
         if isinstance(module, nn.Linear) and scale and not getattr(module.weight, "_is_hf_initialized", False):
             module.weight.mul_(scale)
-        if isinstance(module, LearnableLeakyReLU):
-            init.constant_(module.negative_slope, module.initial_slope)
         if isinstance(module, ResidualProjection) and self.config.scale_residual_init:
             std = self.config.initializer_range / (2 * self.config.n_layer) ** 0.5
             init.normal_(module.weight, std=std)
@@ -110,9 +100,7 @@ class NormfreeModel(NormfreePreTrainedModel):
         if self.config.slope_sharing != "global":
             return {}
         first, *rest = (
-            f"blocks.{layer}.ffn.activation.negative_slope"
-            for layer, name in enumerate(self.config.activations)
-            if name == "learnable_leaky_relu"
+            f"{name}.negative_slope" for name, module in self.named_modules() if isinstance(module, LearnableLeakyReLU)
         )
         return dict.fromkeys(rest, first)
 

@@ -1,14 +1,29 @@
 """Token embeddings, and the positions of tokens."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from normfree.modeling.configuration import NormfreeConfig
+from normfree.errors import InputError
+from normfree.model_options import Dimensions, option, positive, probability
+
+
+@dataclass(kw_only=True)
+class EmbeddingOptions(Dimensions):
+    """Embedding
+    ``embedding_multiplier``: a fixed factor of the token embeddings, in their dtype (Gemma: sqrt(``n_embd``));
+    ``scale_embeddings``: the embeddings times one learned number, initially sqrt(``n_embd``) (the LLaMA models of
+    "Transformers without Normalization"); ``embedding_dropout``: 0 by default.
+    """
+
+    scale_embeddings: bool = False
+    embedding_multiplier: float | int | None = option(check=positive)
+    embedding_dropout: float | int = option(0.0, check=probability)
+
+    def check_together(self) -> None:
+        if self.scale_embeddings and self.embedding_multiplier is not None:
+            raise InputError("scale_embeddings learns the factor that embedding_multiplier fixes; give one of them")
 
 
 class ScaledEmbedding(nn.Embedding):
@@ -30,11 +45,11 @@ class ScaledEmbedding(nn.Embedding):
         return f"{super().extra_repr()}, scale={self.scale}"
 
 
-def build_embedding(config: NormfreeConfig) -> nn.Embedding:
+def build_embedding(options: EmbeddingOptions) -> nn.Embedding:
     """The token embedding [vocab_size, n_embd]."""
-    if config.embedding_multiplier is None:
-        return nn.Embedding(config.vocab_size, config.n_embd)
-    return ScaledEmbedding(config.vocab_size, config.n_embd, config.embedding_multiplier)
+    if options.embedding_multiplier is None:
+        return nn.Embedding(options.vocab_size, options.n_embd)
+    return ScaledEmbedding(options.vocab_size, options.n_embd, options.embedding_multiplier)
 
 
 def positions_after(n_seen: int, x: torch.Tensor) -> torch.Tensor:

@@ -1,32 +1,33 @@
 """Normalization layers, by name.
 
-A new norm is one ``nn.Module`` that maps [..., width] to [..., width] and one line in ``NORMS``. The builder gets the
-``NormSite``: a norm may depend on its depth, and give each of two readers of its output a reading of its own.
+A new norm is one ``nn.Module`` that maps [..., width] to [..., width] and one line in ``NORMS``; its own option is one
+line in ``NormOptions``. The builder gets the ``NormSite``: a norm may depend on its depth, and it may return one result
+for each of two readers.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import initialization as init
 
+from normfree.errors import InputError
+from normfree.model_options import Dimensions, one_of, option, option_of, positive
 from normfree.modeling.constant_std import ConstantStdNorm
-
-if TYPE_CHECKING:
-    from normfree.modeling.configuration import NormfreeConfig
 
 NormPlace = Literal["attention", "ffn", "head", "unembedding"]
 SCALED_NORMS = ("layernorm_scaling", "rmsnorm_scaling")
 """Norms of LayerNorm Scaling, which depend on the depth of their block."""
+POINTWISE_NORMS = {"dyt": "a tanh"}
+"""Norms without statistics, and the function that each applies to every number."""
 
 
 @dataclass(frozen=True)
 class NormSite:
-    """Where a norm stands.
+    """Where a norm is applied.
 
     place: the sublayer that it belongs to; ``head`` for a norm of queries, keys or values, head by head.
     width: how many numbers it normalizes together.
@@ -36,6 +37,10 @@ class NormSite:
     place: NormPlace
     width: int
     layer: int | None
+
+    @property
+    def is_in_attention(self) -> bool:
+        return self.place in ("attention", "head")
 
     @property
     def depth_scale(self) -> float:
@@ -81,7 +86,7 @@ class ScaledRMSNorm(RMSNorm):
 class DynamicTanh(nn.Module):
     """tanh(α x) ⊙ gain + bias, α one learned number ("Transformers without Normalization", Section 4).
 
-    It has no statistics: each number is squashed alone. ``alpha`` has shape [1], not [ ]: sharded data parallelism
+    It has no statistics: each number is squashed separately. ``alpha`` has shape [1], not [ ]: sharded data parallelism
     takes no scalars. The public code of the paper's LLaMA models leaves the bias out; its text has it.
     """
 
@@ -92,36 +97,68 @@ class DynamicTanh(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width))
 
+    def set_initial_values(self) -> None:
+        init.constant_(self.alpha, self.initial_alpha)
+        init.ones_(self.weight)
+        init.zeros_(self.bias)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.tanh(self.alpha * x) * self.weight + self.bias
 
 
-def _dynamic_tanh(config: NormfreeConfig, site: NormSite) -> DynamicTanh:
-    alpha = config.dyt_attention_alpha if site.place in ("attention", "head") else config.dyt_alpha
-    assert alpha is not None, "the configuration sets both for dyt"
+@dataclass(kw_only=True)
+class NormOptions(Dimensions):
+    """Norms
+    ``norm`` (in the blocks) and ``final_norm`` (before the unembedding): ``none | layernorm | rmsnorm | dyt |
+    constant_std``, and for ``norm`` ``layernorm_scaling | rmsnorm_scaling`` (times 1/sqrt(layer), layers from 1);
+    ``norm_eps``; ``dyt_alpha``: initial α of dyt, default 0.5, and ``dyt_attention_alpha``: another one for the norms
+    of attention, default the same; ``norm_is_centered`` (constant_std only): whether it replaces a LayerNorm, which
+    subtracts the mean, or an RMSNorm.
+    """
+
+    norm: str = option("layernorm", check=one_of(lambda: NORMS))
+    final_norm: str = option("layernorm", check=one_of(lambda: NORMS))
+    norm_eps: float | int = option(1e-5, check=positive)
+    norm_is_centered: bool = option_of("norm", "final_norm", kinds=("constant_std",), default=True)
+    dyt_alpha: float | int | None = option_of("norm", "final_norm", kinds=("dyt",), check=positive, fill=0.5)
+    dyt_attention_alpha: float | int | None = option_of(
+        "norm", kinds=("dyt",), check=positive, fill=lambda options: options.dyt_alpha
+    )
+
+    def check_together(self) -> None:
+        if self.final_norm in SCALED_NORMS:
+            raise InputError(
+                f"final_norm {self.final_norm!r} means nothing: the final norm is in no layer; "
+                f"use {self.final_norm.removesuffix('_scaling')}"
+            )
+
+
+def _dynamic_tanh(options: NormOptions, site: NormSite) -> DynamicTanh:
+    alpha = options.dyt_attention_alpha if site.is_in_attention else options.dyt_alpha
+    assert alpha is not None, "filled in for dyt"
     return DynamicTanh(site.width, alpha)
 
 
-NORMS: dict[str, Callable[[NormfreeConfig, NormSite], nn.Module]] = {
-    "none": lambda config, site: nn.Identity(),
+NORMS: dict[str, Callable[[NormOptions, NormSite], nn.Module]] = {
+    "none": lambda options, site: nn.Identity(),
     # (x - mean) / sqrt(var + eps) * gain + bias (Ba et al., "Layer Normalization", 2016)
-    "layernorm": lambda config, site: nn.LayerNorm(site.width, eps=config.norm_eps),
-    "rmsnorm": lambda config, site: RMSNorm(site.width, eps=config.norm_eps),
-    "layernorm_scaling": lambda config, site: ScaledLayerNorm(site.width, config.norm_eps, site.depth_scale),
-    "rmsnorm_scaling": lambda config, site: ScaledRMSNorm(site.width, config.norm_eps, site.depth_scale),
+    "layernorm": lambda options, site: nn.LayerNorm(site.width, eps=options.norm_eps),
+    "rmsnorm": lambda options, site: RMSNorm(site.width, eps=options.norm_eps),
+    "layernorm_scaling": lambda options, site: ScaledLayerNorm(site.width, options.norm_eps, site.depth_scale),
+    "rmsnorm_scaling": lambda options, site: ScaledRMSNorm(site.width, options.norm_eps, site.depth_scale),
     "dyt": _dynamic_tanh,
     # Attention reads it twice: queries and keys; values.
-    "constant_std": lambda config, site: ConstantStdNorm(
-        site.width, n_reader=2 if site.place == "attention" else 1, is_centered=config.norm_is_centered
+    "constant_std": lambda options, site: ConstantStdNorm(
+        site.width, n_reader=2 if site.place == "attention" else 1, is_centered=options.norm_is_centered
     ),
 }
 
 
-def build_norm(config: NormfreeConfig, layer: int, place: NormPlace) -> nn.Module:
+def build_norm(options: NormOptions, layer: int, place: NormPlace) -> nn.Module:
     """A norm of the residual stream in block ``layer`` (from 0)."""
-    return NORMS[config.norm](config, NormSite(place, config.n_embd, layer))
+    return NORMS[options.norm](options, NormSite(place, options.n_embd, layer))
 
 
-def build_final_norm(config: NormfreeConfig) -> nn.Module:
+def build_final_norm(options: NormOptions) -> nn.Module:
     """The norm between the last block and the unembedding."""
-    return NORMS[config.final_norm](config, NormSite("unembedding", config.n_embd, None))
+    return NORMS[options.final_norm](options, NormSite("unembedding", options.n_embd, None))

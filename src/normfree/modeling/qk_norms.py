@@ -3,19 +3,15 @@
 A new one is one ``nn.Module`` and one line in ``QK_NORMS``; the builder gets the number of heads of its projection.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from normfree.modeling.norms import NORMS, NormSite, RMSNorm
-
-if TYPE_CHECKING:
-    from normfree.modeling.configuration import NormfreeConfig
+from normfree.model_options import Named, one_of, option
+from normfree.modeling.norms import NORMS, NormOptions, NormSite, RMSNorm
 
 
 class FullWidthRMSNorm(RMSNorm):
@@ -31,7 +27,7 @@ class FullWidthRMSNorm(RMSNorm):
 class PerHeadLayerNorm(nn.Module):
     """LayerNorm over head_dim with one gain per head and dimension and no bias (Stable LM 2 12B, 2024).
 
-    The gains are one vector [heads head_dim]: what tells gains from matrices by their shape sees a gain.
+    The gains are one vector [heads head_dim], so that they are not mistaken for a matrix.
     """
 
     def __init__(self, n_head: int, head_dim: int, eps: float) -> None:
@@ -43,23 +39,46 @@ class PerHeadLayerNorm(nn.Module):
         return F.layer_norm(x, x.shape[-1:], eps=self.eps) * self.weight.view(x.shape[-2:])
 
 
-def _shared_by_heads(name: str) -> Callable[[NormfreeConfig, int, int], nn.Module]:
+def _like_norm(options: "QKNormOptions", value: str | bool) -> str:
+    if not isinstance(value, bool):
+        return value
+    kind = "layernorm" if options.norm in ("layernorm", "layernorm_scaling") else "rmsnorm"
+    return kind if value else "none"
+
+
+@dataclass(kw_only=True)
+class QKNormOptions(NormOptions):
+    """QK-norm
+    ``qk_norm``: norm of queries and keys over head_dim, ``none | layernorm | rmsnorm`` (also ``False`` for ``none``,
+    ``True`` for the kind that ``norm`` is, RMSNorm where that has none), ``layernorm_per_head`` (each head has gains of
+    its own) or ``rmsnorm_full_width`` (over all heads together).
+    """
+
+    qk_norm: Named = option("none", check=one_of(lambda: QK_NORMS), read=_like_norm)
+
+    @property
+    def head_norms(self) -> dict[str, str]:
+        """The norm over head_dim of each projection (q, k, v) that has one."""
+        return {} if self.qk_norm == "none" else dict.fromkeys("qk", self.qk_norm)
+
+
+def _shared_by_heads(name: str) -> Callable[[QKNormOptions, int, int], nn.Module]:
     """A norm of the residual stream taken over head_dim, with gains that all heads share."""
-    return lambda config, layer, n_head: NORMS[name](config, NormSite("head", config.head_dim, layer))
+    return lambda options, layer, n_head: NORMS[name](options, NormSite("head", options.head_dim, layer))
 
 
-QK_NORMS: dict[str, Callable[[NormfreeConfig, int, int], nn.Module]] = {
+QK_NORMS: dict[str, Callable[[QKNormOptions, int, int], nn.Module]] = {
     "none": _shared_by_heads("none"),
     "layernorm": _shared_by_heads("layernorm"),
     "rmsnorm": _shared_by_heads("rmsnorm"),
-    "rmsnorm_full_width": lambda config, layer, n_head: FullWidthRMSNorm(n_head, config.head_dim, config.norm_eps),
-    "layernorm_per_head": lambda config, layer, n_head: PerHeadLayerNorm(n_head, config.head_dim, config.norm_eps),
+    "rmsnorm_full_width": lambda options, layer, n_head: FullWidthRMSNorm(n_head, options.head_dim, options.norm_eps),
+    "layernorm_per_head": lambda options, layer, n_head: PerHeadLayerNorm(n_head, options.head_dim, options.norm_eps),
 }
-"""Values of ``qk_norm``, and what makes each from (config, layer, heads of the projection)."""
+"""Values of ``qk_norm``, and what builds each from (options, layer, heads of the projection)."""
 
 
-def build_head_norm(config: NormfreeConfig, layer: int, projection: str) -> nn.Module:
-    """The norm of what ``projection`` (q, k or v) makes in block ``layer`` (from 0), if it has one."""
-    name = config.head_norms.get(projection, "none")
+def build_head_norm(options: QKNormOptions, layer: int, projection: str) -> nn.Module:
+    """The norm of the output of ``projection`` (q, k or v) in block ``layer`` (from 0); the identity if it has none."""
+    name = options.head_norms.get(projection, "none")
     build = QK_NORMS[name] if name in QK_NORMS else _shared_by_heads(name)
-    return build(config, layer, config.n_head if projection == "q" else config.n_kv_head)
+    return build(options, layer, options.n_head if projection == "q" else options.n_kv_head)

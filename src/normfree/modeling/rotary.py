@@ -1,10 +1,9 @@
 """Rotary positions (Su et al. 2021): one set of parameters for all layers, or one for each kind of layer (Gemma 3)."""
 
-from __future__ import annotations
-
 from copy import copy
+from dataclasses import dataclass
 from math import inf
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -12,16 +11,36 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
 
 from normfree.errors import InputError, unknown_name
-from normfree.modeling.layer_types import MASKS
-from normfree.spark.sizes import check_spark_rotation
-
-if TYPE_CHECKING:
-    from normfree.modeling.configuration import NormfreeConfig
+from normfree.model_options import one_of, option
+from normfree.modeling.layer_types import MASKS, LayerTypeOptions
+from normfree.spark.sizes import SparkOptions
+from normfree.spark.sparse_attention import Rotation
 
 ROPE_TYPES = ("default", *ROPE_INIT_FUNCTIONS)
 ROPE_PARAMETERS = (*RopeParameters.__annotations__, "type")
-Rotation = tuple[torch.Tensor, torch.Tensor]
-"""Cosines and sines of positions, each [batch or 1, T, rotated dimensions of a head]."""
+
+
+@dataclass(kw_only=True)
+class PositionOptions(LayerTypeOptions, SparkOptions):
+    """Positions
+    ``position``: ``learned | rotary``; ``positions_skip_padding``: positions count the tokens of ``attention_mask``
+    only (OPT), instead of all, padding included (learned only); ``rope_parameters``: transformers' dictionary
+    (``rope_type``, ``rope_theta``, ``partial_rotary_factor``, ...), or one for each kind in ``layer_types``, by its
+    name (Gemma 3), rotary only.
+    """
+
+    position: str = option("learned", check=one_of(("learned", "rotary")))
+    positions_skip_padding: bool = False
+    rope_parameters: dict[str, Any] | None = None
+
+    def check_together(self) -> None:
+        if self.rope_parameters and self.position != "rotary":
+            raise InputError(f"rope_parameters mean nothing with position {self.position!r}; use position: rotary")
+        if self.positions_skip_padding and self.position != "learned":
+            raise InputError(
+                f"positions_skip_padding means nothing with position {self.position!r}, whose scores depend on "
+                "differences of positions; leave it out"
+            )
 
 
 class RotaryByLayerType(nn.ModuleDict):
@@ -31,18 +50,19 @@ class RotaryByLayerType(nn.ModuleDict):
         return {kind: rotary(x, position_ids) for kind, rotary in self.items()}
 
 
-def build_rotary(config: NormfreeConfig) -> nn.Module | None:
+def build_rotary(options: PositionOptions) -> nn.Module | None:
     """The rotary embedding of a decoder; None with other positions.
 
     GPT-NeoX's reads only what every rotary configuration of transformers has.
     """
-    if config.position != "rotary":
+    if options.position != "rotary":
         return None
-    sets = parameter_sets(config)
-    if None in sets:
-        return GPTNeoXRotaryEmbedding(cast(Any, config))
-    kinds = {str(kind): GPTNeoXRotaryEmbedding(cast(Any, _with(config, each))) for kind, each in sets.items()}
-    return RotaryByLayerType(kinds)
+    built = {}
+    for kind, parameters in parameter_sets(options).items():
+        of_kind = copy(options)
+        of_kind.rope_parameters = parameters
+        built[str(kind)] = GPTNeoXRotaryEmbedding(cast(Any, of_kind))
+    return built["None"] if "None" in built else RotaryByLayerType(built)
 
 
 def rotations(
@@ -57,24 +77,24 @@ def rotations(
     return dict.fromkeys(kinds, None if rotary is None else rotary(x, position_ids))
 
 
-def parameter_sets(config: NormfreeConfig) -> dict[str | None, dict[str, Any]]:
+def parameter_sets(options: PositionOptions) -> dict[str | None, dict[str, Any]]:
     """The sets of rotary parameters by kind of layer; under None where all layers share one."""
-    parameters = config.rope_parameters or {}
+    parameters = options.rope_parameters or {}
     if not _is_nested(parameters):
         return {None: parameters}
-    return {kind: parameters[kind] for kind in dict.fromkeys(config.layer_types)}
+    return {kind: parameters[kind] for kind in dict.fromkeys(options.layer_types)}
 
 
-def settled_parameters(config: NormfreeConfig) -> dict[str, Any]:
+def settled_parameters(options: PositionOptions) -> dict[str, Any]:
     """A copy of ``rope_parameters``, for transformers to fill in; one set where there is one kind of layer.
 
     Raises:
         InputError: a kind of layer has no set, or a set no layer.
     """
-    given = config.rope_parameters or {}
+    given = options.rope_parameters or {}
     if not _is_nested(given):
         return dict(given)
-    kinds = set(config.layer_types)
+    kinds = set(options.layer_types)
     for kind, parameters in given.items():
         if kind not in MASKS:
             raise unknown_name("layer type in rope_parameters", kind, MASKS)
@@ -91,32 +111,21 @@ def settled_parameters(config: NormfreeConfig) -> dict[str, Any]:
     return next(iter(copies.values())) if len(copies) == 1 else copies
 
 
-def check_parameters(config: NormfreeConfig) -> None:
-    """Checks ``rope_parameters`` in transformers' standard form.
+def check_parameters(options: PositionOptions) -> None:
+    """Checks ``rope_parameters`` in transformers' standard form, as far as transformers does not.
 
     Raises:
         InputError: an unknown name, or a value out of range.
     """
-    for parameters in parameter_sets(config).values():
-        _check_set(config, parameters)
-    try:
-        config.validate_rope()
-    except (KeyError, ValueError) as error:
-        raise InputError(f"rope_parameters: {error.args[0]}") from error
+    for parameters in parameter_sets(options).values():
+        _check_set(options, parameters)
 
 
 def _is_nested(parameters: dict[str, Any]) -> bool:
     return any(name in MASKS or isinstance(value, dict) for name, value in parameters.items())
 
 
-def _with(config: NormfreeConfig, parameters: dict[str, Any]) -> NormfreeConfig:
-    """``config`` as if ``parameters`` were those of all its layers."""
-    of_kind = copy(config)
-    of_kind.rope_parameters = parameters
-    return of_kind
-
-
-def _check_set(config: NormfreeConfig, parameters: dict[str, Any]) -> None:
+def _check_set(options: PositionOptions, parameters: dict[str, Any]) -> None:
     for name in parameters:
         if name not in ROPE_PARAMETERS:
             raise unknown_name("name in rope_parameters", name, ROPE_PARAMETERS)
@@ -126,10 +135,10 @@ def _check_set(config: NormfreeConfig, parameters: dict[str, Any]) -> None:
     for name, value in (("rope_theta", parameters["rope_theta"]), ("partial_rotary_factor", fraction)):
         if not isinstance(value, (int, float)) or not 0 < value < inf:
             raise InputError(f"{name} is {value!r}; it must be a positive, finite number")
-    rotated = int(config.head_dim * fraction)
-    if not 1 <= rotated <= config.head_dim - config.head_dim % 2:
+    rotated = int(options.head_dim * fraction)
+    if not 1 <= rotated <= options.head_dim - options.head_dim % 2:
         raise InputError(
             f"rotary positions turn pairs of dimensions, but partial_rotary_factor {fraction} names {rotated} of "
-            f"the head_dim = {config.head_dim}; use an even head_dim and a factor in (0, 1]"
+            f"the head_dim = {options.head_dim}; use an even head_dim and a factor in (0, 1]"
         )
-    check_spark_rotation(config, rotated)
+    options.check_spark_rotation(rotated)

@@ -4,29 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from normfree.errors import InputError
-from normfree.modeling.attention import SparkAttention
-from normfree.modeling.residual import ResidualProjection
 from normfree.spark.cache import spark_layer
 from normfree.spark.decode import sparse_attention_decode, sparse_feed_forward
 from normfree.spark.decode.backends import chosen_backend
-from normfree.spark.sparse_feedforward import SparkFeedForward
+from normfree.spark.sparse_attention import Rotation, SparkKeys
+from normfree.spark.sparse_feed_forward import SparkFeedForward
 
-if TYPE_CHECKING:
-    from normfree.modeling.decoder import NormfreePreTrainedModel
-
+Model = TypeVar("Model", bound=PreTrainedModel)
 MAX_ROWS = 8
 """Positions, over the whole batch, up to which the sparse path is taken: each reads its own rows."""
 
 
 @contextmanager
-def sparse_decode(model: NormfreePreTrainedModel, *, backend: str = "auto") -> Iterator[NormfreePreTrainedModel]:
+def sparse_decode(model: Model, *, backend: str = "auto") -> Iterator[Model]:
     """Inside, ``model`` (in eval mode, without gradients) decodes its Spark layers sparsely; also in ``generate()``.
 
         with normfree.sparse_decode(model):
@@ -58,7 +56,7 @@ def sparse_decode(model: NormfreePreTrainedModel, *, backend: str = "auto") -> I
         raise InputError(f"the sparse decode chooses by topk 'statistical', and this model by {config.topk!r}")
     chosen_backend(backend, next(model.parameters()))
     feed_forwards = [module for module in model.modules() if isinstance(module, SparkFeedForward)]
-    attentions = [module for module in model.modules() if isinstance(module, SparkAttention)]
+    attentions = [module for module in model.modules() if isinstance(module, SparkKeys)]
     for ffn in feed_forwards:
         _check_linear(ffn.predictor_proj, ffn.up_proj, ffn.down_proj)
     if any("forward" in vars(module) for module in (*feed_forwards, *attentions)):
@@ -68,7 +66,7 @@ def sparse_decode(model: NormfreePreTrainedModel, *, backend: str = "auto") -> I
             _set_columns_contiguous(ffn.predictor_proj, ffn.down_proj)
             ffn.forward = _SparseFeedForward(ffn, backend)  # type: ignore[method-assign]
         for attention in attentions:
-            attention.forward = _SparseAttention(attention, backend)  # type: ignore[method-assign]
+            attention.forward = _SparseAttention(attention, backend)
         yield model
     finally:
         for module in (*feed_forwards, *attentions):
@@ -101,25 +99,26 @@ class _SparseFeedForward:
 
 
 class _SparseAttention:
-    """The ``forward`` of a :class:`SparkAttention` that keeps its cache in two parts."""
+    """The ``forward`` of an attention with :class:`SparkKeys` that keeps its cache in two parts."""
 
-    def __init__(self, attention: SparkAttention, backend: str) -> None:
+    def __init__(self, attention: SparkKeys, backend: str) -> None:
         self.attention, self.backend = attention, backend
+        self.forward = type(attention).forward
 
     def __call__(
         self,
         x: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        position_embeddings: Rotation | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         attention = self.attention
         if _is_differentiated(attention) or cache is None:
-            return SparkAttention.forward(attention, x, attention_mask, position_embeddings, cache, **kwargs)
+            return self.forward(attention, x, attention_mask, position_embeddings, cache, **kwargs)
         layer = spark_layer(cache, attention.layer_idx, attention.predictor_dim)
         if (x[0] if isinstance(x, tuple) else x).shape[1] > 1:
-            return SparkAttention.forward(attention, x, attention_mask, position_embeddings, cache, **kwargs)
+            return self.forward(attention, x, attention_mask, position_embeddings, cache, **kwargs)
         query, key, value = attention.project(x, position_embeddings)
         layer.append(key, value)
         attended = sparse_attention_decode(
@@ -150,7 +149,9 @@ def _visible(attention_mask: torch.Tensor | None, batch: int) -> torch.Tensor | 
 
 def _check_linear(*projections: nn.Module) -> None:
     for projection in projections:
-        if type(projection) not in (nn.Linear, ResidualProjection) or type(projection.weight.data) is not torch.Tensor:
+        is_linear = isinstance(projection, nn.Linear) and type(projection).forward is nn.Linear.forward
+        weight = projection._parameters.get("weight") if is_linear else None  # None: adapted or parametrized
+        if weight is None or type(weight.data) is not torch.Tensor:
             raise InputError(
                 f"the sparse decode reads plain nn.Linear weights, and this model has a {type(projection).__name__} "
                 f"of {type(projection.weight.data).__name__}; merge adapters, or leave quantization out"

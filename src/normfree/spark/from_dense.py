@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from typing import TypeVar
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from normfree.errors import InputError
-from normfree.modeling.configuration import NormfreeConfig
-from normfree.modeling.decoder import NormfreeForCausalLM
+
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 def to_spark(
-    model: NormfreeForCausalLM,
+    model: Model,
     *,
     ffn: bool = True,
     attention: bool = True,
@@ -23,7 +24,7 @@ def to_spark(
     attention_active: int | float | None = None,
     attention_predictor_dim: int | float | None = None,
     topk: str | None = None,
-) -> NormfreeForCausalLM:
+) -> Model:
     """A model with sparse layers that starts from the weights of a dense one. It computes another function: train it.
 
     - Kept as they are: embeddings, norms, unembedding, all projections of attention, and of the feed-forward network
@@ -65,13 +66,13 @@ def to_spark(
         "attention_predictor_dim": attention_predictor_dim,
         "topk": topk,
     }
-    options = {name: getattr(config, name) for name in NormfreeConfig.option_names()}
+    options = {name: getattr(config, name) for name in config.option_names()}
     options |= dict.fromkeys(wanted, "spark")
     options |= {name: value for name, value in sizes.items() if value is not None}
-    spark_config = NormfreeConfig(**options)
+    spark_config = type(config)(**options)
     implementation = None if spark_config.attention == "spark" else config._attn_implementation
     with torch.device(model.device), no_init_weights():
-        converted: NormfreeForCausalLM = AutoModelForCausalLM.from_config(
+        converted: Model = AutoModelForCausalLM.from_config(
             spark_config, dtype=model.dtype, attn_implementation=implementation
         )
     converted.tie_weights()

@@ -73,6 +73,10 @@ def keep_above(values: Tensor, threshold: Tensor, dim: int, visible: Tensor | No
     return keep if visible is None else keep & visible
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def _length(x: Tensor, dim: int) -> int:
     if not x.is_floating_point():
         raise InputError(f"x must have a float dtype, got {x.dtype}; convert it first")

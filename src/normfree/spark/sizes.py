@@ -1,24 +1,20 @@
-"""The options of the sparse layers: their defaults, what is refused, and shares as counts."""
-
-from __future__ import annotations
+"""The options of the sparse layers, and their shares as counts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
-from normfree.errors import InputError, unknown_name
-from normfree.modeling.activations import LEAKY_ACTIVATIONS
-from normfree.spark import TOPKS
+from normfree.errors import InputError
+from normfree.model_options import Dimensions, one_of, option_of
 from normfree.spark.selection import check_active, count_of
 from normfree.spark.sparse_attention import rotated_pairs
-
-if TYPE_CHECKING:
-    from normfree.modeling.configuration import NormfreeConfig
+from normfree.spark.topk import TOPKS
 
 FFN_ACTIVE = 0.08
 """Share of neurons that "Spark Transformer" computes for a token (abstract)."""
 ATTENTION_ACTIVE = 256
-"""Keys at most that it attends to."""
+"""Most keys that a query of "Spark Transformer" attends to (abstract)."""
+SPARK = ("spark",)
 
 
 @dataclass(frozen=True)
@@ -36,70 +32,63 @@ class SparkSizes:
     attention_active: int
     attention_predictor_dim: int
 
-    @classmethod
-    def of(cls, config: NormfreeConfig) -> SparkSizes:
-        return cls(*(count_of(getattr(config, name) or 0, size(config)) for name, (size, _) in _SIZES.items()))
 
-
-_SIZES: dict[str, tuple[Callable[[NormfreeConfig], int], Callable[[NormfreeConfig], int | float]]] = {
-    "ffn_active": (lambda config: config.n_inner, lambda config: FFN_ACTIVE),
-    "ffn_predictor_dim": (lambda config: config.n_embd, lambda config: config.n_embd // 2),
-    "attention_active": (lambda config: config.n_positions, lambda config: ATTENTION_ACTIVE),
-    "attention_predictor_dim": (lambda config: config.head_dim, lambda config: config.head_dim // 2),
-}
-"""Each option's whole, which a share is of, and its default."""
-
-
-def settle_spark_options(config: NormfreeConfig) -> None:
-    """Fills in the options of the sparse layers that ``config`` has, once its other sizes are known, and checks them.
-
-    Raises:
-        InputError: an option is out of range, or means nothing beside the others.
+@dataclass(kw_only=True)
+class SparkOptions(Dimensions):
+    """Sparsity (``ffn`` or ``attention`` spark), each a count, or a float: a share
+    ``ffn_active``: neurons computed for a token, default 0.08 of ``n_inner``; ``ffn_predictor_dim``: dimensions of
+    ``n_embd`` that choose them, default half; ``attention_active``: keys that a query attends to at most, default 256
+    (a share is one of ``n_positions``); ``attention_predictor_dim``: dimensions of ``head_dim`` that choose them,
+    default half; ``topk``: ``statistical | exact``.
     """
-    for name, (size, default) in _SIZES.items():
-        part = name.split("_")[0]
-        if getattr(config, part) != "spark":
-            if getattr(config, name) is not None:
-                raise InputError(
-                    f"{name} means nothing for {part} {getattr(config, part)!r}; leave it out, or use {part}: spark"
-                )
-            continue
-        if getattr(config, name) is None:
-            setattr(config, name, default(config))
-        is_predictor = name.endswith("predictor_dim")
-        largest = size(config) - 1 if is_predictor else None if name == "attention_active" else size(config)
-        check_active(name, getattr(config, name), largest)
-        if is_predictor and count_of(getattr(config, name), size(config)) > size(config) - 1:
-            raise InputError(f"{name} is {getattr(config, name)} of {size(config)}; at least one must be left")
-    if "spark" not in (config.ffn, config.attention):
-        if config.topk is not None:
+
+    ffn_active: float | int | None = option_of("ffn", kinds=SPARK, use="ffn: spark", fill=FFN_ACTIVE)
+    ffn_predictor_dim: float | int | None = option_of(
+        "ffn", kinds=SPARK, use="ffn: spark", fill=lambda options: options.n_embd // 2
+    )
+    attention_active: float | int | None = option_of(
+        "attention", kinds=SPARK, use="attention: spark", fill=ATTENTION_ACTIVE
+    )
+    attention_predictor_dim: float | int | None = option_of(
+        "attention", kinds=SPARK, use="attention: spark", fill=lambda options: options.head_dim // 2
+    )
+    topk: str | None = option_of("ffn", "attention", kinds=SPARK, fill="statistical", check=one_of(TOPKS))
+
+    @property
+    def spark_sizes(self) -> SparkSizes:
+        """The sizes of the sparse layers, as counts."""
+        return SparkSizes(*(count_of(getattr(self, name) or 0, whole(self)) for name, whole in _WHOLES.items()))
+
+    def check_together(self) -> None:
+        for name, whole in _WHOLES.items():
+            value, size = getattr(self, name), whole(self)
+            if value is None:
+                continue
+            if not name.endswith("predictor_dim"):
+                check_active(name, value, None if name == "attention_active" else size)
+                continue
+            check_active(name, value, size - 1)
+            if count_of(value, size) > size - 1:
+                raise InputError(f"{name} is {value} of {size}; at least one must be left")
+
+    def check_spark_rotation(self, rotary_dim: int) -> None:
+        """Checks that both parts of a head of sparse attention have at least one pair of dimensions to rotate.
+
+        Raises:
+            InputError: one has none.
+        """
+        r = self.spark_sizes.attention_predictor_dim
+        if r and min(rotated_pairs(width, self.head_dim, rotary_dim) for width in (r, self.head_dim - r)) < 1:
             raise InputError(
-                f"topk means nothing for ffn {config.ffn!r} and attention {config.attention!r}; leave it out"
+                f"attention_predictor_dim {r} of head_dim {self.head_dim} leaves a part without a pair of the "
+                f"{rotary_dim} rotary dimensions; give both parts more, or raise partial_rotary_factor"
             )
-        return
-    if config.topk is None:
-        config.topk = "statistical"
-    if config.topk not in TOPKS:
-        raise unknown_name("topk", config.topk, TOPKS)
-    leaky = sorted(set(config.activations) & set(LEAKY_ACTIVATIONS))
-    if config.ffn == "spark" and leaky:
-        raise InputError(
-            f"activation {leaky[0]} means nothing with ffn 'spark': it differs from relu below zero only, where top-k "
-            "leaves nothing; use relu"
-        )
 
 
-def check_spark_rotation(config: NormfreeConfig, rotary_dim: int) -> None:
-    """Whether both parts of a head have at least one pair of dimensions to rotate.
-
-    Raises:
-        InputError: one has none.
-    """
-    if config.attention != "spark":
-        return
-    r = config.spark_sizes.attention_predictor_dim
-    if min(rotated_pairs(width, config.head_dim, rotary_dim) for width in (r, config.head_dim - r)) < 1:
-        raise InputError(
-            f"attention_predictor_dim {r} of head_dim {config.head_dim} leaves a part without a pair of the "
-            f"{rotary_dim} rotary dimensions; give both parts more, or raise partial_rotary_factor"
-        )
+_WHOLES: dict[str, Callable[[Any], int]] = {
+    "ffn_active": lambda options: options.n_inner,
+    "ffn_predictor_dim": lambda options: options.n_embd,
+    "attention_active": lambda options: options.n_positions,
+    "attention_predictor_dim": lambda options: options.head_dim,
+}
+"""What a share of each option is a share of."""

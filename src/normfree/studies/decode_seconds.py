@@ -11,7 +11,8 @@ import pandas as pd
 import torch
 from transformers.cache_utils import DynamicCache
 
-from normfree.modeling import NormfreeConfig, NormfreeForCausalLM, sparse_decode
+from normfree.modeling import NormfreeConfig, NormfreeForCausalLM
+from normfree.spark import sparse_decode
 from normfree.timing import Call, Clock, interleaved
 
 N_ROUND = 15

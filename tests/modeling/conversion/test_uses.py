@@ -15,10 +15,10 @@ from normfree.errors import InputError
 from normfree.interpret import direct_logit_attribution, measure_depth, prune_layers, quantization_cost
 from normfree.interpret.depth.block_calls import record
 from normfree.interpret.patching import PromptPairs, logit_difference, patch_heads
-from normfree.modeling import to_spark
 from normfree.removal import to_stock
 from normfree.removal.midway import Midway, check_removable
 from normfree.removal.schedule import automatic_schedule
+from normfree.spark import to_spark
 from tests.modeling.conversion.checks import assert_same, padding_mask, rope, tokens
 from tests.modeling.conversion.test_gemma2 import TestGemma2 as Gemma2
 from tests.modeling.conversion.test_gemma3 import MIXED

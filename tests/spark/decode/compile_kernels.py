@@ -7,7 +7,7 @@ from triton import compile as compile_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from normfree.spark.decode import triton_kernels as kernels
+from normfree.spark.decode import triton_decode_kernels as kernels
 
 H100 = GPUTarget("cuda", 90, 32)
 KERNELS = (

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from normfree.errors import InputError, unknown_name
+from normfree.spark.decode import extension, torch_kernels
 from normfree.spark.decode.extension import ELEMENT_TYPES, extension_refuses
+from normfree.spark.decode.shapes import AttentionInputs, FeedForwardInputs
 
 BACKENDS = ("torch", "cpu", "triton")
 HALF_PRECISION = (torch.bfloat16, torch.float16)
+
+
+class Kernels(Protocol):
+    """One backend's module."""
+
+    def feed_forward(self, inputs: FeedForwardInputs) -> Tensor:
+        """``sparse_feed_forward``: [n, d]."""
+
+    def attention(self, inputs: AttentionInputs) -> Tensor:
+        """``sparse_attention_decode``: [batch, n_head, value_dim]."""
 
 
 def decode_backends() -> dict[str, str | None]:
@@ -38,6 +51,20 @@ def chosen_backend(backend: str, x: Tensor) -> str:
     return backend
 
 
+def kernels(backend: str, x: Tensor) -> Kernels:
+    """The functions ``feed_forward`` and ``attention`` of the backend that :func:`chosen_backend` takes.
+
+    Raises:
+        InputError: as :func:`chosen_backend`.
+    """
+    name = chosen_backend(backend, x)
+    if name == "triton":
+        from normfree.spark.decode import triton_decode
+
+        return triton_decode
+    return extension if name == "cpu" else torch_kernels
+
+
 def _refuses(backend: str, x: Tensor) -> str | None:
     if backend == "cpu":
         if x.device.type != "cpu":
@@ -49,7 +76,7 @@ def _refuses(backend: str, x: Tensor) -> str | None:
         reason = _triton_refuses()
         if reason is not None:
             return reason
-        from normfree.spark.decode.triton import IS_INTERPRETED
+        from normfree.spark.decode.triton_decode import IS_INTERPRETED
 
         if x.device.type != ("cpu" if IS_INTERPRETED else "cuda"):
             return f"it needs tensors on an NVIDIA GPU (or the CPU and Triton's interpreter), got {x.device}"
@@ -63,6 +90,6 @@ def _triton_refuses() -> str | None:
         return "it needs the package triton, which comes with torch's CUDA wheels"
     if torch.version.hip is not None:
         return "it needs an NVIDIA GPU"
-    from normfree.spark.decode.triton import IS_INTERPRETED
+    from normfree.spark.decode.triton_decode import IS_INTERPRETED
 
     return None if IS_INTERPRETED or torch.cuda.is_available() else "there is no CUDA device"

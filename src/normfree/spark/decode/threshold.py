@@ -7,7 +7,7 @@ from functools import cache, lru_cache
 import torch
 from torch import Tensor
 
-from normfree.spark.statistical_topk import upper_quantile
+from normfree.spark.topk import upper_quantile
 
 
 @cache

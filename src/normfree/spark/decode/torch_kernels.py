@@ -8,7 +8,8 @@ from torch import Tensor
 
 from normfree.spark.decode.shapes import AttentionInputs, FeedForwardInputs
 from normfree.spark.decode.threshold import feed_forward_quantile
-from normfree.spark.statistical_topk import statistical_topk_mask
+from normfree.spark.selection import at_least_float32
+from normfree.spark.topk import statistical_topk_mask
 
 PADDED = 64
 """Lists of indices have a multiple of this length: torch spends up to 0.6 ms on a length that it has not met."""
@@ -21,7 +22,7 @@ def feed_forward(inputs: FeedForwardInputs) -> Tensor:
     every_row = torch.arange(r, device=q.device).expand(q.shape[0], r)
     # torch's fastest weighted sum of long rows, where a dense product of a few rows runs at half the memory's speed
     scores = F.embedding_bag(every_row, K1, per_sample_weights=q[:, :r].contiguous(), mode="sum")
-    scores = _at_least_float32(scores)
+    scores = at_least_float32(scores)
     if inputs.predictor_bias is not None:
         scores = scores + inputs.predictor_bias
     quantile = feed_forward_quantile(inputs.k, n_inner)
@@ -64,7 +65,7 @@ def attention(inputs: AttentionInputs) -> Tensor:
     batch, n_kv_head, n_key, r = predictor.shape
     n_head = inputs.q.shape[1]
     q = inputs.q.view(batch, n_kv_head, -1, inputs.q.shape[-1])
-    scores = _at_least_float32(q[..., :r] @ predictor.transpose(2, 3)).view(batch, n_head, n_key)
+    scores = at_least_float32(q[..., :r] @ predictor.transpose(2, 3)).view(batch, n_head, n_key)
     scores = scores * inputs.predictor_scale
     visible = None if inputs.visible is None else inputs.visible[:, None]
     keep = statistical_topk_mask(scores, inputs.k, visible=visible)
@@ -87,7 +88,3 @@ def attention(inputs: AttentionInputs) -> Tensor:
     chosen = values[sequences, kv_heads, keys].to(scores.dtype).masked_fill(~is_kept[..., None], 0.0)
     out = (weights[..., None, :] @ chosen)[..., 0, :]
     return out.masked_fill(counts[..., None] == 0, torch.nan)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

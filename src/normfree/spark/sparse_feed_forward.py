@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import nn
 
-from normfree.modeling.activations import build_activation
-from normfree.modeling.residual import ResidualProjection
-from normfree.spark import TOPKS
-
-if TYPE_CHECKING:
-    from normfree.modeling.configuration import NormfreeConfig
+from normfree.spark.sizes import SparkOptions
+from normfree.spark.topk import TOPKS
 
 
 class SparkFeedForward(nn.Module):
@@ -27,19 +21,19 @@ class SparkFeedForward(nn.Module):
     neuron whose predictor is not above θ.
     """
 
-    def __init__(self, config: NormfreeConfig, layer: int) -> None:
+    def __init__(self, options: SparkOptions, *, bias: bool, activation: nn.Module, down_proj: nn.Linear) -> None:
         super().__init__()
-        sizes = config.spark_sizes
-        self.predictor_dim = sizes.ffn_predictor_dim
-        self.n_active = sizes.ffn_active
-        assert config.topk is not None, "the configuration sets it for spark"
-        self.soft_threshold = TOPKS[config.topk].soft_threshold
-        self.predictor_proj = nn.Linear(self.predictor_dim, config.n_inner, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.n_embd - self.predictor_dim, config.n_inner, bias=False)
-        self.activation = build_activation(config, layer)
-        self.down_proj = ResidualProjection(config.n_inner, config.n_embd, bias=config.mlp_bias)
+        assert options.topk is not None, "filled in for spark"
+        self.predictor_dim = options.spark_sizes.ffn_predictor_dim
+        self.n_active = options.spark_sizes.ffn_active
+        self.soft_threshold = TOPKS[options.topk].soft_threshold
+        self.predictor_proj = nn.Linear(self.predictor_dim, options.n_inner, bias=bias)
+        self.up_proj = nn.Linear(options.n_embd - self.predictor_dim, options.n_inner, bias=False)
+        self.activation = activation
+        self.down_proj = down_proj
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         predictor_input, rest = x[..., : self.predictor_dim], x[..., self.predictor_dim :]
         active = self.activation(self.soft_threshold(self.predictor_proj(predictor_input), self.n_active))
-        return self.down_proj(active * self.up_proj(rest))
+        output: torch.Tensor = self.down_proj(active * self.up_proj(rest))
+        return output

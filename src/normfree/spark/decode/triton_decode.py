@@ -1,4 +1,4 @@
-"""Sparse decode on CUDA: what launches the kernels of ``triton_kernels``. Import only where triton can be imported."""
+"""Sparse decode on CUDA: launches the kernels of ``triton_decode_kernels``. Import only where triton is installed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from triton.runtime import JITFunction
 
 from normfree.spark.decode.shapes import AttentionInputs, FeedForwardInputs
 from normfree.spark.decode.threshold import attention_quantiles, feed_forward_quantile
-from normfree.spark.decode.triton_kernels import (
+from normfree.spark.decode.triton_decode_kernels import (
     attend_kernel,
     key_scores_kernel,
     multiplier_kernel,
