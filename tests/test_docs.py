@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from normfree.cli import app
+from normfree.runner import installed_studies, preset_names
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -60,6 +61,18 @@ def test_commands_and_options_exist(page: Path) -> None:
             continue
         options = {option for each in command.params for option in (*each.opts, *each.secondary_opts)} | {"--help"}
         unknown += [f"{name} {option}" for option in _OPTION.findall(words) if option not in options]
+    assert unknown == []
+
+
+@of_each_page
+def test_studies_and_presets_exist(page: Path) -> None:
+    studies, presets = set(installed_studies()), set(preset_names())
+    unknown = []
+    for name, words in _commands(page):
+        first = next(iter(words.split()), "")
+        if name == "study" and re.fullmatch(r"[a-z][a-z0-9-]*", first) and first not in studies:
+            unknown.append(first)
+        unknown += [each for each in re.findall(r"--preset ([a-z][a-z0-9-]*)(?![\w./])", words) if each not in presets]
     assert unknown == []
 
 
