@@ -7,8 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from normfree import NormfreeConfig, NormfreeForCausalLM
 from normfree.errors import InputError
 from normfree.report import load_published
-from normfree.runner import Study, installed_studies, load_preset, preset_names
-from normfree.runner.study import run_config
+from normfree.runner import Study, installed_studies, load_preset, preset_names, run_config
 from normfree.studies.relu_revival import GELU, LAYERNORM_GELU, STUDY
 
 STUDIES = {name: each for name, each in installed_studies().items() if isinstance(each, Study)}

@@ -200,7 +200,7 @@ def test_a_folder_in_use_is_refused(preset: Path, cache: Path, tmp_path: Path) -
 def test_failed_runs_are_named_and_the_others_shown(
     preset: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from normfree.runner.worker import Work
+    from normfree.runner.work import Work
 
     train = Work.train
     broken = {"SM+R"}

@@ -13,8 +13,7 @@ import yaml
 
 from normfree.errors import InputError
 from normfree.report import depth_table
-from normfree.runner import load_preset
-from normfree.runner.study import run_config
+from normfree.runner import load_preset, run_config
 from normfree.studies.curse_of_depth import LNS, PRE_LN, configurations
 from normfree.training import load_pretrained
 

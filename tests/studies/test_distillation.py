@@ -7,8 +7,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from normfree.runner import load_preset
-from normfree.runner.study import run_config
+from normfree.runner import load_preset, run_config
 from normfree.studies.distillation import STUDY
 
 Command = Callable[..., tuple[int, str, str]]

@@ -4,9 +4,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from normfree.runner import StudyFolder, load_preset
-from normfree.runner.run_frames import threshold_frame
-from normfree.runner.study import run_config
+from normfree.runner import StudyFolder, load_preset, run_config, threshold_frame
 from normfree.studies.entropy_regularization import OPTIONS, STUDY
 
 Command = Callable[..., tuple[int, str, str]]

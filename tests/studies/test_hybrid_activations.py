@@ -1,8 +1,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from normfree.runner import load_preset
-from normfree.runner.study import run_config
+from normfree.runner import load_preset, run_config
 from normfree.studies.hybrid_activations import STUDY
 
 Command = Callable[..., tuple[int, str, str]]

@@ -8,8 +8,7 @@ import pandas as pd
 from safetensors.torch import load_file
 
 from normfree import NormfreeForCausalLM
-from normfree.runner import StudyFolder, load_preset
-from normfree.runner.study import run_config
+from normfree.runner import StudyFolder, load_preset, run_config
 from normfree.studies.learnable_slopes import LEARNABLE, STUDY
 from normfree.training import load_run_config
 from normfree.training.records import LAYERS_FILE

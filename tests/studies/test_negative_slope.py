@@ -9,8 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from normfree.runner import load_preset
-from normfree.runner.study import run_config
+from normfree.runner import load_preset, run_config
 from normfree.studies.negative_slope import LEAKY, STUDY, _lead, what_nan_means
 from normfree.training import Recipe
 

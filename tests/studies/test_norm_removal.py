@@ -13,8 +13,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from normfree.removal import finetuning
-from normfree.runner import load_preset
-from normfree.runner.study import run_config
+from normfree.runner import load_preset, run_config
 from normfree.studies.norm_removal import GPT_2, PYTHIA, configurations, llama
 from normfree.studies.norm_removal_scaling import SIZE_FACTORS
 from normfree.studies.norm_removal_scaling import configurations as sizes

@@ -8,8 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from normfree.runner import StudyFolder
-from normfree.runner.run_frames import final_checkpoint
+from normfree.runner import StudyFolder, final_checkpoint
 from normfree.training.records import LAYERS_FILE
 
 Command = Callable[..., tuple[int, str, str]]

@@ -13,8 +13,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from normfree.runner import StudyFolder, StudyPage
-from normfree.runner.study import best_learning_rates
+from normfree.runner import StudyFolder
 from normfree.studies.relu_revival import STUDY
 from tests.data.made_up import document, write_documents
 
@@ -127,7 +126,7 @@ def test_tuned_learning_rates_stand_beside_the_recipes(normfree: Command, preset
     assert sorted(set(sweep["learning_rate"])) == [0.00025, 0.0005, 0.001, 0.002, 0.004]
     assert (sweep["steps"] == 2).all()  # one of warm-up, as in the whole run, and a fifth of four steps
     expected = sweep.loc[sweep.groupby("configuration")["eval_loss"].idxmin()].set_index("configuration")
-    best = best_learning_rates(folder)
+    best = folder.best_learning_rates()
     assert best == expected["learning_rate"].to_dict()
 
     results = pd.read_csv(tmp_path / "study" / "results.csv")
@@ -173,7 +172,7 @@ def test_a_study_of_diverging_runs_ends_with_a_report(normfree: Command, preset_
     results = pd.read_csv(tmp_path / "study" / "results.csv")
     diverged = results["status"] == "diverged"
     assert diverged.any()
-    table = StudyPage(STUDY, StudyFolder.open(tmp_path / "study")).table.set_index("configuration")
+    table = STUDY.page(StudyFolder.open(tmp_path / "study")).table.set_index("configuration")
     for label in results.loc[diverged, "configuration"]:
         assert not math.isfinite(table.loc[label, "eval_ppl"])
     assert "NaN" in out or "inf" in out

@@ -7,8 +7,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from normfree.runner import load_preset
-from normfree.runner.study import run_config
+from normfree.runner import load_preset, run_config
 from normfree.studies.scaling import SCALING, SIZES
 
 Command = Callable[..., tuple[int, str, str]]

@@ -10,8 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from normfree.runner import StudyFolder, load_preset
-from normfree.runner.study import run_config
+from normfree.runner import StudyFolder, load_preset, run_config
 from normfree.studies.spark import CURVE, NORMS, STUDY, costs_frame, savings_frame
 from normfree.training.records import LAYERS_FILE
 

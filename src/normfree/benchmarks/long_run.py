@@ -27,8 +27,7 @@ from normfree.benchmarks.options import check_positive
 from normfree.benchmarks.surroundings import surroundings, usual_device
 from normfree.errors import InputError, RunFailedError
 from normfree.locks import holds_nothing
-from normfree.runner import load_preset
-from normfree.runner.study import run_config
+from normfree.runner import load_preset, run_config
 from normfree.studies.relu_revival import LAYERNORM_GELU
 from normfree.training import RunConfig
 from normfree.training.records import LAYERS_FILE

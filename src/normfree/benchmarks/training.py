@@ -34,8 +34,7 @@ from transformers import (
 from normfree import NormfreeForCausalLM
 from normfree.benchmarks.options import DTYPES, check_at_least
 from normfree.benchmarks.surroundings import surroundings, usual_device
-from normfree.runner import Preset, load_preset
-from normfree.runner.study import run_config
+from normfree.runner import Preset, load_preset, run_config
 from normfree.studies.relu_revival import LAYERNORM_GELU
 from normfree.training.records import RunRecords
 from normfree.training.telemetry import Telemetry, recorded_probes

@@ -93,7 +93,7 @@ def study(
 
     Example: normfree study relu-revival --preset cpu --seeds 0,1,2
     """
-    from normfree.runner import DEFAULT_RETRIES, make_executor, run_study, told
+    from normfree.runner import DEFAULT_RETRIES, failure_summary, make_executor, run_study
 
     if list_:
         _show_studies(open_console(json_), json_=json_)
@@ -125,7 +125,7 @@ def study(
     )
     show_study(result, console, json_=json_)
     if result.failures:
-        raise RunFailedError(f"{told(result.failures)}; the same command tries again")
+        raise RunFailedError(f"{failure_summary(result.failures)}; the same command tries again")
 
 
 def _show_studies(console: Console, *, json_: bool) -> None:

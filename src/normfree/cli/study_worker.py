@@ -25,11 +25,11 @@ def study_worker(
 
     Example: normfree study-worker studies/relu-revival-gpu
     """
-    from normfree.runner import help_with, told
+    from normfree.runner import failure_summary, help_with
 
     check_alone("normfree study-worker", "leave the launcher out, and start it once for each run to be trained at once")
     failures = help_with(folder, open_console(json_), study)
     if json_:
         print(json.dumps({"folder": str(folder), "failures": failures}))
     if failures:
-        raise RunFailedError(told(failures))
+        raise RunFailedError(failure_summary(failures))

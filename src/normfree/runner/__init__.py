@@ -1,43 +1,75 @@
-"""The machinery of studies: what a study is, how its runs are trained, and how its report is written."""
+"""The machinery of studies: what a study is, how its runs are trained, and how its report is written.
+
+Studies import from here only. The machinery imports no study: it finds them (see :mod:`normfree.runner.catalog`).
+"""
 
 from normfree.runner.catalog import Found, find_study, installed_studies
-from normfree.runner.collection import Collection, CollectionFolder
-from normfree.runner.execution import DEFAULT_RETRIES, Execution, help_with, told
+from normfree.runner.driver import DEFAULT_RETRIES, Execution, failure_summary, help_with
 from normfree.runner.executors import EXECUTORS, make_executor
 from normfree.runner.listing import list_presets, list_studies
-from normfree.runner.opening import begin, open_folder
-from normfree.runner.page import Findings, StudyPage
-from normfree.runner.presets import Preset, load_preset, preset_names
+from normfree.runner.opening import OpenCollection, OpenStudy, begin, open_folder
+from normfree.runner.page import FIGURES_FOLDER, Findings, StudyPage, saved_figure
+from normfree.runner.presets import Preset, RemovalOptions, load_preset, preset_names
 from normfree.runner.result import StudyResult, load_study, run_study
-from normfree.runner.study import Configuration, Measurement, Study, StudyFolder, run_config
+from normfree.runner.run_frames import (
+    KEY,
+    eval_curve_frame,
+    final_checkpoint,
+    head_entropy_frame,
+    layer_entropy_frame,
+    measured_frame,
+    nonfinite_frame,
+    run_key,
+    signal_dynamics_frame,
+    slope_frame,
+    threshold_frame,
+)
+from normfree.runner.study import Collection, Configuration, Measurement, Member, Study, run_config
+from normfree.runner.study_folder import StudyFolder
 
 __all__ = [
     "DEFAULT_RETRIES",
     "EXECUTORS",
+    "FIGURES_FOLDER",
+    "KEY",
     "Collection",
-    "CollectionFolder",
     "Configuration",
     "Execution",
     "Findings",
     "Found",
     "Measurement",
+    "Member",
+    "OpenCollection",
+    "OpenStudy",
     "Preset",
+    "RemovalOptions",
     "Study",
     "StudyFolder",
     "StudyPage",
     "StudyResult",
     "begin",
+    "eval_curve_frame",
+    "failure_summary",
+    "final_checkpoint",
     "find_study",
+    "head_entropy_frame",
     "help_with",
     "installed_studies",
+    "layer_entropy_frame",
     "list_presets",
     "list_studies",
     "load_preset",
     "load_study",
     "make_executor",
+    "measured_frame",
+    "nonfinite_frame",
     "open_folder",
     "preset_names",
     "run_config",
+    "run_key",
     "run_study",
-    "told",
+    "saved_figure",
+    "signal_dynamics_frame",
+    "slope_frame",
+    "threshold_frame",
 ]

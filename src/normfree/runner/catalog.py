@@ -2,7 +2,7 @@
 
 An installed package declares where its studies are by an entry point of the group ``normfree.studies``, which names a
 package, a module or a study. A module declares its studies as ``STUDY`` (one) or ``STUDIES`` (several); of a package,
-all modules and packages in it are searched. A new study in a package that is declared already is therefore one new file.
+all modules and packages in it are searched. A new study in a declared package is therefore one new file.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import importlib
 import importlib.util
 import logging
 import pkgutil
+import shlex
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.abc import SourceLoader
 from importlib.metadata import EntryPoint, entry_points
@@ -22,8 +23,8 @@ from pathlib import Path
 from types import ModuleType
 
 from normfree.errors import InputError, unknown_name
-from normfree.runner.collection import Collection
-from normfree.runner.study import Study
+from normfree.runner.study import Collection, Study
+from normfree.runner.study_folder import StudyFolder
 
 GROUP = "normfree.studies"
 BUILT_IN = EntryPoint(name="normfree", value="normfree.studies", group=GROUP)
@@ -81,14 +82,34 @@ def find_study(reference: str | Path) -> Found:
     return Found(found[0][1])
 
 
-def studies_where(reference: str | Path | None) -> dict[str, AnyStudy]:
-    """All studies that are defined where ``reference`` (see :func:`find_study`) is; None is for the installed ones.
+def studies_for(path: Path, file: object, reference: str | Path | None) -> dict[str, AnyStudy]:
+    """The studies among which is that of the folder ``path``, which says that ``file`` (None: a package) defines it.
+
+    Code is never run because a folder names it, for a folder may come from anybody: the ``reference`` has to name it.
 
     Raises:
-        InputError: the file cannot be used.
+        InputError: a file defines the study, and it is not given or cannot be used.
     """
-    path = None if reference is None else _path_and_name(reference)[0]
-    return installed_studies() if path is None else _in_file(path)[1]
+    if file is not None and reference is None:
+        raise InputError(
+            f"{path} holds a study that is defined in {file}; code is not run because a folder names it: "
+            f"give the file yourself, with --study {shlex.quote(str(file))}"
+        )
+    where = None if reference is None else _path_and_name(reference)[0]
+    return installed_studies() if where is None else _in_file(where)[1]
+
+
+def study_of(folder: StudyFolder, studies: Mapping[str, AnyStudy]) -> Study:
+    """The study of a folder.
+
+    Raises:
+        InputError: it is not among ``studies``.
+    """
+    study = studies.get(folder.study_name)
+    if not isinstance(study, Study):
+        names = [name for name, each in studies.items() if isinstance(each, Study)]
+        raise unknown_name("study", folder.study_name, names)
+    return study
 
 
 def _path_and_name(reference: str | Path) -> tuple[Path | None, str]:

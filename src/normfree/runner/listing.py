@@ -7,16 +7,15 @@ from typing import Any
 
 from normfree.errors import InputError
 from normfree.runner.catalog import installed_studies
-from normfree.runner.collection import Collection
-from normfree.runner.plan import plan_study
 from normfree.runner.presets import Preset, load_preset, preset_names
-from normfree.runner.study import Study
+from normfree.runner.run_order import planned_runs
+from normfree.runner.study import Collection, Study
 
 
 def list_studies() -> list[dict[str, Any]]:
     """Every study and collection: name, what it asks, and for each preset made for it the runs of one seed.
 
-    Fine-tuned copies that a study makes of a run, as the studies of norm removal do, are no runs of their own.
+    Fine-tuned copies of a run, such as those of the studies of norm removal, are not counted.
     """
     return [{"study": name, "asks": each.question, "runs": _runs(each)} for name, each in installed_studies().items()]
 
@@ -27,7 +26,7 @@ def list_presets() -> dict[str, str]:
 
 
 def _runs(study: Study | Collection) -> dict[str, int]:
-    """The runs with each preset made for the study, without presets that its configurations cannot be trained with."""
+    """Runs of one seed by preset, without presets that the study's configurations cannot be trained with."""
     runs = {}
     for preset in study.presets:
         with suppress(InputError):
@@ -42,4 +41,4 @@ def _members(study: Study | Collection, preset: str) -> list[tuple[Study, Preset
 
 
 def _n_run(study: Study, preset: Preset) -> int:
-    return len(plan_study(study, preset, preset.seeds[:1], tune_lr=False))
+    return len(planned_runs(study, preset, preset.seeds[:1], tune_lr=False))

@@ -22,13 +22,14 @@ from normfree.locks import locked
 from normfree.processes import check_alone
 from normfree.report import formatted, table_notes
 from normfree.runner.catalog import find_study
-from normfree.runner.collection import Collection, CollectionFolder
-from normfree.runner.execution import DEFAULT_RETRIES, Execution, told
+from normfree.runner.driver import DEFAULT_RETRIES, Execution, failure_summary
 from normfree.runner.executors import Executor, make_executor
-from normfree.runner.opening import begin, open_folder
-from normfree.runner.page import FIGURES_FOLDER, REPORT_FILE, StudyPage
+from normfree.runner.opening import OpenCollection, OpenStudy, begin, open_folder
+from normfree.runner.page import FIGURES_FOLDER
 from normfree.runner.presets import Preset, load_preset
+from normfree.runner.reporting import REPORT_FILE
 from normfree.runner.run_frames import eval_curve_frame, head_entropy_frame, layer_entropy_frame
+from normfree.runner.study import Collection
 from normfree.training.run_folder import RESULTS_FILE
 
 LINE_WIDTH = 110
@@ -45,10 +46,10 @@ class StudyResult:
         failures: why runs failed for good, by their folder below the study's; empty for a study that was loaded.
     """
 
-    def __init__(self, opened: StudyPage | CollectionFolder, failures: Mapping[str, str] | None = None) -> None:
+    def __init__(self, opened: OpenStudy | OpenCollection, failures: Mapping[str, str] | None = None) -> None:
         self._opened = opened
-        self._pages = list(opened.pages) if isinstance(opened, CollectionFolder) else [opened]
-        self.name = opened.collection.name if isinstance(opened, CollectionFolder) else opened.study.name
+        self._pages = [each.page for each in opened.members]
+        self.name = opened.name
         self.folder = opened.path
         self.failures = dict(failures or {})
 
@@ -87,9 +88,9 @@ class StudyResult:
     @cached_property
     def studies(self) -> dict[str, StudyResult]:
         """The studies of a collection by their folders' names; none of a study."""
-        if not isinstance(self._opened, CollectionFolder):
+        if isinstance(self._opened, OpenStudy):
             return {}
-        return {page.path.name: StudyResult(page) for page in self._opened.pages}
+        return {each.path.name: StudyResult(each) for each in self._opened.members}
 
     @cached_property
     def head_entropy(self) -> pd.DataFrame:
@@ -132,7 +133,7 @@ class StudyResult:
             notes = "".join(f"<li>{html.escape(note)}</li>" for note in table_notes(table))
             parts.append(f"{formatted(table).to_html(index=False, border=0, escape=True)}<ul>{notes}</ul>")
         if self.failures:
-            parts.append(f"<p>{html.escape(told(self.failures))}</p>")
+            parts.append(f"<p>{html.escape(failure_summary(self.failures))}</p>")
         report = "no report yet" if self.report is None else f"report: <code>{html.escape(str(self.report))}</code>"
         return f"<div>{''.join(parts)}<p>{report}</p></div>"
 
@@ -244,7 +245,7 @@ def run_study(
             if not failures:
                 raise
             console.print(f"No report: {error}", highlight=False, soft_wrap=True)
-            raise RunFailedError(f"{told(failures)}; the same command tries again") from error
+            raise RunFailedError(f"{failure_summary(failures)}; the same command tries again") from error
     return StudyResult(begun, failures)
 
 

@@ -10,7 +10,6 @@ import pandas as pd
 
 from normfree.report.frames import NONFINITE_COUNTS, THRESHOLDS
 from normfree.report.signal_propagation import SIGNAL_STATISTICS
-from normfree.runner.study import Study
 from normfree.training import RunResult, load_run_config
 from normfree.training.objectives.entropy_regularization import THRESHOLD
 from normfree.training.records import LAYERS_FILE, METRICS_FILE
@@ -19,8 +18,8 @@ from normfree.training.run_folder import CONFIG_FILE, last_checkpoint
 KEY = ("model", "context_length", "configuration", "seed")
 
 
-def results_frame(study: Study, labels: Sequence[str], results: Iterable[RunResult]) -> pd.DataFrame:
-    """One row a run, in the order of ``labels``, with Δ % of perplexity against the baseline of the same seed.
+def results_frame(results: Iterable[RunResult], labels: Sequence[str], baseline: str) -> pd.DataFrame:
+    """One row a run, in the order of ``labels``, with Δ % of perplexity against ``baseline`` with the same seed.
 
     Columns: those of a run's ``results.csv``, then ``delta_percent`` (NaN where the baseline is missing).
     """
@@ -30,8 +29,8 @@ def results_frame(study: Study, labels: Sequence[str], results: Iterable[RunResu
         ["seed", "configuration"],
         key=lambda column: column.map(order) if column.name == "configuration" else column,
     ).reset_index(drop=True)
-    baseline = frame[frame["configuration"] == study.baseline].set_index("seed")["eval_ppl"]
-    frame["delta_percent"] = 100 * (frame["eval_ppl"] / frame["seed"].map(baseline) - 1)
+    reference = frame[frame["configuration"] == baseline].set_index("seed")["eval_ppl"]
+    frame["delta_percent"] = 100 * (frame["eval_ppl"] / frame["seed"].map(reference) - 1)
     return frame
 
 

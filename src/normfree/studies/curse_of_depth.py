@@ -24,10 +24,19 @@ from normfree.report import (
     signal_propagation_over_depth,
 )
 from normfree.report.numbers import mean_and_half
-from normfree.runner.page import FIGURES_FOLDER, Findings, StudyPage
-from normfree.runner.presets import Preset
-from normfree.runner.run_frames import eval_curve_frame, final_checkpoint, run_key, signal_dynamics_frame
-from normfree.runner.study import Configuration, Measurement, Study
+from normfree.runner import (
+    FIGURES_FOLDER,
+    Configuration,
+    Findings,
+    Measurement,
+    Preset,
+    Study,
+    StudyPage,
+    eval_curve_frame,
+    final_checkpoint,
+    run_key,
+    signal_dynamics_frame,
+)
 from normfree.studies.depth import depth_sections
 from normfree.training import RunResult, load_pretrained
 

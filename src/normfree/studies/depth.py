@@ -25,7 +25,7 @@ from normfree.report import (
     weights_entry,
     write_report,
 )
-from normfree.runner.page import FIGURES_FOLDER, saved_figure
+from normfree.runner import FIGURES_FOLDER, saved_figure
 
 _NAMES = {
     "n_layer": "Layers",

@@ -14,9 +14,15 @@ from normfree.report import (
     headwise_entropy_heatmaps,
     layerwise_entropy_dynamics,
 )
-from normfree.runner.page import Findings, StudyPage
-from normfree.runner.run_frames import eval_curve_frame, head_entropy_frame, layer_entropy_frame
-from normfree.runner.study import Configuration, Study
+from normfree.runner import (
+    Configuration,
+    Findings,
+    Study,
+    StudyPage,
+    eval_curve_frame,
+    head_entropy_frame,
+    layer_entropy_frame,
+)
 from normfree.studies.relu_revival import GELU, LAYERNORM_GELU, RELU, scale_limits
 from normfree.training.objectives import DistillationOptions
 

@@ -20,9 +20,16 @@ from normfree.report import (
     layerwise_entropy_dynamics,
     perplexity_and_overload,
 )
-from normfree.runner.page import Findings, StudyPage
-from normfree.runner.run_frames import eval_curve_frame, head_entropy_frame, layer_entropy_frame, threshold_frame
-from normfree.runner.study import Configuration, Study
+from normfree.runner import (
+    Configuration,
+    Findings,
+    Study,
+    StudyPage,
+    eval_curve_frame,
+    head_entropy_frame,
+    layer_entropy_frame,
+    threshold_frame,
+)
 from normfree.studies.relu_revival import GELU, LAYERNORM_GELU, RELU, scale_limits
 from normfree.training.objectives import EntropyRegularizationOptions
 from normfree.training.objectives.entropy_regularization import PENALTY, THRESHOLD

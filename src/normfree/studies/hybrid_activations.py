@@ -12,10 +12,7 @@ from normfree.report import (
     layer_entropy_by_configuration,
     perplexity_and_overload,
 )
-from normfree.runner.page import Findings, StudyPage
-from normfree.runner.presets import Preset
-from normfree.runner.run_frames import eval_curve_frame, head_entropy_frame
-from normfree.runner.study import Configuration, Study
+from normfree.runner import Configuration, Findings, Preset, Study, StudyPage, eval_curve_frame, head_entropy_frame
 from normfree.studies.relu_revival import GELU, RELU, scale_limits
 
 LETTERS = {"gelu": "G", "relu": "R"}
@@ -47,7 +44,7 @@ def describe(page: StudyPage) -> Findings:
     heads = head_entropy_frame(page.results)
     gelu_layers = {
         each.label: [place for place, name in enumerate(_activations(page, each)) if name == "gelu"]
-        for each in page.study.configurations(page.folder.preset)
+        for each in configurations(page.folder.preset)
     }
     sections = [
         Section(

@@ -35,7 +35,7 @@ from normfree.report import (
     write_report,
 )
 from normfree.report import residual_std_by_position as residual_std_figure
-from normfree.runner.page import FIGURES_FOLDER, saved_figure
+from normfree.runner import FIGURES_FOLDER, saved_figure
 
 FRAMES = ("attribution_errors", "patches", "neuron_weights", "neuron_effects", "sinks", "residual_stds")
 """The CSV files, by name."""

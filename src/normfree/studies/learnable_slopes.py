@@ -23,9 +23,7 @@ from normfree.report import (
     slope_under_decay_only,
     trajectory_distance_matrix,
 )
-from normfree.runner.page import Findings, StudyPage
-from normfree.runner.run_frames import layer_entropy_frame, slope_frame
-from normfree.runner.study import Configuration, Study
+from normfree.runner import Configuration, Findings, Study, StudyPage, layer_entropy_frame, slope_frame
 from normfree.studies.relu_revival import GELU, LAYERNORM_GELU, LAYERNORM_RELU, RELU, scale_limits
 from normfree.training.records import METRICS_FILE
 

@@ -17,9 +17,15 @@ from normfree.report import (
     first_nonfinite,
     instability_dynamics,
 )
-from normfree.runner.page import Findings, StudyPage
-from normfree.runner.run_frames import eval_curve_frame, layer_entropy_frame, nonfinite_frame
-from normfree.runner.study import Configuration, Study
+from normfree.runner import (
+    Configuration,
+    Findings,
+    Study,
+    StudyPage,
+    eval_curve_frame,
+    layer_entropy_frame,
+    nonfinite_frame,
+)
 from normfree.studies.relu_revival import RELU, scale_limits
 from normfree.training import Recipe
 

@@ -38,9 +38,7 @@ from normfree.report.norm_removal import (
 )
 from normfree.report.norm_removal_figures import removal_loss_curves
 from normfree.report.numbers import plus_minus
-from normfree.runner.page import Findings, StudyPage
-from normfree.runner.presets import Preset, RemovalOptions
-from normfree.runner.study import Configuration, Measurement, Study, run_config
+from normfree.runner import Configuration, Findings, Measurement, Preset, RemovalOptions, Study, StudyPage, run_config
 from normfree.training import RunResult, StudyProgress
 from normfree.training.objectives.trainer import CROSS_ENTROPY
 from normfree.training.records import METRICS_FILE

@@ -24,9 +24,7 @@ from normfree.report.norm_removal import (
     tokens_to_reach,
 )
 from normfree.report.norm_removal_figures import removal_scaling
-from normfree.runner.page import Findings, StudyPage
-from normfree.runner.presets import Preset
-from normfree.runner.study import Configuration, Study, run_config
+from normfree.runner import Configuration, Findings, Preset, Study, StudyPage, run_config
 from normfree.studies.norm_removal import (
     GPT_2,
     REMOVALS_FILE,

@@ -31,9 +31,16 @@ from normfree.report import (
     signal_propagation_dynamics,
     signal_propagation_over_depth,
 )
-from normfree.runner.page import Findings, StudyPage
-from normfree.runner.run_frames import KEY, final_checkpoint, measured_frame, signal_dynamics_frame
-from normfree.runner.study import Measurement, Study
+from normfree.runner import (
+    KEY,
+    Findings,
+    Measurement,
+    Study,
+    StudyPage,
+    final_checkpoint,
+    measured_frame,
+    signal_dynamics_frame,
+)
 from normfree.studies.relu_revival import GELU, LAYERNORM_GELU, LAYERNORM_RELU, RELU, scale_limits
 from normfree.training import RunResult, load_pretrained
 from normfree.training.records import write_parquet

@@ -10,10 +10,17 @@ import pandas as pd
 from normfree.errors import InputError
 from normfree.report import Section
 from normfree.report.frames import SETTING
-from normfree.runner.collection import Collection, Member
-from normfree.runner.page import FIGURES_FOLDER, Findings, StudyPage
-from normfree.runner.presets import Preset, load_preset
-from normfree.runner.study import Configuration, Study
+from normfree.runner import (
+    FIGURES_FOLDER,
+    Collection,
+    Configuration,
+    Findings,
+    Member,
+    Preset,
+    Study,
+    StudyPage,
+    load_preset,
+)
 from normfree.studies import learnable_slopes, negative_slope, relu_revival
 
 COLUMN_PRESETS = ("cpu", "gpu", "paper-gpt2-128")
@@ -30,7 +37,7 @@ def _configurations(preset: Preset) -> tuple[Configuration, ...]:
 def _describe_figures(page: StudyPage) -> Findings:
     trained = {each.row["configuration"] for each in page.results}
     findings = {
-        part.name: part.describe(StudyPage(part, page.folder, f"{FIGURES_FOLDER}/{part.name}"))
+        part.name: part.describe(part.page(page.folder, f"{FIGURES_FOLDER}/{part.name}"))
         for part in PARTS
         if part.baseline in trained
     }
@@ -73,7 +80,7 @@ def _columns_and_figures(preset_name: str, changed: Callable[[Preset], Preset]) 
 
 def _table(pages: Sequence[StudyPage]) -> pd.DataFrame:
     """Table 2: the four configurations of each column."""
-    columns = [StudyPage(relu_revival.STUDY, page.folder).table for page in pages]
+    columns = [relu_revival.STUDY.page(page.folder).table for page in pages]
     return pd.concat(columns, ignore_index=True)
 
 
@@ -85,7 +92,7 @@ def _describe(pages: Sequence[StudyPage], table: pd.DataFrame, _: Path) -> Findi
         published = rows.dropna(subset=["published_ppl"]).sort_values("published_ppl")["configuration"]
         verdict = f"{model}, T = {context_length}: {' < '.join(ranked)}"
         verdicts.append(verdict + (f" (published: {' < '.join(published)})." if len(published) else "."))
-    limits = relu_revival.scale_limits(StudyPage(relu_revival.STUDY, pages[0].folder)).strip()
+    limits = relu_revival.scale_limits(pages[0]).strip()
     return Findings("Perplexity, best first. " + " ".join(verdicts), [], limits)
 
 

@@ -14,9 +14,15 @@ from normfree.report import (
     layerwise_entropy_dynamics,
     published_head_entropy,
 )
-from normfree.runner.page import Findings, StudyPage
-from normfree.runner.run_frames import eval_curve_frame, head_entropy_frame, layer_entropy_frame
-from normfree.runner.study import Configuration, Study
+from normfree.runner import (
+    Configuration,
+    Findings,
+    Study,
+    StudyPage,
+    eval_curve_frame,
+    head_entropy_frame,
+    layer_entropy_frame,
+)
 
 PAPER_TOKENS = 2.1e9
 PAPER_SEQUENCE_LENGTH = 128

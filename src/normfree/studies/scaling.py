@@ -17,10 +17,18 @@ from normfree.errors import InputError
 from normfree.modeling import NormfreeConfig
 from normfree.report import FigureBlock, Section, Table, loss_gap, loss_gap_heatmap
 from normfree.report.scaling import OWN_BEST
-from normfree.runner.collection import Collection, Member
-from normfree.runner.page import FIGURES_FOLDER, Findings, StudyPage, saved_figure
-from normfree.runner.presets import Preset, load_preset
-from normfree.runner.study import Configuration, Study
+from normfree.runner import (
+    FIGURES_FOLDER,
+    Collection,
+    Configuration,
+    Findings,
+    Member,
+    Preset,
+    Study,
+    StudyPage,
+    load_preset,
+    saved_figure,
+)
 from normfree.studies.relu_revival import GELU, RELU, scale_limits
 
 LEARNING_RATE_FACTORS = (0.5, 1.0, 2.0)
@@ -61,7 +69,7 @@ def _grid(preset: Preset, sizes: dict[str, dict[str, int]]) -> Iterator[tuple[di
 
 def _losses(page: StudyPage, base_name: str) -> pd.DataFrame:
     """Columns size, activation, learning_rate, seed, eval_loss: finished runs, the base size under ``base_name``."""
-    sizes = _sizes(page.folder.preset) if page.study is SIZES else {BASE: {}}
+    sizes = _sizes(page.folder.preset) if page.folder.study_name == SIZES.name else {BASE: {}}
     what = {configuration.label: known for known, configuration in _grid(page.folder.preset, sizes)}
     rows = [
         {**what[each.row["configuration"]], "seed": each.row["seed"], "eval_loss": each.row["eval_loss"]}

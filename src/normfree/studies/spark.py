@@ -29,16 +29,20 @@ from normfree.report import (
     perplexity_and_overload,
     sparsity_table,
 )
-from normfree.runner.page import Findings, StudyPage
-from normfree.runner.presets import Preset
-from normfree.runner.run_frames import (
+from normfree.runner import (
+    Configuration,
+    Findings,
+    Measurement,
+    Preset,
+    Study,
+    StudyPage,
     eval_curve_frame,
     final_checkpoint,
     head_entropy_frame,
     measured_frame,
+    run_config,
     run_key,
 )
-from normfree.runner.study import Configuration, Measurement, Study, run_config
 from normfree.spark.accounting import decode_cost, total_flops
 from normfree.spark.sizes import SparkSizes
 from normfree.studies.decode_seconds import decode_seconds
@@ -226,7 +230,7 @@ def _sparsity_sections(page: StudyPage, *, nominal: float | None) -> list[Sectio
         sparsity = measured_frame(measured, SPARSITY_FILE)
         timed = [each for each in measured if (each.folder / DECODE_FILE).exists()]
         decode = measured_frame(timed, DECODE_FILE) if timed else None
-        table = sparsity_table(sparsity, savings_frame(measured, sparsity), decode, baseline=page.study.baseline)
+        table = sparsity_table(sparsity, savings_frame(measured, sparsity), decode, baseline=page.baseline)
         blocks: list[Block] = [
             Paragraph(
                 "A neuron is active where what enters the last projection of its feed-forward network is not zero: for "
@@ -252,7 +256,7 @@ def _sparsity_sections(page: StudyPage, *, nominal: float | None) -> list[Sectio
         sections.append(Section("Sparsity", blocks))
     if missing:
         names = ", ".join(f"{each.row['configuration']} seed {each.row['seed']}" for each in missing)
-        told = f"Not measured yet, and not in these tables: {names}. `normfree study {page.study.name}` goes on."
+        told = f"Not measured yet, and not in these tables: {names}. `normfree study {page.folder.study_name}` goes on."
         sections.append(Section("Missing", [Callout(told, "warning")]))
     return sections
 

@@ -45,6 +45,7 @@ class StudyProgress:
         self.console = console
         self._bars = study_bars(console)
         self._whole = self._bars.add_task(description, total=total_tokens, note="")
+        self._skipped_tokens = 0
 
     def __enter__(self) -> StudyProgress:
         self._bars.start()
@@ -56,9 +57,15 @@ class StudyProgress:
         self._bars.stop()
 
     def skip(self, tokens: int) -> None:
-        """Takes a run that was finished earlier out of the work ahead."""
+        """Takes tokens that were trained on earlier out of the work ahead."""
+        self._skipped_tokens += tokens
         task = self._bars.tasks[0]
         self._bars.update(self._whole, total=(task.total or 0) - tokens)
+
+    def show(self, done_tokens: float, total_tokens: float, note: str) -> None:
+        """Moves the whole bar to ``done_tokens`` of ``total_tokens``, both with the tokens of :meth:`skip`."""
+        done, total = done_tokens - self._skipped_tokens, total_tokens - self._skipped_tokens
+        self._bars.update(self._whole, completed=done, total=total, note=note)
 
     def run(self, description: str, tokens: int) -> RunProgress:
         """The callback that moves the bars while one run trains."""

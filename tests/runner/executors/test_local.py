@@ -84,13 +84,13 @@ def test_ctrl_c_saves_all_runs_and_the_same_command_goes_on(
     job = normfree_job("study", STUDY, "--preset", preset_path, *options)
 
     def interrupted() -> None:
-        from normfree.runner import conductor
+        from normfree.runner import driver
 
         def sleep(seconds: float) -> None:
             if list(folder.glob("runs/*/*/checkpoint-*")):
                 os.kill(os.getpid(), signal.SIGINT)
 
-        conductor.time.sleep = sleep  # type: ignore[assignment]
+        driver.time.sleep = sleep  # type: ignore[assignment]
         job()
 
     ended = in_child(interrupted, tmp_path / "stopped")

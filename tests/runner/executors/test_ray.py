@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from normfree.runner.worker import read_report
+from normfree.runner.work import read_report
 from normfree.training.run_folder import checkpoints, step_of
 from tests.faults.test_kill_and_resume import state_of
 

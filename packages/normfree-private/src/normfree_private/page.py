@@ -22,7 +22,7 @@ from normfree.report import (
     weights_entry,
     write_report,
 )
-from normfree.runner.page import FIGURES_FOLDER, saved_figure
+from normfree.runner import FIGURES_FOLDER, saved_figure
 from normfree_private.costs import PrivateCosts
 from normfree_private.figures import alternatives_bytes, cost_by_operation, perplexity_against_bytes
 from normfree_private.operations import GROUPS

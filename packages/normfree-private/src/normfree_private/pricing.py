@@ -15,7 +15,7 @@ import torch
 from normfree.data import DataConfig
 from normfree.errors import InputError
 from normfree.modeling import NormfreeConfig, NormfreeForCausalLM
-from normfree.runner.presets import Preset, load_preset, preset_names
+from normfree.runner import Preset, load_preset, preset_names
 from normfree.studies.relu_revival import STUDY
 from normfree.training import load_pretrained, load_run_config
 from normfree.training.configuration import read_yaml

@@ -1,4 +1,4 @@
-"""Where the runs of a study are trained: in this process, or by workers that an executor starts.
+"""Executors, the engines that train the runs of a study: this process, or workers on this machine, SLURM or Ray.
 
 A new engine is one file with one class, and one line here.
 """
@@ -15,6 +15,7 @@ from normfree.runner.executors.executor import Executor, Job, Settings, Task
 from normfree.runner.executors.local import LocalExecutor
 from normfree.runner.executors.ray import RayExecutor
 from normfree.runner.executors.slurm import SlurmExecutor
+from normfree.runner.executors.this_process import ThisProcess
 
 EXECUTORS: dict[str, type[Executor]] = {
     "local": LocalExecutor,
@@ -22,11 +23,11 @@ EXECUTORS: dict[str, type[Executor]] = {
     "ray": RayExecutor,
 }
 
-__all__ = ["EXECUTORS", "Executor", "Job", "Settings", "Task", "make_executor"]
+__all__ = ["EXECUTORS", "Executor", "Job", "Settings", "Task", "ThisProcess", "make_executor"]
 
 
 def make_executor(name: str, settings: Mapping[str, Any], workers: int | None) -> Executor | None:
-    """The executor ``name`` with these settings; None where the runs are to be trained in this process.
+    """The executor ``name`` with these settings; None where this process is to train the runs.
 
     Raises:
         InputError: the executor or one of its settings is unknown or wrong, or what it needs is not installed.

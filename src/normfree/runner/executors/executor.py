@@ -1,4 +1,4 @@
-"""What every executor does: it starts workers somewhere, and knows whether they are still there."""
+"""What every executor does: it starts tasks somewhere, and knows whether they are still there."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
 from normfree.errors import InputError
+from normfree.runner.work import Report
 
 
 class Settings(BaseModel):
@@ -37,6 +38,9 @@ class Task:
 class Job(ABC):
     """A task that an engine has taken."""
 
+    report: Report | None = None
+    """What became of it, if this process knows; a worker reports in a file."""
+
     @property
     @abstractmethod
     def where(self) -> str:
@@ -44,43 +48,44 @@ class Job(ABC):
 
     @abstractmethod
     def is_done(self) -> bool:
-        """Whether its process has ended or will never begin."""
+        """True if its process has ended or will never begin."""
 
     @abstractmethod
     def end(self) -> str:
-        """How a job that is done ended, as far as the engine knows; for those whose worker could not say it."""
+        """How a job that is done ended, as far as the engine knows; for those whose worker could not report it."""
 
 
 class Executor(ABC):
-    """An engine for the runs of a study; a context manager, inside which it takes tasks.
+    """An engine that trains the runs of a study; a context manager, inside which it takes tasks.
 
     ``at_once`` is how many tasks it is given at a time; None leaves the queue to the engine.
     """
 
     name: ClassVar[str]
-    settings_type: ClassVar[type[Settings]]
+    settings_type: ClassVar[type[Settings]] = Settings
     poll_seconds: ClassVar[float] = 1.0
 
     at_once: int | None
 
     @abstractmethod
     def __init__(self, settings: Any, workers: int | None) -> None:
-        """Takes settings of :attr:`settings_type` and the number of runs that may be at work at once, if it is given.
+        """Takes settings of :attr:`settings_type`, and how many runs may be at work at once, if that is given.
 
         Raises:
             InputError: what the engine needs is not installed, or this machine is too small.
         """
 
-    @abstractmethod
-    def __enter__(self) -> Executor:
+    def __enter__(self) -> Self:
         """Finds the engine.
 
         Raises:
-            InputError: it cannot be had from this machine.
+            InputError: this machine cannot reach it.
         """
+        return self
 
     @abstractmethod
-    def __exit__(self, *_: object) -> None: ...
+    def __exit__(self, *_: object) -> None:
+        """Leaves the engine, which has no jobs of the study any more."""
 
     @abstractmethod
     def start(self, tasks: Sequence[Task]) -> list[Job]:
@@ -88,7 +93,7 @@ class Executor(ABC):
 
     @abstractmethod
     def stop(self, jobs: Sequence[Job], console: Console) -> None:
-        """The study is told to stop: ends the jobs, or says that they go on."""
+        """Ends the jobs of a study that is stopped, or prints that they continue."""
 
 
 def not_installed(executor: str, package: str) -> InputError:

@@ -1,4 +1,4 @@
-"""Several workers on this machine, each with its own GPU where there are any."""
+"""Worker processes on this machine, each with its own GPU where there are any."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from rich.console import Console
 
 from normfree.errors import InputError
 from normfree.runner.executors.executor import Executor, Job, Settings, Task
-from normfree.runner.worker import WORKERS_FOLDER
+from normfree.runner.work import WORKERS_FOLDER
 
 PROGRAM = "import sys; from normfree.runner.worker import work_on; work_on(*sys.argv[1:])"
 
 
 class LocalSettings(Settings):
-    """gpus: the share of a GPU that a worker gets, 0 for none; by default one each where there are GPUs.
-    cpus: CPU threads of a worker; by default the cores over the workers, or OMP_NUM_THREADS where it is set."""
+    """gpus: share of a GPU for each worker, 0 for none; default one each where there are GPUs.
+    cpus: CPU threads of a worker; default OMP_NUM_THREADS where it is set, or the cores divided by the workers."""
 
     gpus: float | None = Field(None, ge=0, le=1)
     cpus: int | None = Field(None, ge=1)
 
 
 class LocalJob(Job):
-    """A process of this machine, on one of the executor's places."""
+    """A process of this machine, in one of the executor's slots."""
 
     def __init__(self, process: subprocess.Popen[bytes], slot: int) -> None:
         self.process = process
@@ -48,7 +48,7 @@ class LocalJob(Job):
 
 
 class LocalExecutor(Executor):
-    """A process for each run, in a session of its own: Ctrl-C reaches the study alone, which passes it on."""
+    """A process for each run, in its own session: Ctrl-C reaches the driver alone, which passes it on."""
 
     name = "local"
     settings_type = LocalSettings
@@ -62,9 +62,6 @@ class LocalExecutor(Executor):
         default = os.environ.get("OMP_NUM_THREADS", max(1, cores // workers))
         self._threads = str(settings.cpus if settings.cpus is not None else default)
         self._jobs: list[LocalJob] = []
-
-    def __enter__(self) -> LocalExecutor:
-        return self
 
     def __exit__(self, *_: object) -> None:
         for job in self._jobs:

@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     import ray
 
 OBJECT_STORE_BYTES = 100_000_000
-"""Of a cluster begun here: runs and their study share files and no objects."""
+"""Of a cluster started here: runs and their study share files and no objects."""
 REACHABLE_SECONDS = 10.0
 
 
 class RaySettings(Settings):
-    """address: the cluster's HOST:PORT; ``auto`` for the one of this machine; ``local`` to begin one here, of this
-    machine alone; by default what RAY_ADDRESS says, and ``local`` without it.
-    gpus: the share of a GPU that a run gets; by default one where the cluster has any.
-    cpus: cores, and CPU threads, of a run."""
+    """address: the cluster's HOST:PORT; ``auto`` for the one of this machine; ``local`` to start one of this machine
+    alone; default RAY_ADDRESS, or ``local`` without it.
+    gpus: share of a GPU for each run; default one where the cluster has any.
+    cpus: cores and CPU threads of a run."""
 
     address: str | None = None
     gpus: float | None = Field(None, ge=0, le=1)
@@ -125,10 +125,10 @@ class RayExecutor(Executor):
 
 
 def _check_reachable(address: str) -> None:
-    """Whether anything listens at HOST:PORT; Ray itself tries for minutes.
+    """Connects to HOST:PORT once, as Ray itself tries for minutes.
 
     Raises:
-        OSError: nothing does.
+        OSError: nothing listens there.
         ValueError: the port is no number.
     """
     host, colon, port = address.removeprefix("ray://").rpartition(":")

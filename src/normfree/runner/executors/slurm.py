@@ -12,7 +12,8 @@ from rich.console import Console
 
 from normfree.errors import InputError, RunFailedError
 from normfree.runner.executors.executor import Executor, Job, Settings, Task, not_installed
-from normfree.runner.worker import WORKERS_FOLDER, work_on
+from normfree.runner.work import WORKERS_FOLDER
+from normfree.runner.worker import work_on
 
 if TYPE_CHECKING:
     import submitit
@@ -21,10 +22,10 @@ if TYPE_CHECKING:
 class SlurmSettings(Settings):
     """What each run asks of SLURM; see sbatch's manual.
 
-    minutes: the time limit of a job. A run that needs more goes on in another job.
+    minutes: the time limit of a job. A run that needs more resumes in another job.
     gpus: 1, or 0 for none. A run is one process on one GPU.
     cpus: cores of a run.
-    signal_seconds: how long before the time limit a run is told to save itself.
+    signal_seconds: how long before the time limit a run gets the signal to save itself.
     setup: a shell command before the worker, such as ``module load cuda``.
     sbatch: any other option of sbatch, as ``--executor-set sbatch.NAME=VALUE``.
     """
@@ -62,8 +63,8 @@ class SlurmJob(Job):
 class SlurmExecutor(Executor):
     """Submits the runs that can begin as one array, and those that become ready later, or failed, as further ones.
 
-    submitit pickles what it submits: here a function of this module and four strings, in files of this very study
-    that only the job just submitted reads. What the jobs return is never read.
+    submitit pickles what it submits: a function of this module and four strings, in files of this study that only the
+    submitted job reads. What the jobs return is never read.
     """
 
     name = "slurm"

@@ -76,7 +76,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> type[HereExecutor]:
     monkeypatch.setitem(EXECUTORS, "slurm", HereExecutor)
     monkeypatch.setattr(HereExecutor, "lost", {})
     monkeypatch.setattr(HereExecutor, "started", [])
-    monkeypatch.setattr("normfree.runner.conductor.LOOK_AGAIN_SECONDS", 0.1)
+    monkeypatch.setattr("normfree.runner.driver.LOOK_AGAIN_SECONDS", 0.1)
     return HereExecutor
 
 
@@ -219,15 +219,15 @@ def test_a_helper_shares_the_runs_with_the_study_and_a_second_study_is_refused(
     study: Command, whole: Path, preset_path: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each run is trained once; the study waits in its first run until a helper has begun another one."""
-    monkeypatch.setattr("normfree.runner.execution.LOOK_AGAIN_SECONDS", 0.1)
+    monkeypatch.setattr("normfree.runner.driver.LOOK_AGAIN_SECONDS", 0.1)
     folder, trained = tmp_path / "study", tmp_path / "trained"
     out = ("--out", folder, "--cache-dir", cache)
     begin = normfree_job("study", STUDY, "--preset", preset_path, *out)
 
     def counted(job: Callable[[], object]) -> Callable[[], object]:
-        from normfree.runner import worker
+        from normfree.runner import work
 
-        train = worker.train
+        train = work.train
 
         def noted(run: Any, *arguments: Any, **options: Any) -> Any:
             handle = os.open(trained, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -244,7 +244,7 @@ def test_a_helper_shares_the_runs_with_the_study_and_a_second_study_is_refused(
             return train(run, *arguments, **options)
 
         def job_with_count() -> None:
-            worker.train = noted  # type: ignore[assignment]
+            work.train = noted  # type: ignore[assignment]
             job()
 
         return job_with_count

@@ -1,4 +1,4 @@
-"""The plan of a study: its runs in their order, and which of them wait for which."""
+"""The runs of a study in their order, and which of them wait for which."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from normfree.errors import InputError, unknown_name
 from normfree.runner.presets import Preset
-from normfree.runner.study import Configuration, Study, StudyFolder, best_learning_rates, run_config, slug
+from normfree.runner.study import Configuration, Study, run_config, slug
+from normfree.runner.study_folder import StudyFolder
 from normfree.training import RunConfig, load_run_config
 from normfree.training.run_folder import CONFIG_FILE, RESULTS_FILE
 
@@ -48,7 +49,7 @@ class PlannedRun:
         return self.run.recipe.n_tokens(self.run.data.sequence_length)
 
 
-def plan_study(
+def planned_runs(
     study: Study, preset: Preset, seeds: Sequence[int], *, tune_lr: bool, only: Collection[str] | None = None
 ) -> tuple[PlannedRun, ...]:
     """All runs of a study, in the order in which one process trains them.
@@ -94,7 +95,7 @@ def to_train(planned: PlannedRun, folder: StudyFolder) -> RunConfig | None:
     """What to train for a run whose turn has come; None for a tuned run whose best rate is the recipe's."""
     if planned.group != "tuned":
         return planned.run
-    rate = best_learning_rates(folder)[planned.run.configuration]
+    rate = folder.best_learning_rates()[planned.run.configuration]
     if rate == folder.preset.recipe.learning_rate:
         return None
     return planned.run.model_copy(update={"recipe": planned.run.recipe.model_copy(update={"learning_rate": rate})})

@@ -1,0 +1,195 @@
+"""The reports of studies and collections: what every one shows of its runs, and room for what it shows of its own."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from normfree.files import write_text
+from normfree.report import (
+    Block,
+    Callout,
+    Code,
+    KeyValues,
+    Paragraph,
+    Section,
+    Table,
+    formatted,
+    headwise_entropy_heatmaps,
+    render_report,
+    table_notes,
+    write_report,
+)
+from normfree.runner.page import StudyPage
+from normfree.runner.run_frames import head_entropy_frame
+from normfree.runner.run_order import LEARNING_RATE_FACTORS, SWEEP_DECAY
+from normfree.runner.study import Collection, Study
+from normfree.runner.study_folder import STUDY_FILE
+from normfree.training.configuration import read_yaml
+from normfree.training.run_folder import CONFIG_FILE, RESULTS_FILE
+
+REPORT_FILE = "report.html"
+
+
+def write_study_report(study: Study, page: StudyPage) -> Path:
+    """Writes ``results.csv``, ``figures/`` and ``report.html`` into the study's folder; returns the report's path.
+
+    Raises:
+        InputError: no run of the baseline is finished.
+    """
+    write_text(page.path / RESULTS_FILE, page.runs.to_csv(index=False, na_rep="nan"))
+    findings = study.describe(page)
+    sections = [_result_section(page), *([_tuned_section(page)] if page.tuned else []), *findings.sections]
+    return _write(
+        page.path,
+        study.title,
+        findings.lead,
+        [*sections, _method_section(page, findings.limits)],
+        {"Preset": page.folder.preset_name},
+    )
+
+
+def write_collection_report(
+    collection: Collection, path: Path, pages: Sequence[StudyPage], table: pd.DataFrame, reports: Sequence[Path]
+) -> Path:
+    """Writes ``results.csv`` (the ``table``) and ``report.html`` into a collection's folder; returns the report's path.
+
+    Args:
+        collection: whose report it is.
+        path: its folder.
+        pages: the finished runs of its studies.
+        table: the collection's own.
+        reports: those of its studies.
+    """
+    write_text(path / RESULTS_FILE, table.to_csv(index=False, na_rep="nan"))
+    findings = collection.describe(pages, table, path)
+    listed = ", ".join(str(each.relative_to(path)) for each in reports)
+    how = f"Figures, corpus, configuration and command of each study are in its own report: {listed}."
+    caption = "Evaluation loss and perplexity by model, context length and configuration."
+    sections = [
+        Section("Result", [_table_block(table, caption)]),
+        *findings.sections,
+        Section("How it was made", [Paragraph(how), Callout(findings.limits, "warning")]),
+    ]
+    presets = ", ".join(page.folder.preset_name for page in pages)
+    return _write(path, collection.title, findings.lead, sections, {"Presets": presets})
+
+
+def _write(path: Path, title: str, lead: str, sections: Sequence[Section], meta: dict[str, str]) -> Path:
+    made = {
+        "Made by": f"normfree {importlib.metadata.version('normfree')}",
+        "Date": datetime.date.today().isoformat(),
+    }
+    write_report(path / REPORT_FILE, render_report(title=title, lead=lead, sections=sections, meta=made | meta))
+    return path / REPORT_FILE
+
+
+def _result_section(page: StudyPage) -> Section:
+    rate = f"{page.folder.preset.recipe.learning_rate:g}"
+    caption = f"Evaluation loss and perplexity at the recipe's learning rate, {rate}."
+    blocks: list[Block] = [_table_block(page.table, caption)]
+    if (page.table["diverged"] > 0).any():
+        told = "A diverged run has no perplexity. It is shown as NaN, and means that include it are NaN."
+        blocks.append(Callout(told, "warning"))
+    return Section("Result", blocks)
+
+
+def _tuned_section(page: StudyPage) -> Section:
+    rates = page.folder.best_learning_rates()
+    grid = [factor * page.folder.preset.recipe.learning_rate for factor in LEARNING_RATE_FACTORS]
+    at_the_edge = [label for label, rate in rates.items() if rate in (min(grid), max(grid))]
+    losses = _sweep_losses(page)
+    blocks: list[Block] = [
+        Paragraph(
+            f"Is a configuration worse, or only less tolerant of the learning rate? Each was trained at "
+            f"{len(grid)} rates, with the whole run's warm-up and a decay over {100 * SWEEP_DECAY:.0f} % of the "
+            "budget, and for the whole budget at its best rate: "
+            + ", ".join(f"{label} {rate:g}" for label, rate in rates.items())
+            + "."
+        ),
+        _table_block(page.tables["tuned_table"], "The same table, each configuration at its own best rate."),
+        Table(
+            losses,
+            "The sweep: evaluation loss in nats by learning rate, one seed. NaN: diverged.",
+            formats=dict.fromkeys(losses.columns[1:], ".3f"),
+        ),
+        page.figure(
+            "headwise-entropy-tuned",
+            headwise_entropy_heatmaps(head_entropy_frame(page.tuned), maximum=page.uniform_bound),
+            "Attention entropy of every head in nats, each configuration at its own best rate: final weights, "
+            "evaluation tokens, one colour scale.",
+        ),
+    ]
+    if at_the_edge:
+        blocks.append(Callout(f"The best rate of {', '.join(at_the_edge)} is at the edge of the sweep.", "warning"))
+    return Section("With tuned learning rates", blocks)
+
+
+def _sweep_losses(page: StudyPage) -> pd.DataFrame:
+    """Configuration, and a column for each learning rate: evaluation loss in nats, NaN for a run that diverged."""
+    sweep = pd.DataFrame([result.row for result in page.folder.results("sweep")])
+    losses = sweep.pivot_table(
+        index="configuration", columns="learning_rate", values="eval_loss", sort=False, dropna=False
+    )
+    losses = losses.reindex(list(page.labels))[sorted(losses.columns)]
+    losses.columns = [f"{rate:g}" for rate in losses.columns]
+    return losses.reset_index(names="Configuration")
+
+
+def _method_section(page: StudyPage, limits: str) -> Section:
+    seeds = sorted({int(each.row["seed"]) for each in page.results})
+    command = f"normfree study {shlex.quote(page.folder.reference)} --preset {page.folder.preset_name}"
+    if len(seeds) == 1:
+        limits += " With one seed there is no estimate of the spread between seeds."
+    return Section(
+        "How it was made",
+        [
+            KeyValues(_facts(page, seeds)),
+            Paragraph(
+                "Models of one shape start from the same weights, and all see the same batches in the same order."
+            ),
+            Code(f"{command} --seeds {','.join(map(str, seeds))}"),
+            Callout(limits, "warning"),
+            Paragraph("The whole configuration:"),
+            Code((page.path / STUDY_FILE).read_text(encoding="utf-8").rstrip()),
+        ],
+    )
+
+
+def _facts(page: StudyPage, seeds: Sequence[int]) -> dict[str, str]:
+    preset, row = page.folder.preset, page.results[0].row
+    provenance = read_yaml(page.results[0].folder / CONFIG_FILE)["provenance"]
+    return {
+        "Model": f"{preset.model_name}: {row['n_parameters']:,} parameters ({row['configuration']})",
+        "Corpus": _corpus_facts(preset.data.corpus, provenance),
+        "Training": f"{int(row['tokens']):,} tokens ({row['epochs']:.2f} epochs), {int(row['steps']):,} steps of "
+        f"{preset.recipe.batch_size} sequences of {preset.data.sequence_length} tokens",
+        "Evaluation": f"{int(row['eval_sequences']):,} sequences of files that no run was trained on",
+        "Seeds": ", ".join(str(seed) for seed in seeds),
+        "Precision": preset.recipe.precision,
+        "Device": f"{provenance['device']}, {provenance['cpu_threads']} CPU threads",
+        "Versions": ", ".join(f"{name} {version}" for name, version in provenance["versions"].items()),
+    }
+
+
+def _corpus_facts(corpus: str, provenance: dict[str, Any]) -> str:
+    statistics = provenance["corpus"]
+    found, train, evaluation = statistics["corpus"], statistics["train"], statistics["eval"]
+    reasons = ("duplicates", "undecodable", "binary", "too_large", "empty", "unreadable")
+    skipped = ", ".join(f"{found[reason]:,} {reason.replace('_', ' ')}" for reason in reasons if found[reason])
+    return (
+        f"{corpus}: {found['documents']:,} documents, {found['bytes'] / 1e6:.0f} MB"
+        f" (skipped: {skipped or 'none'});"
+        f" {train['documents']:,} documents tokenized for training and {evaluation['documents']:,} for evaluation,"
+        f" {evaluation['bytes_per_token']:.2f} bytes a token; fingerprint {provenance['corpus_fingerprint']}"
+    )
+
+
+def _table_block(table: pd.DataFrame, caption: str) -> Table:
+    return Table(formatted(table), caption, notes=table_notes(table))
