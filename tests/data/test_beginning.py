@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from normfree.data import Beginning, DataConfig, load_tokenizer, prepare_data
-from normfree.data.sequences import Cutter, PackedSequences, write_sequences
+from normfree.data.packed_sequences import Cutter, PackedSequences, write_sequences
 from normfree.errors import InputError
 from normfree.files import sha256
 

@@ -305,7 +305,7 @@ def test_a_data_loader_worker_that_dies(
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(Recipe, "training_arguments", with_worker)
-    monkeypatch.setattr("normfree.data.sequences.PackedSequences.__getitems__", die)
+    monkeypatch.setattr("normfree.data.packed_sequences.PackedSequences.__getitems__", die)
     command = train_command(stopped)
     ended = in_child(normfree(*command), stopped)
     assert ended.code == 1

@@ -4,8 +4,8 @@ from normfree.data.beginning import Beginning, natural_rule
 from normfree.data.corpus import CORPORA, open_corpus
 from normfree.data.data_config import DataConfig
 from normfree.data.documents import Corpus, CorpusStatistics
+from normfree.data.packed_sequences import PackedSequences, SplitStatistics
 from normfree.data.packing import PackedData, load_packed_data, prepare_data, same_data
-from normfree.data.sequences import PackedSequences, SplitStatistics
 from normfree.data.tokenizer import load_tokenizer, train_tokenizer, vocabulary_size
 
 __all__ = [

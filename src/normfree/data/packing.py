@@ -29,8 +29,8 @@ from normfree.data.beginning import Beginning
 from normfree.data.corpus import open_corpus
 from normfree.data.data_config import DataConfig
 from normfree.data.documents import Corpus, Split
+from normfree.data.packed_sequences import PackedSequences, SplitStatistics, write_sequences
 from normfree.data.pairs import PairCorpus, write_pairs
-from normfree.data.sequences import PackedSequences, SplitStatistics, write_sequences
 from normfree.data.tokenizer import load_tokenizer, train_tokenizer, vocabulary_size
 from normfree.errors import InputError
 from normfree.files import first_difference, sha256
@@ -52,7 +52,7 @@ class PackedData:
 
     statistics:
         ``corpus`` (:class:`~normfree.data.documents.CorpusStatistics`), ``train`` and ``eval``
-        (:class:`~normfree.data.sequences.SplitStatistics` and ``bytes_per_token``) as dictionaries, and
+        (:class:`~normfree.data.packed_sequences.SplitStatistics` and ``bytes_per_token``) as dictionaries, and
         ``vocab_size``; as counted when the folder was built.
     """
 

@@ -12,8 +12,8 @@ from normfree.data.corpus_name import existing_file
 from normfree.data.data_config import DataConfig
 from normfree.data.documents import Admission, Split
 from normfree.data.local import LocalCorpus
+from normfree.data.packed_sequences import Cutter, Sequences, SplitStatistics, token_dtype
 from normfree.data.records import RECORDS, Record, kind_of, read_records
-from normfree.data.sequences import Cutter, Sequences, SplitStatistics, token_dtype
 from normfree.errors import InputError
 
 FIELDS = ("prompt", "completion")

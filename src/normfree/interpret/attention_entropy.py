@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from normfree.data import Beginning, DataConfig, PackedSequences, load_tokenizer, open_corpus, same_data
 from normfree.data.beginning import BeginningRule
-from normfree.data.sequences import write_sequences
+from normfree.data.packed_sequences import write_sequences
 from normfree.entropy import entropy_bands
 from normfree.errors import InputError
 from normfree.files import write_text

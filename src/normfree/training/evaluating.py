@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, default_data_collator
 from transformers.trainer_utils import EvalLoopOutput
 
-from normfree.data.sequences import PackedSequences
+from normfree.data.packed_sequences import PackedSequences
 from normfree.probes import EntropyProbe
 from normfree.training.checkpointing import CheckpointingTrainer
 from normfree.training.evaluation import mean_loss, sequence_losses

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from normfree.data.sequences import NOT_PREDICTED
+from normfree.data.packed_sequences import NOT_PREDICTED
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from normfree.data.sequences import NOT_PREDICTED
+from normfree.data.packed_sequences import NOT_PREDICTED
 from normfree.files import written_whole
 from normfree.probes import EntropyRecorder
 from normfree.training.objectives.objective import Objective

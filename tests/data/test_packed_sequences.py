@@ -7,8 +7,8 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
-from normfree.data import PackedSequences, sequences, train_tokenizer
-from normfree.data.sequences import write_sequences
+from normfree.data import PackedSequences, packed_sequences, train_tokenizer
+from normfree.data.packed_sequences import write_sequences
 
 from .made_up import document
 
@@ -52,7 +52,7 @@ def test_chunks_by_hand(tokenizer, tokens, tmp_path):
 
 @pytest.mark.parametrize("batch_bytes", [1, 200, 2**20])
 def test_packed_by_hand(tokenizer, tokens, tmp_path, monkeypatch, batch_bytes):
-    monkeypatch.setattr(sequences, "BATCH_BYTES", batch_bytes)
+    monkeypatch.setattr(packed_sequences, "BATCH_BYTES", batch_bytes)
     statistics = write_sequences(tmp_path / "a.npy", TEXTS, tokenizer, sequence_length=T, separator=0)
     joined = list(tokens[0])
     for ids in tokens[1:]:
@@ -77,7 +77,7 @@ def test_a_cap_keeps_the_first_blocks(tokenizer, tmp_path, separator, cap):
 
 
 def test_a_cap_stops_reading(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(sequences, "BATCH_BYTES", 1)
+    monkeypatch.setattr(packed_sequences, "BATCH_BYTES", 1)
     read = []
 
     def documents():
