@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from normfree.data import Beginning
 from normfree.errors import InputError
-from normfree.files import write_text
+from normfree.files import DEFAULT_CACHE_DIR, write_text
+from normfree.interpret import token_sequences
 from normfree.interpret.attention_entropy import AttentionEntropy, measure_attention_entropy, write_attention_entropy
 from normfree.interpret.given_texts import given_sequences
-from normfree.report import headwise_entropy_heatmaps, paper_style
+from normfree.report import headwise_entropy_heatmaps, paper_style, save_figure
 from normfree.report.notebook import draw_figures_in_notebooks, figure_png
 from normfree.training import LoadedModel, load_pretrained
 
@@ -47,16 +48,18 @@ class Measurement(AttentionEntropy):
         as in :class:`~normfree.interpret.AttentionEntropy`; entropies in nats.
     name: the model's name in figures.
     beginning: the tokens that each sequence begins with, where they were put before texts.
+    quantization: how the model's weights were quantized in their file; None if they were not.
     """
 
     name: str
     beginning: Beginning
+    quantization: str | None
 
     @classmethod
-    def of(cls, entropy: AttentionEntropy, name: str, beginning: Beginning) -> Measurement:
-        """``entropy`` with the model's name."""
+    def of(cls, entropy: AttentionEntropy, name: str, beginning: Beginning, quantization: str | None) -> Measurement:
+        """``entropy`` with what is known of the model and its sequences."""
         values = {field.name: getattr(entropy, field.name) for field in fields(AttentionEntropy)}
-        return cls(**values, name=name, beginning=beginning)
+        return cls(**values, name=name, beginning=beginning, quantization=quantization)
 
     @property
     def head_entropy(self) -> pd.DataFrame:
@@ -84,6 +87,11 @@ class Measurement(AttentionEntropy):
             return [path]
         write_attention_entropy(self, path)
         return [path / "heads.csv", path / "layers.csv"]
+
+    def save(self, folder: Path) -> None:
+        """Writes :meth:`to_csv` and the heatmap, as PNG and PDF, into ``folder``."""
+        self.to_csv(folder)
+        save_figure(self.plot(), folder, "headwise-entropy")
 
     def __repr__(self) -> str:
         return f"Measurement({self.name}: {self._summary()})"
@@ -179,7 +187,43 @@ def measure(
         )
     sequences, beginning = given_sequences(loaded, texts, tokenizer, bos=bos, sequence_length=sequence_length)
     entropy = measure_attention_entropy(called, sequences, batch_size)
-    return Measurement.of(entropy, name or loaded.source, beginning)
+    return Measurement.of(entropy, name or loaded.source, beginning, loaded.quantization)
+
+
+def measure_on_corpus(
+    source: str,
+    *,
+    corpus: str | None = None,
+    tokenizer: str | None = None,
+    sequence_length: int | None = None,
+    n_sequences: int = 32,
+    bos: bool | None = None,
+    name: str | None = None,
+    cache_dir: Path = DEFAULT_CACHE_DIR,
+) -> Measurement:
+    """As :func:`measure`, on sequences of a corpus, or of a run's own evaluation data: ``normfree entropy``.
+
+    Args:
+        source: a Hub id, a model folder, a ``.gguf`` file, or a run or checkpoint folder.
+        corpus, tokenizer, sequence_length, n_sequences, bos: see :func:`~normfree.interpret.token_sequences`.
+        name: the model's name in figures; default: ``source``.
+        cache_dir: where tokenized corpora are kept and found again.
+
+    Raises:
+        InputError: the model or the corpus cannot be used, or no attention layer can be read.
+    """
+    loaded = load_pretrained(source)
+    sequences = token_sequences(
+        loaded,
+        corpus=corpus,
+        tokenizer=tokenizer,
+        sequence_length=sequence_length,
+        n_sequences=n_sequences,
+        cache_dir=cache_dir,
+        bos=bos,
+    )
+    result = measure(loaded, sequences.tokens, name=name)
+    return replace(result, beginning=sequences.beginning)
 
 
 def _model(model: PreTrainedModel | nn.Module | LoadedModel | str | Path) -> tuple[LoadedModel, nn.Module]:

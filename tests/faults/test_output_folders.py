@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from normfree.cli.options import model_name, output_folder
+from normfree.cli.names import model_name, output_folder
 from normfree.errors import InputError
 from normfree.files import check_output_folder
 

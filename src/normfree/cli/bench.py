@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
-from normfree.cli.bench_tables import (
-    entropy_table,
-    long_run_table,
-    norm_free_inference_table,
-    sparse_decode_tables,
-    step_cost_table,
-    training_tables,
-)
-from normfree.cli.options import DEFAULT_CACHE_DIR, CacheDir, Json, checked_file, numbers, open_console
+from normfree.cli.bench_tables import TABLES, entropy_table
+from normfree.cli.console import open_console, say
+from normfree.cli.options import DEFAULT_CACHE_DIR, CacheDir, Json, checked_file, numbers
 from normfree.errors import InputError
 from normfree.files import write_text
 
@@ -63,22 +56,20 @@ def entropy(
 
     Example: normfree bench entropy --tokens 512,4096 --rounds 3
     """
-    from normfree.benchmarks.entropy import benchmark_entropy
-
-    lengths = None if tokens is None else numbers("--tokens", tokens, "512,4096")
     console = open_console(json_)
-    with console.status("attention entropy"):
-        result = benchmark_entropy(
-            tokens=lengths,
-            batch=batch,
-            heads=heads,
-            head_dim=head_dim,
-            dtype=dtype,
-            rounds=rounds,
-            eager_gib=eager_gib,
-            on_length=lambda found: console.print(entropy_table(found)),
-        )
-    _finish(result, [], out, json_=json_)
+    _run(
+        "entropy",
+        out,
+        json_,
+        tokens=None if tokens is None else numbers("--tokens", tokens, "512,4096"),
+        batch=batch,
+        heads=heads,
+        head_dim=head_dim,
+        dtype=dtype,
+        rounds=rounds,
+        eager_gib=eager_gib,
+        on_length=lambda found: console.print(entropy_table(found)),
+    )
 
 
 @bench.command()
@@ -92,15 +83,11 @@ def training(
     out: Out = None,
     json_: Json = False,
 ) -> None:
-    """Tokens a second of our training step, with and without telemetry, against Hugging Face's GPT-2.
+    """Tokens a second of Normfree's training step, with and without telemetry, against Hugging Face's GPT-2.
 
     Example: normfree bench training --preset cpu --rounds 9 --steps 4
     """
-    from normfree.benchmarks.training import benchmark_training
-
-    with open_console(json_).status(f"training steps of preset {preset}"):
-        result = benchmark_training(preset=preset, rounds=rounds, steps=steps, peak_size=peak_size)
-    _finish(result, training_tables(result), out, json_=json_)
+    _run("training", out, json_, preset=preset, rounds=rounds, steps=steps, peak_size=peak_size)
 
 
 @bench.command()
@@ -116,7 +103,7 @@ def step_cost(
     rounds: Rounds = 15,
     only: Annotated[
         list[str] | None,
-        typer.Option(help="A variant beside the usual model, e.g. 'pre, dyt'; repeatable; default: all."),
+        typer.Option(help="A variant to compare with the usual model, e.g. 'pre, dyt'; repeatable; default: all."),
     ] = None,
     out: Out = None,
     json_: Json = False,
@@ -125,22 +112,9 @@ def step_cost(
 
     Example: normfree bench step-cost norms --compile --only 'pre, dyt'
     """
-    from normfree.benchmarks.step_cost import benchmark_step_cost
-
-    with open_console(json_).status(f"training steps of {group}"):
-        result = benchmark_step_cost(
-            group,
-            layers=layers,
-            heads=heads,
-            tokens=tokens,
-            batch=batch,
-            vocabulary=vocabulary,
-            dtype=dtype,
-            compiled=compile_,
-            rounds=rounds,
-            only=only,
-        )
-    _finish(result, [step_cost_table(result)], out, json_=json_)
+    sizes = {"layers": layers, "heads": heads, "tokens": tokens, "batch": batch, "vocabulary": vocabulary}
+    how = {"dtype": dtype, "compiled": compile_, "rounds": rounds, "only": only}
+    _run("step_cost", out, json_, group=group, **sizes, **how)
 
 
 @bench.command()
@@ -159,19 +133,8 @@ def norm_free_inference(
 
     Example: normfree bench norm-free-inference --tokens 512 --compile
     """
-    from normfree.benchmarks.norm_free_inference import benchmark_norm_free_inference
-
-    with open_console(json_).status("prefill and decode"):
-        result = benchmark_norm_free_inference(
-            layers=layers,
-            heads=heads,
-            tokens=tokens,
-            batch=batch,
-            dtype=dtype,
-            compiled=compile_,
-            rounds=rounds,
-        )
-    _finish(result, [norm_free_inference_table(result)], out, json_=json_)
+    sizes = {"layers": layers, "heads": heads, "tokens": tokens, "batch": batch}
+    _run("norm_free_inference", out, json_, **sizes, dtype=dtype, compiled=compile_, rounds=rounds)
 
 
 @bench.command()
@@ -200,18 +163,13 @@ def sparse_decode(
 
     Example: normfree bench sparse-decode model --dtype bf16 --rounds 6
     """
-    from normfree.benchmarks.sparse_decode import benchmark_sparse_decode
-
     sizes = {"layers": layers, "tokens": tokens, "vocabulary": vocabulary, "inner": inner}
     given = {name: size for name, size in sizes.items() if size is not None}
     if given and subject != "model":
         raise InputError(f"--{next(iter(given))} is for sparse-decode model, not for {subject}; leave it out")
     counts = numbers("--threads", threads, "1,2")
-    with open_console(json_).status(f"sparse decode: {subject}"):
-        result = benchmark_sparse_decode(
-            subject, dtype=dtype, threads=counts, rounds=rounds, width=width, dense_inner=dense_inner, **given
-        )
-    _finish(result, sparse_decode_tables(result), out, json_=json_)
+    how = {"dtype": dtype, "threads": counts, "rounds": rounds}
+    _run("sparse_decode", out, json_, subject=subject, **how, width=width, dense_inner=dense_inner, **given)
 
 
 @bench.command()
@@ -228,22 +186,25 @@ def long_run(
 
     Example: normfree bench long-run --hours 2 --out long-run.json
     """
-    from normfree.benchmarks.long_run import benchmark_long_run
-
-    result = benchmark_long_run(preset=preset, hours=hours, every=every, run=run, cache_dir=cache_dir)
-    _finish(result, [long_run_table(result)], out, json_=json_)
+    _run("long_run", out, json_, preset=preset, hours=hours, every=every, run=run, cache_dir=cache_dir)
 
 
-def _finish(result: dict[str, Any], tables: Iterable[Table], out: Path | None, *, json_: bool) -> None:
-    """Writes the result to ``out``, if it is given, and prints it."""
+def _run(name: str, out: Path | None, json_: bool, **options: Any) -> None:
+    """Runs a benchmark, writes its result to ``out`` if given, and prints it."""
+    benchmark = getattr(import_module(f"normfree.benchmarks.{name}"), f"benchmark_{name}")
+    console = open_console(json_)
+    if name == "long_run":  # its training shows progress of its own on standard error
+        result = benchmark(**options)
+    else:
+        with console.status(f"bench {name.replace('_', '-')}"):
+            result = benchmark(**options)
     if out is not None:
         write_text(out, json.dumps(result, indent=2) + "\n")
     if json_:
         print(json.dumps(result))
         return
-    console = open_console(json_)
-    for table in tables:
+    for table in TABLES[name](result):
         console.print(table)
-    console.print(f"{result['device']}, torch {result['torch']}, Python {result['python']}", highlight=False)
+    say(console, f"{result['device']}, torch {result['torch']}, Python {result['python']}")
     if out is not None:
-        console.print(f"File: {out}", highlight=False, soft_wrap=True)
+        say(console, f"File: {out}")

@@ -10,6 +10,8 @@ import typer
 from rich import box
 from rich.table import Table
 
+from normfree.cli.console import open_console, say_quantized
+from normfree.cli.names import model_name, output_folder
 from normfree.cli.options import (
     DEFAULT_CACHE_DIR,
     Bos,
@@ -20,11 +22,6 @@ from normfree.cli.options import (
     ComparedTokenizer,
     Json,
     checked_folder,
-    model_name,
-    open_console,
-    output_folder,
-    quantized,
-    say_quantized,
 )
 from normfree.errors import InputError
 
@@ -56,6 +53,7 @@ def depth(
     from normfree.interpret import check_same_tokens, measure_depth, token_sequences
     from normfree.studies.depth import write_depth_page
     from normfree.training import load_pretrained
+    from normfree.training.pretrained import quantizations
 
     if len(set(models)) < len(models):
         raise InputError("a model is named twice; name each once")
@@ -86,7 +84,7 @@ def depth(
                 batch_size=batch_size,
                 n_beginning=len(sequences_read.beginning),
             )
-    weights = quantized({model_name(source, models): source for source in models})
+    weights = quantizations({model_name(source, models): source for source in models})
     command = f"normfree depth {' '.join(models)}"
     table = write_depth_page(found, folder, command, sequences=str(sequences_read), quantized=weights)
     if json_:

@@ -10,6 +10,8 @@ import typer
 from rich import box
 from rich.table import Table
 
+from normfree.cli.console import open_console, say_quantized
+from normfree.cli.names import model_name, output_folder
 from normfree.cli.options import (
     DEFAULT_CACHE_DIR,
     Bos,
@@ -20,11 +22,6 @@ from normfree.cli.options import (
     ComparedTokenizer,
     Json,
     checked_folder,
-    model_name,
-    open_console,
-    output_folder,
-    quantized,
-    say_quantized,
 )
 from normfree.errors import InputError
 
@@ -58,6 +55,7 @@ def interpret(
     from normfree.studies.interpretation import interpret as interpret_model
     from normfree.studies.interpretation import write_interpretation
     from normfree.training import load_pretrained
+    from normfree.training.pretrained import quantizations
 
     folder = output_folder(out, "interpretation", models)
     console = open_console(json_)
@@ -88,7 +86,7 @@ def interpret(
     for name, each in loaded.items():
         with console.status(f"{name}: {sequences_read}, {len(pairs.answers)} prompts, {neurons} neurons"):
             found[name] = interpret_model(each.as_normfree(), sequences_read.tokens, pairs, n_neuron=neurons)
-    weights = quantized({model_name(source, models): source for source in models})
+    weights = quantizations({model_name(source, models): source for source in models})
     command = f"normfree interpret {' '.join(models)}"
     table = write_interpretation(found, folder, command, sequences=str(sequences_read), quantized=weights)
     if json_:

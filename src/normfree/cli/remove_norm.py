@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich import box
-from rich.table import Table
 
+from normfree.cli.console import open_console, print_json, records, say, say_quantized, table
+from normfree.cli.names import model_name, output_folder
 from normfree.cli.options import (
     DEFAULT_CACHE_DIR,
     Bos,
     CacheDir,
     Json,
     Model,
+    Seed,
+    Set,
     Tokenizer,
     changes,
     checked_corpus,
     checked_folder,
-    model_name,
-    open_console,
-    output_folder,
-    quantized,
-    say_quantized,
 )
-from normfree.locks import locked
 from normfree.processes import check_alone
 
 
@@ -48,16 +43,13 @@ def remove_norm(
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="Fine-tuning budget, in tokens.")] = None,
     steps: Annotated[int | None, typer.Option(help="Fine-tuning budget, in optimizer steps.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the order of the data and of dropout.")] = 0,
+    seed: Seed = 0,
     lora: Annotated[
         int | None,
         typer.Option(min=1, help="Train low-rank changes of this rank, and the norms; the other weights are frozen."),
     ] = None,
     vanilla: Annotated[bool, typer.Option(help="Also fine-tune with the norms kept, as a control.")] = True,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Change any value, e.g. --set recipe.learning_rate=3e-4. Can be repeated."),
-    ] = None,
+    set_: Set = None,
     bos: Bos = None,
     cache_dir: CacheDir = DEFAULT_CACHE_DIR,
     json_: Json = False,
@@ -68,48 +60,43 @@ def remove_norm(
 
     Example: normfree remove-norm studies/relu-revival-cpu/runs/sm-ln-g/seed-0
     """
-    from normfree.data import Beginning
-    from normfree.removal import remove
-    from normfree.removal.plan import plan
-    from normfree.removal.schedule import load_schedule
-    from normfree.training import StudyProgress
+    from normfree.removal.from_pretrained import remove_from_pretrained
 
     check_alone("normfree remove-norm", "leave the launcher out: its statistics would be those of one of them")
-    folder = output_folder(out, "removal", [model])
+    folder, name = output_folder(out, "removal", [model]), model_name(model, [model])
     wanted = changes(set_, tokens=tokens, steps=steps, corpus=corpus, tokenizer=tokenizer, bos=bos)
-    chosen = load_schedule(schedule) if schedule is not None else None
-    planned = plan(model, changes=wanted, seed=seed, lora_rank=lora, schedule=chosen)
     console = open_console(json_)
-    data = planned.prepare_data(cache_dir, progress=console.is_terminal)
-    run = planned.run
-    total = run.recipe.n_tokens(run.data.sequence_length) * (2 if vanilla else 1)
-    with locked(folder), StudyProgress(total, console=console, description="remove-norm") as progress:
-        result = remove(
-            run,
-            data,
-            folder,
-            chosen,
-            vanilla=vanilla,
-            callbacks=lambda variant, n_tokens: (progress.run(variant, n_tokens),),
-        )
-    beginning = Beginning.of(data.tokenizer, run.data.beginning)
-    name = model_name(model, [model])
-    weights = quantized({name: model})
+    removal = remove_from_pretrained(
+        model,
+        folder,
+        changes=wanted,
+        schedule=schedule,
+        seed=seed,
+        lora_rank=lora,
+        vanilla=vanilla,
+        cache_dir=cache_dir,
+        console=console,
+    )
+    result = removal.result
+    stock = None if result.stock is None else str(result.stock)
     if json_:
-        exports = {"norm_free": str(result.norm_free), "stock": str(result.stock) if result.stock else None}
-        rows = json.loads(result.table.to_json(orient="records", double_precision=9))
-        read = {"beginning": beginning.summary(), "quantization": weights.get(name)}
-        print(json.dumps({"folder": str(folder), **read, **exports, "table": rows}))
+        read = {"beginning": removal.beginning.summary(), "quantization": removal.quantization}
+        exports = {"norm_free": str(result.norm_free), "stock": stock}
+        print_json(folder=str(folder), **read, **exports, table=records(result.table))
         return
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("variant", "fine-tuning tokens", "loss, nats", "perplexity", "Δ loss"):
-        table.add_column(column, justify="left" if column == "variant" else "right")
-    for row in result.table.to_dict("records"):
-        numbers = (f"{row['eval_loss']:.4f}", f"{row['eval_ppl']:.2f}", f"{row['delta_loss']:+.4f}")
-        table.add_row(row["variant"], f"{row['finetuning_tokens']:,}", *numbers)
-    console.print(table)
-    console.print(f"Sequences of {run.data.sequence_length} tokens, {beginning}", highlight=False)
-    say_quantized(console, weights)
-    console.print(f"Without norms: {result.norm_free}", highlight=False, soft_wrap=True)
-    if result.stock is not None:
-        console.print(f"As a stock model: {result.stock}", highlight=False, soft_wrap=True)
+    rows = (
+        (
+            row["variant"],
+            f"{row['finetuning_tokens']:,}",
+            f"{row['eval_loss']:.4f}",
+            f"{row['eval_ppl']:.2f}",
+            f"{row['delta_loss']:+.4f}",
+        )
+        for row in result.table.to_dict("records")
+    )
+    console.print(table(("variant", "fine-tuning tokens", "loss, nats", "perplexity", "Δ loss"), rows, n_left=1))
+    say(console, f"Sequences of {removal.run.data.sequence_length} tokens, {removal.beginning}")
+    say_quantized(console, {name: removal.quantization})
+    say(console, f"Without norms: {result.norm_free}")
+    if stock is not None:
+        say(console, f"As a stock model: {stock}")

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from normfree.cli.options import Json, StudyFile, open_console
+from normfree.cli.console import open_console
+from normfree.cli.options import Json, StudyFile
 
 if TYPE_CHECKING:
     from normfree.runner import StudyResult

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from normfree.cli.console import open_console
 from normfree.cli.options import (
     DEFAULT_CACHE_DIR,
     CacheDir,
@@ -19,7 +20,6 @@ from normfree.cli.options import (
     checked_source,
     nested_assignments,
     numbers,
-    open_console,
 )
 from normfree.cli.report import show_study
 from normfree.errors import InputError, RunFailedError

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from normfree.cli.options import Json, StudyFile, open_console
+from normfree.cli.console import open_console
+from normfree.cli.options import Json, StudyFile
 from normfree.errors import RunFailedError
 from normfree.processes import check_alone
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from normfree.cli.options import Json, Model, checked_folder, open_console, say_quantized
-from normfree.errors import InputError
+from normfree.cli.console import open_console, print_json, say, say_quantized
+from normfree.cli.options import Json, Model, checked_folder, count_or_share
 
 
 def to_spark(
@@ -32,55 +31,33 @@ def to_spark(
     topk: Annotated[str | None, typer.Option(help="statistical (default) or exact.")] = None,
     json_: Json = False,
 ) -> None:
-    """Turn a trained dense model into a sparse one to go on training: the start_from of a run.
+    """Turn a trained dense model into a sparse one to train on: the start_from of a run.
 
     The sparse model has the dense one's weights and another function; it is of no use before it is trained.
 
     Example: normfree to-spark studies/relu-revival-cpu/runs/sm-ln-g/seed-0 --out spark --ffn-active 0.08
     """
-    from normfree.files import folder_written_whole
-    from normfree.interpret import tokenizer_of
-    from normfree.spark import to_spark as convert
-    from normfree.training import load_pretrained
+    from normfree.exports import export_spark
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists and is not empty; give another folder with --out")
-    loaded = load_pretrained(model)
-    dense = loaded.as_normfree()
-    tokenizer = tokenizer_of(loaded)
-    spark = convert(
-        dense,
+    console = open_console(json_)
+    spark = export_spark(
+        model,
+        out,
         ffn=ffn,
         attention=attention,
-        ffn_active=_number("--ffn-active", ffn_active),
-        ffn_predictor_dim=_number("--ffn-predictor-dim", ffn_predictor_dim),
-        attention_active=_number("--attention-active", attention_active),
-        attention_predictor_dim=_number("--attention-predictor-dim", attention_predictor_dim),
+        ffn_active=count_or_share("--ffn-active", ffn_active),
+        ffn_predictor_dim=count_or_share("--ffn-predictor-dim", ffn_predictor_dim),
+        attention_active=count_or_share("--attention-active", attention_active),
+        attention_predictor_dim=count_or_share("--attention-predictor-dim", attention_predictor_dim),
         topk=topk,
     )
-    with folder_written_whole(out) as folder:
-        spark.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    before, after = dense.num_parameters(), spark.num_parameters()
     if json_:
-        sizes = {"parameters": after, "dense_parameters": before}
-        print(json.dumps({"folder": str(out), **sizes, "quantization": loaded.quantization}))
+        sizes = {"parameters": spark.parameters, "dense_parameters": spark.parameters_before}
+        print_json(folder=str(out), **sizes, quantization=spark.quantization)
         return
-    console = open_console(json_)
-    if loaded.quantization is not None:
-        say_quantized(console, {model: loaded.quantization})
-    console.print(
-        f"{out}: {after:,} parameters, {before:,} in the dense model; train it with start_from: {out}",
-        highlight=False,
-        soft_wrap=True,
+    say_quantized(console, {model: spark.quantization})
+    say(
+        console,
+        f"{out}: {spark.parameters:,} parameters, {spark.parameters_before:,} in the dense model; train it with "
+        f"start_from: {out}",
     )
-
-
-def _number(option: str, text: str | None) -> int | float | None:
-    """A count or a share."""
-    if text is None:
-        return None
-    try:
-        return int(text) if text.lstrip("+-").isdigit() else float(text)
-    except ValueError as error:
-        raise InputError(f"{option} is {text!r}; give a count such as 256 or a share such as 0.08") from error

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from normfree.cli.options import DEFAULT_CACHE_DIR, CacheDir, Json, checked_folder, open_console
+from normfree.cli.console import open_console, print_json, say
+from normfree.cli.options import DEFAULT_CACHE_DIR, CacheDir, Json, RunFolder
 
 
 def train(
     config: Annotated[Path, typer.Argument(help="A run's YAML file, such as the config.yaml of an earlier run.")],
-    out: Annotated[Path, typer.Option(help="Run folder.", callback=checked_folder)],
+    out: RunFolder,
     cache_dir: CacheDir = DEFAULT_CACHE_DIR,
     json_: Json = False,
 ) -> None:
@@ -26,32 +26,15 @@ def train(
 
     Example: normfree train studies/relu-revival-cpu/runs/sm-r/seed-0/config.yaml --out runs/again
     """
-    from normfree.data import prepare_data, same_data
-    from normfree.processes import is_main_process, main_first
-    from normfree.training import StudyProgress, load_run_config
-    from normfree.training import train as train_run
-    from normfree.training.run_folder import CONFIG_FILE, recorded
+    from normfree.training.single_run import train_file
 
-    run = load_run_config(config)
     console = open_console(json_)
-    # A run that has begun goes on with its own tokens, and one that is done again has those of the first time.
-    fingerprint = recorded(out / CONFIG_FILE, "corpus_fingerprint") or recorded(config, "corpus_fingerprint")
-    if fingerprint is None:
-        data = main_first(lambda: prepare_data(run.data, cache_dir, progress=console.is_terminal))
-    else:
-        data = main_first(lambda: same_data(run.data, cache_dir, fingerprint, progress=console.is_terminal))
-    n_tokens = run.recipe.n_tokens(run.data.sequence_length)
-    label = f"{run.configuration} seed {run.seed}"
-    with StudyProgress(n_tokens, console=console, description=run.model_name) as progress:
-        result = train_run(run, data, out, callbacks=(progress.run(label, n_tokens),))
+    row = train_file(config, out, cache_dir=cache_dir, console=console).row
     if json_:
-        if is_main_process():
-            print(json.dumps({"folder": str(out), **result.row}))
+        print_json(folder=str(out), **row)
         return
-    row = result.row
-    console.print(
-        f"{label}: evaluation loss {row['eval_loss']:.4f} nats per token, perplexity {row['eval_ppl']:.2f} "
-        f"({row['status']}); {out}",
-        highlight=False,
-        soft_wrap=True,
+    say(
+        console,
+        f"{row['configuration']} seed {row['seed']}: evaluation loss {row['eval_loss']:.4f} nats per token, perplexity "
+        f"{row['eval_ppl']:.2f} ({row['status']}); {out}",
     )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from normfree.cli.options import DEFAULT_CACHE_DIR, CacheDir, Json, open_console
+from normfree.cli.console import open_console, print_json, say
+from normfree.cli.options import DEFAULT_CACHE_DIR, CacheDir, Json
 
 
 def verify(
@@ -31,15 +31,15 @@ def verify(
         each = verify_run(run, cache_dir, evaluate=evaluate)
         found.append(each)
         for line in (*each.problems, *(f"not checked: {what}" for what in each.unchecked)):
-            console.print(f"{run}: {line}", highlight=False, markup=False, soft_wrap=True)
+            say(console, f"{run}: {line}")
     n_bad = sum(not each.holds for each in found)
     if json_:
         rows = [
             {"folder": str(each.folder), "holds": each.holds, "problems": each.problems, "unchecked": each.unchecked}
             for each in found
         ]
-        print(json.dumps({"holds": n_bad == 0, "runs": rows}))
+        print_json(holds=n_bad == 0, runs=rows)
     else:
-        console.print(f"{len(found) - n_bad} of {len(found)} runs hold", highlight=False)
+        say(console, f"{len(found) - n_bad} of {len(found)} runs hold")
     if n_bad:
         raise typer.Exit(1)

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from pathlib import Path
 
 from normfree.errors import InputError, unknown_name
-from normfree.files import exists, looks_local, user_path
+from normfree.files import exists, looks_local, user_path, written_whole
+from normfree.processes import check_alone
 
 KINDS = ("installed-python", "directory", "file", "codeparrot", "hf", "pairs")
 """What may precede the first colon."""
+
+
+def resolve_corpus(name: str, cache_dir: Path) -> str:
+    """The full name of a corpus that is there; ``-`` is standard input, saved as a file in ``cache_dir``.
+
+    Raises:
+        InputError: the kind is unknown, a file or folder is missing, or standard input holds no text.
+    """
+    name = full_corpus_name(str(_saved_input(cache_dir)) if name == "-" else name)
+    check_corpus_name(name)
+    return name
 
 
 def full_corpus_name(text: str) -> str:
@@ -67,3 +81,16 @@ def split_directory(argument: str, corpus: str) -> tuple[Path, str]:
 
 def _is_folder(path: str) -> bool:
     return exists(user_path(path)) and user_path(path).is_dir()
+
+
+def _saved_input(cache_dir: Path) -> Path:
+    """Standard input as a file named by its content, so that runs resume and are verified without it."""
+    check_alone("--corpus -", "write the text into a file, and give its path to --corpus")
+    content = sys.stdin.buffer.read()
+    if not content.strip():
+        raise InputError("--corpus -: standard input is empty; pipe text into the command")
+    path = user_path(str(cache_dir)) / "stdin" / f"{hashlib.sha256(content).hexdigest()[:16]}.txt"
+    if not path.exists():
+        with written_whole(path) as temporary:
+            temporary.write_bytes(content)
+    return path.resolve()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,6 +132,12 @@ def quantization_of(source: str) -> str | None:
         InputError: the file cannot be read.
     """
     return open_gguf(Path(source)).quantization if is_gguf(source) else None
+
+
+def quantizations(models: Mapping[str, str]) -> dict[str, str]:
+    """:func:`quantization_of` models, from name to source; without those that were not quantized."""
+    found = {name: quantization_of(source) for name, source in models.items()}
+    return {name: how for name, how in found.items() if how is not None}
 
 
 def starting_model(source: str, data: PackedData) -> NormfreeForCausalLM:

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from normfree.cli.options import (
-    DEFAULT_CACHE_DIR,
-    CacheDir,
-    Json,
-    checked_folder,
-    checked_source,
-    model_name,
-    open_console,
-    output_folder,
-    say_quantized,
-)
+from normfree.cli.console import open_console, print_json, records, say, say_quantized, table
+from normfree.cli.names import model_name, output_folder
+from normfree.cli.options import DEFAULT_CACHE_DIR, CacheDir, Json, checked_folder, checked_source
 from normfree.errors import InputError
 
 if TYPE_CHECKING:
@@ -103,35 +94,26 @@ def private_cost(
         )
     write_page(costs, folder, command=f"normfree private-cost {' '.join(models)}")
     if json_:
-        frames = {
-            name: json.loads(frame.to_json(orient="records", double_precision=9))
-            for name, frame in costs.frames().items()
-        }
-        print(json.dumps({"folder": str(folder), "quantization": costs.quantization, **frames}))
+        frames = {name: records(frame) for name, frame in costs.frames().items()}
+        print_json(folder=str(folder), quantization=costs.quantization, **frames)
         return
     console.print(_totals_table(costs))
     say_quantized(console, costs.quantization)
-    console.print(f"Report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+    say(console, f"Report: {folder / 'report.html'}")
 
 
 def _totals_table(costs: PrivateCosts) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     seconds = [f"{each.name} s" for each in costs.networks]
-    names = ["model", "protocol", "part", "MB", "messages", *seconds, "norms %", "activations %", "perplexity"]
-    for i, name in enumerate(names):
-        shown.add_column(name, justify="left" if i < 3 else "right")
-    for row in costs.totals.to_dict("records"):
-        shown.add_row(
-            row["model"],
-            row["protocol"],
-            row["part"],
+    columns = ["model", "protocol", "part", "MB", "messages", *seconds, "norms %", "activations %", "perplexity"]
+    rows = (
+        (
+            *(row[name] for name in columns[:3]),
             f"{row['bytes_sent'] / 1e6:,.1f}",
             f"{row['messages_sent']:,.0f}",
             *(f"{row[f'{each.name}_seconds']:,.1f}" for each in costs.networks),
             *(f"{row.get(f'{group}_percent', 0.0):.1f}" for group in ("norm", "activation")),
             f"{row['eval_ppl']:.1f}" if row["eval_ppl"] == row["eval_ppl"] else "–",
         )
-    return shown
+        for row in costs.totals.to_dict("records")
+    )
+    return table(columns, rows, n_left=3)

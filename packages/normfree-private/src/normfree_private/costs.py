@@ -10,7 +10,7 @@ import pandas as pd
 
 from normfree.errors import unknown_name
 from normfree.files import DEFAULT_CACHE_DIR
-from normfree.training import quantization_of
+from normfree.training.pretrained import quantizations
 from normfree_private.environment import find_engine
 from normfree_private.measurement import PROTOCOLS, Measurer, Settings
 from normfree_private.pricing import (
@@ -119,7 +119,6 @@ def measure_private_costs(
     operations = pd.concat(
         [price(each, measurers, blocks_only=blocks_only, progress=progress) for each in priced], ignore_index=True
     )
-    quantization = {name: quantization_of(source) for name, source in models.items()}
     return PrivateCosts(
         operations,
         totals(operations, priced, networks),
@@ -132,5 +131,5 @@ def measure_private_costs(
         networks,
         [each.T for each in priced],
         engine.version,
-        {name: how for name, how in quantization.items() if how is not None},
+        quantizations(models),
     )

@@ -1,0 +1,82 @@
+"""A removal of norms from a model given by its name: what ``normfree remove-norm`` does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from normfree.data import Beginning
+from normfree.files import DEFAULT_CACHE_DIR
+from normfree.locks import locked
+from normfree.removal.plan import plan
+from normfree.removal.removal import RemovalResult, remove
+from normfree.removal.schedule import load_schedule
+from normfree.training import RunConfig, StudyProgress, quantization_of
+
+
+@dataclass(frozen=True)
+class PretrainedRemoval:
+    """A finished removal, and what it was made with.
+
+    run: the fine-tuning, as planned.
+    beginning: the tokens that every sequence begins with.
+    quantization: how the weights of the model were quantized; None if they were not.
+    """
+
+    result: RemovalResult
+    run: RunConfig
+    beginning: Beginning
+    quantization: str | None
+
+
+def remove_from_pretrained(
+    source: str,
+    folder: Path,
+    *,
+    changes: Mapping[str, Any] | None = None,
+    schedule: str | None = None,
+    seed: int = 0,
+    lora_rank: int | None = None,
+    vanilla: bool = True,
+    cache_dir: Path = DEFAULT_CACHE_DIR,
+    console: Console | None = None,
+) -> PretrainedRemoval:
+    """Takes every norm out of the model ``source`` by fine-tuning (:func:`~normfree.removal.removal.remove`).
+
+    A stopped removal resumes when called again.
+
+    Args:
+        source: a Hub id, a model folder, a ``.gguf`` file, or a run or checkpoint folder.
+        folder: for runs and models; locked meanwhile.
+        changes: any value of the fine-tuning by its dotted name (:func:`~normfree.removal.plan.plan`).
+        schedule: the name of a published schedule, or a YAML file; None makes one by depth and budget.
+        seed: of the order of the data and of dropout.
+        lora_rank: trains low-rank changes of this rank, and the norms; None trains all weights.
+        vanilla: whether to also fine-tune with the norms kept, as a control.
+        cache_dir: where tokenized corpora are kept and found again.
+        console: shows progress; None shows none.
+
+    Raises:
+        InputError: the model, the corpus, a change, the schedule or the folder cannot be used.
+        RemovalDivergedError: the removal diverged for good.
+    """
+    console = console or Console(quiet=True)
+    chosen = load_schedule(schedule) if schedule is not None else None
+    planned = plan(source, changes=changes or {}, seed=seed, lora_rank=lora_rank, schedule=chosen)
+    data = planned.prepare_data(cache_dir, progress=console.is_terminal)
+    run = planned.run
+    total = run.recipe.n_tokens(run.data.sequence_length) * (2 if vanilla else 1)
+    with locked(folder), StudyProgress(total, console=console, description="remove-norm") as progress:
+        result = remove(
+            run,
+            data,
+            folder,
+            chosen,
+            vanilla=vanilla,
+            callbacks=lambda variant, n_tokens: (progress.run(variant, n_tokens),),
+        )
+    return PretrainedRemoval(result, run, Beginning.of(data.tokenizer, run.data.beginning), quantization_of(source))

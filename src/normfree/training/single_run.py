@@ -1,0 +1,109 @@
+"""One run from its file, or fine-tuning of a finished model: what ``normfree train`` and ``normfree finetune`` do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from normfree.data import Beginning, prepare_data, same_data
+from normfree.files import DEFAULT_CACHE_DIR
+from normfree.processes import main_first
+from normfree.training import RunResult, StudyProgress, load_pretrained, load_run_config, quantization_of, train
+from normfree.training.finetuning import finetuning_run
+from normfree.training.run_folder import CONFIG_FILE, recorded
+
+
+@dataclass(frozen=True)
+class FinetunedModel:
+    """A finished fine-tuning.
+
+    run: its folder and what it measured on the evaluation tokens.
+    beginning: the tokens that every sequence begins with.
+    quantization: how the weights of the model that it started from were quantized; None if they were not.
+    """
+
+    run: RunResult
+    beginning: Beginning
+    quantization: str | None
+
+
+def train_file(
+    config: Path, folder: Path, *, cache_dir: Path = DEFAULT_CACHE_DIR, console: Console | None = None
+) -> RunResult:
+    """Trains the run that the YAML file ``config`` describes, in ``folder``; resumes from its last checkpoint.
+
+    A run that was begun keeps its own tokens, and so does one whose file has the ``provenance`` of an earlier run.
+    Collective: call from every rank.
+
+    Args:
+        config: a run's YAML file, such as the ``config.yaml`` of an earlier run.
+        folder: run folder.
+        cache_dir: where tokenized corpora are kept and found again.
+        console: shows progress; None shows none.
+
+    Raises:
+        InputError: the file, the corpus or the folder cannot be used, or the corpus has changed.
+        RunFailedError: training could not continue.
+    """
+    console = console or Console(quiet=True)
+    run = load_run_config(config)
+    fingerprint = recorded(folder / CONFIG_FILE, "corpus_fingerprint") or recorded(config, "corpus_fingerprint")
+    if fingerprint is None:
+        data = main_first(lambda: prepare_data(run.data, cache_dir, progress=console.is_terminal))
+    else:
+        data = main_first(lambda: same_data(run.data, cache_dir, fingerprint, progress=console.is_terminal))
+    n_tokens = run.recipe.n_tokens(run.data.sequence_length)
+    with StudyProgress(n_tokens, console=console, description=run.model_name) as progress:
+        label = f"{run.configuration} seed {run.seed}"
+        return train(run, data, folder, callbacks=(progress.run(label, n_tokens),))
+
+
+def finetune(
+    source: str,
+    folder: Path,
+    *,
+    changes: Mapping[str, Any],
+    epochs: float = 3.0,
+    seed: int = 0,
+    lora_rank: int | None = None,
+    cache_dir: Path = DEFAULT_CACHE_DIR,
+    console: Console | None = None,
+) -> FinetunedModel:
+    """Fine-tunes the model ``source`` on prompts and completions, in ``folder``; resumes from the last checkpoint.
+
+    Collective: call from every rank.
+
+    Args:
+        source: a Hub id, a model folder, a ``.gguf`` file, or a run or checkpoint folder.
+        folder: run folder.
+        changes: any value by its dotted name; ``data.corpus`` among them.
+        epochs: passes over the training split, if ``changes`` set no budget.
+        seed: of the order of the data and of dropout.
+        lora_rank: trains low-rank changes of this rank; None trains all weights.
+        cache_dir: where tokenized corpora are kept and found again.
+        console: shows progress; None shows none.
+
+    Raises:
+        InputError: the model, the corpus, a change or the folder cannot be used.
+        RunFailedError: training could not continue.
+    """
+    console = console or Console(quiet=True)
+    run, data = main_first(
+        lambda: finetuning_run(
+            load_pretrained(source),
+            cache_dir,
+            changes=changes,
+            epochs=epochs,
+            seed=seed,
+            lora_rank=lora_rank,
+            progress=console.is_terminal,
+        )
+    )
+    n_tokens = run.recipe.n_tokens(run.data.sequence_length)
+    with StudyProgress(n_tokens, console=console, description="finetune") as progress:
+        result = train(run, data, folder, callbacks=(progress.run(source, n_tokens),))
+    return FinetunedModel(result, Beginning.of(data.tokenizer, run.data.beginning), quantization_of(source))
