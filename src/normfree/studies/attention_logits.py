@@ -1,0 +1,128 @@
+"""Attention logits without LayerNorm, and with queries and keys that are normalized (QK normalization).
+
+Large attention logits make attention one-hot and training unstable; normalizing queries and keys bounds them (Dehghani
+et al., "Scaling Vision Transformers to 22 Billion Parameters", 2023; Wortsman et al., "Small-scale proxies for
+large-scale Transformer training instabilities", 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from normfree.report import Section, Table
+from normfree.report.style import TWO_COLUMN, depth_colours, paper_style
+from normfree.runner.page import Findings, StudyPage
+from normfree.runner.run_frames import run_key
+from normfree.runner.study import Configuration, Study
+from normfree.studies.relu_revival import GELU, LAYERNORM_GELU
+from normfree.training import RunResult
+from normfree.training.records import LAYERS_FILE, read_parquet
+
+LOGIT = "qk_logit_max"
+RECIPE = {"probes": [LOGIT]}
+
+CONFIGURATIONS = tuple(
+    Configuration(each.label + suffix, {**each.model, **extra}, RECIPE)
+    for each in (LAYERNORM_GELU, GELU)
+    for suffix, extra in (("", {}), ("+QK", {"qk_norm": "layernorm"}))
+)
+
+
+def logit_frame(results: Iterable[RunResult]) -> pd.DataFrame:
+    """model, context_length, configuration, seed, step, layer, qk_logit_max: the largest of the layer's heads.
+
+    Training batches; NaN for a layer with a NaN head.
+    """
+    frames = []
+    for result in results:
+        layers = read_parquet(result.folder / LAYERS_FILE)
+        heads = layers[layers["name"] == LOGIT].rename(columns={"value": LOGIT})
+        frames.append(largest_by(heads, "step", "layer").reset_index().assign(**run_key(result)))
+    return pd.concat(frames, ignore_index=True)
+
+
+def largest_by(logits: pd.DataFrame, *columns: str) -> pd.Series:
+    """The largest logit of each group; NaN for a group with a NaN."""
+    return logits.groupby(list(columns), sort=False)[LOGIT].agg(lambda values: values.max(skipna=False))
+
+
+def attention_logits(logits: pd.DataFrame) -> Figure:
+    """The largest attention logit of each layer over training, a panel each configuration; the largest of all seeds.
+
+    Args:
+        logits: as :func:`logit_frame` returns it.
+    """
+    configurations = list(dict.fromkeys(logits["configuration"]))
+    colours = depth_colours(logits["layer"].nunique())
+    with paper_style():
+        figure = Figure(figsize=(TWO_COLUMN, 1.9), layout="constrained")
+        grid = figure.subplots(1, len(configurations), sharex=True, sharey=True, squeeze=False)
+        for axes, configuration in zip(grid.flat, configurations, strict=True):
+            of_seeds = logits[logits["configuration"] == configuration]
+            layers = largest_by(of_seeds, "step", "layer").unstack("layer")
+            for place, (layer, values) in enumerate(layers.items()):
+                axes.plot(values.index, values, color=colours(place), linewidth=1.0, label=f"layer {layer}")
+            axes.set_yscale("symlog", linthresh=1.0)
+            axes.set_title(configuration)
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        figure.supxlabel("training step", fontsize=7)
+        grid[0, 0].set_ylabel("largest attention logit")
+        handles, labels = grid[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=min(6, len(labels)))
+    return figure
+
+
+def describe(page: StudyPage) -> Findings:
+    """Logits over training, and the largest of each run."""
+    logits = logit_frame(page.results)
+    run = ("configuration", "seed")
+    last = logits[logits["step"] == logits.groupby(list(run))["step"].transform("max")]
+    largest = {"Largest": largest_by(logits, *run), "At the last reading": largest_by(last, *run)}
+    table = pd.DataFrame({title: values.map(_number) for title, values in largest.items()}).reset_index()
+    figure = page.figure(
+        "attention-logits",
+        attention_logits(logits),
+        "The largest attention logit of each layer (heads and seeds taken together) on training batches. The axis is "
+        "linear between −1 and 1, logarithmic beyond.",
+    )
+    caption = "The largest attention logit of each run: over all readings of telemetry, and at the last one."
+    shown = Table(table.rename(columns={"configuration": "Configuration", "seed": "Seed"}), caption)
+    return Findings(_lead(largest_by(logits, "configuration")), [Section("Attention logits", [figure, shown])], _LIMITS)
+
+
+_LIMITS = (
+    "Logits grow with width, learning rate and training length: small models after short trainings seldom reach those "
+    "at which large ones become unstable."
+)
+
+
+def _number(value: float) -> str:
+    return f"{value:.1f}" if np.isfinite(value) else str(value)
+
+
+def _lead(largest: pd.Series) -> str:
+    """The largest logit of each configuration, and what QK normalization does to it, whatever the numbers are."""
+    shown = ", ".join(f"{label} {_number(value)}" for label, value in largest.items())
+    sentences = [f"Largest attention logit: {shown}."]
+    for label in (LAYERNORM_GELU.label, GELU.label):
+        without, normalized = largest.reindex([label, f"{label}+QK"])
+        if np.isfinite([without, normalized]).all():
+            sentences.append(
+                f"QK normalization {'lowers' if normalized < without else 'does not lower'} it in {label}."
+            )
+    return " ".join(sentences)
+
+
+STUDY = Study(
+    name="attention-logits",
+    title="Attention logits, with and without normalized queries and keys",
+    question="Do attention logits grow without LayerNorm, and does QK normalization hold them?",
+    baseline=LAYERNORM_GELU.label,
+    configurations=lambda preset: CONFIGURATIONS,
+    describe=describe,
+)
