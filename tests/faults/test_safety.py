@@ -17,6 +17,7 @@ import torch
 import yaml
 
 import normfree as package
+import normfree_private as plugin
 from normfree import NormfreeConfig, NormfreeForCausalLM
 from normfree.training.run_folder import checkpoints
 from tests.forked import normfree as command_line
@@ -24,7 +25,7 @@ from tests.forked import normfree as command_line
 from .crash import Kill, in_child
 
 Command = Callable[..., tuple[int, str, str]]
-SOURCES = sorted(Path(package.__file__).parent.rglob("*.py"))
+SOURCES = sorted(path for each in (package, plugin) for path in Path(each.__file__).parent.rglob("*.py"))
 UNPICKLING = {"pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
 RUNNING = {"eval", "exec", "os.system", "yaml.load", "yaml.unsafe_load", "yaml.full_load"}
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>"
