@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,56 @@ REMOVAL = ["removal-cpu", "removal-scaling-cpu", "removal-smoke"]
 
 def test_the_shipped_presets_are_listed() -> None:
     assert preset_names() == sorted([*SHIPPED, *DEPTH, *LLAMA, *REMOVAL])
+
+
+def test_presets_are_what_they_were_when_each_was_a_whole_file() -> None:
+    whole = json.loads(Path(__file__).with_name("resolved_presets.json").read_text())
+    assert {name: load_preset(name).model_dump(mode="json", exclude_unset=True) for name in whole} == whole
+
+
+def written(folder: Path, **files: str) -> str:
+    """Writes YAML files, and returns the path of the first."""
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return str(folder / f"{next(iter(files))}.yaml")
+
+
+def test_a_file_holds_what_differs_from_its_base(tmp_path: Path) -> None:
+    path = written(
+        tmp_path,
+        mine="base: sub.yaml\nmodel: {attention_bias: null, norm: rmsnorm}\nrecipe: {tokens: 2560}",
+        sub="base: smoke\ndescription: Mine.\nmodel: {n_layer: 3}\nremoval: {budget_shares: [0.1]}\nseeds: [4, 5]",
+    )
+    smoke, mine = load_preset("smoke"), load_preset(path)
+    assert (mine.description, mine.seeds, mine.model_name) == ("Mine.", [4, 5], smoke.model_name)
+    kept = {name: value for name, value in smoke.model.items() if name != "attention_bias"}
+    assert mine.model == {**kept, "n_layer": 3, "norm": "rmsnorm"}
+    assert mine.data == smoke.data
+    assert mine.recipe == smoke.with_changes(**{"recipe.tokens": 2560}).recipe
+    assert mine.removal is not None
+    assert mine.removal.budget_shares == (0.1,)
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({"a": "base: smok"}, r"a.yaml: base smok: unknown preset 'smok' \(did you mean 'smoke'\?\)"),
+        ({"a": "base: b.yaml"}, r"a.yaml: base b.yaml: cannot read .*b.yaml: No such file"),
+        ({"a": "base: a.yaml"}, "a.yaml: base a.yaml: bases form a circle"),
+        ({"a": "base: b.yaml", "b": "base: ./a.yaml"}, r"b.yaml: base ./a.yaml: bases form a circle"),
+        ({"a": "base: [smoke]"}, r"a.yaml: base \['smoke'\]: unknown preset"),
+        ({"a": "base: smoke\nmodel: {n_layers: 3}"}, "a.yaml: unknown model option 'n_layers'"),
+        ({"a": "base: smoke\nrecipe: {lr: 3}"}, "a.yaml: unknown option 'recipe.lr'"),
+        ({"a": "base: smoke\nrecipes: {steps: 3}"}, "a.yaml: unknown option 'recipes'"),
+        ({"a": "base: smoke\nmodel_name: null"}, "a.yaml: model_name: Field required"),
+        ({"a": "base: b.yaml\nmodel: {n_layer: 3}", "b": "model: 3"}, "unknown section 'model'"),
+        ({"a": "base: b.yaml", "b": "model: ["}, r"a.yaml: base b.yaml: .*b.yaml is not valid YAML"),
+    ],
+)
+def test_a_base_that_cannot_be_used_is_one_clear_error(tmp_path: Path, files: dict[str, str], says: str) -> None:
+    with pytest.raises(InputError, match=says) as error:
+        load_preset(written(tmp_path, **files))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

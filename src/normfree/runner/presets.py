@@ -1,4 +1,7 @@
-"""Presets: the size of a study (model, data, recipe), as YAML shipped with the package or written by the user."""
+"""Presets: the size of a study (model, data, recipe), as YAML shipped with the package or written by the user.
+
+A preset may name another one as its ``base`` and hold only what differs from it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ _FOLDER = files("normfree") / "presets"
 
 
 class PublishedColumn(BaseModel):
-    """Which column of the published tables stands beside our results."""
+    """The column of the published tables to show next to the results."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -27,9 +30,9 @@ class PublishedColumn(BaseModel):
 
 
 class RemovalOptions(BaseModel):
-    """At which budgets and learning rates the studies of norm removal fine-tune.
+    """Budgets and learning rates of the fine-tuning in the studies of norm removal.
 
-    budget_shares: of the tokens that a model was trained on.
+    budget_shares: shares of the tokens that a model was trained on.
     learning_rates: each variant is reported at the best of them.
     """
 
@@ -49,9 +52,9 @@ class RemovalOptions(BaseModel):
 class Preset(BaseModel):
     """What all configurations of a study share: the model's sizes, the data, the recipe and the seeds.
 
-    ``columns`` names the presets (itself among them) whose results make the columns of the paper's Table 2 at this
-    scale; a file of the user's own is named by its path, from the folder of the file that names it. ``removal`` is for
-    the studies of norm removal alone.
+    columns: presets (itself among them) whose results make the columns of the paper's Table 2 at this scale; names, or
+        paths relative to the preset's own file.
+    removal: for the studies of norm removal.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -102,22 +105,58 @@ def preset_names() -> list[str]:
 
 
 def load_preset(name: str) -> Preset:
-    """A preset by name, or from a YAML file by path.
+    """A preset by name, or from a YAML file by path; its values are those of its ``base``, changed by its own.
+
+    The sections ``model``, ``data``, ``recipe``, ``published`` and ``removal`` are merged option by option, and null
+    takes an option of the base away. A base is a preset's name, or a path relative to the file that names it.
 
     Raises:
-        InputError: there is no such preset or file, or its content is wrong.
+        InputError: there is no such preset, file or base, bases form a circle, or the content is wrong.
     """
-    if name in preset_names():
-        path = Path(str(_FOLDER / f"{name}.yaml"))
-    elif name.endswith((".yaml", ".yml")):
-        path = Path(name)
-    else:
-        raise unknown_name("preset", name, [*preset_names(), "PATH.yaml"])
-    preset = _validated(read_yaml(path), str(path))
+    path = _path(name, Path())
+    content = _resolved(path, ())
+    preset = _validated(content, str(path))
     for option in preset.model:
         if option not in NormfreeConfig.option_names():
             raise InputError(f"{path}: {unknown_name('model option', option, NormfreeConfig.option_names())}")
     return preset
+
+
+def _path(name: str, folder: Path) -> Path:
+    """The file of a preset that is named in a file of ``folder``."""
+    if name in preset_names():
+        return Path(str(_FOLDER / f"{name}.yaml"))
+    if name.endswith((".yaml", ".yml")):
+        return folder / name
+    raise unknown_name("preset", name, [*preset_names(), "PATH.yaml"])
+
+
+def _resolved(path: Path, derived: tuple[Path, ...]) -> dict[str, Any]:
+    """The content of a file with that of its base; ``derived`` are the files whose base it is, outermost first."""
+    content = read_yaml(path)
+    name = content.pop("base", None)
+    if name is None:
+        return content
+    try:
+        base = _path(str(name), path.parent)
+        if base.resolve() in (each.resolve() for each in (*derived, path)):
+            raise InputError("bases form a circle")
+        merged = _resolved(base, (*derived, path))
+    except InputError as error:
+        raise InputError(f"{path}: base {name}: {error}") from error
+    changes: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, dict):
+            merged.setdefault(key, {})
+            changes |= {f"{key}.{option}": each for option, each in value.items()}
+        else:
+            changes[str(key)] = value
+    merged = with_changes(merged, changes)
+    sections = [merged, *(each for each in merged.values() if isinstance(each, dict))]
+    for section in sections:
+        for option in [option for option, value in section.items() if value is None]:
+            del section[option]
+    return merged
 
 
 def _validated(content: dict[str, Any], where: str) -> Preset:
