@@ -20,7 +20,7 @@ from normfree.modeling import NormfreeConfig, NormfreeForCausalLM
 from normfree.modeling.attention import BIASED_PROJECTIONS
 from normfree.modeling.blocks import Block
 from normfree.modeling.constant_std import ConstantStdNorm
-from normfree.modeling.norms import SCALED_NORMS
+from normfree.modeling.norms import POINTWISE_NORMS, SCALED_NORMS
 
 FOLDED = "constant_std"
 
@@ -55,9 +55,10 @@ def remove_norms(model: NormfreeForCausalLM) -> NormfreeForCausalLM:
     if set(norms.values()) == {"none"}:
         raise InputError("the model has no norm to remove: its norm and final_norm are none")
     for option, name in norms.items():
-        if name == "dyt":
+        if name in POINTWISE_NORMS:
             raise InputError(
-                f"{option} 'dyt' is a tanh and no division by a std: no weight can hold it, and nothing removes it"
+                f"{option} {name!r} is {POINTWISE_NORMS[name]} and no division by a std: no weight can hold it, and "
+                "nothing removes it"
             )
         if name in SCALED_NORMS:
             raise InputError(
