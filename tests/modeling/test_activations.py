@@ -76,3 +76,8 @@ def test_one_activation_per_layer() -> None:
     for block, name in zip(model.model.blocks, names, strict=True):
         actual = block.ffn.activation.double()(x).detach().numpy()
         np.testing.assert_allclose(actual, reference.ACTIVATIONS[name](x.numpy(), 0.3), rtol=1e-6, atol=1e-12)
+
+
+def test_a_slope_may_be_a_whole_number() -> None:
+    activation = build_activation(NormfreeConfig(activation="learnable_leaky_relu", negative_slope=0), 0)
+    assert activation(torch.tensor([-2.0, 3.0])).tolist() == [0.0, 3.0]

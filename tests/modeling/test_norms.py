@@ -116,6 +116,7 @@ def test_scaling_has_the_gradients_of_the_scaled_output() -> None:
         ({"dyt_alpha": 0.2}, 0.2, 0.2),
         ({"dyt_alpha": 0.2, "dyt_attention_alpha": 0.8}, 0.8, 0.2),
         ({"dyt_attention_alpha": 0.8}, 0.8, 0.5),
+        ({"dyt_alpha": 1}, 1.0, 1.0),
     ],
 )
 def test_dyt_starts_at_the_configured_alphas(options: dict[str, float], attention: float, other: float) -> None:

@@ -36,7 +36,7 @@ class LearnableLeakyReLU(nn.Module):
     def __init__(self, initial_slope: float) -> None:
         super().__init__()
         self.initial_slope = initial_slope
-        self.negative_slope = nn.Parameter(torch.full((1,), initial_slope))
+        self.negative_slope = nn.Parameter(torch.full((1,), float(initial_slope)))
 
     def set_initial_values(self) -> None:
         init.constant_(self.negative_slope, self.initial_slope)

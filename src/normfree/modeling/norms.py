@@ -93,7 +93,7 @@ class DynamicTanh(nn.Module):
     def __init__(self, width: int, initial_alpha: float) -> None:
         super().__init__()
         self.initial_alpha = initial_alpha
-        self.alpha = nn.Parameter(torch.full((1,), initial_alpha))
+        self.alpha = nn.Parameter(torch.full((1,), float(initial_alpha)))
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width))
 
