@@ -37,6 +37,7 @@ ARCHITECTURES: list[dict[str, Any]] = [
     {"norm_placement": "hybrid"},
     {"norm_placement": "hybrid_star"},
     {"norm": "dyt", "final_norm": "dyt", "tie_word_embeddings": False},
+    {"norm": "derf", "final_norm": "derf"},
     {"norm": "none", "final_norm": "none", "activation": "learnable_leaky_relu"},
     {"norm": "rmsnorm", "position": "rotary", "ffn": "gated", "activation": "silu", "parallel_residual": True},
     {"ffn": "spark", "attention": "spark", "qk_norm": "rmsnorm"},

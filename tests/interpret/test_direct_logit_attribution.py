@@ -238,6 +238,7 @@ def test_bad_input(change, message):
     "options",
     [
         {"norm": "dyt"},
+        {"norm": "derf"},
         {"norm": "layernorm_scaling"},
         {"norm": "none", "qk_norm": True},
         {"scale_embeddings": True},
@@ -264,8 +265,9 @@ def test_models_that_cannot_be_taken_apart():
             read(capped, sequences, sequences)
     with pytest.raises(InputError, match="final_logit_softcapping"):
         direct_attribution_errors(capped, sequences)
-    with pytest.raises(InputError, match="final norm of the class DynamicTanh"):
-        direct_logit_attribution(decoder(norm="dyt", final_norm="dyt"), sequences, sequences)
+    for norm, kind in (("dyt", "DynamicTanh"), ("derf", "DynamicErf")):
+        with pytest.raises(InputError, match=f"final norm of the class {kind}"):
+            direct_logit_attribution(decoder(norm=norm, final_norm=norm), sequences, sequences)
     post = decoder(norm="layernorm", norm_placement="post")
     with pytest.raises(InputError, match=r"norm_placement is 'post'.*use a model with norm_placement 'pre'"):
         direct_logit_attribution(post, sequences, sequences)

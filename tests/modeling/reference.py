@@ -51,6 +51,9 @@ def norm(name: str, weights: Weights, prefix: str, eps: float, x: Array, layer: 
     gain = weights[f"{prefix}.weight"]
     if name == "dyt":
         return gain * np.tanh(weights[f"{prefix}.alpha"].item() * x) + weights[f"{prefix}.bias"]
+    if name == "derf":
+        shifted = weights[f"{prefix}.alpha"].item() * x + weights[f"{prefix}.shift"].item()
+        return gain * erf(shifted) + weights[f"{prefix}.bias"]
     if name == "rmsnorm":
         return gain * x / np.sqrt((x**2).mean(-1, keepdims=True) + eps)
     assert name == "layernorm"

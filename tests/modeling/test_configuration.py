@@ -118,6 +118,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         for option in ("dyt_alpha", "dyt_attention_alpha")
         for value in (0.0, -1, float("nan"), float("inf"))
     ),
+    ({"derf_alpha": 0.5}, "derf_alpha means nothing for norm 'layernorm' and final_norm 'layernorm'"),
+    ({"norm": "dyt", "derf_shift": 0.5}, "derf_shift means nothing for norm 'dyt' and final_norm 'layernorm'"),
+    *(({"norm": "derf", "derf_alpha": value}, f"derf_alpha is {value}; it must be positive") for value in (0.0, -1)),
+    ({"norm": "derf", "derf_shift": float("inf")}, "derf_shift is inf; it must be finite"),
     ({"n_post_layer": 3}, "n_post_layer means nothing for norm_placement 'pre'; leave it out, or use mix"),
     ({"norm_placement": "post", "n_post_layer": 3}, "n_post_layer means nothing for norm_placement 'post'"),
     *(
@@ -215,6 +219,8 @@ NOT_DEFAULT: dict[str, Any] = {
     "norm_is_centered": False,
     "dyt_alpha": 0.3,
     "dyt_attention_alpha": 0.7,
+    "derf_alpha": 0.8,
+    "derf_shift": -0.2,
     "n_post_layer": 2,
     "parallel_residual": True,
     "ffn": "spark",
@@ -324,6 +330,8 @@ def test_round_trip_of_one_option(option: str, tmp_path: Path) -> None:
         "layer_types": ("n_layer", "sliding_window"),
     }
     options = {each: NOT_DEFAULT[each] for each in (*needed.get(option, ()), option)}
+    if option.startswith("derf_"):
+        options["norm"] = "derf"
     config = NormfreeConfig(**options)
     assert getattr(config, option) == NOT_DEFAULT[option]
     for other in round_trips(config, tmp_path):
@@ -347,7 +355,8 @@ def test_round_trip_of_one_option(option: str, tmp_path: Path) -> None:
     ],
 )
 def test_round_trip_of_all_options_together(left_out: tuple[str, ...], tmp_path: Path) -> None:
-    options = {key: each for key, each in NOT_DEFAULT.items() if key not in left_out}
+    of_another_norm = ("derf_alpha", "derf_shift")
+    options = {key: each for key, each in NOT_DEFAULT.items() if key not in (*left_out, *of_another_norm)}
     config = NormfreeConfig(**options)
     for other in round_trips(config, tmp_path):
         for name, value in options.items():
@@ -372,6 +381,8 @@ def test_defaults_are_filled_in() -> None:
         None,
     )
     assert NormfreeConfig().dyt_alpha is None
+    derf = NormfreeConfig(final_norm="derf")
+    assert (derf.derf_alpha, derf.derf_shift, derf.dyt_alpha) == (0.5, 0.0, None)
     assert NormfreeConfig().n_post_layer is None
     assert NormfreeConfig().rope_parameters is None
     assert NormfreeConfig(n_layer=2).layer_types == ["full_attention"] * 2

@@ -37,6 +37,7 @@ ARRANGEMENTS: dict[str, dict[str, Any]] = {
         and (placement == "pre" or norm in NORMS_OF_EVERY_PLACEMENT)
     },
     "dyt-everywhere": {"norm": "dyt", "final_norm": "dyt", "dyt_attention_alpha": 0.8, "scale_embeddings": True},
+    "derf-everywhere": {"norm": "derf", "final_norm": "derf", "derf_shift": 0.1, "scale_embeddings": True},
     "qk-norm-scaling": {"norm": "rmsnorm_scaling", "final_norm": "rmsnorm", "qk_norm": "layernorm", "n_kv_head": 2},
     "grouped-gated": {"n_kv_head": 2, "ffn": "gated", "norm": "rmsnorm", "activation": "silu"},
     "gemma-3": {

@@ -86,6 +86,7 @@ def test_no_normalization_op_with_learned_numbers(options: dict[str, Any]) -> No
 def test_dynamic_tanh_is_no_normalization() -> None:
     """It takes no statistic and divides by nothing: it bounds."""
     assert ops(norm="dyt", final_norm="dyt") & NORMALIZING == set()
+    assert ops(norm="derf", final_norm="derf") & NORMALIZING == set()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.special import erf
 
 from normfree import NormfreeConfig, NormfreeForCausalLM
 from normfree.modeling.norms import NORMS, build_final_norm, build_norm
@@ -16,7 +18,7 @@ from normfree.modeling.qk_norms import build_head_norm
 
 from . import reference
 
-KNOWN = ("none", "layernorm", "rmsnorm", "layernorm_scaling", "rmsnorm_scaling", "dyt")
+KNOWN = ("none", "layernorm", "rmsnorm", "layernorm_scaling", "rmsnorm_scaling", "dyt", "derf")
 
 
 def config(name: str, eps: float = 1e-5, **options: Any) -> NormfreeConfig:
@@ -80,6 +82,7 @@ def test_half_precision_input_of_a_float32_norm_is_not_rounded_again(name: str, 
         ("layernorm_scaling", [1, 0]),
         ("rmsnorm_scaling", [1]),
         ("dyt", [0.5, 1, 0]),
+        ("derf", [0.5, 0, 1, 0]),
     ],
 )
 def test_gains_start_at_one_biases_at_zero_and_alpha_at_a_half(name: str, parameters: list[float]) -> None:
@@ -127,9 +130,51 @@ def test_dyt_starts_at_the_configured_alphas(options: dict[str, float], attentio
         assert alpha == pytest.approx(attention if ".attention_norm." in name else other), name
 
 
-def test_dyt_bounds_what_it_gives_and_keeps_the_sign() -> None:
-    """|tanh| < 1: whatever comes in, at most the gain comes out."""
-    norm = build_norm(config("dyt"), 0, "ffn")
+@pytest.mark.parametrize(
+    ("options", "alpha", "shift"), [({}, 0.5, 0.0), ({"derf_alpha": 2, "derf_shift": -0.3}, 2.0, -0.3)]
+)
+def test_derf_starts_at_the_configured_alpha_and_shift(
+    options: dict[str, float], alpha: float, shift: float, tmp_path: Path
+) -> None:
+    model = NormfreeForCausalLM(config("derf", **options, vocab_size=19, n_positions=4))
+    numbers = {name: each for name, each in model.named_parameters() if name.endswith((".alpha", ".shift"))}
+    assert len(numbers) == 22
+    for name, each in numbers.items():
+        assert each.shape == (1,), "sharded data parallelism takes no scalars"
+        assert each.item() == pytest.approx(alpha if name.endswith("alpha") else shift), name
+    with torch.no_grad():
+        for each in numbers.values():
+            each += 1
+    model.save_pretrained(tmp_path)
+    loaded = dict(NormfreeForCausalLM.from_pretrained(tmp_path).named_parameters())
+    assert all(torch.equal(loaded[name], each) for name, each in numbers.items())
+
+
+@given(seed=st.integers(0, 2**32 - 1), scale=st.sampled_from([1e-3, 1.0, 30.0]))
+def test_derf_has_the_gradients_of_its_equation(seed: int, scale: float) -> None:
+    """d erf(z) / dz = 2/√π · exp(−z²), in float64 NumPy."""
+    generator = torch.Generator().manual_seed(seed)
+    module = build_norm(config("derf"), 0, "ffn").double()
+    x = (scale * torch.randn(5, 12, generator=generator, dtype=torch.float64)).requires_grad_()
+    upstream = torch.randn(5, 12, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    (module(x) * upstream).sum().backward()
+    values, g = x.detach().numpy(), upstream.numpy()
+    alpha, shift, gain, _ = (each.detach().numpy() for each in module.parameters())
+    z = alpha * values + shift
+    slope = g * gain * 2 / np.sqrt(np.pi) * np.exp(-(z**2))
+    expected = [(slope * values).sum()[None], slope.sum()[None], (g * erf(z)).sum(0), g.sum(0)]
+    for parameter, each in zip(module.parameters(), expected, strict=True):
+        np.testing.assert_allclose(parameter.grad.numpy(), each, rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(x.grad.numpy(), slope * alpha, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["dyt", "derf"])
+def test_pointwise_norms_bound_what_they_give_and_keep_the_sign(name: str) -> None:
+    """|tanh| and |erf| are at most 1: whatever comes in, at most the gain comes out."""
+    norm = build_norm(config(name), 0, "ffn")
     x = torch.tensor([[-1e30, -1.0, -1e-8, 0.0, 1e-8, 1.0, 1e30, 5.0, -5.0, 2.0, -2.0, 0.5]])
     y = norm(x)
     assert y.abs().max() <= 1

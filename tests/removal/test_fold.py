@@ -123,6 +123,7 @@ def test_what_cannot_be_folded_is_named() -> None:
     sizes: dict[str, Any] = {"vocab_size": 9, "n_positions": 4, "n_layer": 1, "n_head": 1, "n_embd": 4}
     for options, message in (
         ({"norm": "dyt"}, "norm 'dyt' is a tanh and no division by a std"),
+        ({"norm": "derf"}, "norm 'derf' is an erf and no division by a std"),
         ({"norm": "none", "final_norm": "dyt"}, "final_norm 'dyt' is a tanh"),
         ({"norm": "rmsnorm_scaling"}, r"norm 'rmsnorm_scaling' divides.*1/sqrt\(layer\) could be folded, but"),
         ({"norm": "constant_std", "qk_norm": "rmsnorm"}, "qk_norm 'rmsnorm' divides each query and key"),

@@ -96,6 +96,7 @@ def test_a_checkpoint_from_between_is_no_finished_model(tmp_path: Path) -> None:
         ({"norm": "layernorm", "final_norm": "rmsnorm"}, "differ"),
         ({"norm": "constant_std"}, "norm 'constant_std' cannot be removed"),
         ({"norm": "dyt"}, "norm 'dyt' cannot be removed; allowed: layernorm, rmsnorm, none"),
+        ({"norm": "derf"}, "norm 'derf' cannot be removed; allowed: layernorm, rmsnorm, none"),
         ({"norm": "layernorm_scaling"}, r"norm 'layernorm_scaling' cannot be removed \(the constant 1/sqrt\(layer\)"),
         ({"qk_norm": "rmsnorm"}, "qk_norm 'rmsnorm' cannot be removed"),
         ({"norm_placement": "sandwich"}, "removed in pre placement, and the model's is 'sandwich'"),

@@ -157,8 +157,8 @@ def test_bad_frames(draw, frame):
 
 def test_colours_are_fixed_and_distinct():
     assert configuration_colours(["SM+R", "SM+G"])["SM+G"] == configuration_colours(["SM+G"])["SM+G"]
-    names = [*study.CONFIGURATIONS, *"abcdefghi"]
-    assert len(set(configuration_colours(names).values())) == 13
+    names = [*study.CONFIGURATIONS, *"abcdefghij"]
+    assert len(set(configuration_colours(names).values())) == 14
     assert len({to_hex(depth_colours(24)(i)) for i in range(24)}) == 24
 
 

@@ -43,6 +43,7 @@ NORMS: dict[str, Options] = {
     "pre, rmsnorm_scaling": {"norm": "rmsnorm_scaling", "final_norm": "rmsnorm"},
     "pre, layernorm_scaling": {"norm": "layernorm_scaling", "final_norm": "layernorm"},
     "pre, dyt": {"norm": "dyt", "final_norm": "dyt"},
+    "pre, derf": {"norm": "derf", "final_norm": "derf"},
     "pre, none": {"norm": "none", "final_norm": "rmsnorm"},
     "pre, rmsnorm, qk_norm": {**RMSNORM, "qk_norm": "rmsnorm"},
     **{

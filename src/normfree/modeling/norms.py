@@ -15,13 +15,13 @@ from torch import nn
 from transformers import initialization as init
 
 from normfree.errors import InputError
-from normfree.model_options import Dimensions, one_of, option, option_of, positive
+from normfree.model_options import Dimensions, finite, one_of, option, option_of, positive
 from normfree.modeling.constant_std import ConstantStdNorm
 
 NormPlace = Literal["attention", "ffn", "head", "unembedding"]
 SCALED_NORMS = ("layernorm_scaling", "rmsnorm_scaling")
 """Norms of LayerNorm Scaling, which depend on the depth of their block."""
-POINTWISE_NORMS = {"dyt": "a tanh"}
+POINTWISE_NORMS = {"dyt": "a tanh", "derf": "an erf"}
 """Norms without statistics, and the function that each applies to every number."""
 
 
@@ -106,14 +106,38 @@ class DynamicTanh(nn.Module):
         return torch.tanh(self.alpha * x) * self.weight + self.bias
 
 
+class DynamicErf(nn.Module):
+    """erf(α x + s) ⊙ gain + bias, α and s one learned number each ("Stronger Normalization-Free Transformers", 2025).
+
+    It has no statistics, as :class:`DynamicTanh`, and its ``alpha`` and ``shift`` have shape [1] for the same reason.
+    """
+
+    def __init__(self, width: int, initial_alpha: float, initial_shift: float) -> None:
+        super().__init__()
+        self.initial_alpha, self.initial_shift = initial_alpha, initial_shift
+        self.alpha = nn.Parameter(torch.full((1,), float(initial_alpha)))
+        self.shift = nn.Parameter(torch.full((1,), float(initial_shift)))
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def set_initial_values(self) -> None:
+        init.constant_(self.alpha, self.initial_alpha)
+        init.constant_(self.shift, self.initial_shift)
+        init.ones_(self.weight)
+        init.zeros_(self.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.erf(self.alpha * x + self.shift) * self.weight + self.bias
+
+
 @dataclass(kw_only=True)
 class NormOptions(Dimensions):
     """Norms
     ``norm`` (in the blocks) and ``final_norm`` (before the unembedding): ``none | layernorm | rmsnorm | dyt |
-    constant_std``, and for ``norm`` ``layernorm_scaling | rmsnorm_scaling`` (times 1/sqrt(layer), layers from 1);
-    ``norm_eps``; ``dyt_alpha``: initial α of dyt, default 0.5, and ``dyt_attention_alpha``: another one for the norms
-    of attention, default the same; ``norm_is_centered`` (constant_std only): whether it replaces a LayerNorm, which
-    subtracts the mean, or an RMSNorm.
+    derf | constant_std``, and for ``norm`` ``layernorm_scaling | rmsnorm_scaling`` (times 1/sqrt(layer), layers from
+    1); ``norm_eps``; ``dyt_alpha``: initial α of dyt, default 0.5, and ``dyt_attention_alpha``: another one for the
+    norms of attention, default the same; ``derf_alpha`` and ``derf_shift``: initial α and s of derf, default 0.5 and 0;
+    ``norm_is_centered`` (constant_std only): whether it replaces a LayerNorm, which subtracts the mean, or an RMSNorm.
     """
 
     norm: str = option("layernorm", check=one_of(lambda: NORMS))
@@ -124,6 +148,8 @@ class NormOptions(Dimensions):
     dyt_attention_alpha: float | int | None = option_of(
         "norm", kinds=("dyt",), check=positive, fill=lambda options: options.dyt_alpha
     )
+    derf_alpha: float | int | None = option_of("norm", "final_norm", kinds=("derf",), check=positive, fill=0.5)
+    derf_shift: float | int | None = option_of("norm", "final_norm", kinds=("derf",), check=finite, fill=0.0)
 
     def check_together(self) -> None:
         if self.final_norm in SCALED_NORMS:
@@ -139,6 +165,12 @@ def _dynamic_tanh(options: NormOptions, site: NormSite) -> DynamicTanh:
     return DynamicTanh(site.width, alpha)
 
 
+def _dynamic_erf(options: NormOptions, site: NormSite) -> DynamicErf:
+    assert options.derf_alpha is not None, "filled in for derf"
+    assert options.derf_shift is not None, "filled in for derf"
+    return DynamicErf(site.width, options.derf_alpha, options.derf_shift)
+
+
 NORMS: dict[str, Callable[[NormOptions, NormSite], nn.Module]] = {
     "none": lambda options, site: nn.Identity(),
     # (x - mean) / sqrt(var + eps) * gain + bias (Ba et al., "Layer Normalization", 2016)
@@ -147,6 +179,7 @@ NORMS: dict[str, Callable[[NormOptions, NormSite], nn.Module]] = {
     "layernorm_scaling": lambda options, site: ScaledLayerNorm(site.width, options.norm_eps, site.depth_scale),
     "rmsnorm_scaling": lambda options, site: ScaledRMSNorm(site.width, options.norm_eps, site.depth_scale),
     "dyt": _dynamic_tanh,
+    "derf": _dynamic_erf,
     # Attention reads it twice: queries and keys; values.
     "constant_std": lambda options, site: ConstantStdNorm(
         site.width, n_reader=2 if site.place == "attention" else 1, is_centered=options.norm_is_centered

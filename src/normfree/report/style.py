@@ -34,7 +34,7 @@ _FIXED_COLOURS = {
 }
 # Okabe and Ito's others, then Paul Tol's "muted" ones and a grey; the last are near to those before them.
 _FREE_COLOURS = ("#009E73", "#CC79A7", "#332288", "#999933", "#882255")
-_LAST_COLOURS = ("#661100", "#44AA99", "#117733", "#777777")
+_LAST_COLOURS = ("#661100", "#44AA99", "#117733", "#DDCC77", "#777777")
 
 _RC: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -89,7 +89,7 @@ def configuration_colours(configurations: Sequence[str]) -> dict[str, str]:
     """A colour for each configuration, as ``#rrggbb``.
 
     The four of ReLU's Revival always have the same colour; others take the free colours in the order given, among
-    them those of the four that are not there. Thirteen configurations have thirteen colours; then they start over.
+    them those of the four that are not there. Fourteen configurations have fourteen colours; then they start over.
     """
     unused = [colour for name, colour in _FIXED_COLOURS.items() if name not in configurations]
     free = cycle([*_FREE_COLOURS, *unused, *_LAST_COLOURS])

@@ -42,6 +42,8 @@ from normfree.training import RunResult, load_pretrained
 
 DYNAMIC_TANH = {"norm": "dyt", "final_norm": "dyt", "dyt_alpha": 1.0, "scale_embeddings": True}
 """As in its paper's language models: α at first that of their smallest width, 1,024, and scaled embeddings."""
+DYNAMIC_ERF = {"norm": "derf", "final_norm": "derf", "scale_embeddings": True}
+"""With its paper's initial α and s, and scaled embeddings as for Dynamic Tanh."""
 PRE_LN, LNS = "Pre-LN", "LayerNorm Scaling"
 FOLDER = "depth"
 """In a run's folder: the frames of :class:`~normfree.interpret.DepthMeasurement` as CSV files."""
@@ -50,11 +52,12 @@ SEQUENCES = 32
 
 
 def configurations(preset: Preset) -> tuple[Configuration, ...]:
-    """The methods of the paper's Table 1, HybridNorm, Dynamic Tanh and no norm in the blocks; all of the preset's kind.
+    """The methods of the paper's Table 1, HybridNorm, Dynamic Tanh, Dynamic erf and no norm in the blocks.
 
-    Four of them stand twice, the second time with residual projections that start smaller with depth (GPT-2's
-    1/√(2 n_layer)). Pre-LN and LayerNorm Scaling, because both hold the residual stream back, the one at the start of
-    training and the other throughout; HybridNorm and HybridNorm*, because their paper starts so.
+    Norms are of the preset's kind. Four methods appear twice, the second time with residual projections that start
+    smaller with depth (GPT-2's 1/√(2 n_layer)): Pre-LN and LayerNorm Scaling, because both hold the residual stream
+    back, the one at the start of training and the other throughout; HybridNorm and HybridNorm*, because their paper
+    starts so.
 
     Raises:
         InputError: the preset's ``model.norm`` is no LayerNorm and no RMSNorm.
@@ -82,6 +85,7 @@ def configurations(preset: Preset) -> tuple[Configuration, ...]:
         Configuration(LNS, scaling),
         Configuration(f"{LNS}, scaled init", {**scaling, **scaled_init}),
         Configuration("Dynamic Tanh", DYNAMIC_TANH),
+        Configuration("Dynamic erf", DYNAMIC_ERF),
         Configuration("No norm", {"norm": "none"}),
     )
 
