@@ -3,10 +3,9 @@
     normfree bench entropy --out entropy.json
     normfree bench entropy --tokens 512,4096 --rounds 3
 
-All variants of a length run in one process, in rounds: each round runs every variant once, in a new random order,
-and ratios are taken within a round, so that a machine that slows down slows down all. Memory is the peak above what
-was held before the call, results included: the least of three fresh processes on the CPU, of torch's allocator on CUDA.
-Attention is causal.
+Variants of a length alternate within each round, and ratios are taken per round, which cancels machine drift. Memory is
+the peak above what was held before the call, results included: the least of three fresh processes on the CPU, that of
+torch's allocator on CUDA. Attention is causal.
 
     eager                    scores, softmax and p ln p as whole matrices, as from output_attentions=True
     entropy (BACKEND)        normfree.attention_entropy
@@ -17,7 +16,6 @@ Attention is causal.
 from __future__ import annotations
 
 import signal
-import statistics
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,8 +30,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from normfree import attention_entropy
-from normfree.benchmarks.options import DTYPES, check_at_least, check_dtype, usual_dtype
-from normfree.benchmarks.surroundings import surroundings, usual_device
+from normfree.benchmarks.machine import DTYPES, check_at_least, choose_dtype, milliseconds, surroundings, usual_device
 from normfree.entropy import BACKENDS, attention_and_entropy, select_backend
 from normfree.errors import InputError, RunFailedError
 from normfree.timing import Call, interleaved, median_ratio
@@ -44,7 +41,7 @@ EAGER_MATRICES = 4
 """Matrices [batch, n_head, T, T] in float32 that ``eager`` holds at once."""
 FRESH_PROCESSES = 3
 SMALLEST_PEAK = 2**16
-"""Bytes below which a peak says that memory was reused, not what the call needs: no ratio is made of it."""
+"""Bytes below which memory was reused, so that the peak does not show what the call needs: no ratio is reported."""
 WARM_UP_TOKENS = 16
 CPU = torch.device("cpu")
 MEMORY_RESET = Path("/proc/self/clear_refs")
@@ -52,7 +49,7 @@ MEMORY_RESET = Path("/proc/self/clear_refs")
 
 @dataclass(frozen=True)
 class _Case:
-    """What is the same at every length; a fresh process is given it."""
+    """What is the same at every length; sent to fresh processes."""
 
     batch: int
     heads: int
@@ -85,14 +82,14 @@ def benchmark_entropy(
     eager_gib: float = 8.0,
     on_length: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Times every backend at each length, and takes its peak memory.
+    """Times every backend at each length, and measures its peak memory.
 
     Args:
-        tokens: the lengths T; without them seven from 128 on, to 16,384 on a CPU and 65,536 on CUDA.
-        heads: without it 4 on a CPU and 16 on CUDA.
-        dtype: fp32, bf16 or fp16; without it fp32 on a CPU and bf16 on CUDA.
-        eager_gib: lengths at which the matrices of ``eager`` would need more are run without it.
-        on_length: is given what was found at each length, as soon as it is there.
+        tokens: the lengths T; None means seven from 128 on, to 16,384 on a CPU and 65,536 on CUDA.
+        heads: None means 4 on a CPU and 16 on CUDA.
+        dtype: fp32, bf16 or fp16; None means fp32 on a CPU and bf16 on CUDA.
+        eager_gib: lengths at which the matrices of ``eager`` would need more run without it.
+        on_length: receives the result of each length as soon as it is measured.
 
     Raises:
         InputError: an option is out of range, or the peak memory of a process cannot be read here.
@@ -101,8 +98,7 @@ def benchmark_entropy(
     device = usual_device()
     lengths = TOKENS[device.type] if tokens is None else tokens
     heads = HEADS[device.type] if heads is None else heads
-    case = _Case(batch, heads, head_dim, usual_dtype(device) if dtype is None else dtype, eager_gib)
-    check_dtype(case.dtype, DTYPES)
+    case = _Case(batch, heads, head_dim, choose_dtype(dtype, device, DTYPES), eager_gib)
     check_at_least(1, batch=batch, heads=heads, head_dim=head_dim, rounds=rounds, tokens=min(lengths))
     if device.type == "cpu" and not MEMORY_RESET.exists():
         raise InputError(f"a process's peak memory is read by way of {MEMORY_RESET}, which only Linux has")
@@ -130,7 +126,7 @@ def _measured(n_token: int, case: _Case, rounds: int, device: torch.device) -> d
     }
     return {
         "tokens": n_token,
-        "milliseconds": {name: round(1000 * statistics.median(each), 4) for name, each in seconds.items()},
+        "milliseconds": milliseconds(seconds, 4),
         "peak_mib": {name: round(peak / 2**20, 2) for name, peak in peaks.items()},
         "eager_time_over": {
             name: median_ratio(seconds["eager"], seconds[name]) if "eager" in seconds else None
@@ -172,7 +168,7 @@ def _available_backends(device: torch.device) -> list[str]:
 def _peak_in_fresh_processes(name: str, n_token: int, case: _Case) -> int:
     """Bytes that the variant ``name`` needs on the CPU, with as many threads as here.
 
-    What a process holds also depends on what its allocator happens to reuse; the least is what the call needs.
+    A peak also depends on what the allocator happens to reuse; the least is what the call needs.
     """
     return min(_peak_in_fresh_process(name, n_token, case) for _ in range(FRESH_PROCESSES))
 
@@ -184,7 +180,7 @@ def _peak_in_fresh_process(name: str, n_token: int, case: _Case) -> int:
     fresh = context.Process(target=_send_peak, args=arguments, daemon=True)
     with _deaf_to_ctrl_c():
         fresh.start()
-    its.close()  # so that its end is noticed here
+    its.close()  # or recv() would wait for a process that is gone
     try:
         return int(ours.recv())
     except EOFError as error:
@@ -198,7 +194,7 @@ def _peak_in_fresh_process(name: str, n_token: int, case: _Case) -> int:
 
 
 def _send_peak(peak: Connection, name: str, n_token: int, case: _Case, n_thread: int) -> None:
-    """What a fresh process runs; every variant has run once before, at a length that needs next to nothing."""
+    """What a fresh process runs, after every variant once at a length that needs next to nothing."""
     torch.set_num_threads(n_thread)
     for call in case.variants(WARM_UP_TOKENS, CPU).values():
         call()
@@ -207,7 +203,7 @@ def _send_peak(peak: Connection, name: str, n_token: int, case: _Case, n_thread:
 
 @contextmanager
 def _deaf_to_ctrl_c() -> Iterator[None]:
-    """While active, a process that is started ignores Ctrl-C, which a terminal sends to it too: this one ends it."""
+    """Meanwhile a process that is started ignores Ctrl-C, which a terminal also sends to it: this one ends it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -219,7 +215,7 @@ def _deaf_to_ctrl_c() -> Iterator[None]:
 
 
 def _peak_here(call: Call, device: torch.device) -> int:
-    """Bytes above what is held now; on the CPU only in a process that has not run anything large before."""
+    """Bytes above what is held now; on the CPU only in a process that has run nothing large before."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

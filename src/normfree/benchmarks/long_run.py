@@ -2,10 +2,9 @@
 
     normfree bench long-run --hours 2 --out long-run.json
 
-Trains the preset's baseline (SM+LN+G, seed 0) with ``normfree train`` for that time, watches the process from outside
-every few seconds, and ends it with SIGTERM as a cluster would. What the first tenth of the time showed is the
-prediction for the rest: memory and open files stay there, and the telemetry goes on with as many rows a step and bytes
-a row.
+Trains the preset's baseline (SM+LN+G, seed 0) with ``normfree train``, reads the process from outside every few
+seconds, and ends it with SIGTERM as a cluster would. The first tenth of the time predicts the rest: constant memory and
+open files, and as many rows of telemetry a step and bytes a row.
 """
 
 from __future__ import annotations
@@ -23,8 +22,7 @@ from typing import Any
 import psutil
 import pyarrow.parquet as pq
 
-from normfree.benchmarks.options import check_positive
-from normfree.benchmarks.surroundings import surroundings, usual_device
+from normfree.benchmarks.machine import check_positive, surroundings, usual_device
 from normfree.errors import InputError, RunFailedError
 from normfree.locks import holds_nothing
 from normfree.runner import load_preset, run_config
@@ -35,7 +33,7 @@ from normfree.training.records import LAYERS_FILE
 MOST_TOKENS_A_SECOND = 10_000_000
 MIB = 2**20
 STOPPED = 128 + signal.SIGTERM
-"""The exit code of a run that has saved itself and ended because it was told to."""
+"""Exit code of a run that saved a checkpoint and ended on SIGTERM."""
 LEAST_READINGS = 3
 """One for the prediction, and two for a line through the others."""
 STANDARD_ERROR = 2
@@ -49,18 +47,18 @@ def benchmark_long_run(
     run: Path | None = None,
     cache_dir: Path | None = None,
 ) -> dict[str, Any]:
-    """Trains for ``hours`` and looks at the process ``every`` seconds; what training shows goes to standard error.
+    """Trains for ``hours`` and reads the process ``every`` seconds; progress of the training goes to standard error.
 
     Args:
         preset: its name, or a YAML file.
-        run: run folder, kept; without it a temporary one.
-        cache_dir: where tokenized corpora are kept; without it where ``normfree train`` keeps them.
+        run: run folder, kept; None means a temporary one.
+        cache_dir: where tokenized corpora are kept; None means where ``normfree train`` keeps them.
 
     Returns:
-        The figures, and under ``readings`` what was seen each time.
+        The figures, and all ``readings``.
 
     Raises:
-        InputError: there is no such preset, an option is out of range, or the time was too short to see anything.
+        InputError: there is no such preset, an option is out of range, or there were too few readings.
         RunFailedError: the run ended by itself, or could not be ended.
     """
     check_positive(hours=hours, every=every)
@@ -88,10 +86,10 @@ def benchmark_long_run(
 
 
 def summary(readings: list[dict[str, float]]) -> dict[str, float]:
-    """What the readings say, from the first on in which telemetry was on disk.
+    """Figures of the readings that found telemetry on disk.
 
     Raises:
-        InputError: there are too few of those.
+        InputError: there are too few of them.
     """
     measured = [each for each in readings if each.get("telemetry_rows")]
     if len(measured) < LEAST_READINGS:
@@ -120,12 +118,12 @@ def summary(readings: list[dict[str, float]]) -> dict[str, float]:
 
 
 def slope(readings: list[dict[str, float]], name: str) -> float:
-    """By how much it grows in an hour."""
+    """Least-squares growth of ``name`` in an hour."""
     return 3600 * statistics.linear_regression([r["seconds"] for r in readings], [r[name] for r in readings]).slope
 
 
 def reading(process: psutil.Process, table: Path, start: float) -> dict[str, float]:
-    """One look at ``process``, and at its table of telemetry once that is there; ``start`` in monotonic seconds."""
+    """One reading of ``process``, and of its telemetry table once that exists; ``start`` in monotonic seconds."""
     memory = process.memory_full_info()
     read: dict[str, float] = {
         "seconds": time.monotonic() - start,
@@ -134,14 +132,14 @@ def reading(process: psutil.Process, table: Path, start: float) -> dict[str, flo
         "open_files": process.num_fds(),
     }
     if table.exists():
-        with table.open("rb") as file:  # it may be replaced meanwhile
+        with table.open("rb") as file:  # training may replace it
             rows = pq.read_metadata(file).num_rows
             read |= {"telemetry_rows": rows, "telemetry_bytes": os.fstat(file.fileno()).st_size}
     return read
 
 
 def _watched(command: list[str], table: Path, seconds: float, every: float) -> list[dict[str, float]]:
-    """What was seen of the run that ``command`` is, until it was ended."""
+    """Readings of the run that ``command`` starts, until it is ended after ``seconds``."""
     readings = []
     start = time.monotonic()
     with subprocess.Popen(command, stdout=STANDARD_ERROR) as training:
@@ -153,19 +151,18 @@ def _watched(command: list[str], table: Path, seconds: float, every: float) -> l
                     break
                 readings.append(reading(process, table, start))
         finally:
-            training.send_signal(signal.SIGTERM)  # also where this process is told to stop: the run would never end
+            training.send_signal(signal.SIGTERM)  # also if this process is stopped: the run would never end
         code = training.wait()
     if code != STOPPED:
         raise RunFailedError(
             f"the run ended with code {code} after {time.monotonic() - start:.0f} seconds; "
-            f"one that saves itself when it is told to stop ends with {STOPPED}"
+            f"one that saves a checkpoint on SIGTERM ends with {STOPPED}"
         )
     return readings
 
 
 def _endless(preset: str, hours: float) -> RunConfig:
-    """The preset's baseline with telemetry in every step, longer than any machine gets in that time; no warm-up, which
-    would be as long."""
+    """The preset's baseline with telemetry in every step, longer than any machine trains in that time."""
     config = run_config(load_preset(preset), LAYERNORM_GELU, seed=0)
     tokens = int(max(hours, 1) * 3600 * MOST_TOKENS_A_SECOND)
     changed = {"telemetry_steps": 1, "tokens": tokens, "steps": None, "warmup_ratio": 0.0, "warmup_steps": None}

@@ -3,16 +3,15 @@
     normfree bench norm-free-inference --out norm-free-inference.json
     normfree bench norm-free-inference --compile
 
-GPT-2's shape with random weights: the norms' stds are set to 1, folded with ``normfree.remove_norms``, which changes
-what the model says and not what it costs. Variants take turns in one process; ratios are of the same round.
+GPT-2's shape with random weights; the norms' stds are 1 and folded with ``normfree.remove_norms``, which changes the
+output and not the cost. Variants alternate within each round, and ratios are taken per round.
 
-    prefill     one pass over so many tokens, last logits only
-    decode      one more token behind as many tokens in the KV cache
+    prefill     one pass over the prompt, last logits only
+    decode      one more token after the prompt in the KV cache
 """
 
 from __future__ import annotations
 
-import statistics
 from copy import deepcopy
 from typing import Any
 
@@ -20,8 +19,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from normfree import NormfreeConfig, NormfreeForCausalLM, remove_norms
-from normfree.benchmarks.options import DTYPES, check_at_least, check_dtype, usual_dtype
-from normfree.benchmarks.surroundings import surroundings, usual_device
+from normfree.benchmarks.machine import DTYPES, check_at_least, choose_dtype, milliseconds, surroundings, usual_device
 from normfree.timing import Call, interleaved, median_ratio
 
 NORM, NORM_FREE = "LayerNorm", "norm-free"
@@ -38,19 +36,13 @@ def benchmark_norm_free_inference(
     compiled: bool = False,
     rounds: int = 15,
 ) -> dict[str, Any]:
-    """Times both models.
-
-    Args:
-        heads: of 64 dimensions each; the width follows.
-        dtype: fp32 or bf16; without it fp32 on a CPU and bf16 on CUDA.
-        compiled: with ``torch.compile``.
+    """Times both models; ``heads`` are of 64 dimensions, ``dtype`` is fp32 or bf16.
 
     Raises:
         InputError: an option is out of range.
     """
     device = usual_device()
-    dtype = usual_dtype(device) if dtype is None else dtype
-    check_dtype(dtype, ("fp32", "bf16"))
+    dtype = choose_dtype(dtype, device)
     shape = {"layers": layers, "heads": heads, "tokens": tokens, "batch": batch}
     check_at_least(1, **shape, rounds=rounds)
     variants = {
@@ -59,7 +51,7 @@ def benchmark_norm_free_inference(
         for what, call in _calls(model.eval().to(device, DTYPES[dtype]), batch, tokens, compiled).items()
     }
     seconds = interleaved(variants, rounds, device)
-    # What a decoding step costs is what is left without the copy of its cache.
+    # Every decoding step copies the cache first; the copy is timed alone and subtracted.
     for name in (NORM, NORM_FREE):
         copies = seconds.pop(f"copy of the cache, {name}")
         steps = seconds[f"decode, {name}"]
@@ -69,7 +61,7 @@ def benchmark_norm_free_inference(
         "shape": shape,
         "dtype": dtype,
         "compiled": compiled,
-        "milliseconds": {name: round(1000 * statistics.median(each), 3) for name, each in seconds.items()},
+        "milliseconds": milliseconds(seconds),
         "layernorm_time_over_norm_free": {
             what: median_ratio(seconds[f"{what}, {NORM}"], seconds[f"{what}, {NORM_FREE}"])
             for what in ("prefill", "decode")
@@ -78,18 +70,12 @@ def benchmark_norm_free_inference(
 
 
 def _models(layers: int, heads: int, tokens: int) -> dict[str, NormfreeForCausalLM]:
-    sizes: dict[str, Any] = {
-        "n_layer": layers,
-        "n_head": heads,
-        "n_embd": HEAD_DIM * heads,
-        "n_positions": tokens + 1,
-    }
+    sizes: dict[str, Any] = {"n_layer": layers, "n_head": heads, "n_embd": HEAD_DIM * heads, "n_positions": tokens + 1}
+    constant: dict[str, Any] = {"norm": "constant_std", "final_norm": "constant_std"}
     torch.manual_seed(0)
     return {
         NORM: NormfreeForCausalLM(NormfreeConfig(**sizes)),
-        NORM_FREE: remove_norms(
-            NormfreeForCausalLM(NormfreeConfig(**sizes, norm="constant_std", final_norm="constant_std"))
-        ),
+        NORM_FREE: remove_norms(NormfreeForCausalLM(NormfreeConfig(**sizes, **constant))),
     }
 
 

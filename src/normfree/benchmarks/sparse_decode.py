@@ -3,20 +3,18 @@
     normfree bench sparse-decode ffn --dtype fp32 --threads 1
     normfree bench sparse-decode model --dtype bf16 --threads 2 --layers 26
 
-Random weights; several layers take turns, so that none stays in a cache; every call has new inputs. Variants take turns
-in one process, and ratios are of the same round: their median and the middle 80 % of rounds. The "ideal" is the ratio
-of the bytes that have to be read. On a CPU every dense variant runs twice, by torch and by kernels that are written
-like the sparse ones and differ in the rows they read (csrc/). One thread is timed by the processor time that it takes,
-several by the clock on the wall, for which the machine has to be otherwise idle. On a GPU the sparse layers are
-Triton's, the dense ones torch's, and every variant is also timed as a captured CUDA graph (", graph"): launched one by
-one, the kernels of a token take longer to start than to run.
+Random weights; several layers alternate, so that none stays in a CPU cache; every call has new inputs. Variants
+alternate within each round; ratios are per round: their median and the middle 80 %. "ideal" is the ratio of the bytes
+that have to be read. On a CPU every dense variant runs twice: by torch, and by kernels written like the sparse ones
+that read all rows (csrc/). One thread is timed by processor time, several by wall-clock time, which needs an idle
+machine. On a GPU the sparse layers are Triton's, the dense ones torch's, and every variant is also timed as a captured
+CUDA graph (", graph"): launching the kernels of a token one by one takes longer than running them.
 
     ffn      one query through a feed-forward network. spark: n_inner 9216, 8 % of it active, r = d/2; against the dense
-             network of as many parameters (two matrices), and against the gated one of Gemma-2 (three; 1.5 times the
-             parameters)
-    model    one more token behind 4096 in the cache, everything included: the layers, the cache's growth, norms, the
+             network of as many parameters (two matrices), and the gated one of Gemma-2 (three; 1.5 times as many)
+    model    one more token after 4096 in the cache, everything included: layers, growth of the cache, norms,
              unembedding. spark: 13824 neurons, at most 256 tokens attended to; against softmax attention and a gated
-             network of 9216, which gives both the same parameters, as in the paper
+             network of 9216, which gives both the same number of parameters, as in the paper
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import cycle
 from typing import Any
@@ -38,8 +36,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from normfree import NormfreeConfig, NormfreeForCausalLM
 from normfree.benchmarks.decode_models import Linear, attention_by_kernel, built, filled_cache, random_matrix
-from normfree.benchmarks.options import DTYPES, check_at_least, check_dtype
-from normfree.benchmarks.surroundings import surroundings, usual_device
+from normfree.benchmarks.machine import DTYPES, check_at_least, choose_dtype, milliseconds, surroundings, usual_device
 from normfree.errors import InputError, unknown_name
 from normfree.probes.sparsity_probe import SparsityProbe
 from normfree.spark import sparse_decode
@@ -48,11 +45,20 @@ from normfree.spark.decode import PackedFeedForward, decode_backends, sparse_fee
 from normfree.spark.decode.extension import all_dots, weighted_rows
 from normfree.timing import Call, Clock, interleaved
 
-N_HEAD, N_KV_HEAD, HEAD_DIM = 8, 4, 256
-ACTIVE, ATTENDED = 0.08, 256
+HEADS = {"n_head": 8, "n_kv_head": 4, "head_dim": 256}
+GEMMA: dict[str, Any] = {
+    "norm": "rmsnorm",
+    "final_norm": "rmsnorm",
+    "position": "rotary",
+    "activation": "gelu_tanh",
+    "attention_bias": "none",
+    "mlp_bias": False,
+}
+ACTIVE = 0.08
+SPARK: dict[str, Any] = {"ffn": "spark", "attention": "spark", "ffn_active": ACTIVE, "attention_active": 256}
 CYCLED_LAYERS = 6
 BY_KERNEL = "by_kernel"
-"""The name of softmax attention by the kernels of csrc/, for transformers."""
+"""transformers' name of softmax attention by the kernels of csrc/."""
 MORE_POSITIONS = 4096
 GRAPH, GRAPH_WARM_UP = ", graph", 3
 WHAT_COMPUTES = {
@@ -63,8 +69,6 @@ WHAT_COMPUTES = {
 BACKENDS = {"cpu": "cpu", "cuda": "triton"}
 """The backend of the sparse layers, by the kind of device."""
 SUBJECTS = ("ffn", "model")
-Measure = Callable[[], dict[str, Any]]
-"""One measurement, with as many threads as are set."""
 
 
 def benchmark_sparse_decode(
@@ -94,10 +98,10 @@ def benchmark_sparse_decode(
     """
     if subject not in SUBJECTS:
         raise unknown_name("subject", subject, SUBJECTS)
-    check_dtype(dtype, ("fp32", "bf16"))
     check_at_least(1, rounds=rounds, threads=min(threads, default=1), dense_inner=dense_inner)
     check_at_least(2, width=width)
     device = usual_device()
+    choose_dtype(dtype, device)
     backend = BACKENDS[device.type]
     reason = decode_backends()[backend]
     if reason is not None:
@@ -105,18 +109,12 @@ def benchmark_sparse_decode(
     torch.manual_seed(0)
     random.seed(0)
     if subject == "ffn":
-        measure = _ffn(width, dense_inner, DTYPES[dtype], rounds, device)
+        measure = partial(_measure_ffn, _Networks(width, dense_inner, DTYPES[dtype], device), rounds)
     else:
         check_at_least(1, layers=layers, tokens=tokens, vocabulary=vocabulary, inner=inner)
-        sizes: dict[str, Any] = {
-            "n_layer": layers,
-            "n_embd": width,
-            "n_head": N_HEAD,
-            "n_kv_head": N_KV_HEAD,
-            "head_dim": HEAD_DIM,
-            "vocab_size": vocabulary,
-        }
-        measure = _model(sizes, tokens, {"gated": dense_inner, "spark": inner}, DTYPES[dtype], rounds, device)
+        sizes = {"n_layer": layers, "n_embd": width, **HEADS, "vocab_size": vocabulary}
+        models = _Models(sizes, tokens, {"gated": dense_inner, "spark": inner}, DTYPES[dtype], device)
+        measure = partial(_measure_model, models, rounds)
     if device.type == "cuda":
         return {**surroundings(device), "dtype": dtype, "GPU": measure()}
     found, threads_before = {}, torch.get_num_threads()
@@ -130,154 +128,143 @@ def benchmark_sparse_decode(
     return {**surroundings(device, cpu), "dtype": dtype, **found}
 
 
-def _ffn(d_model: int, n_inner: int, dtype: torch.dtype, rounds: int, device: torch.device) -> Measure:
-    r, k = d_model // 2, round(ACTIVE * n_inner)
+class _Networks:
+    """Feed-forward networks of random weights; every call takes the next layer and a new query."""
 
-    def matrices(*shapes: tuple[int, int]) -> cycle[list[Tensor]]:
-        return cycle(
-            [[random_matrix(*shape, dtype=dtype).to(device) for shape in shapes] for _ in range(CYCLED_LAYERS)]
-        )
+    def __init__(self, d_model: int, n_inner: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.d_model, self.n_inner, self.dtype, self.device = d_model, n_inner, dtype, device
+        self.r, self.k = d_model // 2, round(ACTIVE * n_inner)
+        self._spark = self._matrices((self.r, n_inner), (n_inner, d_model - self.r), (n_inner, d_model))
+        self._rows = self._matrices(*[(n_inner, d_model)] * 3)
 
-    spark = matrices((r, n_inner), (n_inner, d_model - r), (n_inner, d_model))
-    rows = matrices((n_inner, d_model), (n_inner, d_model), (n_inner, d_model))
+    def _matrices(self, *shapes: tuple[int, int]) -> cycle[list[Tensor]]:
+        def layer() -> list[Tensor]:
+            return [random_matrix(*shape, dtype=self.dtype).to(self.device) for shape in shapes]
 
-    def query() -> Tensor:
-        return torch.randn(1, d_model, device=device)
+        return cycle([layer() for _ in range(CYCLED_LAYERS)])
 
-    def sparse(backend: str) -> Tensor:
-        K1, K2, V = next(spark)
+    def _query(self) -> Tensor:
+        return torch.randn(1, self.d_model, device=self.device)
+
+    def sparse(self, backend: str) -> Tensor:
+        K1, K2, V = next(self._spark)
         packed = PackedFeedForward(K1, K2.t(), V)
-        return sparse_feed_forward(query().to(dtype), *packed, k, F.gelu, backend=backend)
+        return sparse_feed_forward(self._query().to(self.dtype), *packed, self.k, F.gelu, backend=backend)
 
-    def dense() -> Tensor:
-        up, down, _ = next(rows)
-        return weighted_rows(down, F.gelu(all_dots(up, query())))
+    def dense(self) -> Tensor:
+        up, down, _ = next(self._rows)
+        return weighted_rows(down, F.gelu(all_dots(up, self._query())))
 
-    def gated() -> Tensor:
-        up, down, gate = next(rows)
-        x = query()
+    def gated(self) -> Tensor:
+        up, down, gate = next(self._rows)
+        x = self._query()
         return weighted_rows(down, F.gelu(all_dots(gate, x)) * all_dots(up, x))
 
-    # the layout that nn.Linear has: [d_model, n_inner] for the last
-    def torch_dense() -> Tensor:
-        up, down, _ = next(rows)
-        return F.linear(F.gelu(F.linear(query().to(dtype), up)), down.view(d_model, n_inner))
+    # nn.Linear's layout: [d_model, n_inner] for the last matrix
+    def torch_dense(self) -> Tensor:
+        up, down, _ = next(self._rows)
+        return F.linear(F.gelu(F.linear(self._query().to(self.dtype), up)), down.view(self.d_model, self.n_inner))
 
-    def torch_gated() -> Tensor:
-        up, down, gate = next(rows)
-        x = query().to(dtype)
-        return F.linear(F.gelu(F.linear(x, gate)) * F.linear(x, up), down.view(d_model, n_inner))
+    def torch_gated(self) -> Tensor:
+        up, down, gate = next(self._rows)
+        x = self._query().to(self.dtype)
+        return F.linear(F.gelu(F.linear(x, gate)) * F.linear(x, up), down.view(self.d_model, self.n_inner))
 
-    by_torch: dict[str, Call] = {"dense, torch": torch_dense, "gated, torch": torch_gated}
+
+def _measure_ffn(networks: _Networks, rounds: int) -> dict[str, Any]:
+    device, d_model, n_inner, r, k = networks.device, networks.d_model, networks.n_inner, networks.r, networks.k
+    by_torch: dict[str, Call] = {"dense, torch": networks.torch_dense, "gated, torch": networks.torch_gated}
     if device.type == "cuda":
-        calls = _with_graphs({"spark, triton": partial(sparse, "triton"), **by_torch}, CYCLED_LAYERS)
+        calls = _with_graphs({"spark, triton": partial(networks.sparse, "triton"), **by_torch}, CYCLED_LAYERS)
         a_call, read = CYCLED_LAYERS, ("spark, triton, graph", "dense, torch, graph")
     else:
-        by_kernel: dict[str, Call] = {"dense, same kernel": dense, "gated, same kernel": gated}
-        calls = {
-            "spark, cpu": partial(sparse, "cpu"),
-            "spark, torch": partial(sparse, "torch"),
-            **by_kernel,
-            **by_torch,
-        }
+        calls = {f"spark, {backend}": partial(networks.sparse, backend) for backend in ("cpu", "torch")}
+        calls |= {"dense, same kernel": networks.dense, "gated, same kernel": networks.gated, **by_torch}
         a_call, read = 1, ("spark, cpu", "dense, same kernel")
+    timed = interleaved(calls, rounds, device, _clock(device))
+    seconds = {name: [each / a_call for each in times] for name, times in timed.items()}
+    dense_bytes = 2 * n_inner * d_model * networks.dtype.itemsize
+    spark_bytes = (n_inner * r + k * (2 * d_model - r)) * networks.dtype.itemsize
+    return {
+        "shape": {"d_model": d_model, "n_inner": n_inner, "r": r, "active": k, "layers_cycled": CYCLED_LAYERS},
+        "milliseconds": milliseconds(seconds),
+        "gigabytes_a_second": {
+            name: round(size / 1e9 / statistics.median(seconds[name]), 1)
+            for name, size in zip(read, (spark_bytes, dense_bytes), strict=True)
+        },
+        "ideal": {"dense": round(dense_bytes / spark_bytes, 2), "gated": round(1.5 * dense_bytes / spark_bytes, 2)},
+        "times_faster": {
+            f"{name}, than {other}": _ratio(seconds[other], seconds[name])
+            for name in calls
+            for other in calls
+            if name.startswith("spark") and not other.startswith("spark") and _is_alike(name, other)
+        },
+    }
 
-    def measure() -> dict[str, Any]:
-        timed = interleaved(calls, rounds, device, _clock(device))
-        seconds = {name: [each / a_call for each in times] for name, times in timed.items()}
-        dense_bytes = 2 * n_inner * d_model * dtype.itemsize
-        spark_bytes = (n_inner * r + k * (2 * d_model - r)) * dtype.itemsize
+
+class _Models:
+    """A dense and a sparse model of random weights, which share their embeddings, and their filled caches.
+
+    inner: the neurons of the ``gated`` network, and of the ``spark`` one.
+    """
+
+    def __init__(
+        self, sizes: dict[str, int], tokens: int, inner: dict[str, int], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.sizes, self.tokens, self.inner, self.dtype, self.device = sizes, tokens, inner, dtype, device
+        options: dict[str, Any] = {**GEMMA, **sizes, "n_positions": tokens + MORE_POSITIONS}
+        embedding = random_matrix(sizes["vocab_size"], sizes["n_embd"], dtype=dtype).to(device)
+        self.dense = built(NormfreeConfig(**options, ffn="gated", n_inner=inner["gated"]), dtype, embedding)
+        self.spark = built(NormfreeConfig(**options, **SPARK, n_inner=inner["spark"]), dtype, embedding)
+        both = (self.dense, self.spark)
+        self._dense_cache, self._spark_cache = (filled_cache(each.config, tokens, dtype, device) for each in both)
+        ALL_ATTENTION_FUNCTIONS.register(BY_KERNEL, attention_by_kernel)
+        self.activity = _measured_activity(self.spark, self._spark_cache)
+
+    def calls(self) -> dict[str, Call]:
+        """One more token of each model, by the kernels of csrc/ (on a CPU) and by torch."""
+        variants = {"kernels": True, "torch": False} if self.device.type == "cpu" else {"torch": False}
+        models = (("dense", self.dense, self._dense_cache), ("spark", self.spark, self._spark_cache))
         return {
-            "shape": {"d_model": d_model, "n_inner": n_inner, "r": r, "active": k, "layers_cycled": CYCLED_LAYERS},
-            "milliseconds": {name: round(1000 * statistics.median(each), 3) for name, each in seconds.items()},
-            "gigabytes_a_second": {
-                name: round(size / 1e9 / statistics.median(seconds[name]), 1)
-                for name, size in zip(read, (spark_bytes, dense_bytes), strict=True)
-            },
-            "ideal": {"dense": round(dense_bytes / spark_bytes, 2), "gated": round(1.5 * dense_bytes / spark_bytes, 2)},
-            "times_faster": {
-                f"{name}, than {other}": _ratio(seconds[other], seconds[name])
-                for name in calls
-                for other in calls
-                if name.startswith("spark") and not other.startswith("spark") and _is_alike(name, other)
-            },
+            f"{name}, {by}": partial(self._step, model, cache, by_kernel)
+            for name, model, cache in models
+            for by, by_kernel in variants.items()
         }
-
-    return measure
-
-
-def _model(
-    sizes: dict[str, Any],
-    tokens: int,
-    inner: dict[str, int],
-    dtype: torch.dtype,
-    rounds: int,
-    device: torch.device,
-) -> Measure:
-    """``inner``: the neurons of the ``gated`` network, and of the ``spark`` one."""
-    options: dict[str, Any] = {
-        **sizes,
-        "n_positions": tokens + MORE_POSITIONS,
-        "norm": "rmsnorm",
-        "final_norm": "rmsnorm",
-        "position": "rotary",
-        "activation": "gelu_tanh",
-        "attention_bias": "none",
-        "mlp_bias": False,
-    }
-    spark_options: dict[str, Any] = {
-        "ffn": "spark",
-        "attention": "spark",
-        "ffn_active": ACTIVE,
-        "attention_active": ATTENDED,
-    }
-    embedding = random_matrix(sizes["vocab_size"], sizes["n_embd"], dtype=dtype).to(device)
-    dense = built(NormfreeConfig(**options, ffn="gated", n_inner=inner["gated"]), dtype, embedding)
-    spark = built(NormfreeConfig(**options, **spark_options, n_inner=inner["spark"]), dtype, embedding)
-    dense_cache, spark_cache = (filled_cache(model.config, tokens, dtype, device) for model in (dense, spark))
-    ALL_ATTENTION_FUNCTIONS.register(BY_KERNEL, attention_by_kernel)
-    activity = _measured_activity(spark, spark_cache)
 
     @torch.inference_mode()
-    def step(model: NormfreeForCausalLM, cache: DynamicCache, by_kernel: bool) -> None:
+    def _step(self, model: NormfreeForCausalLM, cache: DynamicCache, by_kernel: bool) -> None:
         Linear.by_kernel = by_kernel
-        if model is dense:
+        if model is self.dense:
             model.config._attn_implementation = BY_KERNEL if by_kernel else "sdpa"
-        token = torch.randint(sizes["vocab_size"], (1, 1), device=device)
+        token = torch.randint(self.sizes["vocab_size"], (1, 1), device=self.device)
         model(input_ids=token, cache=cache, use_cache=True, logits_to_keep=1)
 
-    variants = {"kernels": True, "torch": False} if device.type == "cpu" else {"torch": False}
-    calls: dict[str, Call] = {
-        f"{name}, {by}": partial(step, model, cache, by_kernel)
-        for name, model, cache in (("dense", dense, dense_cache), ("spark", spark, spark_cache))
-        for by, by_kernel in variants.items()
+    def bytes_read(self) -> dict[str, float]:
+        """Bytes that each model has to read for a token."""
+        width = self.dtype.itemsize
+        sizes: dict[str, Any] = {"context_length": self.tokens, "bytes_per_weight": width, "bytes_per_cached": width}
+        models = {"dense": self.dense, "spark": self.spark}
+        return {name: total_bytes(decode_cost(model.config, **sizes)) for name, model in models.items()}
+
+
+def _measure_model(models: _Models, rounds: int) -> dict[str, Any]:
+    device = models.device
+    with sparse_decode(models.spark, backend=BACKENDS[device.type]):
+        calls = _with_graphs(models.calls(), 1) if device.type == "cuda" else models.calls()
+        seconds = interleaved(calls, rounds, device, _clock(device))
+    read = models.bytes_read()
+    return {
+        "shape": {**models.sizes, "tokens": models.tokens, "n_inner": models.inner},
+        "parameters": {"dense": models.dense.num_parameters(), "spark": models.spark.num_parameters()},
+        "active_on_average": models.activity,
+        "tokens_a_second": {name: round(1 / statistics.median(each), 2) for name, each in seconds.items()},
+        "gigabytes_a_token": {name: round(n / 1e9, 3) for name, n in read.items()},
+        "ideal": round(read["dense"] / read["spark"], 2),
+        "times_faster": {
+            WHAT_COMPUTES[by]: _ratio(seconds[f"dense, {by}"], seconds[f"spark, {by}"])
+            for by in (name.removeprefix("dense, ") for name in calls if name.startswith("dense"))
+        },
     }
-
-    def measure() -> dict[str, Any]:
-        with sparse_decode(spark, backend=BACKENDS[device.type]):
-            every = _with_graphs(calls, 1) if device.type == "cuda" else calls
-            seconds = interleaved(every, rounds, device, _clock(device))
-        width = dtype.itemsize
-        read = {
-            name: total_bytes(
-                decode_cost(model.config, context_length=tokens, bytes_per_weight=width, bytes_per_cached=width)
-            )
-            for name, model in (("dense", dense), ("spark", spark))
-        }
-        return {
-            "shape": {**sizes, "tokens": tokens, "n_inner": inner},
-            "parameters": {"dense": dense.num_parameters(), "spark": spark.num_parameters()},
-            "active_on_average": activity,
-            "tokens_a_second": {name: round(1 / statistics.median(each), 2) for name, each in seconds.items()},
-            "gigabytes_a_token": {name: round(n / 1e9, 3) for name, n in read.items()},
-            "ideal": round(read["dense"] / read["spark"], 2),
-            "times_faster": {
-                WHAT_COMPUTES[by]: _ratio(seconds[f"dense, {by}"], seconds[f"spark, {by}"])
-                for by in (name.removeprefix("dense, ") for name in every if name.startswith("dense"))
-            },
-        }
-
-    return measure
 
 
 @torch.inference_mode()
@@ -289,7 +276,7 @@ def _measured_activity(spark: NormfreeForCausalLM, cache: DynamicCache) -> dict[
 
 
 def _clock(device: torch.device) -> Clock:
-    """Processor time for one CPU thread, which other work on the machine does not lengthen; else the wall's."""
+    """Processor time for one CPU thread, which other work on the machine does not lengthen; else wall-clock time."""
     return time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
 
@@ -305,7 +292,7 @@ def _with_graphs(calls: dict[str, Call], n: int) -> dict[str, Call]:
 
 
 def _captured(call: Call) -> Call:
-    """What replays the kernels of one call, on the tensors of that call: a cache is written at one place each time."""
+    """Replays the kernels of one call, on the tensors of that call: a cache is written at one place each time."""
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
@@ -319,7 +306,7 @@ def _captured(call: Call) -> Call:
 
 
 def _is_alike(name: str, other: str) -> bool:
-    """Whether both are CUDA graphs, or neither is."""
+    """True if both are CUDA graphs, or neither is."""
     return name.endswith(GRAPH) == other.endswith(GRAPH)
 
 

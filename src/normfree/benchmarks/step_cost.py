@@ -3,9 +3,8 @@
     normfree bench step-cost norms --compile --out step-cost-norms.json
     normfree bench step-cost spark --compile --layers 12 --heads 12 --tokens 256 --batch 8 --dtype bf16
 
-A step is the forward pass, the backward pass and AdamW's update (in float32; autocast with --dtype bf16). Weights are
-random. Variants take turns in one process; a ratio is the median over rounds of the ratio within a round, and its
-interval the middle half of the rounds.
+A step is a forward pass, a backward pass and AdamW's update (in float32; autocast with --dtype bf16). Weights are
+random. Variants alternate within each round; a ratio is the median of the rounds' ratios, its interval the middle half.
 
     norms    models of LLaMA's shape that differ in their norms alone, against Pre-Norm with RMSNorm
     spark    models of GPT-2's shape with as many parameters each, against dense ones with GELU: sparse feed-forward
@@ -22,8 +21,7 @@ from typing import Any
 import torch
 
 from normfree import NormfreeConfig, NormfreeForCausalLM
-from normfree.benchmarks.options import check_at_least, check_dtype, usual_dtype
-from normfree.benchmarks.surroundings import surroundings, usual_device
+from normfree.benchmarks.machine import check_at_least, choose_dtype, milliseconds, surroundings, usual_device
 from normfree.errors import unknown_name
 from normfree.timing import Call, interleaved, median_ratio
 
@@ -86,10 +84,9 @@ def benchmark_step_cost(
 
     Args:
         heads: of 64 dimensions each; the width follows.
-        dtype: fp32 or bf16; without it fp32 on a CPU and bf16 on CUDA.
-        compiled: with ``torch.compile``.
-        rounds: two at least, because a single one has no spread.
-        only: the variants beside the usual model; without it all.
+        dtype: fp32 or bf16; None means fp32 on a CPU and bf16 on CUDA.
+        rounds: at least two, because a single one has no spread.
+        only: the variants to compare with the usual model; None means all.
 
     Raises:
         InputError: there is no such group or variant, or an option is out of range.
@@ -102,26 +99,18 @@ def benchmark_step_cost(
         if name not in variants:
             raise unknown_name("variant", name, variants)
     device = usual_device()
-    dtype = usual_dtype(device) if dtype is None else dtype
-    check_dtype(dtype, ("fp32", "bf16"))
+    dtype = choose_dtype(dtype, device)
     shape = {"layers": layers, "heads": heads, "tokens": tokens, "batch": batch, "vocabulary": vocabulary}
     check_at_least(1, **shape)
     check_at_least(2, rounds=rounds)
     width = HEAD_DIM * heads
-    sizes: Options = {
-        "vocab_size": vocabulary,
-        "n_positions": tokens,
-        "n_layer": layers,
-        "n_head": heads,
-        "n_embd": width,
-        "n_inner": round(width * inner / 16) * 16,
-    }
-    batch_shape = (batch, tokens)
-    # All variants run the same code, each in a graph of its own; beyond the default limit of 8 they would run eagerly.
+    sizes: Options = {"vocab_size": vocabulary, "n_positions": tokens, "n_layer": layers, "n_head": heads}
+    sizes |= {"n_embd": width, "n_inner": round(width * inner / 16) * 16}
+    # Each variant compiles the same code to its own graph; beyond the default limit of 8 they would run eagerly.
     limit = {"recompile_limit": len(variants) + 1, "fail_on_recompile_limit_hit": True}
     with torch._dynamo.config.patch(limit) if compiled else nullcontext():
         steps = {
-            name: _training_step(NormfreeConfig(**sizes, **variants[name]), batch_shape, dtype, compiled, device)
+            name: _training_step(NormfreeConfig(**sizes, **variants[name]), batch, dtype, compiled, device)
             for name in dict.fromkeys([usual, *(only or others)])
         }
         seconds = interleaved(steps, rounds, device)
@@ -130,20 +119,18 @@ def benchmark_step_cost(
         "shape": shape,
         "dtype": dtype,
         "compiled": compiled,
-        "milliseconds": {name: round(1000 * statistics.median(each), 2) for name, each in seconds.items()},
+        "milliseconds": milliseconds(seconds, 2),
         f"step_time_over_{usual}": {name: median_ratio(each, seconds[usual]) for name, each in seconds.items()},
         "middle_half_of_the_rounds": {name: _interval(each, seconds[usual]) for name, each in seconds.items()},
     }
 
 
-def _training_step(
-    config: NormfreeConfig, batch_shape: tuple[int, int], dtype: str, compiled: bool, device: torch.device
-) -> Call:
+def _training_step(config: NormfreeConfig, batch: int, dtype: str, compiled: bool, device: torch.device) -> Call:
     torch.manual_seed(0)
     model: Any = NormfreeForCausalLM(config).train().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     forward = torch.compile(model, dynamic=False) if compiled else model
-    tokens = torch.randint(config.vocab_size, batch_shape, device=device)
+    tokens = torch.randint(config.vocab_size, (batch, config.n_positions), device=device)
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):

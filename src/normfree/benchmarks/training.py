@@ -1,15 +1,15 @@
-"""Training speed of our decoder, with and without telemetry, against Hugging Face's GPT-2 of the same size.
+"""Training speed of Normfree's decoder, with and without telemetry, against Hugging Face's GPT-2 of the same size.
 
     normfree bench training --preset cpu --rounds 7
 
-All variants train in one process, in rounds: each round runs every variant once, in a new random order, and ratios
-are taken within a round, so that a machine that slows down slows down all.
+Variants alternate within each round, in a new random order, and ratios are taken per round, which cancels machine
+drift.
 
-    ours                     our step as the preset has it: forward, backward, clipping, AdamW
+    ours                     Normfree's step as the preset has it: forward, backward, clipping, AdamW
     ours + telemetry         the same with the telemetry of ``normfree study`` in every step
-    ours sdpa                our step with sdpa, whatever the preset has
+    ours sdpa                Normfree's step with sdpa, whatever the preset has
     Hugging Face sdpa        GPT2LMHeadModel, the same step
-    Hugging Face eager + entropy   attention weights returned, and their entropy taken, in every step
+    Hugging Face eager + entropy   attention weights returned, and their entropy computed, in every step
 """
 
 from __future__ import annotations
@@ -25,22 +25,18 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    PreTrainedModel,
-)
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from normfree import NormfreeForCausalLM
-from normfree.benchmarks.options import DTYPES, check_at_least
-from normfree.benchmarks.surroundings import surroundings, usual_device
+from normfree.benchmarks.machine import DTYPES, check_at_least, surroundings, usual_device
 from normfree.runner import Preset, load_preset, run_config
 from normfree.studies.relu_revival import LAYERNORM_GELU
+from normfree.timing import median_ratio
 from normfree.training.records import RunRecords
 from normfree.training.telemetry import Telemetry, recorded_probes
 
 DEFAULT_INTERVAL = 100
-"""Steps between two with telemetry, as a recipe has it."""
+"""A recipe's usual interval of telemetry, in steps."""
 WARM_UP_STEPS = 2
 
 Step = Callable[[], Any]
@@ -53,8 +49,8 @@ def benchmark_training(
 
     Args:
         preset: its name, or a YAML file.
-        steps: of a variant in a round.
-        peak_size: the side of the square matrices whose product is taken for the most that the device can do.
+        steps: steps of a variant in a round.
+        peak_size: side of the square matrices whose product measures the device's peak.
 
     Raises:
         InputError: there is no such preset, or an option is out of range.
@@ -76,7 +72,7 @@ def benchmark_training(
             peaks.append(_matmul_peak(device, DTYPES[recipe.precision], peak_size))
 
     def against(name: str, other: str) -> float:
-        return round(statistics.median(b / a for a, b in zip(seconds[name], seconds[other], strict=True)), 3)
+        return median_ratio(seconds[other], seconds[name])
 
     overhead = statistics.median(b / a - 1 for a, b in zip(seconds["ours"], seconds["ours + telemetry"], strict=True))
     achieved = [tokens * _flops_per_token(ours) / each for each in seconds["ours"]]
@@ -99,7 +95,7 @@ def benchmark_training(
 
 
 def _variants(preset: Preset, device: torch.device, folder: Path) -> tuple[dict[str, Step], NormfreeForCausalLM]:
-    """Every variant's step, and our model; ``folder`` is that of the run with telemetry."""
+    """Every variant's step, and the model of ``ours``; ``folder`` holds the records of telemetry."""
     config = run_config(preset, LAYERNORM_GELU, seed=0).build_model_config(preset.data.vocab_size)
     batch = torch.randint(0, config.vocab_size, (preset.recipe.micro_batch_size, config.n_positions), device=device)
     dtype = DTYPES[preset.recipe.precision]
@@ -117,30 +113,25 @@ def _variants(preset: Preset, device: torch.device, folder: Path) -> tuple[dict[
         eos_token_id=0,
     )
 
-    # A model keeps the configuration it is given, and set_attn_implementation writes to it: each gets its own.
-    def ours(attn_implementation: str) -> NormfreeForCausalLM:
-        model: Any = NormfreeForCausalLM(deepcopy(config))
-        model.to(device).set_attn_implementation(attn_implementation)
+    def build(kind: Any, options: Any, attn_implementation: str) -> Any:
+        # A model keeps the configuration it is given, and set_attn_implementation writes to it.
+        model = kind(deepcopy(options)).to(device)
+        model.set_attn_implementation(attn_implementation)
         return model
 
-    def hugging_face(attn_implementation: str) -> GPT2LMHeadModel:
-        model: Any = GPT2LMHeadModel(deepcopy(theirs))
-        model.to(device).set_attn_implementation(attn_implementation)
-        return model
-
-    plain, probed = (ours(preset.recipe.attn_implementation) for _ in range(2))
-    eager = _training_step(hugging_face("eager"), batch, dtype, output_attentions=True)
+    plain, probed = (build(NormfreeForCausalLM, config, preset.recipe.attn_implementation) for _ in range(2))
+    eager = _training_step(build(GPT2LMHeadModel, theirs, "eager"), batch, dtype, output_attentions=True)
     return {
         "ours": _training_step(plain, batch, dtype),
         "ours + telemetry": _with_telemetry(probed, _training_step(probed, batch, dtype), folder),
-        "ours sdpa": _training_step(ours("sdpa"), batch, dtype),
-        "Hugging Face sdpa": _training_step(hugging_face("sdpa"), batch, dtype),
+        "ours sdpa": _training_step(build(NormfreeForCausalLM, config, "sdpa"), batch, dtype),
+        "Hugging Face sdpa": _training_step(build(GPT2LMHeadModel, theirs, "sdpa"), batch, dtype),
         "Hugging Face eager + entropy": _eager_entropy(eager),
     }, plain
 
 
 def _training_step(model: PreTrainedModel, batch: torch.Tensor, dtype: torch.dtype, **options: Any) -> Step:
-    """One optimizer step as the recipe makes it; returns the forward pass's output."""
+    """One optimizer step, which returns the output of the forward pass."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
     model.train()
 
@@ -157,7 +148,7 @@ def _training_step(model: PreTrainedModel, batch: torch.Tensor, dtype: torch.dty
 
 
 def _with_telemetry(model: NormfreeForCausalLM, step: Step, folder: Path) -> Step:
-    """``step``, measured each time as a run measures it."""
+    """``step`` with telemetry each time."""
     telemetry = Telemetry(RunRecords(folder), recorded_probes(model), every=1, tokens_per_step=1)
     count = itertools.count()
 
