@@ -48,20 +48,7 @@ def feed_forward(inputs: FeedForwardInputs) -> Tensor:
             BLOCK_R=32,
             BLOCK_F=64,
         )
-        select_kernel[(n,)](
-            scores=scores,
-            visible=scores,
-            quantiles=quantile,
-            indices=indices,
-            chosen=excess,
-            counts=counts,
-            maxima=scores,
-            n_column=n_inner,
-            rows_a_mask=1,
-            HAS_MASK=False,
-            KEEPS_LARGEST=False,
-            BLOCK=1024,
-        )
+        _select(scores, None, quantile, indices, excess, counts, maxima=None, rows_a_mask=1)
         multiplier_kernel[(triton.cdiv(n_inner, 16), n)](
             Q=q,
             K2=inputs.K2,
@@ -101,7 +88,6 @@ def attention(inputs: AttentionInputs) -> Tensor:
     maxima = q.new_empty(n_row, dtype=torch.float32)
     partial = q.new_empty((batch, n_head, SPLITS, value_dim), dtype=torch.float32)
     totals = q.new_empty((batch, n_head, SPLITS), dtype=torch.float32)
-    visible = scores if inputs.visible is None else inputs.visible.contiguous().view(torch.uint8)
     with torch.cuda.device_of(q):
         key_scores_kernel[(triton.cdiv(n_key, 64), batch * n_kv_head)](
             Q=q,
@@ -118,20 +104,8 @@ def attention(inputs: AttentionInputs) -> Tensor:
             BLOCK_R=triton.next_power_of_2(r),
             BLOCK_T=64,
         )
-        select_kernel[(n_row,)](
-            scores=scores,
-            visible=visible,
-            quantiles=attention_quantiles(inputs.k, n_key, q.device),
-            indices=indices,
-            chosen=chosen,
-            counts=counts,
-            maxima=maxima,
-            n_column=n_key,
-            rows_a_mask=n_head,
-            HAS_MASK=inputs.visible is not None,
-            KEEPS_LARGEST=True,
-            BLOCK=1024,
-        )
+        quantiles = attention_quantiles(inputs.k, n_key, q.device)
+        _select(scores, inputs.visible, quantiles, indices, chosen, counts, maxima, rows_a_mask=n_head)
         attend_kernel[(SPLITS, n_row)](
             Q=q,
             K=rest,
@@ -159,3 +133,30 @@ def attention(inputs: AttentionInputs) -> Tensor:
             BLOCK_V=triton.next_power_of_2(value_dim),
         )
     return partial.sum(2) / totals.sum(2)[..., None]
+
+
+def _select(
+    scores: Tensor,
+    visible: Tensor | None,
+    quantiles: Tensor,
+    indices: Tensor,
+    chosen: Tensor,
+    counts: Tensor,
+    maxima: Tensor | None,
+    rows_a_mask: int,
+) -> None:
+    """Launches ``select_kernel`` on scores [n_row, n_column]; with ``maxima`` each row keeps its largest."""
+    select_kernel[(scores.shape[0],)](
+        scores=scores,
+        visible=scores if visible is None else visible.contiguous().view(torch.uint8),
+        quantiles=quantiles,
+        indices=indices,
+        chosen=chosen,
+        counts=counts,
+        maxima=scores if maxima is None else maxima,
+        n_column=scores.shape[1],
+        rows_a_mask=rows_a_mask,
+        HAS_MASK=visible is not None,
+        KEEPS_LARGEST=maxima is not None,
+        BLOCK=1024,
+    )

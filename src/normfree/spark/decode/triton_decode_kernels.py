@@ -83,6 +83,37 @@ def _seen(
 
 
 @triton.jit
+def _statistics(
+    scores: tl.tensor,
+    visible: tl.tensor,
+    mask_row: tl.tensor,
+    n_column: tl.tensor,
+    HAS_MASK: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Number, mean, standard deviation and maximum of a row's visible scores."""
+    total = tl.zeros([BLOCK], tl.float32)
+    n_seen = tl.zeros([BLOCK], tl.float32)
+    largest = tl.full([BLOCK], float("-inf"), tl.float32)
+    for start in tl.range(0, n_column, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        seen = _seen(visible, mask_row, columns, n_column, HAS_MASK)
+        x = tl.load(scores + columns, mask=seen, other=0.0)
+        total += x
+        n_seen += seen.to(tl.float32)
+        largest = tl.maximum(largest, tl.where(seen, x, float("-inf")))
+    n = tl.sum(n_seen, 0)
+    mean = tl.sum(total, 0) / n
+    squares = tl.zeros([BLOCK], tl.float32)
+    for start in tl.range(0, n_column, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        seen = _seen(visible, mask_row, columns, n_column, HAS_MASK)
+        deviation = tl.load(scores + columns, mask=seen, other=0.0) - mean
+        squares += tl.where(seen, deviation * deviation, 0.0)
+    return n, mean, tl.sqrt(tl.sum(squares, 0) / n), tl.max(largest, 0)
+
+
+@triton.jit
 def select_kernel(
     scores: tl.tensor,
     visible: tl.tensor,
@@ -109,30 +140,11 @@ def select_kernel(
     indices += row * n_column
     chosen += row * n_column
     mask_row = row // rows_a_mask
-    total = tl.zeros([BLOCK], tl.float32)
-    n_seen = tl.zeros([BLOCK], tl.float32)
-    largest = tl.full([BLOCK], float("-inf"), tl.float32)
-    for start in tl.range(0, n_column, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        seen = _seen(visible, mask_row, columns, n_column, HAS_MASK)
-        x = tl.load(scores + columns, mask=seen, other=0.0)
-        total += x
-        n_seen += seen.to(tl.float32)
-        largest = tl.maximum(largest, tl.where(seen, x, float("-inf")))
-    n = tl.sum(n_seen, 0)
-    mean = tl.sum(total, 0) / n
-    maximum = tl.max(largest, 0)
-    squares = tl.zeros([BLOCK], tl.float32)
-    for start in tl.range(0, n_column, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        seen = _seen(visible, mask_row, columns, n_column, HAS_MASK)
-        deviation = tl.load(scores + columns, mask=seen, other=0.0) - mean
-        squares += tl.where(seen, deviation * deviation, 0.0)
+    n, mean, std, maximum = _statistics(scores, visible, mask_row, n_column, HAS_MASK, BLOCK)
     place = 0
     if KEEPS_LARGEST:
         place = n.to(tl.int32)
     quantile = tl.load(quantiles + place)
-    std = tl.sqrt(tl.sum(squares, 0) / n)
     threshold = tl.where(quantile == float("-inf"), quantile, mean + std * quantile)
     base = 0.0
     if not KEEPS_LARGEST:

@@ -1,0 +1,71 @@
+"""The house as a whole: no import circles between files, and no function longer than a screen."""
+
+from __future__ import annotations
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+from importlib.util import find_spec
+from pathlib import Path
+
+import grimp
+import pytest
+
+import normfree
+
+PACKAGES = [name for name in ("normfree", "normfree_private") if find_spec(name) is not None]
+MOST_LINES = 60
+LONG = {
+    # The training loop is one function, to be read from top to bottom.
+    "normfree.training.trainer._train",
+    # To be shortened; this list only shrinks.
+    "normfree.benchmarks.sparse_decode._ffn",
+    "normfree.benchmarks.sparse_decode._model",
+    "normfree.benchmarks.sparse_decode.benchmark_sparse_decode",
+    "normfree.benchmarks.step_cost.benchmark_step_cost",
+    "normfree.cli.depth.depth",
+    "normfree.cli.interpret.interpret",
+    "normfree.cli.remove_norm.remove_norm",
+    "normfree.cli.study.study",
+    "normfree.data.packing._build",
+    "normfree.entropy.fused.attention_entropy",
+    "normfree.entropy.triton_softmax._sweep",
+    "normfree.entropy.triton_softmax.forward_kernel",
+    "normfree.entropy.triton_softmax.key_gradient_kernel",
+    "normfree.entropy.triton_softmax.query_gradient_kernel",
+    "normfree.exports.export_without_layers",
+    "normfree.interpret.confidence_neurons.neuron_ablation_effects",
+    "normfree.interpret.depth.measurement.measure_depth",
+    "normfree.report.instability_dynamics.instability_dynamics",
+    "normfree.report.norm_removal_figures.removal_scaling",
+    "normfree.report.tables.perplexity_table",
+    "normfree.runner.result.run_study",
+    "normfree.studies.depth.depth_sections",
+    "normfree.studies.interpretation._sections",
+    "normfree.training.finetuning.finetuning_run",
+}
+"""Functions that may be longer."""
+
+
+def test_no_import_circles_between_files() -> None:
+    """Imports for type checkers count as well."""
+    graph = grimp.build_graph(*PACKAGES, cache_dir=None)
+    imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    assert len(imports) > 200
+    try:
+        TopologicalSorter(imports).prepare()
+    except CycleError as error:
+        pytest.fail(f"imports go in a circle: {' <- '.join(error.args[1])}")
+
+
+def test_functions_fit_on_a_screen() -> None:
+    source = Path(normfree.__file__).parent
+    long = {}
+    for path in source.rglob("*.py"):
+        module = ".".join(("normfree", *path.relative_to(source).with_suffix("").parts)).removesuffix(".__init__")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno is not None
+                n_line = node.end_lineno - node.lineno + 1
+                if n_line > MOST_LINES and f"{module}.{node.name}" not in LONG:
+                    long[f"{module}.{node.name}"] = n_line
+    assert not long, f"longer than {MOST_LINES} lines; split them"
