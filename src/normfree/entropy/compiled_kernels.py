@@ -1,4 +1,4 @@
-"""Attention entropy by the compiled CPU kernels (csrc/attention_entropy.cpp): one pass over the scores, float32."""
+"""The compiled CPU kernels of attention entropy (csrc/attention_entropy.cpp): one pass over the scores, float32."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from normfree.entropy.visibility import Visibility
 
 NAME, INTERFACE = "attention_entropy", 3
 NO_DISTRIBUTION, NOT_POSITIVE = 1, 2
-"""What the kernel finds of all rows of weights."""
+"""Flags that the kernel of weights returns."""
 
 
 def kernels_refuse() -> str | None:
@@ -24,18 +24,15 @@ def kernels_refuse() -> str | None:
 
 
 def are_fast() -> bool:
-    """Whether they can be used here and were compiled for this CPU's wide vectors.
-
-    Without these torch's flash kernel, which calls a tuned matrix product, is as fast or faster.
-    """
+    """True if they are compiled for this CPU's wide vectors; otherwise torch's flash kernel is as fast."""
     return torch.backends.cpu.get_cpu_capability() in compiled.LIBRARIES and kernels_refuse() is None
 
 
 def entropy_and_lse(q: Tensor, k: Tensor, scoring: Scoring, visibility: Visibility) -> tuple[Tensor, Tensor]:
     """Entropy in nats and logsumexp of every query: both float32 [batch, n_head, n_query].
 
-    q [batch, n_head, n_query, head_dim] and k [batch, n_kv_head, n_key, head_dim]: float32, on the CPU. A query that
-    sees no key has NaN and -inf, one that sees a score that is not finite NaN and NaN.
+    q [batch, n_head, n_query, head_dim], k [batch, n_kv_head, n_key, head_dim]: float32 on the CPU. A query that sees
+    no key has NaN and -inf; one that sees a non-finite score NaN and NaN.
     """
     q, k = (each if each.stride(-1) == 1 else each.contiguous() for each in (q, k))
     batch, n_head, n_query, head_dim = q.shape
@@ -61,7 +58,7 @@ def entropy_and_lse(q: Tensor, k: Tensor, scoring: Scoring, visibility: Visibili
 
 
 def _by_rows(mask: Tensor | None) -> tuple[Tensor | None, list[int]]:
-    """A mask with contiguous keys, and its strides of sequence, head and query: 0 where it is one for all of them."""
+    """A mask with contiguous keys, and its strides of sequence, head and query: 0 for a size of 1."""
     if mask is None:
         return None, [0, 0, 0]
     mask = mask if mask.stride(-1) == 1 else mask.contiguous()
@@ -69,12 +66,12 @@ def _by_rows(mask: Tensor | None) -> tuple[Tensor | None, list[int]]:
 
 
 class WeightSums(NamedTuple):
-    """What rows of weights say; a row with a NaN has NaN for its entropy.
+    """What rows of weights say.
 
-    entropy: of each row, nats, float32 [batch, n_head, n_query].
-    first: its first entry, likewise.
-    are_distributions: no row's sum is further from 1 than was allowed; NaN is no distance.
-    all_positive: no entry is 0, or NaN.
+    entropy: of each row, nats, float32 [batch, n_head, n_query]; NaN for a row with a NaN.
+    first: first entry of each row, likewise.
+    are_distributions: no row's sum differs from 1 by more than allowed; sums that are NaN pass.
+    all_positive: no entry is 0 or NaN.
     """
 
     entropy: Tensor
@@ -84,10 +81,10 @@ class WeightSums(NamedTuple):
 
 
 def weights_entropy(weights: Tensor, visibility: Visibility, *, max_total_error: float) -> WeightSums:
-    """Sums over attention weights that are there.
+    """Entropy of materialised attention weights.
 
-    weights: float32 [batch, n_head, n_query, n_key], on the CPU, 0 behind the last key that causality and window leave:
-    what is there is not looked at.
+    weights: float32 [batch, n_head, n_query, n_key] on the CPU; entries after the last key that causality and window
+        leave are not read.
     """
     weights, lengths = weights.contiguous(), visibility.last.contiguous()
     entropy, first = torch.empty(2, *weights.shape[:3])
@@ -104,7 +101,7 @@ def weights_entropy(weights: Tensor, visibility: Visibility, *, max_total_error:
 
 
 class QuerySums(NamedTuple):
-    """What :func:`add_queries` adds to, all contiguous.
+    """The contiguous sums that :func:`add_queries` adds to.
 
     rows int64 [T]; bound and entropy float64 [n_head, T]; sink float64 [n_head].
     """
@@ -118,13 +115,13 @@ class QuerySums(NamedTuple):
 def add_queries(
     sums: QuerySums, start: int, entropy: Tensor, share: Tensor | None, rows: Tensor, bound: Tensor
 ) -> bool:
-    """Adds the queries of a batch, at positions ``start`` and up, to the sums of a layer; all of it on the CPU.
+    """Adds the queries of a batch, at positions ``start`` and up, to the sums of a layer, on the CPU.
 
-    entropy, and share if not None: float32 [batch, n_head, n_query], of every query. rows int64 [n_query] and bound
-    float64 [n_head or 1, n_query] are sums over the batch.
+    entropy, and share unless None: float32 [batch, n_head, n_query]. rows int64 [n_query] and bound float64 [n_head or
+    1, n_query] are sums over the batch.
 
     Returns:
-        False, and nothing is added, if an entropy or a share is NaN.
+        False if an entropy or a share is NaN; then nothing is added.
     """
     entropy, bound = entropy.contiguous(), bound.contiguous()
     share = None if share is None else share.contiguous()

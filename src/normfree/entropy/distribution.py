@@ -1,4 +1,4 @@
-"""How the entropies of a model's heads are spread, and the entropy that attention could have at most."""
+"""Bands of a model's head entropies, and the entropy of uniform attention."""
 
 from __future__ import annotations
 
@@ -22,18 +22,16 @@ def entropy_bands(entropy: Tensor | NDArray[Any] | Sequence[Any], maximum: float
     """Shares of heads in the quarters of the entropy range (ReLU's Revival, section 3 and Figure 2a).
 
     Args:
-        entropy: the entropy of every head in nats, of any shape. To compare configurations by one maximum,
-            as the paper does, pass the maximum over all heads of all of them as ``maximum``.
-        maximum: in nats; None means the largest finite value of ``entropy``.
+        entropy: the entropy of every head in nats, of any shape.
+        maximum: in nats; None means the largest finite value of ``entropy``. The paper's is the largest over all heads
+            of all configurations compared.
 
     Returns:
-        float64 [4], the shares of heads in [0, max/4), [max/4, max/2), [max/2, 3max/4) and [3max/4, max];
-        the last is the paper's entropic overload. The shares are of ALL heads and a head with NaN entropy is
-        in no band, so they sum to less than 1 where there are such heads.
+        float64 [4], shares of ALL heads in [0, max/4), [max/4, max/2), [max/2, 3max/4) and [3max/4, max]; the last is
+        the paper's entropic overload. Heads with NaN entropy are in no band, so shares may sum to less than 1.
 
     Raises:
-        InputError: no heads, a negative entropy, a value above ``maximum``, or a maximum that is not
-        positive.
+        InputError: no heads, a negative entropy, a value above ``maximum``, or a maximum that is not positive.
     """
     array = entropy.detach().cpu().double().numpy() if isinstance(entropy, Tensor) else entropy
     values = np.asarray(array, dtype=np.float64).ravel()
@@ -64,16 +62,16 @@ def uniform_entropy_bound(
     *,
     has_sink: bool = False,
 ) -> float:
-    """The largest entropy a head can have, in nats: the mean over the queries of ln(number of visible keys).
+    """The largest entropy of a head, in nats: mean over the queries of ln(number of visible keys).
 
-    For 128 positions under a causal mask it is mean over i of ln(i) = 3.878.
+    For 128 causal positions it is mean over i of ln(i) = 3.878.
 
     Args:
         n_query: number of queries; they are the last positions of the keys'.
         n_key: number of keys; None means ``n_query``.
-        is_causal: whether a query sees no key behind its own position.
+        is_causal: a query sees no key after its own position.
         sliding_window: number of keys a query sees, as in :func:`normfree.entropy.attention_entropy`.
-        has_sink: whether a learned sink joins every softmax, one more choice than there are keys.
+        has_sink: a learned sink joins every softmax, as one more key.
 
     Raises:
         InputError: a size or window below 1, or causal attention with fewer keys than queries.

@@ -1,17 +1,14 @@
 """Exact entropy of attention in memory linear in the number of keys.
 
-With scores s, p = softmax(s) and lse = logsumexp(s), the entropy of a row (ReLU's Revival, Eq. 8, without
-its ε) is
+With scores s, p = softmax(s) and lse = logsumexp(s), the entropy of a row (ReLU's Revival, Eq. 8, without its ε) is
 
     H_i = -Σ_j p_ij ln p_ij = lse_i - Σ_j p_ij s_ij,    Σ_j p_ij s_ij = scale · q_i · (Σ_j p_ij k_j):
 
-attention with the keys as its values, plus the logsumexp that flash kernels keep anyway. Adding one fixed
-vector to all keys of a head changes nothing in p, so the keys are centred first: the two terms are then
-small and their difference loses little. The compiled and the triton kernels keep the running sums of an online softmax
-instead, whose difference loses nothing. A soft-cap is not linear, so keys are not centred under one.
+attention with the keys as values, plus the logsumexp of flash kernels. Keys are centred first, which leaves p as it is
+and makes the two terms small, so that their difference loses little; not under a soft-cap, which is not linear. The
+compiled and triton kernels keep the running sums of an online softmax instead, whose difference loses nothing.
 
-Learned sinks join afterwards, from the entropy and logsumexp of the keys alone (``scoring.join_sinks``): kernels need
-not know them.
+Learned sinks join afterwards, from entropy and logsumexp of the keys alone (``scoring.join_sinks``).
 """
 
 from __future__ import annotations
@@ -34,24 +31,22 @@ from normfree.errors import InputError, unknown_name
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 MAX_TRITON_HEAD_DIM = 256
 PART_ELEMENTS = 2**18
-"""Elements of q that the CPU's backends work on at a time (1 MiB in float32), unless one sequence has more."""
+"""Elements of q that CPU backends take at a time (1 MiB in float32), unless one sequence has more."""
 
 Kernel = Callable[[Tensor, Tensor, Scoring, Visibility], tuple[Tensor, Tensor]]
-"""``(q, k, scoring, visibility) -> (entropy, lse)``, q and k both float32 or float64, keys centred where there is no
-soft-cap.
+"""``(q, k, scoring, visibility) -> (entropy, lse)``, both [batch, n_head, n_query] and differentiable.
 
-The triton kernel also takes half-precision q and k of one dtype as they are, keys not centred. Both results are
-[batch, n_head, n_query] and differentiable. Rows without a visible key, and rows that meet a non-finite score, have NaN
-entropy.
+q and k are both float32 or float64, keys centred unless there is a soft-cap; the triton kernel also takes q and k of
+one half precision, not centred. Rows without a visible key or with a non-finite score have NaN entropy.
 """
 
 
 class Evaluated(NamedTuple):
-    """What a backend says of some sequences.
+    """Results of a backend for some sequences.
 
     entropy: nats, float32 [batch, n_head, n_query], learned sinks included.
-    attended: the share of attention that learned sinks leave to the keys, likewise; None where there are no sinks.
-    lse: of the keys alone, in the dtype of q and k, which are raised and centred as the kernel took them.
+    attended: share of attention that learned sinks leave to the keys, likewise; None without sinks.
+    lse: of the keys alone, in the dtype of q and k, which are as the kernel took them.
     """
 
     entropy: Tensor
@@ -76,43 +71,35 @@ def attention_entropy(
 ) -> Tensor:
     """Exact entropy of softmax attention for every query, in nats (ReLU's Revival, Eq. 8, without its ε).
 
-    The softmax is that of cap · tanh(scale · q·k / cap) + bias + mask over the visible keys, joined by a learned sink
-    where there is one.
+    The softmax is over cap · tanh(scale · q·k / cap) + bias + mask of the visible keys, and a learned sink if given.
 
-    Differentiable in q, k, bias and sinks (twice and more with the reference backend only). Half-precision inputs are
-    raised to float32 first, float64 stays float64. The error in float32 is that of a difference of two
-    numbers of the size of the scores: about 4 · 1.2e-7 · (1 + scale · max|q_i| · max|k_j - mean k|) nats, so
-    1e-6 for ordinary scores and a few 1e-3 for scores of 1e4. The triton backend multiplies half-precision inputs
-    as they are (their products are exact in float32) and without centring: there, and with a soft-cap or sinks, it is
-    max|k_j|.
+    Differentiable in q, k, bias and sinks, more than once with the reference backend only. Half precision is raised to
+    float32; float64 stays. The float32 error is about 4 · 1.2e-7 · (1 + scale · max|q_i| · max|k_j - mean k|) nats:
+    1e-6 for ordinary scores, a few 1e-3 for scores of 1e4. With max|k_j| instead for half precision in the triton
+    backend, soft-caps and sinks, where keys are not centred.
 
     Args:
         q: queries [batch, n_head, n_query, head_dim], any floating-point dtype.
         k: keys [batch, n_kv_head, n_key, head_dim]; n_head must be a multiple of n_kv_head (grouped keys).
         scale: factor on q·k; None means 1/sqrt(head_dim).
-        is_causal: a query sees no key behind its own position; the queries are the LAST n_query of the n_key
+        is_causal: a query sees no key after its own position; the queries are the LAST n_query of the n_key
             positions, as with a KV cache.
-        attention_mask: bool (True = attend) or float (added to the scores), broadcastable to
-            [batch, n_head, n_query, n_key]; or a 2-D padding mask [batch, n_key], bool or integer. In a
-            float mask everything at or below half the most negative finite number of its dtype hides the
-            key. Applies on top of ``is_causal`` and ``sliding_window``.
-        backend: a name of ``BACKENDS``, or "auto"; :func:`select_backend` says what "auto" takes.
+        attention_mask: bool (True = attend) or float (added to the scores), broadcastable to [batch, n_head, n_query,
+            n_key]; or a padding mask [batch, n_key], bool or integer. In a float mask, entries at or below half the
+            most negative finite number of its dtype hide the key. Applies on top of causality and window.
+        backend: a name of ``BACKENDS``, or "auto" (:func:`select_backend`).
         sliding_window: number of keys a query sees, itself included; without causality as many on both sides.
         softcap: bound that tanh puts on the scaled scores before bias and mask (Gemma 2: 50); None for none.
-        bias: float, added to the scores after the soft-cap (ALiBi, relative positions), broadcastable to
-            [batch, n_head, n_query, n_key]; entries at or below half the most negative finite number of its dtype hide
-            the key. Applies on top of everything above.
-        sinks: logits of learned attention sinks (gpt-oss) [n_head], or [batch or 1, n_head, n_query or 1]. A sink joins
+        bias: float, added to the scores after the soft-cap (ALiBi, relative positions), broadcastable as the mask and
+            hiding keys as a float mask, on top of everything above.
+        sinks: logits of learned attention sinks (gpt-oss), [n_head] or [batch or 1, n_head, n_query or 1]. A sink joins
             the softmax's normaliser and is no key.
 
     Returns:
-        float32 [batch, n_head, n_query], never negative, at most ln(number of visible keys), or of one more with
-        ``sinks``. NaN for a query that sees no key at all, sink or not, and for a query that meets a NaN or infinite
-        score, that of a sink included. A soft-cap makes a finite score of an infinite one.
-
-        With ``sinks`` it is the entropy of the whole distribution that the softmax makes, the sink included: a head
-        that leaves its attention to the sink has entropy 0, as one that leaves it to the first token has. The entropy
-        of the distribution over the keys alone, renormalised, does not depend on sinks: pass none for it.
+        float32 [batch, n_head, n_query], from 0 to ln(number of visible keys, plus one with ``sinks``). NaN for a query
+        that sees no key, and for one with a NaN or infinite score or sink; a soft-cap makes infinite scores finite.
+        With ``sinks``, the entropy of the whole distribution: 0 for a head that attends to the sink alone. For the
+        entropy over the keys alone, renormalised, pass no sinks.
 
     Raises:
         InputError: shapes, dtypes or devices that do not fit together, or an unknown or unfit backend.
@@ -147,8 +134,8 @@ def attention_entropy_and_sink(
 ) -> tuple[Tensor, Tensor]:
     """Entropy in nats and the attention paid to the first visible key of the sequence, from one pass.
 
-    Both float32 [batch, n_head, n_query]; the share has no gradient, and is 0 for a query that cannot see
-    that key. Learned ``sinks`` take their part of the attention before any key does.
+    Both float32 [batch, n_head, n_query]; the share has no gradient, and is 0 for a query that cannot see that key.
+    Learned ``sinks`` take their share of the attention.
     """
     scoring = scoring_of(q, scale, softcap)
     sinks = None if sinks is None else check_sinks(sinks, q)
@@ -180,7 +167,7 @@ def _entropy_and_sink(
 def _parts(
     q: Tensor, k: Tensor, scoring: Scoring, visibility: Visibility, sinks: Tensor | None, backend: str
 ) -> Iterator[tuple[Tensor, Tensor, Scoring, Visibility, Tensor | None, str]]:
-    """The arguments of :func:`_evaluate` for some sequences at a time, as each takes copies of its queries and keys."""
+    """Arguments of :func:`_evaluate`, for some sequences at a time: it copies their queries and keys."""
     name = select(q, k, scoring, visibility) if backend == "auto" else backend
     n_sequence = max(1, PART_ELEMENTS // q[0].numel()) if name in ("compiled", "cpu") else q.shape[0]
     for start in range(0, q.shape[0], n_sequence):
@@ -203,9 +190,7 @@ def _evaluate(
 
 
 def prepared(q: Tensor, k: Tensor, scoring: Scoring, backend: str) -> tuple[Tensor, Tensor, Tensor | None]:
-    """q and k as the kernel of that backend takes them, and what was subtracted from all keys of a head, if anything:
-    [batch, n_kv_head, 1, head_dim].
-    """
+    """q and k as the backend's kernel takes them, and what was subtracted from keys, [batch, n_kv_head, 1, head_dim]."""
     if backend == "triton" and q.dtype == k.dtype and q.dtype in HALF_PRECISION:
         return q, k, None
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), torch.float32)
@@ -234,7 +219,7 @@ def select_backend(
     softcap: float | None = None,
     bias: Tensor | None = None,
 ) -> str:
-    """The backend that :func:`attention_entropy` takes for these inputs under ``backend="auto"``, sinks or not."""
+    """The backend that :func:`attention_entropy` takes for these inputs under ``backend="auto"``."""
     visibility = visibility_of(
         q, k, is_causal=is_causal, attention_mask=attention_mask, sliding_window=sliding_window, bias=bias
     )
@@ -285,9 +270,7 @@ def triton_refuses(q: Tensor, k: Tensor, scoring: Scoring, visibility: Visibilit
 
 
 def _centre(k: Tensor) -> Tensor:
-    """The mean key [batch, n_kv_head, 1, head_dim] of the finite entries, so that one bad key spoils
-    itself alone.
-    """
+    """Mean key [batch, n_kv_head, 1, head_dim] of the finite entries, so that a bad key spoils itself alone."""
     centre = k.mean(2, keepdim=True)
     return centre if centre.isfinite().all() else k.where(k.isfinite(), 0.0).mean(2, keepdim=True)
 
@@ -319,7 +302,7 @@ def _cpu(q: Tensor, k: Tensor, scoring: Scoring, visibility: Visibility) -> tupl
         raise InputError(f"backend 'cpu' {reason}; use 'auto' or 'chunked'")
     scale = scoring.scale
     if not _scores_stay_finite(q, k, scale):
-        # the kernel turns a NaN row into zeros, and a NaN key into NaN for rows that cannot see it
+        # the kernel zeroes NaN rows, and spreads a NaN key to rows that cannot see it
         return _chunked(q, k, scoring, visibility)
 
     allowed = visibility.allowed
@@ -335,7 +318,7 @@ def _cpu(q: Tensor, k: Tensor, scoring: Scoring, visibility: Visibility) -> tupl
         ]
         entropy, lse = (torch.cat(part[::-1], dim=-1) for part in zip(*parts, strict=True))
     if allowed is not None:
-        # the kernel gives such a row the plausible numbers 0 and 0
+        # the kernel returns 0 and 0 for such rows
         sees_nothing = visibility.counts == 0
         entropy, lse = entropy.masked_fill(sees_nothing, torch.nan), lse.masked_fill(sees_nothing, -torch.inf)
     return entropy, lse
@@ -354,12 +337,12 @@ def _flash(q: Tensor, k: Tensor, scale: float, *, is_causal: bool, allowed: Tens
 
 
 def _scores_stay_finite(q: Tensor, k: Tensor, scale: float) -> bool:
-    """Whether |q_i||k_j| (Cauchy–Schwarz) leaves every score finite; False where q or k have NaN or Inf."""
+    """True if |q_i||k_j| (Cauchy–Schwarz) keeps every score finite; False if q or k have NaN or Inf."""
     return bool((score_bound(q, k, scale) < torch.finfo(q.dtype).max / 16).all())
 
 
 class _RecomputedEntropy(torch.autograd.Function):
-    """A kernel without a gradient of its own, and the gradient recomputed in blocks of query rows.
+    """A kernel without gradient; its gradient is recomputed in blocks of query rows.
 
     ∂H_i/∂s_ij = -p_ij (ln p_ij + H_i) and ∂lse_i/∂s_ij = p_ij. ``bias`` is that of ``visibility``.
     """
@@ -449,4 +432,4 @@ BACKENDS: dict[str, Kernel] = {
     "chunked": partial(_recomputed, _chunked),
     "triton": _triton,
 }
-"""The kernels by name. All are differentiable in q, k and the bias; a new one is one line."""
+"""Kernels by name, differentiable in q, k and the bias."""

@@ -27,17 +27,15 @@ def count_nonfinite_scores(
     is_causal: bool = True,
     attention_mask: Tensor | None = None,
 ) -> NonFiniteCount:
-    """Count the NaN and the Inf among the attention scores that a query may see, per head, apart.
+    """Counts the NaN and the infinite attention scores of visible keys, per head.
 
-    The scores are those of q's own dtype, computed as eager attention does: the product q·k rounded to that
-    dtype, then times ``scale``. In float16 the product overflows above 65,504 although the scaled score
-    would fit, and that is what breaks training. Hidden keys (causality, mask) are not counted; a float mask
-    or a bias is not added. Scores are counted before a soft-cap, whose tanh makes a finite number of an infinite one;
-    learned sinks are no scores.
+    Scores are computed in q's dtype as eager attention does: the product q·k rounded to it, then times ``scale``. In
+    float16 the product overflows above 65,504 although the scaled score would fit, and that breaks training. Float
+    masks and biases are not added, soft-caps not applied (tanh makes infinite scores finite); learned sinks are no
+    scores.
 
-    A head whose largest |q_i| times largest |k_j| is far below the dtype's maximum has none
-    (Cauchy–Schwarz), which takes O(T); only the other heads are counted, in blocks of query rows. The norms themselves
-    are not needed where the largest entries are small enough.
+    A head whose largest |q_i| times largest |k_j| is far below the dtype's maximum has none (Cauchy–Schwarz): O(T).
+    The other heads are counted in blocks of query rows.
 
     Args:
         q: queries [batch, n_head, n_query, head_dim].
@@ -56,7 +54,7 @@ def count_nonfinite_scores(
 
 @torch.no_grad()
 def count_nonfinite(q: Tensor, k: Tensor, scale: float, visibility: Visibility) -> NonFiniteCount:
-    """:func:`count_nonfinite_scores` for a visibility that is already known."""
+    """:func:`count_nonfinite_scores` for a known visibility."""
     n_head = q.shape[1]
     nan = torch.zeros(n_head, dtype=torch.int64, device=q.device)
     inf = torch.zeros_like(nan)
@@ -77,9 +75,7 @@ def count_nonfinite(q: Tensor, k: Tensor, scale: float, visibility: Visibility) 
 
 
 def _certified_finite(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """Bool [n_head]: no score of the head, and no partial sum on the way to one, can leave the range of
-    the dtype.
-    """
+    """Bool [n_head]: no score of the head, nor a partial sum of one, can leave the range of the dtype."""
     limit = torch.finfo(q.dtype).max / 4
     q_largest, k_largest = (torch.stack(each.aminmax()).double().abs().amax() for each in (q, k))
     if bool(q.shape[-1] * q_largest * k_largest * max(1.0, abs(scale)) < limit):
@@ -88,9 +84,9 @@ def _certified_finite(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 
 def score_bound(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """max|q_i| · max|k_j| · max(1, |scale|) of each head, which no score exceeds (Cauchy–Schwarz): [n_head].
+    """max|q_i| · max|k_j| · max(1, |scale|) [n_head], the bound of a head's scores (Cauchy–Schwarz).
 
-    Float32, or float64 where q is; NaN or infinite where q or k are.
+    Float32, or float64 if q is; NaN or infinite if q or k are.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     q_norm, k_norm = (torch.linalg.vector_norm(each, dim=-1, dtype=wide).amax((0, 2)) for each in (q, k))

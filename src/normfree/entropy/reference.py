@@ -1,4 +1,4 @@
-"""The entropy of attention as it is defined, from the materialised scores: what the rest is held to.
+"""Attention entropy by its definition, from materialised scores: the reference of all backends.
 
 ReLU's Revival, Eq. 8, without its ε: H_i = -Σ_j p_ij ln p_ij with p_i = softmax(s_i).
 """
@@ -16,15 +16,13 @@ from normfree.entropy.scoring import Scoring, check_sinks, scoring_of, soft_capp
 from normfree.entropy.visibility import BLOCK_ELEMENTS, Block, Visibility, visibility_of
 
 MAX_TOTAL_ERROR = 1e-3
-"""How far the weights of a query may be from adding up to 1."""
+"""Largest difference of a query's summed weights from 1."""
 CAUSAL_PARTS = 4
-"""Blocks of rows to take at least, because under causality the first need not look at the last keys."""
+"""Least number of blocks of rows: under causality the first need not read the last keys."""
 
 
 class Distribution(NamedTuple):
-    """Softmax of scores over the last dim: ``p`` and ``log_p`` are 0 at hidden keys; ``lse`` is the
-    logsumexp.
-    """
+    """Softmax of scores over the last dim: ``p`` and ``log_p`` are 0 at hidden keys; ``lse`` is the logsumexp."""
 
     p: Tensor
     log_p: Tensor
@@ -52,16 +50,12 @@ def masked_scores(scores: Tensor, block: Block) -> Tensor:
 
 
 def block_scores(q: Tensor, k: Tensor, scoring: Scoring, block: Block) -> Tensor:
-    """Scores [batch, n_head, rows, columns] of one block, soft-capped, biased, -inf at hidden keys; in the dtype of q
-    and k.
-    """
+    """Scores [batch, n_head, rows, columns] of one block, soft-capped, biased, -inf at hidden keys, in q's dtype."""
     return masked_scores(soft_capped(block_products(q, k, scoring.scale, block), scoring.softcap), block)
 
 
 def distribution(scores: Tensor, allowed: Tensor | None) -> Distribution:
-    """Softmax of scores that are -inf where not ``allowed``, with gradients free of 0·inf at the hidden
-    keys.
-    """
+    """Softmax of scores that are -inf where not ``allowed``, with gradients free of 0·inf at hidden keys."""
     lse = scores.logsumexp(-1)
     log_p = scores - lse[..., None]
     if allowed is None:
@@ -71,11 +65,10 @@ def distribution(scores: Tensor, allowed: Tensor | None) -> Distribution:
 
 
 class ReadWeights(NamedTuple):
-    """What weights say of each query: ``entropy`` in nats, and the attention paid to the first key that is visible.
+    """Entropy in nats and attention to the first visible key of each query, float32 [batch, n_head, n_query] each.
 
-    Both float32 [batch, n_head, n_query]; entropy is NaN for a query with NaN weights and for one that sees no key.
-    ``all_scores_finite``: the scores must have been, because no weight is NaN, or 0 as that of a score of -inf; False
-    where that is not known.
+    Entropy is NaN for a query with NaN weights and for one that sees no key. ``all_scores_finite``: known, because no
+    weight is NaN or 0 (that of a score of -inf); False if not known.
     """
 
     entropy: Tensor
@@ -84,7 +77,7 @@ class ReadWeights(NamedTuple):
 
 
 def read_weights(weights: Tensor, visibility: Visibility) -> ReadWeights | None:
-    """What is read from attention weights that are there, float32 or float64 [batch, n_head, n_query, n_key].
+    """Reads attention weights, float32 or float64 [batch, n_head, n_query, n_key].
 
     None if the rows are no distributions, as under attention dropout.
     """
@@ -112,7 +105,7 @@ def _entropy_by_blocks(weights: Tensor, visibility: Visibility) -> Tensor:
     for start in range(0, n_query, n_row):
         rows = slice(start, min(start + n_row, n_query))
         p = weights[:, :, rows, visibility.columns(rows)]
-        # ln is several times slower where it meets zeros, and p ln p is nothing at the smallest normal number
+        # ln is several times slower at zeros; p ln p is negligible at the smallest normal number
         parts.append(-_log_(p.clamp_min(tiny)).mul_(p).sum(-1))
     return torch.cat(parts, dim=-1)
 
@@ -127,9 +120,7 @@ def _log_(x: Tensor) -> Tensor:
 
 
 def reference_kernel(q: Tensor, k: Tensor, scoring: Scoring, visibility: Visibility) -> tuple[Tensor, Tensor]:
-    """``(entropy, lse)`` [batch, n_head, n_query] with the whole score matrix in memory; see
-    ``fused.Kernel``.
-    """
+    """``(entropy, lse)`` [batch, n_head, n_query] with the whole score matrix in memory; a ``fused.Kernel``."""
     block = visibility.block(0, visibility.n_query)
     attention = distribution(block_scores(q, k, scoring, block), block.allowed)
     return attention.entropy(), attention.lse
@@ -150,8 +141,7 @@ def attention_entropy_reference(
 ) -> Tensor:
     """Entropy [batch, n_head, n_query] in nats, computed and returned in ``dtype``; differentiable.
 
-    Arguments and errors are those of :func:`normfree.entropy.attention_entropy`. Takes O(n_query · n_key)
-    memory.
+    Arguments and errors are those of :func:`normfree.entropy.attention_entropy`. Memory: O(n_query · n_key).
     """
     visibility = visibility_of(
         q, k, is_causal=is_causal, attention_mask=attention_mask, sliding_window=sliding_window, bias=bias

@@ -1,4 +1,4 @@
-"""What a softmax does beyond products of queries and keys: soft-caps on its scores, learned sinks in its normaliser.
+"""Soft-caps on attention scores, and learned sinks in the normaliser.
 
 Soft-cap (Gemma 2, arXiv 2408.00118, section 2): s = cap · tanh(scale · q·k / cap), before masks and biases.
 
@@ -25,7 +25,7 @@ from normfree.errors import InputError
 
 @dataclass(frozen=True)
 class Scoring:
-    """How scores come from products of queries and keys: ``scale``, then a soft-cap, None for none."""
+    """From products of queries and keys to scores: ``scale``, then a soft-cap, None for none."""
 
     scale: float
     softcap: float | None = None

@@ -1,4 +1,4 @@
-"""Entropy on CUDA: what launches the kernels of ``triton_softmax``. Import only where triton can be imported."""
+"""Entropy on CUDA: launches the kernels of ``triton_softmax``. Import it only where triton can be imported."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from normfree.entropy.visibility import Visibility
 from normfree.errors import InputError
 
 MIN_BLOCK = 16
-"""The least side of a matrix that ``tl.dot`` takes."""
+"""Least side of a matrix for ``tl.dot``."""
 
 
 class _Tiles(NamedTuple):
-    """Queries and keys of a tile of scores, how many key tiles are loaded ahead, and warps of a program."""
+    """Queries and keys of a tile of scores, key tiles loaded ahead, and warps of a program."""
 
     m: int
     n: int
@@ -27,7 +27,7 @@ class _Tiles(NamedTuple):
 
 
 IS_INTERPRETED = not isinstance(forward_kernel, JITFunction)
-"""Whether Triton runs in its interpreter (TRITON_INTERPRET=1 when it was imported), which takes CPU tensors."""
+"""True if Triton runs in its interpreter (TRITON_INTERPRET=1 when imported), which takes CPU tensors."""
 
 
 class TritonEntropy(torch.autograd.Function):
@@ -152,5 +152,5 @@ def _tiles(row_bytes: int, *, is_backward: bool) -> _Tiles:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """Products of half-precision numbers are exact anyway; those of float32 take three passes of tensor cores."""
+    """Products of half-precision numbers are exact; those of float32 take three passes of tensor cores."""
     return "tf32x3" if dtype == torch.float32 and not IS_INTERPRETED else "ieee"

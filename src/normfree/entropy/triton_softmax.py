@@ -1,5 +1,5 @@
-"""Triton's kernels for attention entropy: an online softmax in one pass over the keys, its gradient, and attention
-beside it. Import this module only where triton can be imported.
+"""Triton kernels of attention entropy: an online softmax in one pass over the keys, with attention output, and its
+gradient. Import this module only where triton can be imported.
 
 A row keeps the running maximum m of its scores, Σ e^(s-m) and Σ e^(s-m) (s-m), all in float32, and ends with
 

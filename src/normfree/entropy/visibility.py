@@ -1,7 +1,6 @@
-"""Which keys each query may attend to: causality, sliding window and attention mask, in one object.
+"""The keys that each query may attend to: causality, sliding window and attention mask in one object.
 
-The T×T mask is never built: a sliding window or a causal triangle is written down only for a block of query
-rows.
+The T×T mask is never built: windows and causal triangles are written out only for a block of query rows.
 """
 
 from __future__ import annotations
@@ -17,9 +16,7 @@ from torch import Tensor
 from normfree.errors import InputError
 
 BLOCK_ELEMENTS = 2**22
-"""Elements that a block of scores may have (16 MiB in float32), unless the least number of rows needs
-more.
-"""
+"""Most elements of a block of scores (16 MiB in float32), unless ``MIN_BLOCK_ROWS`` need more."""
 
 MIN_BLOCK_ROWS = 16
 
@@ -27,8 +24,8 @@ MIN_BLOCK_ROWS = 16
 class Block(NamedTuple):
     """Some query rows, the keys that any of them may see, and the mask between the two.
 
-    ``allowed`` (bool) and ``bias`` (float, added to the scores) are broadcastable to [batch, n_head, rows,
-    columns]; None means that every pair is allowed, or that nothing is added.
+    ``allowed`` (bool; None allows all) and ``bias`` (float, added to the scores, or None) are broadcastable to [batch,
+    n_head, rows, columns].
     """
 
     rows: slice
@@ -39,18 +36,18 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class Visibility:
-    """The visible keys of every query of one attention call; build it with :func:`visibility_of`.
+    """The visible keys of every query of one attention call; made by :func:`visibility_of`.
 
-    ``allowed`` is a bool mask broadcastable to [batch, n_head, n_query, n_key] on top of causality and
-    window, or None; ``bias`` a float tensor of the same kind that is added to the scores of the visible
-    keys, or None.
+    ``allowed``, a bool mask on top of causality and window, and ``bias``, floats added to the scores of visible keys,
+    are broadcastable to [batch, n_head, n_query, n_key], or None. ``first`` and ``last`` are those of
+    :func:`visible_range`.
     """
 
     n_query: int
     n_key: int
     is_causal: bool
     sliding_window: int | None
-    first: Tensor  # as :func:`visible_range` gives them
+    first: Tensor
     last: Tensor
     allowed: Tensor | None
     bias: Tensor | None
@@ -59,15 +56,14 @@ class Visibility:
 
     @property
     def has_full_rows(self) -> bool:
-        """Whether causality and window alone let every query see every key."""
+        """True if causality and window hide no key from any query."""
         return self.sliding_window is None and (not self.is_causal or self.n_query == 1)
 
     def blocks(self, elements_per_row: int) -> Iterator[Block]:
-        """All query rows, the last first, in blocks whose scores, ``elements_per_row`` a row, fit
-        ``BLOCK_ELEMENTS``.
+        """All query rows, the last first, in blocks whose scores, ``elements_per_row`` a row, fit ``BLOCK_ELEMENTS``.
 
-        Under causality the last rows see the most keys: what their scores leave free, the allocator can give to all
-        others. The other way around every block needs more than the one before it, and gets it from the system.
+        Under causality the last rows see the most keys, and later blocks fit into the memory that they free. In the
+        other order each block would need new memory from the system.
         """
         n_row = BLOCK_ELEMENTS // elements_per_row
         if self.sliding_window is not None:
@@ -92,10 +88,10 @@ class Visibility:
         return Block(rows, columns, allowed, bias)
 
     def with_bias(self, bias: Tensor) -> Visibility:
-        """The same with numbers added to the scores, on top of those that a float mask adds.
+        """A copy with ``bias`` added to the scores, on top of what a float mask adds.
 
-        ``bias`` is a floating-point tensor broadcastable to [batch, n_head, n_query, n_key] and keeps its gradient.
-        Entries at or below half the most negative finite number of its dtype hide the key.
+        bias: floating-point, broadcastable to [batch, n_head, n_query, n_key]; it keeps its gradient. Entries at or
+            below half the most negative finite number of its dtype hide the key.
 
         Raises:
             InputError: its shape, dtype or device do not fit.
@@ -118,11 +114,11 @@ class Visibility:
         if hidden.any():
             allowed = ~hidden if allowed is None else allowed & ~hidden
             bias = bias.masked_fill(hidden, 0.0)
-        # a sum in half precision would lose what each of the two says
+        # a sum in half precision would round both
         return replace(self, allowed=allowed, bias=bias if self.bias is None else self.bias.double() + bias.double())
 
     def of_sequences(self, some: slice) -> Visibility:
-        """That of some sequences of the batch."""
+        """A copy for some sequences of the batch."""
         allowed, bias = (
             mask if mask is None or mask.shape[0] == 1 else mask[some] for mask in (self.allowed, self.bias)
         )
@@ -130,7 +126,7 @@ class Visibility:
         return replace(self, allowed=allowed, bias=bias, batch_and_heads=(batch, self.batch_and_heads[1]))
 
     def columns(self, rows: slice) -> slice:
-        """The keys that causality and window leave to any of some query rows."""
+        """The keys that causality and window leave to any of ``rows``."""
         return slice(int(self.first[rows.start]), int(self.last[rows.stop - 1]))
 
     @cached_property
@@ -150,10 +146,7 @@ class Visibility:
         return torch.cat(counted[::-1], dim=-1)
 
     def sees(self, key: Tensor) -> Tensor:
-        """Whether each query sees the key of number ``key`` (int64 [batch or 1, n_head or 1]).
-
-        Bool, broadcastable to [batch, n_head, n_query].
-        """
+        """Queries that see ``key`` (int64 [batch or 1, n_head or 1]): bool, broadcastable to [batch, n_head, n_query]."""
         first, last = self.first.to(self.device), self.last.to(self.device)
         seen = (key[..., None] >= first) & (key[..., None] < last)
         if self.allowed is None:
@@ -162,9 +155,7 @@ class Visibility:
         return seen & self.allowed.gather(-1, index)[..., 0]
 
     def first_key(self) -> Tensor:
-        """The number of the first key that any query sees, int64 [batch or 1, n_head or 1]; 0 where none
-        is seen.
-        """
+        """The first key that any query sees, int64 [batch or 1, n_head or 1]; 0 if none is seen."""
         if self.allowed is None:
             return torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         return self.allowed.any(2).to(torch.uint8).argmax(-1)
@@ -173,8 +164,8 @@ class Visibility:
 def visible_range(n_query: int, n_key: int, *, is_causal: bool, sliding_window: int | None) -> tuple[Tensor, Tensor]:
     """First and last (exclusive) key of each query by causality and window alone: int64 [n_query], on CPU.
 
-    The queries are the last ``n_query`` positions of the keys'. A window of W lets a query see itself and
-    the W - 1 positions before it, and, where attention is not causal, the W - 1 positions after it.
+    The queries are the last ``n_query`` positions of the keys'. A window of W shows the query itself, W - 1 positions
+    before it, and without causality W - 1 after it.
     """
     if (is_causal or sliding_window is not None) and n_query > n_key:
         raise InputError(
@@ -203,7 +194,7 @@ def visibility_of(
     sliding_window: int | None,
     bias: Tensor | None = None,
 ) -> Visibility:
-    """The visible keys of every query, after checking the shapes and dtypes of all inputs.
+    """The visible keys of every query, with all inputs checked.
 
     q [batch, n_head, n_query, head_dim]; k [batch, n_kv_head, n_key, head_dim]; ``attention_mask`` and ``bias`` as in
     :func:`normfree.entropy.attention_entropy`.
@@ -219,9 +210,9 @@ def visibility_of(
         allowed, mask_bias = _split_mask(attention_mask, q, n_key)
         causal_last = torch.arange(1, n_query + 1) + (n_key - n_query)
         if allowed is not None and n_query <= n_key and _is_causal_mask(allowed, causal_last):
-            # kernels that know causality need no mask for it
+            # a causal mask is dropped: kernels know causality
             allowed, is_causal, last = None, True, torch.minimum(last, causal_last)
-    # a window that holds all keys is none, and a kernel that knows no windows can do it
+    # a window that holds all keys is none, for kernels that know no windows
     window = sliding_window if sliding_window is not None and sliding_window < n_key else None
     shape = (q.shape[0], q.shape[1])
     visibility = Visibility(n_query, n_key, is_causal, window, first, last, allowed, mask_bias, q.device, shape)
@@ -262,7 +253,7 @@ def _split_mask(mask: Tensor, q: Tensor, n_key: int) -> tuple[Tensor | None, Ten
             f"attention_mask must be broadcastable to [batch, n_head, n_query, n_key] = "
             f"{[*wanted, n_key]} with all keys written out, got shape {list(mask.shape)}"
         )
-    # models have one mask for all sequences, expanded or written out for each: look at it once
+    # models have one mask for all sequences, expanded or repeated: read it once
     for dim, stride in enumerate(mask.stride()[:2]):
         first = mask.narrow(dim, 0, 1)
         mask = first if stride == 0 or (mask.shape[dim] > 1 and torch.equal(first.expand_as(mask), mask)) else mask
@@ -279,9 +270,7 @@ def _split_mask(mask: Tensor, q: Tensor, n_key: int) -> tuple[Tensor | None, Ten
 
 
 def _is_causal_mask(allowed: Tensor, last: Tensor) -> bool:
-    """Whether a mask [batch or 1, n_head or 1, n_query or 1, n_key] is causality, with those last keys (exclusive), for
-    every sequence and head.
-    """
+    """True if a mask [batch or 1, n_head or 1, n_query or 1, n_key] is causality alone: keys below ``last`` allowed."""
     if allowed.shape[2] != len(last):
         return False
     key = torch.arange(allowed.shape[3], device=allowed.device)
@@ -293,5 +282,5 @@ def _is_causal_mask(allowed: Tensor, last: Tensor) -> bool:
 
 
 def _rows_of(mask: Tensor, rows: slice) -> Tensor:
-    """The given query rows of a mask whose query dimension may be 1 for all rows."""
+    """Query rows of a mask, whose query dim may be 1 for all rows."""
     return mask if mask.shape[2] == 1 else mask[:, :, rows]

@@ -1,4 +1,4 @@
-"""Attention's output and its entropy in one call, for code that computes attention itself and watches it."""
+"""Attention output and entropy in one call, for code that computes attention itself."""
 
 from __future__ import annotations
 
@@ -29,19 +29,18 @@ def attention_and_entropy(
 ) -> tuple[Tensor, Tensor]:
     """``(output, entropy)`` of softmax attention.
 
-    With the triton backend, and where no gradient is asked for, one kernel computes both in one pass. Otherwise
-    the output is that of torch's ``scaled_dot_product_attention`` and the entropy that of
-    :func:`normfree.attention_entropy`: two calls, and both have gradients. Soft-capped scores, and biases that learn,
-    take blocks of materialised scores instead, which the gradient keeps: T² memory.
+    Without gradients, the triton backend computes both in one pass. Otherwise the output is that of torch's
+    ``scaled_dot_product_attention`` and the entropy that of :func:`normfree.attention_entropy`, both differentiable.
+    Soft-capped scores and learned biases take blocks of materialised scores, which the gradient keeps: T² memory.
 
     Args:
         q, k: as in :func:`normfree.attention_entropy`, as are all the options.
         v: values [batch, n_kv_head, n_key, value_dim], of the dtype of q and k.
 
     Returns:
-        Output [batch, n_head, n_query, value_dim] in the dtype of v, zeros for a query that sees no key, learned sinks
-        having no value; and entropy, float32 [batch, n_head, n_query], nats, NaN for such a query and for one that
-        meets a non-finite score.
+        Output [batch, n_head, n_query, value_dim] in the dtype of v, where learned sinks have no value; and entropy,
+        float32 [batch, n_head, n_query], nats. A query that sees no key has output 0 and entropy NaN; one that meets a
+        non-finite score has entropy NaN.
 
     Raises:
         InputError: as :func:`normfree.attention_entropy`, and for values that do not fit the keys.
@@ -77,7 +76,7 @@ def _in_one_pass(
 
 
 def _kept(output: Tensor, attended: Tensor) -> Tensor:
-    """Output of attention to the keys alone, times the share that learned sinks leave to them."""
+    """Output of attention to the keys alone, scaled by the share that learned sinks leave to them."""
     return (output * attended[..., None]).to(output.dtype)
 
 
@@ -94,7 +93,7 @@ def _check_values(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, visibility: Visibility) -> Tensor:
-    """Attention to the keys, in blocks of query rows where torch's own causality does not say what is visible."""
+    """Attention to the keys, in blocks of query rows unless torch's own causality says what is visible."""
     has_mask = visibility.allowed is not None or visibility.bias is not None
     is_square_causal = visibility.sliding_window is None and visibility.n_query == visibility.n_key
     if scoring.softcap is None and not has_mask and (visibility.has_full_rows or is_square_causal):

@@ -17,50 +17,45 @@ from normfree.probes.watching import Attending, Row
 
 
 class EntropyProbe(AttentionProbe[LayerStatistics]):
-    """Context manager: while active, every forward pass of ``model`` adds to statistics of its attention.
+    """Attention entropy of every head, from the forward passes that ``model`` makes while the probe is active.
 
-    Entropies are those of ReLU's Revival, Eq. 8, without its ε: in nats, the mean over the queries of all
-    sequences seen. ::
+    Entropies are those of ReLU's Revival, Eq. 8, without its ε: nats, mean over the queries of all sequences. ::
 
         with EntropyProbe(model) as probe:
             for batch in batches:
                 model(**batch)
         probe.per_head()
 
-    The probe reads queries, keys and mask from transformers' attention interface, and the softmax or
-    ``scaled_dot_product_attention`` of modules that compute their attention themselves. It leaves every call as it is:
-    outputs, gradients and random numbers of the model are the same, bit for bit. It works in training (recomputation
-    under gradient checkpointing is not counted again), under autocast and with a KV cache, where each call adds its
+    Queries, keys and mask come from transformers' attention interface; modules that compute attention themselves are
+    read by their softmax or ``scaled_dot_product_attention``. Outputs, gradients and random numbers of the model stay
+    the same, bit for bit. The probe works in training, under autocast, and with a KV cache, where each call adds its
     queries. Entropy is that of the softmax, before attention dropout.
 
-    - Observation: nothing is attached to the model, which can be copied, pickled and saved meanwhile. An error inside
-      the probe never reaches the model; it is the reason in ``unreadable``.
-    - Layers: the modules that were seen to attend, and those that are expected to and were not, in the model's order;
-      ``layers`` names them. What cannot be read is in ``unreadable``, and its row in every result is NaN (0 in counts).
-    - Repeated calls: a module that computes several softmaxes in one forward pass (ALBERT, looped models) has a row for
-      each, ``name (call 2)`` and so on behind all first ones. The same softmax applied to several values (DiffLlama)
-      counts once; its heads are those of both softmaxes, not of their difference. A forward pass is one call of the
-      outermost transformers model, or of the outermost module where there is none: ``model(...)``, not
-      ``model.forward(...)``.
-    - Padding: a query that cannot see its own key is padding and is left out, on whichever side the padding is. Where a
-      sparse mask hides own keys too and the two cannot be told apart, the layer is unreadable.
-    - Packing: sequences packed into one row, which no query's attention crosses, are read one by one. Each has its own
+    - Observation: nothing is attached to the model, which can be copied, pickled and saved meanwhile. Errors inside the
+      probe never reach the model; they are the reasons in ``unreadable``.
+    - Layers: the modules seen to attend, then those expected to and not seen, in the model's order; ``layers`` names
+      them. An unreadable layer is NaN in every result (0 in counts).
+    - Repeated calls: each softmax of a module in one forward pass (ALBERT, looped models) has a row, ``name (call 2)``
+      and so on, after all first ones. One softmax applied to several values (DiffLlama) counts once. A forward pass is
+      a call of the outermost transformers model, or of the outermost module without one: ``model(...)``, not
+      ``model.forward(...)``. Recomputation under gradient checkpointing does not count.
+    - Padding: queries that cannot see their own key are padding, on either side, and do not count. If a sparse mask
+      hides own keys too and the two cannot be told apart, the layer is unreadable.
+    - Packing: sequences packed into one row, which no query's attention crosses, are read one by one, each with
       positions from 0 and its own first key.
     - NaN: a query with NaN entropy (a NaN or infinite score) makes the mean it belongs to NaN; ``nan_rows`` counts.
-    - Positions count from 0 at the first key of the row as the model has it, left padding included, through a KV cache
-      too.
-    - Counted twice: queries of passes that ended in an exception stay counted (``interrupted``), and so do those of
-      tokens that a cache was cropped by afterwards (``taken_back``).
-    - Statistics stay after the exit, and the next entry adds to them; ``reset`` clears them.
-    - ``torch.compile``: compiled code shows nothing. Its layers are named in ``unreadable``, unless the probed step
-      runs under ``torch.compiler.set_stance("force_eager")``.
+    - Positions count from 0 at the first key of the model's row, left padding and KV cache included.
+    - Counted although undone: queries of passes that ended in an exception (``interrupted``), and of tokens later
+      cropped from a cache (``taken_back``).
+    - ``torch.compile``: compiled code shows nothing, and its layers are unreadable, unless the step runs under
+      ``torch.compiler.set_stance("force_eager")``.
 
     Args:
         model: any module that contains a transformers model, wrapped (DDP, PEFT) or not.
         count_nonfinite: also count NaN and infinite attention scores, as
             :func:`normfree.entropy.count_nonfinite_scores` does.
         backend: as in :func:`normfree.entropy.attention_entropy`; "auto" also reads the weights that an eager attention
-            function hands back in float32.
+            function returns in float32.
 
     Raises:
         InputError: nothing in the model attends, or the backend is unknown.
@@ -84,20 +79,16 @@ class EntropyProbe(AttentionProbe[LayerStatistics]):
 
     @property
     def interrupted(self) -> int:
-        """Forward passes that ended in an exception; their queries count in the layers that had attended by then."""
+        """Forward passes that ended in an exception; the layers that had attended by then counted their queries."""
         return self._watch.passes.n_interrupted
 
     @property
     def taken_back(self) -> int:
-        """Tokens that a cache was cropped by after their queries had been counted, each sequence's own: those that
-        assisted decoding rejected, for one.
-        """
+        """Tokens cropped from a cache after their queries were counted, as assisted decoding does."""
         return self._watch.passes.n_taken_back
 
     def per_head(self) -> Tensor:
-        """Mean entropy over all queries, float32 [n_layer, n_head], nats; NaN for a head with any NaN
-        query.
-        """
+        """Mean entropy over all queries, float32 [n_layer, n_head], nats; NaN for a head with any NaN query."""
         return self._mean_entropy().float()
 
     def per_position(self) -> Tensor:
@@ -114,24 +105,21 @@ class EntropyProbe(AttentionProbe[LayerStatistics]):
         return self._stack(means).float()
 
     def maximum(self) -> Tensor:
-        """Mean of ln(number of visible keys) over the same queries: the largest that ``per_head`` could be.
+        """Upper bound of ``per_head``: mean of ln(number of visible keys, learned sink included) over the same queries.
 
-        float32 [n_layer, n_head], nats. A learned sink counts as one more key.
+        float32 [n_layer, n_head], nats.
         """
         return self._mean_bound().float()
 
     def normalized(self) -> Tensor:
-        """``per_head`` over ``maximum``: float32 [n_layer, n_head], 1 for uniform attention.
-
-        NaN also where every query sees one key only.
-        """
+        """``per_head`` over ``maximum``, float32 [n_layer, n_head]; NaN also where every query sees one key only."""
         return (self._mean_entropy() / self._mean_bound()).float()
 
     def sink_share(self) -> Tensor:
         """Mean attention paid to the first key of the sequence, float32 [n_layer, n_head].
 
-        Over the queries of calls that start a sequence; queries that a KV cache continues are left out. The
-        first key is the first of the query's own sequence that is not padding. NaN for a head with any NaN query.
+        Queries that continue a KV cache do not count. The first key is that of the query's own sequence, padding left
+        out. NaN for a head with any NaN query.
         """
         share = self._stack(lambda layer: layer.sink / layer.sink_rows)
         return share.masked_fill(self.nan_rows() > 0, torch.nan).float()

@@ -1,4 +1,4 @@
-"""What is logged of the attention entropy of a training step, and when it is worth an alert."""
+"""Log entries of a training step's attention entropy, and alerts on them."""
 
 from __future__ import annotations
 
@@ -21,16 +21,15 @@ ON_ALERT = ("warn", "stop")
 
 
 def entropy_row(probes: Sequence[EntropyProbe], *, per_head: bool = True) -> Row:
-    """The values that a training step logs, by name; layers that could not be read are left out.
+    """The values that a training step logs, by name; unreadable layers are left out.
 
-    - ``entropy/mean``, ``entropy/L3``, ``entropy/L3H2``: the mean of all heads, of a layer's heads, and a head's
-      entropy, nats. Layers are the rows of :meth:`EntropyProbe.per_head`, of one probe after the other. NaN if any head
-      in them is.
-    - ``entropy/overloaded_share``, ``entropy/collapsed_share``: the shares of heads in the top and in the lowest
-      quarter of their own range, from 0 to the entropy of uniform attention (:meth:`EntropyProbe.normalized`). The
-      bands of ReLU's Revival (section 3, Figure 2a) end at the largest entropy of the configurations compared; within
-      one run the uniform bound is the same for every step. Heads with NaN are in no band.
-    - ``entropy/sink_share``: mean attention paid to the first key, mean of all heads.
+    - ``entropy/mean``, ``entropy/L3``, ``entropy/L3H2``: mean entropy of all heads, of a layer's heads, and of a head,
+      nats. Layers are the rows of :meth:`EntropyProbe.per_head`, of one probe after the other. NaN if any head is.
+    - ``entropy/overloaded_share``, ``entropy/collapsed_share``: shares of heads in the top and lowest quarter of their
+      own range, from 0 to the entropy of uniform attention (:meth:`EntropyProbe.normalized`). That bound is the same
+      for every step of a run; the bands of ReLU's Revival (section 3, Figure 2a) end at the largest entropy of the
+      configurations compared. Heads with NaN are in no band.
+    - ``entropy/sink_share``: attention paid to the first key, mean of all heads.
     - ``entropy/nan_scores``, ``entropy/inf_scores``: numbers of NaN and of infinite attention scores.
 
     Raises:
@@ -58,7 +57,7 @@ def entropy_row(probes: Sequence[EntropyProbe], *, per_head: bool = True) -> Row
 
 
 class _Layer(NamedTuple):
-    """[n_head] each, as the probe's methods of the same names give them."""
+    """Results of the probe's methods of these names, [n_head] each."""
 
     entropy: Tensor
     normalized: Tensor
@@ -102,7 +101,7 @@ class Alerts:
             raise unknown_name("on_alert", self.on_alert, ON_ALERT)
 
     def of(self, row: Row, step: int) -> list[str]:
-        """What to say of the shares that ``row`` is the first to have above their thresholds."""
+        """Messages for the shares that ``row`` is the first to have above their thresholds."""
         said = []
         for name, what, threshold in (
             (COLLAPSED, "collapsed: entropy below a quarter", self.alert_collapsed),

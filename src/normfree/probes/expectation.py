@@ -20,9 +20,9 @@ def asking_modules(model: nn.Module) -> set[nn.Module]:
 
 
 def called_attention(model: nn.Module, asking: set[nn.Module]) -> set[nn.Module]:
-    """The innermost modules that are called attention, neither inside nor around of one that asks for a function.
+    """The innermost modules with "Attention" in their class name, neither inside nor around one that asks.
 
-    They compute their attention themselves, or are no softmax attention.
+    They compute attention themselves, or are no softmax attention.
     """
     related = {inner for module in asking for inner in module.modules()}
     called = {module for module in model.modules() if "Attention" in type(module).__name__} - related
@@ -39,7 +39,7 @@ def _has_inside(module: nn.Module, others: set[nn.Module]) -> bool:
 
 
 def _names_in_forward(module: nn.Module) -> set[str]:
-    """The global names and attributes in the code of ``forward``, and of the methods of its own that it calls."""
+    """Global names and attributes in the code of ``forward`` and of the module's own methods that it calls."""
     if type(module).__module__.startswith("torch.nn.modules"):
         return set()
     names: set[str] = set()
@@ -63,7 +63,7 @@ def _names_of(code: CodeType) -> set[str]:
 
 
 def _own_method(module_class: type[nn.Module], name: str) -> Any:
-    """The method of that name, other than what every module, or every transformers model has."""
+    """The method of that name; None for those that every module or transformers model has."""
     method = inspect.getattr_static(module_class, name, None)
     if not isinstance(method, FunctionType) or method.__module__.startswith(("torch.", "transformers.modeling_utils")):
         return None

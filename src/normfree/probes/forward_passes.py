@@ -1,4 +1,4 @@
-"""Which module of a model is running, and in which forward pass: by torch's global module hooks, none on the model."""
+"""The running module of a model and its forward pass, by torch's global module hooks: none are on the model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-# That hooks fire for the compiled model too is right: they say that it was called.
+# Hooks should fire for the compiled model too: that it was called is recorded.
 warnings.filterwarnings("ignore", message="Using `torch.compile.module.` when there are global hooks")
 
 
@@ -28,28 +28,28 @@ class ForwardPass:
     n_softmax: Counter[nn.Module] = field(default_factory=Counter)
     """Softmaxes over keys seen so far, by the module that computed them."""
     token_lengths: set[int] = field(default_factory=set)
-    """T of token ids [batch, T] that were looked up; empty if none were seen."""
+    """T of the token ids [batch, T] that modules took; empty if none were seen."""
     token_batches: set[int] = field(default_factory=set)
-    """The batch of the same; T where ids are [T, batch], as in XLNet."""
+    """Their batch; T where ids are [T, batch], as in XLNet."""
     n_cached: int | None = None
-    """Keys that the cache held when the pass first added to it; None: it has not."""
+    """Keys in the cache when the pass first added to it; None before."""
     n_new: int = 0
-    """Keys that it added then."""
+    """Keys added then."""
     n_cached_by_layer: int | None = None
-    """The same for the layer that added last, until it has attended."""
+    """Keys in the cache of the layer that added last, until it has attended."""
     latest: tuple[Any, ...] = ()
-    """What the latest softmax was computed from, and by which module."""
+    """The module of the latest softmax, and what it was computed from."""
 
     def is_latest(self, module: nn.Module, tensors: tuple[Tensor, ...]) -> bool:
-        """Whether the latest softmax was computed by ``module`` from these very tensors."""
+        """True if ``module`` computed the latest softmax from these very tensors."""
         if not self.latest or self.latest[0] is not module or len(self.latest) != 1 + len(tensors):
             return False
         return all(old() is new for old, new in zip(self.latest[1:], tensors, strict=True))
 
     def first_position(self, n_query: int) -> int | None:
-        """The position of the first of ``n_query`` queries that attend now; None where no cache was seen.
+        """Position of the first of ``n_query`` queries that attend now; None if no cache was seen.
 
-        A layer that has no keys of its own may attend from the last tokens alone (Gemma 4).
+        A layer without keys of its own may attend from the last tokens alone (Gemma 4).
         """
         if self.n_cached_by_layer is not None:
             return self.n_cached_by_layer
@@ -57,7 +57,7 @@ class ForwardPass:
 
 
 class ForwardPasses:
-    """The stack of running modules of one model, for each thread; ``watch`` keeps it while its block runs."""
+    """Stack of running modules of one model, per thread, kept while the block of ``watch`` runs."""
 
     def __init__(self, modules: Collection[nn.Module]) -> None:
         self._modules = set(modules)
@@ -67,11 +67,10 @@ class ForwardPasses:
 
     def reset(self) -> None:
         self.called: set[nn.Module] = set()
-        """Modules that were called."""
         self.n_interrupted = 0
         """Passes that ended in an exception."""
         self.n_taken_back = 0
-        """Tokens that were taken out of caches after a pass had seen them, each sequence counted."""
+        """Tokens taken out of caches after a pass had seen them, summed over sequences."""
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -89,14 +88,14 @@ class ForwardPasses:
 
     @property
     def innermost(self) -> nn.Module | None:
-        """The running module that is not just one of torch's elementary ones."""
+        """The innermost running module that is not one of torch's elementary ones."""
         for module, _ in reversed(self._frames):
             if not type(module).__module__.startswith("torch.nn.modules") or isinstance(module, nn.MultiheadAttention):
                 return module
         return None
 
     def caches(self, cache: Cache, keys: Tensor, layer_idx: int) -> None:
-        """Before ``keys`` [batch, heads, n, dim] enter layer ``layer_idx`` of ``cache``."""
+        """Called before ``keys`` [batch, heads, n, dim] enter layer ``layer_idx`` of ``cache``."""
         running = self.current
         if running is None:
             return
@@ -119,7 +118,7 @@ class ForwardPasses:
         if torch.compiler.is_compiling() or module not in self._modules or is_backward():
             return
         frames = self._frames
-        self._drop(module)  # left behind by a KeyboardInterrupt, which skips hooks
+        self._drop(module)  # a KeyboardInterrupt skips hooks and leaves it behind
         is_model = isinstance(module, PreTrainedModel)
         if not frames or (is_model and not any(isinstance(outer, PreTrainedModel) for outer, _ in frames)):
             running = ForwardPass()

@@ -1,12 +1,11 @@
-"""Seeing the attention that models compute, and their caches growing, without changing anything.
+"""Observes the attention that models compute, and the growth of their caches, without changing either.
 
-A model asks ``ALL_ATTENTION_FUNCTIONS.get_interface(name, eager function of its module)`` for the function that it then
-calls with query, key, value and mask. While someone observes, it gets that very function behind one that reports the
-call afterwards. The model's configuration stays as it is: models branch on the name of the implementation ("eager",
-"flash_attention_2", ...), so a name of our own would change what some of them compute.
+Models ask ``ALL_ATTENTION_FUNCTIONS.get_interface(name, eager function of the module)`` for the function that they call
+with query, key, value and mask. While observed, they get that function in a wrapper that reports each call afterwards.
+An implementation name of Normfree's own would change what some models compute: they branch on names.
 
-Models older than the interface call torch's softmax or ``scaled_dot_product_attention`` themselves. These functions are
-replaced in the same way; calls from inside an attention function of the interface are not reported.
+Models older than the interface call torch's softmax or ``scaled_dot_product_attention``, which are wrapped likewise;
+calls from inside an interface function are not reported.
 
 Nothing is attached to a model: it can be copied, pickled and saved while it is observed.
 """
@@ -31,10 +30,11 @@ from transformers.modeling_utils import AttentionInterface
 class InterfaceCall:
     """One call of an attention function, as the model made it.
 
-    ``function`` is transformers' or the model's own attention function; ``is_eager`` tells that it is the
-    eager one of the model's module. ``weights`` are what it returned with its output: an eager one's attention
-    weights, None of most others. ``others`` are the remaining keyword arguments, ``n_positional`` the
-    number of arguments passed by place behind the mask.
+    function: transformers' or the model's own.
+    is_eager: it is the eager one of the model's module.
+    weights: returned with the output: attention weights of eager functions, None from most others.
+    n_positional: arguments passed by place after the mask.
+    others: the remaining keyword arguments.
     """
 
     function: Callable[..., Any]
@@ -56,26 +56,26 @@ class SoftmaxCall:
 
 
 class Observer(Protocol):
-    """What is reported, in the thread that computes it. None of the methods may raise."""
+    """Receives reports, in the thread that computes. No method may raise."""
 
     def saw_interface_call(self, module: object, describe: Callable[[], InterfaceCall]) -> None:
-        """After a call of an attention function by ``module``; ``describe`` may raise."""
+        """Called after an attention function that ``module`` called; ``describe`` may raise."""
 
     def saw_torch_call(self, describe: Callable[[], InterfaceCall | SoftmaxCall | None]) -> None:
-        """After a softmax or ``scaled_dot_product_attention``; None is neither. ``describe`` may raise.
+        """Called after a softmax or ``scaled_dot_product_attention``; ``describe`` may raise; None is neither.
 
-        The ``module`` of the described call is a placeholder: torch does not know it.
+        The described call has ``NO_MODULE``: torch does not know which module called it.
         """
 
     def caches(self, cache: Cache, keys: Tensor, layer_idx: int) -> None:
-        """Before ``keys`` enter layer ``layer_idx`` of the cache."""
+        """Called before ``keys`` enter layer ``layer_idx`` of the cache."""
 
 
 TORCH_SDPA: Callable[..., Tensor] = nn.functional.scaled_dot_product_attention
 """The ``function`` of a call of torch's own ``scaled_dot_product_attention``."""
 
 NO_MODULE = nn.Module()
-"""Stands for the module of a call that torch alone sees."""
+"""Placeholder for the module of a call that torch alone sees."""
 
 _observers: list[Observer] = []
 _replaced = ExitStack()
@@ -85,9 +85,9 @@ _local = threading.local()
 
 @contextmanager
 def observe_attention(observer: Observer) -> Iterator[None]:
-    """Reports the attention of every model in this process to ``observer``.
+    """Reports the attention of every model in this process to ``observer``; observers may nest in any order.
 
-    What ``torch.compile`` is tracing, or has compiled, is not reported. Observers may come and go in any order.
+    What ``torch.compile`` traces or has compiled is not reported.
     """
     if not _observers:
         _replace_functions()
@@ -119,7 +119,7 @@ def _replace(owner: Any, name: str, function: Callable[..., Any]) -> None:
 
 @contextmanager
 def _unreported() -> Iterator[None]:
-    """Calls of torch's functions in here are parts of a larger one."""
+    """Calls of torch's functions inside are parts of a larger call."""
     _local.depth = getattr(_local, "depth", 0) + 1
     try:
         yield

@@ -1,4 +1,4 @@
-"""Running sums over the queries of one attention layer, in float64, on the layer's own device."""
+"""Running sums over the queries of one attention layer, in float64, on the layer's device."""
 
 from __future__ import annotations
 
@@ -15,12 +15,10 @@ from normfree.entropy.nonfinite_scores import NonFiniteCount
 
 @dataclass(frozen=True)
 class Queries:
-    """The queries of an attention call, at positions ``start`` and up. The layers of a model often have them in common:
-    what is the same for all of them is found once.
+    """The queries of an attention call, at positions ``start`` and up; layers with one mask share them.
 
-    valid: bool [batch, n_query], those that count.
-    counts: int64, what the softmax of each chooses from, its visible keys and a learned sink if there is one;
-    broadcastable to [batch, n_head, n_query].
+    valid: bool [batch, n_query], the queries that count.
+    counts: int64, broadcastable to [batch, n_head, n_query]: visible keys of each, a learned sink included.
     """
 
     start: int
@@ -38,20 +36,20 @@ class Queries:
 
     @cached_property
     def rows(self) -> Tensor:
-        """How many count at each position: int64 [n_query]."""
+        """Valid queries at each position: int64 [n_query]."""
         return self.valid.sum(0)
 
     @cached_property
     def bound(self) -> Tensor:
-        """Σ ln(number of visible keys) of those that count, at each position: float64 [n_head or 1, n_query]."""
+        """Σ ln(number of visible keys) of the valid queries at each position: float64 [n_head or 1, n_query]."""
         return self.counts.double().log().where(self.valid[:, None], 0.0).sum(0)
 
 
 @dataclass
 class LayerStatistics:
-    """Sums over batches and sequences; T is one more than the last query position seen so far.
+    """Sums over batches and sequences, entropies in nats; T is one more than the last query position seen.
 
-    Entropies are in nats. Sums leave NaN rows out, and ``nan_rows`` says how many there were.
+    Sums leave NaN rows out; ``nan_rows`` counts them.
     """
 
     rows: Tensor
@@ -96,17 +94,16 @@ class LayerStatistics:
         return self.rows.shape[0]
 
     def grow(self, n_position: int) -> None:
-        """Make room for positions below ``n_position``."""
+        """Makes room for positions below ``n_position``."""
         missing = n_position - self.n_position
         if missing > 0:
             for name in ("rows", "nan_rows", "entropy", "bound"):
                 setattr(self, name, pad(getattr(self, name), (0, missing)))
 
     def add(self, queries: Queries, entropy: Tensor, share: Tensor | None) -> None:
-        """Add some queries, their entropies and the attention that they pay to the first key.
+        """Adds queries with their entropy and the attention they pay to the first key, [batch, n_head, n_query] each.
 
-        ``entropy`` and ``share`` [batch, n_head, n_query]; ``share`` is None for queries that go on with a sequence.
-        Where one is NaN the query counts as a row alone.
+        ``share`` is None for queries that continue a sequence. A query with a NaN counts as a row only.
         """
         self.grow(queries.start + entropy.shape[2])
         if share is not None:
@@ -115,7 +112,7 @@ class LayerStatistics:
             self._add_one_by_one(queries, entropy, share)
 
     def _add_at_once(self, queries: Queries, entropy: Tensor, share: Tensor | None) -> bool:
-        """By the compiled kernel, if there is one, every query counts and none is NaN; says whether it has."""
+        """Adds by the compiled kernel if there is one, all queries are valid and none is NaN; True if it has."""
         on_cpu = entropy.device.type == "cpu" and entropy.dtype == torch.float32
         if not on_cpu or compiled_kernels.kernels_refuse() is not None or not queries.all_valid:
             return False
@@ -137,8 +134,6 @@ class LayerStatistics:
         self.inf_scores += count.inf
 
     def all_reduce(self) -> None:
-        """Sum over the processes of torch.distributed; all must have the same numbers of heads and
-        positions.
-        """
+        """Sums over the processes of torch.distributed, which need equal numbers of heads and positions."""
         for field in fields(self):
             torch.distributed.all_reduce(getattr(self, field.name))

@@ -1,4 +1,4 @@
-"""Attention entropy in the log of Lightning's Trainer; needs ``pip install "normfree[lightning]"``."""
+"""Attention entropy in the log of Lightning's Trainer: ``pip install "normfree[lightning]"``."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ class EntropyCallback(ProbesEntropy, Callback):
 
         Trainer(callbacks=[EntropyCallback(every=100)]).fit(module, loader)
 
-    The twin of :class:`normfree.EntropyCallback`: the same arguments, names, values and guarantees. "stop" sets
-    ``Trainer.should_stop``. ``LightningModule.log_dict`` puts the values into ``Trainer.callback_metrics``, for other
-    callbacks to monitor; the loggers get each probed step once, whatever ``log_every_n_steps`` is, and count it from 0
-    as Lightning does.
+    Arguments, names, values and guarantees are those of :class:`normfree.EntropyCallback`; "stop" sets
+    ``Trainer.should_stop``. Values also reach ``Trainer.callback_metrics``, for other callbacks to monitor. Loggers get
+    each probed step once, whatever ``log_every_n_steps`` is, numbered from 0 as Lightning does.
 
     Raises:
         InputError: a value of an argument that is not allowed.
@@ -38,7 +37,7 @@ class EntropyCallback(ProbesEntropy, Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         before, self._begun_at = self._begun_at, trainer.global_step
         if before == trainer.global_step:
-            return  # one more batch of the same optimizer step
+            return  # another batch of the same optimizer step
         # a module with several optimizers takes several steps a batch
         latest = trainer.global_step if before is None else before + 1
         if (trainer.global_step + 1) // self.every > latest // self.every:
@@ -51,11 +50,11 @@ class EntropyCallback(ProbesEntropy, Callback):
             return
         row = self._steps.finish()
         if row:
-            # Loggers get the row directly: Lightning would drop it between the multiples of log_every_n_steps, and log
-            # it again with every later step of the epoch.
+            # Through log_dict, Lightning would drop the row between multiples of log_every_n_steps, and repeat it
+            # with every later step of the epoch.
             pl_module.log_dict(row, on_step=True, on_epoch=False, logger=False)
             for logger in trainer.loggers:
-                logger.log_metrics(row, step=trainer.global_step - 1)  # Lightning counts logged steps from 0
+                logger.log_metrics(row, step=trainer.global_step - 1)
         if self._steps.should_stop:
             trainer.should_stop = True
 

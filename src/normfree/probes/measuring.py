@@ -22,9 +22,9 @@ from normfree.probes.watching import Attending
 
 
 class Measured(NamedTuple):
-    """Queries with their entropies in nats and their attention to the first key, [batch, n_head, n_query].
+    """Queries with their entropies in nats and their attention to the first key, [batch, n_head, n_query] each.
 
-    ``sink_share`` is None for queries that continue a sequence, ``nonfinite`` where it was not asked for or is 0.
+    ``sink_share`` is None for queries that continue a sequence, ``nonfinite`` if not asked for or known to be 0.
     """
 
     queries: Queries
@@ -56,9 +56,7 @@ class _Masked(NamedTuple):
 
 @dataclass(frozen=True)
 class _KnownMask:
-    """What a mask, or none, was found to say of calls of one kind. It is held, so that no other can take its place in
-    memory.
-    """
+    """What a mask, or none, says of calls of one kind. Holding the mask keeps its memory from being reused."""
 
     mask: Tensor | None
     version: int
@@ -74,7 +72,7 @@ class _KnownMask:
 
 
 class Parts:
-    """Takes attentions apart; a model gives its layers one mask, which is looked at once."""
+    """Splits attentions into sequences. The mask that a model's layers share is read once."""
 
     def __init__(self) -> None:
         self._mask: _KnownMask | None = None

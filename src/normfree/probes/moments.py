@@ -1,4 +1,4 @@
-"""Central moments of a stream of numbers up to the fourth, without keeping the numbers."""
+"""Central moments, up to the fourth, of a stream of numbers."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class CentralMoments:
-    """n numbers with mean μ and the sums M_p = Σ (x − μ)^p, p = 2, 3, 4: each float64, on the numbers' device. All have
-    one shape: [] of one stream, or that of several side by side.
+    """n numbers with mean μ and M_p = Σ (x − μ)^p, p = 2, 3, 4: float64 of one shape, [] for a single stream.
 
-    Two of them add up to the moments of both streams together, by the pairwise formulas of Pébay ("Formulas for Robust,
-    One-Pass Parallel Computation of Covariances and Arbitrary-Order Statistical Moments", 2008, Eqs. 2.1, 3.1). Sums of
-    raw powers would cancel where the mean is large.
+    ``+`` joins two streams by the pairwise formulas of Pébay ("Formulas for Robust, One-Pass Parallel Computation of
+    Covariances and Arbitrary-Order Statistical Moments", 2008, Eqs. 2.1, 3.1). Sums of raw powers would cancel where
+    the mean is large.
     """
 
     n: Tensor
@@ -28,7 +27,7 @@ class CentralMoments:
     def of(cls, x: Tensor, *, scratch: Tensor | None = None) -> CentralMoments:
         """The moments of all entries of ``x``, float64 of any shape.
 
-        With a ``scratch`` of the same shape and dtype no memory is taken: both are overwritten.
+        With a ``scratch`` of its shape and dtype no memory is allocated, and both are overwritten.
         """
         mean = x.mean()
         deviations = torch.sub(x, mean, out=None if scratch is None else x).flatten()
@@ -57,11 +56,11 @@ class CentralMoments:
         return CentralMoments(n, self.mean + delta * (n_b / n), m2, m3, m4)
 
     def excess_kurtosis(self) -> Tensor:
-        """n M₄ / M₂² − 3: 0 for a normal distribution; NaN where all numbers are alike or one is not finite."""
+        """n M₄ / M₂² − 3: 0 for a normal distribution; NaN if all numbers are equal or one is not finite."""
         return self.n * self.m4 / self.m2**2 - 3
 
     def packed(self) -> Tensor:
-        """All of it in one float64 [..., 5]; n is exact up to 2⁵³."""
+        """Float64 [..., 5]; n is exact up to 2⁵³."""
         return torch.stack([self.n, self.mean, self.m2, self.m3, self.m4], dim=-1)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Attention entropy in a training loop of one's own."""
+"""Attention entropy in any training loop."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from normfree.probes.probed_steps import ProbesEntropy
 
 
 class EntropyMonitor(ProbesEntropy):
-    """The attention entropy of every ``every``-th training step, in a training loop of one's own. ::
+    """The attention entropy of every ``every``-th training step, in any training loop. ::
 
         monitor = EntropyMonitor(model, every=100)
         for step, batch in enumerate(batches):
@@ -25,19 +25,18 @@ class EntropyMonitor(ProbesEntropy):
             if row:
                 tracker.log(row, step=step)
 
-    The values are those of :func:`normfree.probes.entropy_row.entropy_row`: ``entropy/mean``, ``entropy/L3``,
-    ``entropy/L3H2`` (nats), ``entropy/overloaded_share``, ``entropy/collapsed_share``, ``entropy/sink_share``,
-    ``entropy/nan_scores`` and ``entropy/inf_scores``. They are of the step's own forward passes, those that compute
-    gradients: recomputation under gradient checkpointing, evaluation and generation do not count. Losses, gradients and
-    random numbers stay the same, bit for bit; code compiled by ``torch.compile`` runs uncompiled in probed steps.
+    Values (:func:`normfree.probes.entropy_row.entropy_row`): ``entropy/mean``, ``entropy/L3``, ``entropy/L3H2`` (nats),
+    ``entropy/overloaded_share``, ``entropy/collapsed_share``, ``entropy/sink_share``, ``entropy/nan_scores`` and
+    ``entropy/inf_scores``. Only forward passes that compute gradients count: not recomputation under gradient
+    checkpointing, evaluation or generation. Losses, gradients and random numbers stay the same, bit for bit; code
+    compiled by ``torch.compile`` runs uncompiled in probed steps.
 
-    Under torch.distributed (DDP, FSDP, accelerate) enter ``step`` in every process: a probed step is reduced over all
-    of them, and all get the same row.
+    Collective under torch.distributed (DDP, FSDP, accelerate): enter ``step`` from every rank; all get the same row.
 
     Args:
         model: any module that contains a transformers model, wrapped (DDP, PEFT) or not.
         every: steps whose number is a multiple of it are probed.
-        per_head: also give every head's entropy; without, the mean of each layer.
+        per_head: give every head's entropy, not only each layer's mean.
         alert_collapsed, alert_overloaded: warn when ``entropy/collapsed_share`` or ``entropy/overloaded_share`` rises
             above this share of the heads.
         on_alert: "warn", or "stop", which also sets ``should_stop``.
@@ -67,13 +66,13 @@ class EntropyMonitor(ProbesEntropy):
 
     @contextmanager
     def step(self, step: int) -> Iterator[Row]:
-        """Around everything that step number ``step`` computes, all its micro-batches included.
+        """Context of everything that step number ``step`` computes, all its micro-batches included.
 
         Yields:
-            a dict that is empty inside, and after the block of a probed step holds its values by name.
+            a dict, empty inside; after the block of a probed step it holds the values by name.
 
         Raises:
-            InputError: the monitor is closed, or already inside of a step.
+            InputError: the monitor is closed, or already inside a step.
         """
         if self._model is None:
             raise InputError("this EntropyMonitor is closed; make a new one")
@@ -97,7 +96,7 @@ class EntropyMonitor(ProbesEntropy):
         return self._steps.should_stop
 
     def close(self) -> None:
-        """Let go of the model."""
+        """Releases the model."""
         self._steps.abandon()
         self._model = None
 

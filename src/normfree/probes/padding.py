@@ -1,4 +1,4 @@
-"""Which queries of an attention are padding, from the mask alone."""
+"""Finds the queries that are padding, from the mask alone."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from normfree.probes.sequences import elements_per_row
 
 
 class UnclearPaddingError(Exception):
-    """A mask that chooses keys hides the own keys of queries in a way that padding would, too."""
+    """A sparse mask hides own keys of queries as padding would."""
 
 
 def first_own_key(visibility: Visibility, start: int) -> int:
     """The key of query 0, which is at position ``start``; those of the others follow.
 
-    Where a cache has dropped old keys, or never had them, the queries' own keys are the last ones.
+    If a cache has dropped old keys, or never had them, the queries' own keys are the last ones.
     """
     return min(start, visibility.n_key - visibility.n_query)
 
 
 def valid_queries(visibility: Visibility, start: int, *, is_causal: bool) -> Tensor:
-    """Bool [batch, n_query]: the queries that are no padding, because they see their own key.
+    """Bool [batch, n_query]: queries that see their own key, and so are no padding.
 
-    A cross-attention query has no own key, and is valid if it sees any. Masks of sparse attention may hide own keys:
-    there a query is valid if its key is seen by any other.
+    A query of cross-attention has no own key, and is valid if it sees any. Masks of sparse attention may hide own keys:
+    there a query is valid if any other sees its key.
 
     Args:
         visibility: of the whole call.
         start: the position of the first query.
-        is_causal: whether the module attends to earlier tokens only.
+        is_causal: the module attends to earlier tokens only.
 
     Raises:
-        UnclearPaddingError: a mask of sparse attention hides the key of a query from all, or any mask hides the own key
-            of a single query.
+        UnclearPaddingError: a mask of sparse attention hides the key of a query from all, or a mask hides the own key
+            of the only query.
     """
     batch, n_query, n_key = visibility.batch_and_heads[0], visibility.n_query, visibility.n_key
     if visibility.allowed is None:
@@ -59,7 +59,7 @@ def valid_queries(visibility: Visibility, start: int, *, is_causal: bool) -> Ten
 
 
 def _sees_own_key(visibility: Visibility, offset: int) -> Tensor:
-    """Bool [batch or 1, n_query], with any head."""
+    """Bool [batch or 1, n_query]: by any head."""
     allowed = visibility.allowed
     assert allowed is not None
     own_key = torch.arange(visibility.n_query, device=visibility.device) + offset
@@ -72,7 +72,7 @@ def _sees_own_key(visibility: Visibility, offset: int) -> Tensor:
 
 
 def _seen_keys(visibility: Visibility) -> Tensor:
-    """Bool [batch or 1, n_key]: the keys that any query sees with any head."""
+    """Bool [batch or 1, n_key]: keys that any query sees by any head."""
     parts = []
     for block in visibility.blocks(elements_per_row(visibility)):
         assert block.allowed is not None
@@ -82,15 +82,15 @@ def _seen_keys(visibility: Visibility) -> Tensor:
 
 
 def _has_holes(visibility: Visibility, offset: int) -> bool:
-    """Whether a query does not see a key, up to its own, between keys that it sees, though another query sees it.
+    """True if a query misses a key that another query sees, after its first visible key and before its own.
 
-    Causality, windows, chunks, packing and padding make no holes.
+    Causality, windows, chunks, packing and padding make no such holes.
     """
     seen = _seen_keys(visibility)
     for block in visibility.blocks(elements_per_row(visibility)):
         assert block.allowed is not None
         n_row = block.rows.stop - block.rows.start
-        # of what a head sees: heads that choose different keys would fill each other's holes
+        # by head: heads that choose different keys would fill each other's holes
         allowed = block.allowed.expand(-1, -1, n_row, -1)
         after_first = allowed.cumsum(-1) > 0
         own = torch.arange(block.rows.start, block.rows.stop, device=visibility.device)[:, None] + offset
@@ -101,7 +101,7 @@ def _has_holes(visibility: Visibility, offset: int) -> bool:
 
 
 def _is_padding_that_sees_itself(visibility: Visibility, offset: int) -> Tensor:
-    """Bool [batch or 1, n_query]: padding where every query sees its own key, and all see the same others (XLNet)."""
+    """Bool [batch or 1, n_query]: padding, if every query sees its own key and all see the same others (XLNet)."""
     allowed = visibility.allowed
     assert allowed is not None
     none = torch.zeros(1, visibility.n_query, dtype=torch.bool, device=visibility.device)

@@ -1,4 +1,4 @@
-"""Single training steps of a model, measured one after the other; what goes wrong becomes a warning."""
+"""Probed training steps of somebody else's training; errors become warnings."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from normfree.probes.entropy_row import Alerts, Row, entropy_row
 from normfree.probes.training_step import probe_training_step
 
 N_NAMED = 3
-"""Layers that a warning names at most."""
+"""Most layers that a warning names."""
 
 
 class ProbedSteps:
-    """Between ``begin`` and ``finish`` the training step is measured; in all processes, or in none.
+    """Measures the training step between ``begin`` and ``finish``. Collective: in every process, or in none.
 
-    No exception of the measurement reaches the training: it is warned of, once, by the main process. Nothing of the
-    model is held between steps.
+    Exceptions of the measurement never reach the training; the main process warns of each once. Nothing of the model is
+    held between steps.
     """
 
     def __init__(self, *, per_head: bool, alerts: Alerts) -> None:
@@ -35,7 +35,7 @@ class ProbedSteps:
         self._step = 0
         self._probes: dict[str, EntropyProbe] = {}
         self._parts: tuple[str, ...] = ("",)
-        """Modules of the model that get a probe each: the model, or its attentions where they differ in heads."""
+        """Modules that get a probe each: the model, or its attentions if they differ in heads."""
         self._active = ExitStack()
         self._alerted = False
         self._warned: set[str] = set()
@@ -58,7 +58,7 @@ class ProbedSteps:
             self.refuse(_reason(error))
 
     def refuse(self, reason: str) -> None:
-        """Warn, once, that steps are not measured."""
+        """Warns, once, that steps are not measured."""
         self._warn_once(f"attention entropy cannot be logged: {reason}")
 
     def finish(self) -> Row:
@@ -84,7 +84,7 @@ class ProbedSteps:
         return row
 
     def abandon(self) -> None:
-        """Stop measuring and forget the step; safe to call at any time."""
+        """Stops measuring and forgets the step. Safe to call at any time."""
         self._active.close()
         self._probes = {}
 
@@ -95,9 +95,9 @@ class ProbedSteps:
         return f"step {step}: " + (f"mean {row['entropy/mean']:.3g} nats" if row else "nothing read")
 
     def _takes_apart(self, probes: dict[str, EntropyProbe]) -> bool:
-        """Whether the layers that one probe has read differ in heads, which gives no table of it.
+        """True if the layers that one probe has read differ in heads, and so have no common table.
 
-        They get probes of their own then. This is known once they have run: the first probed step is lost.
+        From then on each has its own probe; the first probed step, which found out, is lost.
         """
         probe = probes.get("")
         if probe is None or len(probe.unreadable) == len(probe.layers):

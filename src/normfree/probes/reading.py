@@ -1,8 +1,8 @@
-"""What an attention call means: transformers' implementations differ in their conventions for masks.
+"""Reads attention calls, whose conventions for masks differ between transformers' implementations.
 
-A call that attends by anything other than the softmax of :func:`normfree.attention_entropy`, soft-cap, bias and learned
-sinks included, is refused with the reason; nothing is guessed. Attention functions take any keyword argument and may
-ignore it, so an argument counts only for functions that are known to use it.
+Calls that do not attend by the softmax of :func:`normfree.attention_entropy`, with its soft-cap, bias and learned
+sinks, are refused with the reason; nothing is guessed. Attention functions ignore keyword arguments that they do not
+know, so an argument counts only for functions known to use it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ REFUSED_ARGUMENTS = {
     "score_mod": "its scores are modified by a function",
     "block_table": "its keys are in a paged cache",
 }
-"""Arguments of an attention call that change the attention weights, and the reason to name."""
+"""Arguments that change the attention weights, and the reason given."""
 
 SCORING_ARGUMENTS = {
     "softcap": "soft-cap",
@@ -40,26 +40,24 @@ SCORING_ARGUMENTS = {
     "s_aux": "learned attention sink",
     "sinks": "learned attention sink",
 }
-"""Arguments that change the scores or the softmax's normaliser in a known way, and what to call them. Eager functions
-read the sink that others get as ``s_aux`` from their module.
-"""
+"""Names of arguments that change scores or normaliser in a known way; eager functions read ``s_aux`` off modules."""
 
 SELECTING_ARGUMENTS = ("n_active",)
-"""Arguments of an attention call that say how many keys it attends to, chosen by a rule of its own."""
+"""Arguments for the number of keys that a call selects by a rule of its own."""
 
 
 class UnreadableCallError(Exception):
-    """The attention weights of a call are not known from its queries, keys and mask; the message says why."""
+    """Queries, keys and mask of a call do not determine its attention weights; the message says why."""
 
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention in our own conventions: the arguments of :func:`normfree.attention_entropy`.
+    """One attention as the arguments of :func:`normfree.attention_entropy`.
 
-    ``weights`` are those it attended with, float32 or float64 [batch, n_head, n_query, n_key], where its function has
-    made them and handed them back; those next to a learned sink are left out, as functions differ in whether they sum
-    to 1. With ``selects`` it attends to some of the visible keys only, and its weights alone say with which
-    distribution.
+    weights: float32 or float64 [batch, n_head, n_query, n_key], if the attention function returned them; None with a
+        learned sink, as functions differ in whether they then sum to 1.
+    selects: it attends to some of the visible keys only, and only ``weights`` tell the distribution.
+    sequences: those packed into the row, if the call names them.
     """
 
     q: Tensor
@@ -76,7 +74,7 @@ class Attention:
     sequences: tuple[Sequence, ...] = ()
 
     def entropy(self) -> Tensor:
-        """By queries and keys: float32 [batch, n_head, n_query], nats, with the gradients of all that makes it."""
+        """From queries and keys, differentiable: float32 [batch, n_head, n_query], nats."""
         return attention_entropy(
             self.q,
             self.k,
@@ -100,9 +98,9 @@ class _Masking:
 
 
 def read_call(call: InterfaceCall) -> Attention:
-    """The attention that a call computes; its queries, keys, bias and sinks keep their gradients.
+    """The attention that a call computes; queries, keys, bias and sinks keep their gradients.
 
-    Under autocast float32 queries and keys are rounded as the attention function itself will round them.
+    Under autocast float32 queries and keys are rounded as the attention function rounds them.
 
     Raises:
         UnreadableCallError: with the reason.
@@ -147,7 +145,7 @@ def read_call(call: InterfaceCall) -> Attention:
 
 
 def _check_scoring(call: InterfaceCall) -> None:
-    """That the attention function uses what the call says of scores and sinks."""
+    """Checks that the attention function uses the soft-cap, bias and sinks of the call."""
     given = {name for name in SCORING_ARGUMENTS if call.others.get(name) is not None}
     if isinstance(getattr(call.module, "sinks", None), Tensor) and "sinks" not in given:
         given.add("s_aux")
@@ -201,14 +199,12 @@ def _sinks(call: InterfaceCall) -> Tensor | None:
 
 
 def _read_eager(call: InterfaceCall) -> _Masking:
-    """The mask is all there is: without one every query sees every key."""
+    """The mask alone hides keys: without one every query sees every key."""
     return _Masking(call.key.shape[2], False, _dense_mask(call))
 
 
 def _read_sdpa(call: InterfaceCall) -> _Masking:
-    """Causal only without a mask, and aligned at the first key: later keys are the empty end of a static
-    cache.
-    """
+    """Causal only without a mask, and aligned at the first key: later keys are the empty end of a static cache."""
     n_query, n_key = call.query.shape[2], call.key.shape[2]
     is_causal = call.attention_mask is None and n_query > 1 and _asks_for_causal(call)
     return _Masking(min(n_key, n_query) if is_causal else n_key, is_causal, _dense_mask(call))
@@ -226,8 +222,8 @@ def _read_torch_sdpa(call: InterfaceCall) -> _Masking:
 
 
 def _read_flash(call: InterfaceCall) -> _Masking:
-    """Causality and window are the kernel's own, aligned at the last key; the mask is a padding mask, or
-    None. Without a mask several sequences may be packed into one row.
+    """Causality and window are the kernel's, aligned at the last key. The mask is a padding mask; without one, several
+    sequences may be packed into one row.
     """
     mask = call.attention_mask
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
@@ -241,7 +237,7 @@ def _read_flash(call: InterfaceCall) -> _Masking:
 
 
 def _packed_for_flash(call: InterfaceCall) -> tuple[Sequence, ...]:
-    """As transformers finds them: all of four arguments, or position ids of one row that begin again."""
+    """Sequences as transformers finds them: by all of four arguments, or position ids of one row that restart."""
     names = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
     position_ids = call.others.get("position_ids")
     if all(call.others.get(name) is not None for name in names):
@@ -259,9 +255,7 @@ def _packed_for_flash(call: InterfaceCall) -> tuple[Sequence, ...]:
 
 
 def _read_flex(call: InterfaceCall) -> _Masking:
-    """A block mask holds causality and padding; a tensor is added to the scores; without either all is
-    visible.
-    """
+    """A block mask holds causality and padding; a tensor is added to the scores; without either all is visible."""
     n_query, n_key = call.query.shape[2], call.key.shape[2]
     mask = call.attention_mask
     if isinstance(mask, BlockMask):
@@ -273,7 +267,7 @@ def _read_flex(call: InterfaceCall) -> _Masking:
 
 
 def _weights(call: InterfaceCall) -> Tensor | None:
-    """The weights of an eager call. Those rounded to half precision are not its softmax any more."""
+    """Weights of an eager call, unless they were rounded to half precision."""
     weights, shape = call.weights, (*call.query.shape[:3], call.key.shape[2])
     fits = call.is_eager and isinstance(weights, Tensor) and weights.shape == shape
     return weights if fits and weights.dtype in (torch.float32, torch.float64) else None
@@ -304,4 +298,4 @@ _USES: Mapping[Callable[..., Any], set[str]] = {
     flex_attention_forward: {"softcap", "position_bias", "s_aux"},
     TORCH_SDPA: set(),
 }
-"""Which of ``SCORING_ARGUMENTS`` the attention functions use; they ignore the others."""
+"""The ``SCORING_ARGUMENTS`` that attention functions use; they ignore the others."""

@@ -1,4 +1,4 @@
-"""The attention entropy of one forward pass with its gradient, for loss terms that act on it."""
+"""The attention entropy of one forward pass with its gradient, for loss terms."""
 
 from __future__ import annotations
 
@@ -15,18 +15,15 @@ from normfree.probes.watching import Attending, AttentionWatch, Row
 
 
 class EntropyRecorder(Attachable):
-    """Context manager around one forward pass of ``model``; its entropies can be differentiated afterwards. ::
+    """Context manager around one forward pass of ``model``, whose entropies are differentiable afterwards. ::
 
         with EntropyRecorder(model) as recorded:
             loss = model(input_ids, labels=input_ids).loss
         (loss + 0.1 * recorded.per_head().mean()).backward()
 
-    Where :class:`normfree.EntropyProbe` sums up statistics, this keeps the queries and keys of the pass, which its
-    gradient needs anyway, and computes entropies when asked. The T × T matrix is never built. Enter it for the forward
-    pass only: under gradient checkpointing the backward pass calls the attention again.
-
-    Code compiled by ``torch.compile`` shows nothing here. A module that attends several times in the pass has an
-    entropy for each, as in the probe.
+    It keeps the queries and keys of the pass, which its gradient needs anyway, and computes entropies on request,
+    without the T×T matrix. Leave it before the backward pass, where gradient checkpointing calls the attention again.
+    Code compiled by ``torch.compile`` shows nothing. Modules that attend several times have an entropy for each.
 
     Raises:
         InputError: nothing in the model attends.
@@ -39,8 +36,8 @@ class EntropyRecorder(Attachable):
     def per_head(self) -> Tensor:
         """Entropy of each sequence, layer and head, mean over the queries: float32 [batch, n_layer, n_head], nats.
 
-        Differentiable in the queries, keys, position biases and learned sinks, and through them in the model's weights.
-        The sequences must have no padding; NaN where a query of the head is NaN (a non-finite score).
+        Differentiable in queries, keys, position biases and learned sinks. Sequences must have no padding; NaN if a
+        query of the head is NaN (a non-finite score).
 
         Raises:
             InputError: a layer's attention could not be read, or layers differ in their number of heads.

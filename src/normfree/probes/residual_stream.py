@@ -1,7 +1,6 @@
 """Signal propagation and outliers: statistics of the residual stream after each block of a transformers decoder.
 
-They are read from the blocks' outputs, so they need no norm to hook into, and they know nothing of training: telemetry
-reads them while a model trains, ``normfree.interpret`` from a finished one.
+They are read from the blocks' outputs, so they need no norm to hook into.
 """
 
 from __future__ import annotations
@@ -25,15 +24,15 @@ from normfree.probes.probe import LayerRow, Probe, read_calls, rows_by_layer
 
 NEVER_CALLED = "it has not been called"
 MOMENTS, CHANNEL_SQUARES = slice(6, 11), slice(11, None)
-"""Where :class:`StreamStatistics` has them."""
+"""Places in :class:`StreamStatistics`."""
 
 
 def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The decoder blocks of ``model``, wrapped (DDP, PEFT) or not, by module name, in order.
 
-    They are the one ``nn.ModuleList`` of transformers' ``GradientCheckpointingLayer``, which is what transformers
-    makes every decoder block of (``model.layers``, ``transformer.h``, ``gpt_neox.layers``; ours: ``model.blocks``).
-    Of a model that reads images or audio too, they are the list that its ``get_decoder()``, the language model, holds.
+    They are the one ``nn.ModuleList`` of transformers' ``GradientCheckpointingLayer``, the base of every decoder block
+    (``model.layers``, ``transformer.h``, ``gpt_neox.layers``; in Normfree's models ``model.blocks``). A model that
+    also reads images or audio has several: those of its language model, ``get_decoder()``, are taken.
 
     Raises:
         InputError: there is no such list, or more than one, as in an encoder-decoder.
@@ -60,10 +59,10 @@ def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 @dataclass(frozen=True)
 class StreamStatistics:
-    """What is kept of one layer's activations x [n_sequence, T, d]: sums that add up over batches and processes.
+    """Sums over a layer's activations x [n_sequence, T, d] that add up over batches and processes.
 
-    ``packed`` is all of it, float64 [..., 11 + d]; what it holds, in this order, has the shape that is left: [] of one
-    layer, [n_layer] of several side by side. Counts are exact up to 2⁵³.
+    packed: all of them, float64 [..., 11 + d], in the order of the properties, which have the shape [...]: [] for one
+        layer, [n_layer] for several. Counts are exact up to 2⁵³.
     """
 
     packed: Tensor
@@ -87,10 +86,7 @@ class StreamStatistics:
 
     @property
     def ratios(self) -> Tensor:
-        """Σ over tokens of max_j |x_j| / median_j |x_j|; any number after a token with a NaN.
-
-        Of an even number of channels the median is the lower of the two in the middle.
-        """
+        """Σ over tokens of max_j |x_j| / median_j |x_j| (lower median); any number after a token with a NaN."""
         return self.packed[..., 2]
 
     @property
@@ -100,17 +96,17 @@ class StreamStatistics:
 
     @property
     def nan(self) -> Tensor:
-        """The number of NaN entries."""
+        """Number of NaN entries."""
         return self.packed[..., 4]
 
     @property
     def inf(self) -> Tensor:
-        """The number of infinite entries."""
+        """Number of infinite entries."""
         return self.packed[..., 5]
 
     @property
     def moments(self) -> CentralMoments:
-        """Those of all entries."""
+        """Central moments of all entries."""
         return CentralMoments.unpacked(self.packed[..., MOMENTS])
 
     @property
@@ -141,22 +137,19 @@ def _stream_sums(x: Tensor) -> Tensor:
 
 
 class ResidualStreamProbe(Probe):
-    """Statistics of the residual stream after each block, over the batches seen while attached.
-
-    It attaches itself when it is made and leaves with :meth:`close` or at the end of a ``with`` block::
+    """Statistics of the residual stream after each block, over the batches seen while attached. ::
 
         with ResidualStreamProbe(model) as probe:
             for batch in batches:
                 model(batch)
         probe.by_layer()
 
-    Activations are read in their own precision, computed with in float64, and not kept. X is what a block put out over
-    all N tokens seen, [N, d]; every position counts, so sequences must not be padded. Recomputation under gradient
-    checkpointing is not counted again.
+    Activations are read in their own precision and summed in float64. X [N, d] below is the output of a block for all N
+    tokens seen; every position counts, so sequences must not be padded.
 
-    NaN and infinite entries are counted, and make every statistic they enter NaN or infinite; none is left out. So do
-    tokens whose channels are half zeros (``max_over_median``) or all zeros (also the cosine similarity), and sequences
-    of one token (the cosine similarity).
+    NaN and infinite entries are counted, and make every statistic they enter NaN or infinite. So do tokens whose
+    channels are half zeros (``max_over_median``) or all zeros (cosine similarity too), and sequences of one token
+    (cosine similarity).
 
     Raises:
         InputError: the model has no list of decoder blocks (see :func:`decoder_blocks`).
@@ -174,7 +167,7 @@ class ResidualStreamProbe(Probe):
 
     @property
     def unreadable(self) -> dict[str, str]:
-        """The blocks that have not been read, by name, and why; their statistics are NaN, their counts 0."""
+        """Reasons of the blocks that were not read, by name; their statistics are NaN, their counts 0."""
         reasons = {}
         for layer, name in enumerate(self.layers):
             if layer in self._refused:
@@ -209,11 +202,11 @@ class ResidualStreamProbe(Probe):
         return (seen.channel_squares.sum(-1) / seen.moments.n).sqrt()
 
     def kurtosis(self) -> Tensor:
-        """Kurtosis of the channels' RMS, the measure of outlier features of He et al. (2024): float64 [n_layer].
+        """Kurtosis of the channels' RMS, a measure of outlier features: float64 [n_layer].
 
-        With s_j = sqrt(Σ_α X_αj² / N), it is (Σ_j s_j⁴ / d) / (Σ_j s_j² / d)²: 1 where all channels are equally
-        large, d where one channel holds everything (He et al., "Understanding and Minimising Outlier Features in
-        Transformer Training", 2024, Section 2).
+        With s_j = sqrt(Σ_α X_αj² / N), (Σ_j s_j⁴ / d) / (Σ_j s_j² / d)²: 1 for equally large channels, d for a single
+        non-zero one (He et al., "Understanding and Minimising Outlier Features in Transformer Training", 2024,
+        Section 2).
         """
         channel_squares = self._seen().channel_squares
         return channel_squares.square().mean(-1) / channel_squares.mean(-1).square()
@@ -221,16 +214,15 @@ class ResidualStreamProbe(Probe):
     def excess_kurtosis(self) -> Tensor:
         """Excess kurtosis of all entries pooled, E[(x − μ)⁴] / E[(x − μ)²]² − 3: float64 [n_layer].
 
-        0 for a normal distribution (Bondarenko et al., "Quantizable Transformers", 2023, report the kurtosis of the
-        entries, without − 3). Unlike :meth:`kurtosis` it also sees single large tokens.
+        0 for a normal distribution (Bondarenko et al., "Quantizable Transformers", 2023, report it without − 3).
+        Unlike :meth:`kurtosis` it also sees single large tokens.
         """
         return self._seen().moments.excess_kurtosis()
 
     def max_over_median(self) -> Tensor:
         """Mean over tokens α of max_j |X_αj| / median_j |X_αj|, He et al.'s max-median ratio: float64 [n_layer].
 
-        A mean of ratios within a token, so it is exact over a stream. Of an even number of channels the median is the
-        lower of the two in the middle.
+        Exact over a stream, as each ratio is of one token. The median is the lower one for an even number of channels.
         """
         seen = self._seen()
         return seen.ratios / seen.n_tokens
@@ -238,15 +230,15 @@ class ResidualStreamProbe(Probe):
     def token_cosine_similarity(self) -> Tensor:
         """Mean cosine between the representations of two different tokens of a sequence: float64 [n_layer].
 
-        1 means that all tokens have collapsed onto one direction. With unit vectors u_t of the T tokens, the mean over
-        pairs is (|Σ_t u_t|² − T) / (T (T − 1)), the mean off-diagonal entry of their Gram matrix, which is never
-        built; then the mean over sequences (Noci et al., "Signal Propagation in Transformers", 2022, Section 3.1).
+        1: all tokens have collapsed onto one direction. With unit vectors u_t of T tokens, the mean over pairs is
+        (|Σ_t u_t|² − T) / (T (T − 1)), without the Gram matrix; then the mean over sequences (Noci et al., "Signal
+        Propagation in Transformers", 2022, Section 3.1).
         """
         seen = self._seen()
         return seen.similarities / seen.n_sequences
 
     def by_layer(self) -> dict[str, Tensor]:
-        """Every statistic by the name it is recorded under, each [n_layer]."""
+        """Every statistic by its recorded name, each [n_layer]."""
         return {
             "residual_rms": self.rms(),
             "residual_kurtosis": self.kurtosis(),
@@ -282,7 +274,7 @@ class ResidualStreamProbe(Probe):
         self._statistics[layer] = new if seen is None else seen + new
 
     def _seen(self) -> StreamStatistics:
-        """That of all layers side by side, on the CPU; a layer that has not been read has counts of 0."""
+        """Statistics of all layers, [n_layer, 11 + d] on the CPU; zeros for a layer that was not read."""
         read = {layer: each.packed.cpu() for layer, each in enumerate(self._statistics) if each is not None}
         size = next((packed.shape for packed in read.values()), (CHANNEL_SQUARES.start + 1,))
         nothing = torch.zeros(size, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Several sequences packed into one row of a batch: which queries and keys belong together."""
+"""Sequences packed into one row of a batch: which queries and keys belong together."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Sequence(NamedTuple):
 
 
 class EntangledSequencesError(Exception):
-    """A mask lets sequences begin inside a row whose later queries see keys before that."""
+    """Sequences begin inside a row, and later queries see keys before them."""
 
 
 def packed_sequences(
@@ -28,18 +28,16 @@ def packed_sequences(
 ) -> tuple[Sequence, ...]:
     """The sequences of a call whose mask packs several into one row; () if every row is one sequence.
 
-    A sequence begins at a query that sees its own key, and none before it. Heads are taken together: a query sees what
-    any of its heads sees.
+    A sequence begins at a query that sees its own key and none before it, by any head.
 
     Args:
         visibility: of self-attention.
         valid: bool [batch, n_query], the queries that are no padding.
         first_own_key: the key of query 0; those of the others follow.
-        chunk: keys that a query of a model with chunked attention sees at most; its chunks are no sequences.
+        chunk: chunk size of chunked attention, whose chunks are no sequences.
 
     Raises:
-        EntangledSequencesError: with sequences begun this way a query would see keys of another one, or the sequences
-            do not begin in this call.
+        EntangledSequencesError: a query would see keys of another sequence, or the sequences began before this call.
     """
     if visibility.allowed is None or visibility.n_query == 1:
         return ()
@@ -62,19 +60,19 @@ def packed_sequences(
 
 
 def sequences_of_lengths(cumulative: Tensor) -> tuple[Sequence, ...]:
-    """Those of one row, from their cumulative lengths, int [n + 1] from 0."""
+    """Sequences of one row, from their cumulative lengths, int [n + 1] from 0."""
     ends = cumulative.tolist()
     return tuple(Sequence(0, start, stop) for start, stop in pairwise(ends) if stop > start)
 
 
 def elements_per_row(visibility: Visibility) -> int:
-    """Elements that the mask has for a query, over all sequences and heads that it tells apart."""
+    """Elements of the mask per query, over the sequences and heads that it tells apart."""
     assert visibility.allowed is not None
     return visibility.allowed.shape[0] * visibility.allowed.shape[1] * visibility.n_key
 
 
 def _visible_ends(visibility: Visibility) -> tuple[Tensor, Tensor]:
-    """The first and the last key that each query sees with any head, int64 [batch or 1, n_query]."""
+    """First and last key that each query sees by any head, int64 [batch or 1, n_query] each."""
     first, last = [], []
     for block in visibility.blocks(elements_per_row(visibility)):
         assert block.allowed is not None
@@ -86,7 +84,7 @@ def _visible_ends(visibility: Visibility) -> tuple[Tensor, Tensor]:
 
 
 def _sequences(begins: Tensor, valid: Tensor) -> list[Sequence]:
-    """Each from where it begins to where the next one does, or its last valid query if none follows."""
+    """Each ends where the next begins, or at the last valid query of its row."""
     found: list[Sequence] = []
     for row, (row_begins, row_valid) in enumerate(zip(begins, valid, strict=True)):
         starts = row_begins.nonzero()[:, 0].tolist()

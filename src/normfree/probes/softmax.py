@@ -1,4 +1,4 @@
-"""Attention that a module computes by a softmax of its own, read from the scores that enter it."""
+"""Reads attention from the scores that enter a module's own softmax."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from normfree.entropy.reference import distribution
 from normfree.entropy.visibility import Visibility, visible_range
 
 HIDING_SCORE = -5e3
-"""Models older than the most negative number of a dtype hide a key by adding -1e4 to its score."""
+"""Old models hide a key by adding -1e4 to its score."""
 
 
 class ReadScores(NamedTuple):
-    """What scores say of each query, [batch, n_head, n_query]: entropy in nats, attention to the first visible key."""
+    """Entropy in nats and attention to the first visible key of each query, [batch, n_head, n_query] each."""
 
     entropy: Tensor
     sink_share: Tensor
 
 
 def heads_of_scores(scores: Any, module: nn.Module) -> Tensor | None:
-    """Scores as [batch, n_head, n_query, n_key], if their shape has the number of heads that ``module`` names."""
+    """Scores as [batch, n_head, n_query, n_key]; None if their shape does not have the heads that ``module`` names."""
     named = {name: value for name, value in vars(module).items() if "head" in name and type(value) is int}
     if not isinstance(scores, Tensor) or not scores.is_floating_point():
         return None
@@ -35,12 +35,12 @@ def heads_of_scores(scores: Any, module: nn.Module) -> Tensor | None:
 
 
 def visibility_of_scores(scores: Tensor) -> Visibility:
-    """Keys are hidden by -inf, by the most negative number of the dtype or by -1e4, whichever the scores were given."""
+    """Keys are hidden by -inf, the most negative number of the dtype, or -1e4."""
     batch, n_head, n_query, n_key = scores.shape
     first, last = visible_range(n_query, n_key, is_causal=False, sliding_window=None)
     hidden = scores <= torch.finfo(scores.dtype).min / 2
     if scores.dtype == torch.float32 or scores.dtype == torch.float64:
-        # scores in half precision that were raised afterwards
+        # masked in half precision and raised afterwards
         hidden |= scores <= torch.finfo(torch.float16).min / 2
     later = torch.ones(n_query, n_key, dtype=torch.bool, device=scores.device).triu(n_key - n_query + 1)
     if bool(later.any()) and bool((later & (scores <= HIDING_SCORE)).eq(later).all()):
@@ -50,7 +50,7 @@ def visibility_of_scores(scores: Tensor) -> Visibility:
 
 
 def _without_repeats(allowed: Tensor) -> Tensor:
-    """The mask of the first head, if all have the same."""
+    """The mask of the first head if all are equal."""
     first = allowed[:, :1]
     return first if torch.equal(first.expand_as(allowed), allowed) else allowed
 

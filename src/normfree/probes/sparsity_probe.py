@@ -1,4 +1,4 @@
-"""How sparse the layers of a decoder are: neurons that are not zero, keys that are attended to."""
+"""Sparsity of a decoder's layers: neurons that are not zero, keys that are attended to."""
 
 from __future__ import annotations
 
@@ -30,18 +30,16 @@ class _Mean:
 
 
 class SparsityProbe(Probe):
-    """Sums over the batches seen while attached, for every layer of one of our models.
-
-    It attaches itself when it is made and leaves with :meth:`close` or at the end of a ``with`` block::
+    """Active neurons and attended keys of every layer of a Normfree model, over the batches seen while attached. ::
 
         with SparsityProbe(model) as probe:
             for batch in batches:
                 model(batch)
         probe.by_layer()
 
-    Neurons are read where they enter the last projection of the feed-forward network, whatever its kind: of a plain
-    ReLU network this is its natural sparsity, of GELU about 1. Every position counts, so sequences must not be padded.
-    Recomputation under gradient checkpointing is not counted again. A NaN or infinite neuron makes its layer NaN.
+    Neurons are read where they enter the last projection of the feed-forward network: for a plain ReLU network this is
+    its natural sparsity, for GELU about 1. Every position counts, so sequences must not be padded. A NaN or infinite
+    neuron makes its layer NaN.
     """
 
     def __init__(self, model: NormfreeForCausalLM) -> None:
@@ -59,7 +57,7 @@ class SparsityProbe(Probe):
     def attended_keys(self) -> Tensor:
         """Mean number of keys with a weight above zero, over queries and heads of sparse attention: float64 [n_layer].
 
-        NaN for softmax attention, whose weights are all above zero.
+        NaN for softmax attention.
         """
         return _means(self._keys)
 
@@ -104,7 +102,7 @@ def _count_nonzero(x: Tensor) -> float:
     if activation_kernels.kernels_take(x):
         count = activation_kernels.count_nonzero(x)
         return math.nan if count is None else count
-    # A number that is not finite makes the sum so, and its product with zero NaN. Finite numbers must not: the range of
-    # float16 is too small for a sum of them.
+    # A number that is not finite makes the sum so, and its product with zero NaN. Sums of finite float16 numbers can
+    # overflow, so they are taken in float32.
     total = x.sum(dtype=torch.float32 if x.dtype == torch.float16 else None)
     return float(x.count_nonzero() + 0 * total.float())

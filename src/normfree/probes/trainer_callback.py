@@ -1,4 +1,4 @@
-"""Attention entropy in the log of transformers' Trainer, and of TRL's trainers."""
+"""Attention entropy in the log of transformers' and TRL's trainers."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ UNDIVIDED = ("tp_size", "cp_size", "sp_size")
 
 
 class EntropyCallback(ProbesEntropy, TrainerCallback):
-    """Logs the attention entropy of every ``every``-th optimizer step, of any transformers Trainer or TRL trainer. ::
+    """Logs the attention entropy of every ``every``-th optimizer step, in any transformers or TRL trainer. ::
 
         trainer = Trainer(model, args, train_dataset=dataset, callbacks=[EntropyCallback(every=100)])
 
-    The values reach ``state.log_history`` and every tracker of ``report_to`` as an entry of their own, at the step that
-    they are of: ``entropy/mean``, ``entropy/L3``, ``entropy/L3H2`` (nats; layers and heads from 0),
-    ``entropy/overloaded_share``, ``entropy/collapsed_share``, ``entropy/sink_share``, ``entropy/nan_scores`` and
-    ``entropy/inf_scores``; :func:`normfree.probes.entropy_row.entropy_row` defines them.
+    Each probed step has an entry of its own in ``state.log_history`` and every tracker of ``report_to``, with
+    ``entropy/mean``, ``entropy/L3``, ``entropy/L3H2`` (nats; layers and heads from 0), ``entropy/overloaded_share``,
+    ``entropy/collapsed_share``, ``entropy/sink_share``, ``entropy/nan_scores`` and ``entropy/inf_scores``
+    (:func:`normfree.probes.entropy_row.entropy_row`).
 
-    They are measured in the training step itself, over all its micro-batches and processes; only forward passes that
-    compute gradients count, not evaluation, generation, a reference policy or recomputation. Losses, gradients and
+    They are measured in the training step itself, over all its micro-batches and processes. Only forward passes that
+    compute gradients count: not evaluation, generation, a reference policy or recomputation. Losses, gradients and
     random numbers stay the same, bit for bit. Code compiled by ``torch.compile`` runs uncompiled in probed steps.
-    Between probed steps nothing is attached anywhere, and the model is never changed.
+    Nothing is attached between probed steps, and the model is never changed.
 
-    What cannot be read is named once in a warning; no error of the measurement reaches the training.
+    Unreadable layers are named once in a warning; no error of the measurement reaches the training.
 
     Args:
-        every: optimizer steps whose number, as the Trainer logs it, is a multiple of it are probed; with the Trainer's
-            ``logging_first_step`` also the first.
-        per_head: also log every head's entropy; without, the mean of each layer.
+        every: optimizer steps whose number, as the Trainer logs it, is a multiple of it are probed, and the first with
+            the Trainer's ``logging_first_step``.
+        per_head: log every head's entropy, not only each layer's mean.
         alert_collapsed, alert_overloaded: warn when ``entropy/collapsed_share`` or ``entropy/overloaded_share`` rises
             above this share of the heads.
         on_alert: "warn", or "stop", which also ends the training after the step.
@@ -46,7 +46,7 @@ class EntropyCallback(ProbesEntropy, TrainerCallback):
     """
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._steps.abandon()  # a step that an exception has ended, such as one that took too much memory
+        self._steps.abandon()  # a step that ended in an exception, such as out of memory
 
     def on_step_begin(
         self,
@@ -83,10 +83,10 @@ class EntropyCallback(ProbesEntropy, TrainerCallback):
 
 
 def _log(row: Row, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
-    """Does what ``Trainer.log`` does, as an entry of its own.
+    """Logs as ``Trainer.log`` does, without its side effects.
 
-    The ``log`` of TRL's trainers also empties the averages that they log next time, which are theirs to keep; and
-    logging by ``control.should_log`` would shorten the Trainer's own averages of the loss.
+    ``log`` of TRL's trainers empties their running averages, and ``control.should_log`` would shorten the Trainer's
+    average of the loss.
     """
     logs: dict[str, Any] = dict(row)
     if state.epoch is not None:
@@ -96,11 +96,11 @@ def _log(row: Row, args: TrainingArguments, state: TrainerState, control: Traine
     if handler is not None:
         should_log = control.should_log
         handler.on_log(args, state, control, logs)
-        control.should_log = should_log  # the log event clears it, and this step's own is still to come
+        control.should_log = should_log  # cleared by the log event, but the step's own entry comes later
 
 
 def _calling_handler() -> CallbackHandler | None:
-    """The CallbackHandler whose event this is: transformers gives callbacks neither it nor the Trainer."""
+    """The CallbackHandler that calls; transformers gives callbacks neither it nor the Trainer."""
     frame = inspect.currentframe()
     while frame is not None:
         caller = frame.f_locals.get("self")

@@ -1,4 +1,4 @@
-"""The forward passes of a training step, and a probe that sees no others."""
+"""Probes that see the forward passes of a training step and no others."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from normfree.probes.entropy_probe import EntropyProbe
 def probe_training_step(
     model: nn.Module, parts: Sequence[str] = ("",), *, is_compiled: bool = False
 ) -> Iterator[dict[str, EntropyProbe]]:
-    """EntropyProbes, with counts of non-finite scores, of the passes that compute gradients while the block runs.
+    """EntropyProbes, with counts of non-finite scores, of passes that compute gradients inside the block.
 
-    Passes without gradients are evaluation, generation or a reference policy, and are left out, unless the block is
-    entered without gradients. Code compiled by ``torch.compile`` runs uncompiled inside.
+    Passes without gradients (evaluation, generation, a reference policy) do not count, unless the block is entered
+    without gradients. Code compiled by ``torch.compile`` runs uncompiled inside.
 
     Args:
-        parts: names of modules of the model that get a probe each; "" is the model.
-        is_compiled: there is compiled code around ``model`` where the model itself does not show it.
+        model: the model that trains.
+        parts: names of the modules that get a probe each; "" is the model.
+        is_compiled: compiled code surrounds ``model``, which does not show it.
 
     Yields:
         the probes by the names of their parts.
@@ -46,9 +47,8 @@ def probe_training_step(
 class _GradientPasses:
     """Keeps probes active, except in passes that compute no gradients.
 
-    A pass is the outermost call of a module of the model. It is asked there whether gradients are computed: reentrant
-    gradient checkpointing runs inner modules without. The hooks are torch's global ones, so that the model can be
-    copied and saved in the middle of a step.
+    A pass is the outermost call of a module of the model; inside it, reentrant gradient checkpointing runs modules
+    without gradients. The hooks are torch's global ones, so the model can be copied and saved in the middle of a step.
     """
 
     def __init__(self, model: nn.Module, probes: Sequence[EntropyProbe]) -> None:
@@ -97,7 +97,7 @@ class _GradientPasses:
 
 
 def _check_heads_are_whole(model: nn.Module) -> None:
-    """Under tensor parallelism, head 0 of one process is another head than head 0 of the next."""
+    """Under tensor parallelism, head 0 differs between processes."""
     meshes = [getattr(parameter, "device_mesh", None) for parameter in model.parameters()]  # of DTensors
     divided = any("tp" in (mesh.mesh_dim_names or ()) for mesh in meshes if mesh is not None) or any(
         (getattr(module, "_tp_size", None) or 1) > 1 for module in model.modules()
@@ -107,9 +107,9 @@ def _check_heads_are_whole(model: nn.Module) -> None:
 
 
 def _must_run_uncompiled(model: nn.Module, *, is_compiled: bool) -> bool:
-    """Whether there may be compiled code: there is none before torch's compiler is imported.
+    """True if there may be compiled code: there is none before torch's compiler is imported.
 
-    Flex attention is compiled by itself, and uncompiled it would build the T×T matrix: the model is read as it is.
+    Models with flex attention, itself compiled, are read as they are: uncompiled it would build the T×T matrix.
     """
     if "torch._dynamo" not in sys.modules:
         return False

@@ -1,7 +1,7 @@
-"""The attention of one model while it runs: which layer computed it, in which forward pass, from which position on.
+"""The attention of one model while it runs: its layer, forward pass and first position.
 
-All that probes do in a running model happens behind :meth:`AttentionWatch._guarded`: what goes wrong there is the
-reason why a layer cannot be read, and never reaches the model.
+All work of probes in a running model goes through :meth:`AttentionWatch._guarded`: an error there makes a layer
+unreadable and never reaches the model.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ NO_SOFTMAX = "it ran, and no softmax over keys was seen in it: it attends in ano
 
 
 class Row(NamedTuple):
-    """The attention that a module computes with its softmax number ``repeat`` (from 0) of a forward pass."""
+    """The attention of a module by its softmax number ``repeat`` (from 0) in a forward pass."""
 
     repeat: int
     layer: int
@@ -45,10 +45,9 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Attending:
-    """One softmax over keys that a module of the model has computed.
+    """One softmax over keys that a module has computed.
 
-    start: the position of the first query, counted from the first key that a cache was given; None where no cache was
-        seen.
+    start: position of the first query, from the first key that a cache was given; None if no cache was seen.
     """
 
     module: nn.Module
@@ -57,7 +56,7 @@ class Attending:
 
 
 class Reader(Protocol):
-    """What to do with an attention of ``row``; an exception makes the row unreadable."""
+    """Receives an attention of ``row``; an exception makes the row unreadable."""
 
     def __call__(self, row: Row, attending: Attending) -> None: ...
 
@@ -96,7 +95,7 @@ class AttentionWatch:
 
     @property
     def rows(self) -> list[Row]:
-        """Rows seen and rows expected, all first softmaxes in the model's order, then all second ones."""
+        """Rows seen or expected: all first softmaxes in the model's order, then all second ones."""
         seen = {self._modules[row.layer] for row in self._seen}
         inside = {inner for module in seen for inner in module.modules()}
         unseen = {
@@ -147,7 +146,7 @@ class AttentionWatch:
             self._guarded(module, lambda _: self.passes.caches(cache, keys, layer_idx))
 
     def _guarded(self, module: nn.Module, work: Callable[[ForwardPass], None]) -> None:
-        """The boundary between probe and model: exceptions of ``work`` become the reason why a row is unreadable."""
+        """The boundary between probe and model: an exception of ``work`` makes a row unreadable."""
         running = self.passes.current or ForwardPass()
         try:
             work(running)
