@@ -190,7 +190,7 @@ def _evaluate(
 
 
 def prepared(q: Tensor, k: Tensor, scoring: Scoring, backend: str) -> tuple[Tensor, Tensor, Tensor | None]:
-    """q and k as the backend's kernel takes them, and what was subtracted from keys, [batch, n_kv_head, 1, head_dim]."""
+    """q and k as the backend's kernel takes them, and what it subtracted from k, [batch, n_kv_head, 1, head_dim]."""
     if backend == "triton" and q.dtype == k.dtype and q.dtype in HALF_PRECISION:
         return q, k, None
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), torch.float32)

@@ -146,7 +146,7 @@ class Visibility:
         return torch.cat(counted[::-1], dim=-1)
 
     def sees(self, key: Tensor) -> Tensor:
-        """Queries that see ``key`` (int64 [batch or 1, n_head or 1]): bool, broadcastable to [batch, n_head, n_query]."""
+        """Bool, broadcastable to [batch, n_head, n_query]: sees ``key``, int64 [batch or 1, n_head or 1]."""
         first, last = self.first.to(self.device), self.last.to(self.device)
         seen = (key[..., None] >= first) & (key[..., None] < last)
         if self.allowed is None:
