@@ -25,65 +25,75 @@ from normfree.cli.report import show_study
 from normfree.errors import InputError, RunFailedError
 from normfree.processes import check_alone
 
+Name = Annotated[
+    str | None,
+    typer.Argument(
+        help="The study; --list shows them all. Or the path of a file of your own that defines one; it is run.",
+        show_default=False,
+    ),
+]
+List = Annotated[bool, typer.Option("--list", help="Show every study: what it asks, its presets and runs; then exit.")]
+Preset = Annotated[str, typer.Option(help="The size: a preset's name, or a YAML file of the same form.")]
+Out = Annotated[Path | None, typer.Option(help="Study folder; default studies/NAME-PRESET.", callback=checked_folder)]
+Seeds = Annotated[str | None, typer.Option(help="Comma-separated seeds, e.g. 0,1,2; default: the preset's.")]
+Tokens = Annotated[int | None, typer.Option(help="Training budget of each run, in tokens.")]
+Steps = Annotated[int | None, typer.Option(help="Training budget of each run, in optimizer steps.")]
+Corpus = Annotated[
+    str | None,
+    typer.Option(
+        help="A file, a folder, - (standard input), installed-python, directory:PATH:GLOB, codeparrot or hf:NAME.",
+        callback=checked_corpus,
+    ),
+]
+Tokenizer = Annotated[
+    str | None,
+    typer.Option(help="'train', or a Hugging Face tokenizer's name or path.", callback=checked_source("tokenizer")),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change any value of the preset, e.g. --set model.n_layer=4. Can be repeated."),
+]
+Only = Annotated[
+    list[str] | None,
+    typer.Option(help="Train the baseline and the configuration of this label only. Can be repeated."),
+]
+TuneLr = Annotated[bool, typer.Option(help="Also give each configuration its own learning rate, from a short sweep.")]
+All = Annotated[
+    bool, typer.Option("--all", help="With relu-revival: every table and figure of the paper, all its models.")
+]
+Engine = Annotated[str, typer.Option(help="Where runs are trained: local, slurm or ray. See docs/many-machines.md.")]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, help="Runs at work at once; with local, default: one after the other in this process."),
+]
+EngineSet = Annotated[
+    list[str] | None,
+    typer.Option("--executor-set", help="An option of the executor, e.g. partition=gpu. Can be repeated."),
+]
+Retries = Annotated[
+    int | None,
+    typer.Option(min=0, help="With workers: how often a run is tried again with no checkpoint in between; or 2."),
+]
+
 
 def study(
-    name: Annotated[
-        str | None,
-        typer.Argument(
-            help="The study; --list shows them all. Or the path of a file of your own that defines one; it is run.",
-            show_default=False,
-        ),
-    ] = None,
-    list_: Annotated[
-        bool, typer.Option("--list", help="Show every study: what it asks, its presets and runs; then exit.")
-    ] = False,
-    preset: Annotated[str, typer.Option(help="The size: a preset's name, or a YAML file of the same form.")] = "cpu",
-    out: Annotated[
-        Path | None, typer.Option(help="Study folder; default studies/NAME-PRESET.", callback=checked_folder)
-    ] = None,
-    seeds: Annotated[str | None, typer.Option(help="Comma-separated seeds, e.g. 0,1,2; default: the preset's.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Training budget of each run, in tokens.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Training budget of each run, in optimizer steps.")] = None,
-    corpus: Annotated[
-        str | None,
-        typer.Option(
-            help="A file, a folder, - (standard input), installed-python, directory:PATH:GLOB, codeparrot or hf:NAME.",
-            callback=checked_corpus,
-        ),
-    ] = None,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(help="'train', or a Hugging Face tokenizer's name or path.", callback=checked_source("tokenizer")),
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Change any value of the preset, e.g. --set model.n_layer=4. Can be repeated."),
-    ] = None,
-    only: Annotated[
-        list[str] | None,
-        typer.Option(help="Train the baseline and the configuration of this label only. Can be repeated."),
-    ] = None,
-    tune_lr: Annotated[
-        bool, typer.Option(help="Also give each configuration its own learning rate, from a short sweep.")
-    ] = False,
-    all_: Annotated[
-        bool, typer.Option("--all", help="With relu-revival: every table and figure of the paper, all its models.")
-    ] = False,
-    executor: Annotated[
-        str, typer.Option(help="Where runs are trained: local, slurm or ray. See docs/many-machines.md.")
-    ] = "local",
-    workers: Annotated[
-        int | None,
-        typer.Option(min=1, help="Runs at work at once; with local, default: one after the other in this process."),
-    ] = None,
-    executor_set: Annotated[
-        list[str] | None,
-        typer.Option("--executor-set", help="An option of the executor, e.g. partition=gpu. Can be repeated."),
-    ] = None,
-    retries: Annotated[
-        int | None,
-        typer.Option(min=0, help="With workers: how often a run is tried again with no checkpoint in between; or 2."),
-    ] = None,
+    name: Name = None,
+    list_: List = False,
+    preset: Preset = "cpu",
+    out: Out = None,
+    seeds: Seeds = None,
+    tokens: Tokens = None,
+    steps: Steps = None,
+    corpus: Corpus = None,
+    tokenizer: Tokenizer = None,
+    set_: Set = None,
+    only: Only = None,
+    tune_lr: TuneLr = False,
+    all_: All = False,
+    executor: Engine = "local",
+    workers: Workers = None,
+    executor_set: EngineSet = None,
+    retries: Retries = None,
     cache_dir: CacheDir = DEFAULT_CACHE_DIR,
     json_: Json = False,
 ) -> None:

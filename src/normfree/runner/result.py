@@ -1,4 +1,4 @@
-"""Studies from Python: running one, reading one that is there, and what comes of it as an object for notebooks."""
+"""Studies from Python: running one, loading one, and its results as an object for notebooks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from normfree.files import DEFAULT_CACHE_DIR, check_output_folder
 from normfree.locks import locked
 from normfree.processes import check_alone
 from normfree.report import formatted, table_notes
-from normfree.runner.catalog import find_study
+from normfree.runner.catalog import Found, find_study
 from normfree.runner.driver import DEFAULT_RETRIES, Execution, failure_summary
 from normfree.runner.executors import Executor, make_executor
 from normfree.runner.opening import OpenCollection, OpenStudy, begin, open_folder
@@ -38,7 +38,7 @@ LINE_WIDTH = 110
 class StudyResult:
     """The finished runs of a study, read from its folder; made by :func:`run_study` and :func:`load_study`.
 
-    A notebook shows the table. What is read is kept: load the study again after more runs have finished.
+    A notebook shows the table. Results are read once: load the study again after more runs have finished.
 
     Attributes:
         name: the study's.
@@ -172,72 +172,66 @@ def run_study(
     cache_dir: str | Path = DEFAULT_CACHE_DIR,
     progress: bool | Console = True,
 ) -> StudyResult:
-    """Trains the configurations of a paper, compares them, and writes tables, figures and a report. ::
+    """Trains the configurations of a study, compares them, and writes tables, figures and a report. ::
 
         normfree.run_study("relu-revival", preset="smoke", seeds=(0,), out="studies/smoke")
 
-    A study that was stopped (by an interrupted notebook cell, too) resumes from its last checkpoints when the same call
-    is made again. Random numbers of Python, NumPy and torch are afterwards where they were; no signal handler is
-    installed.
+    The same call resumes a study that was stopped, by an interrupted notebook cell for instance. The random states of
+    Python, NumPy and torch are restored afterwards; no signal handler is installed.
 
     Args:
-        name: the study's or collection's name; a wrong one lists them all. Or the path of a file of your own that
-            defines a study (see :func:`normfree.runner.find_study`); its code is run.
+        name: of a study or collection; an unknown one lists them all. Or the path of a file of your own that defines a
+            study (see :func:`normfree.runner.find_study`); its code is run.
         preset: the size: a preset's name, or a YAML file of the same form.
         seeds: default: the preset's.
         out: the study's folder; default ``studies/NAME-PRESET``.
-        tokens: training budget of each run, in tokens.
-        steps: the same in optimizer steps; one of the two.
+        tokens: training budget of each run; or in optimizer ``steps``.
         corpus: as ``--corpus`` of the command.
         tokenizer: ``"train"``, or a Hugging Face tokenizer's name or path.
         changes: any values of the preset by dotted name, such as ``{"model.n_layer": 4}``.
         only: labels of the configurations to train, with the baseline; default: all.
         tune_lr: also give each configuration its own learning rate, from a short sweep.
-        workers: train so many runs at once, in processes of their own; default: one after the other in this process.
-        executor: who trains in place of them, from :func:`normfree.runner.make_executor`.
+        workers: processes that train runs at the same time; default: this process, one run after the other.
+        executor: trains the runs instead, from :func:`normfree.runner.make_executor`.
         retries: how often a run that failed on workers is tried again.
-        cache_dir: where tokenized corpora are kept and found again.
-        progress: whether to print a line at each evaluation; or the console to show progress on.
+        cache_dir: where tokenized corpora are kept.
+        progress: print a line at each evaluation; or the console to show progress on.
 
     Returns:
         The study. Runs that failed, where others could be compared, are in its ``failures``.
 
     Raises:
-        InputError: the study, the preset or an option is unknown or not allowed, the corpus cannot be used, or the
-            folder holds something else or is in use. Then nothing is written.
+        InputError: an argument is not allowed, the corpus cannot be used, or the folder holds something else or is in
+            use. Then nothing is written.
         RunFailedError: runs failed, and without them there is nothing to compare.
     """
     check_alone("a study", "leave the launcher out, and give workers to train several runs at once")
-    found = find_study(name)
-    name = found.study.name
-    if only and isinstance(found.study, Collection):
-        raise InputError(f"--only is for one study, and {name} is several; name one of them, or leave it out")
     if executor is not None and workers is not None:
         raise InputError("an executor has its own number of workers; give executor or workers, not both")
+    engine = executor or make_executor("local", {}, workers)
+    chosen, labels = _checked_seeds(seeds), tuple(only) if only else None
     wanted = dict(changes or {}) | _options(tokens=tokens, steps=steps, corpus=corpus, tokenizer=tokenizer)
-    console = _console(progress)
-    execution = Execution(
-        console,
-        Path(cache_dir),
-        seeds=_checked_seeds(seeds),
-        tune_lr=tune_lr,
-        only=tuple(only) if only else None,
-        executor=executor if executor is not None else make_executor("local", {}, workers),
-        retries=retries,
-    )
-    preset_name = str(preset)
-    folder = Path(out) if out is not None else Path("studies") / f"{name}-{Path(preset_name).stem}"
+    execution = Execution(_console(progress), Path(cache_dir), chosen, tune_lr, labels, engine, retries)
+    return _carry_out(find_study(name), str(preset), None if out is None else Path(out), wanted, execution)
+
+
+def _carry_out(
+    found: Found, preset: str, folder: Path | None, changes: dict[str, Any], execution: Execution
+) -> StudyResult:
+    name, console = found.study.name, execution.console
+    if execution.only and isinstance(found.study, Collection):
+        raise InputError(f"--only is for one study, and {name} is several; name one of them, or leave it out")
+    folder = folder or Path("studies") / f"{name}-{Path(preset).stem}"
     if not (folder / RESULTS_FILE).exists():  # a finished study is read, and may be read-only
         check_output_folder(folder)
 
     def changed(preset: Preset) -> Preset:
-        return preset.with_changes(**wanted)
+        return preset.with_changes(**changes)
 
-    begin(found, folder, preset_name, changed)  # a folder that is refused is not even locked
+    begin(found, folder, preset, changed)  # a folder that is refused is not even locked
     with locked(folder), _undisturbed():
-        begun = begin(found, folder, preset_name, changed)
-        described = load_preset(preset_name).description
-        console.print(f"Study {name}, preset {Path(preset_name).stem}: {described}", highlight=False)
+        begun = begin(found, folder, preset, changed)
+        console.print(f"Study {name}, preset {Path(preset).stem}: {load_preset(preset).description}", highlight=False)
         failures = begun.run(execution)
         try:
             begun.write()
