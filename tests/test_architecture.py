@@ -16,7 +16,7 @@ PACKAGES = [name for name in ("normfree", "normfree_private") if find_spec(name)
 MOST_LINES = 60
 LONG = {
     # The training loop is one function, to be read from top to bottom.
-    "normfree.training.trainer._train",
+    "normfree.training.loop.run",
     # To be shortened; this list only shrinks.
     "normfree.benchmarks.sparse_decode._ffn",
     "normfree.benchmarks.sparse_decode._model",

@@ -17,15 +17,16 @@ from accelerate.data_loader import SeedableRandomSampler
 from normfree import NormfreeForCausalLM
 from normfree.data import DataConfig, prepare_data
 from normfree.locks import locked
-from normfree.training.nonfinite import load_rewinds
+from normfree.training.loop import Training
+from normfree.training.order import load_rewinds
 from normfree.training.run_folder import checkpoints, last_checkpoint
-from normfree.training.telemetry_callback import TelemetryCallback
 from tests.forked import normfree
 
 from .launch import together
 from .runs import assert_same_run, rows, trained_on
 
 Command = Callable[..., tuple[object, ...]]
+CLIP = Training.clip
 
 
 class SignalAt:
@@ -36,14 +37,16 @@ class SignalAt:
         self.rank = rank
         self.signal = told
 
-    def send(self, *arguments: Any, **options: Any) -> None:
-        if arguments[1].global_step == self.step and int(os.environ.get("RANK", "0")) == self.rank:
+    def send(self, training: Training) -> Any:
+        if training.state.step == self.step and int(os.environ.get("RANK", "0")) == self.rank:
             os.kill(os.getpid(), self.signal)
+        return CLIP(training)
 
 
 def signalled(monkeypatch: pytest.MonkeyPatch, step: int, rank: int, told: signal.Signals) -> None:
     """Telemetry's probes stand on the model in every second step; the signal comes between forward and update."""
-    monkeypatch.setattr(TelemetryCallback, "on_pre_optimizer_step", SignalAt(step, rank, told).send, raising=False)
+    at = SignalAt(step, rank, told)
+    monkeypatch.setattr(Training, "clip", lambda training: at.send(training))
 
 
 @pytest.mark.parametrize(
@@ -170,9 +173,9 @@ def test_nan_counts_are_sums_and_nan_means_are_nan(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One token's embedding is NaN: how much of a batch that spoils depends on where in it the token stands."""
-    import normfree.training.trainer as trainer
+    from normfree.training import loop
 
-    plain = trainer._model
+    plain = loop._model
 
     def with_nan(*arguments: Any) -> Any:
         model = plain(*arguments)
@@ -180,7 +183,7 @@ def test_nan_counts_are_sums_and_nan_means_are_nan(
             model.model.embed_tokens.weight[265] = math.nan
         return model
 
-    monkeypatch.setattr(trainer, "_model", with_nan)
+    monkeypatch.setattr(loop, "_model", with_nan)
     for n in (1, 2):
         options = {"steps": 1, "telemetry_steps": 1, "sharding": "full", "model": {"tie_word_embeddings": False}}
         ended = together(n, normfree(*command(f"of-{n}", **options)), tmp_path)

@@ -10,9 +10,8 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from normfree.training.checkpointing import OwnRandomNumbers
+from normfree.training.checkpoint import restore_random_numbers
 from normfree.training.run_folder import last_checkpoint
 from tests.forked import normfree
 from tests.nightly import NIGHTLY
@@ -79,25 +78,21 @@ def test_a_stopped_run_of_as_many_processes_ends_as_the_whole_one(command: Comma
 @pytest.mark.parametrize("step", [0, 4])
 def test_each_process_has_random_numbers_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Also where a checkpoint was written by fewer processes, and has no state for this one."""
-    arguments = TrainingArguments(str(tmp_path), seed=3, use_cpu=True)
     drawn = []
+    monkeypatch.setenv("WORLD_SIZE", "3")
     for rank in range(3):
         monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setattr(TrainingArguments, "world_size", 3)
-        OwnRandomNumbers(tmp_path if step else None).on_train_begin(
-            arguments, TrainerState(global_step=step), TrainerControl()
-        )
+        restore_random_numbers(tmp_path if step else None, seed=3, step=step)
         drawn.append(torch.rand(()).item())
     assert len(set(drawn)) == 3
 
 
 def test_a_single_process_goes_on_with_the_random_numbers_it_has(tmp_path: Path) -> None:
-    arguments = TrainingArguments(str(tmp_path), seed=3, use_cpu=True)
     torch.manual_seed(0)
     expected = torch.rand(()).item()
     torch.manual_seed(0)
-    OwnRandomNumbers(None).on_train_begin(arguments, TrainerState(), TrainerControl())
+    restore_random_numbers(None, seed=3, step=0)
     assert torch.rand(()).item() == expected
     # A checkpoint of several processes has no state for one.
-    OwnRandomNumbers(tmp_path).on_train_begin(arguments, TrainerState(), TrainerControl())
+    restore_random_numbers(tmp_path, seed=3, step=4)
     assert torch.rand(()).item() != expected

@@ -17,7 +17,7 @@ from normfree.errors import InputError
 from normfree.probes.residual_stream import decoder_blocks
 from normfree.processes import process_index
 from normfree.training import RunConfig, train
-from normfree.training.shards import (
+from normfree.training.distributed import (
     load_whole_optimizer_state,
     own_part,
     shard,

@@ -18,10 +18,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from transformers import Trainer
 
-from normfree.training import records
-from normfree.training.recipe import Recipe
+from normfree.training import loop, records
+from normfree.training.checkpoint import Checkpointed
 from normfree.training.run_folder import checkpoints, damage, last_checkpoint
 from tests.forked import normfree
 
@@ -107,15 +106,13 @@ def test_no_space_for_any_file_of_a_checkpoint(
     train_command: Command, stopped: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """The device file that is always full takes the file's place."""
-    save = Trainer._save_checkpoint
+    save = Checkpointed.save
 
-    def save_checkpoint(self: Any, model: Any, trial: Any) -> None:
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        folder.mkdir(parents=True)
+    def save_next_to_it(self: Checkpointed, folder: Path) -> None:
         (folder / name).symlink_to("/dev/full")
-        save(self, model, trial)
+        save(self, folder)
 
-    monkeypatch.setattr(Trainer, "_save_checkpoint", save_checkpoint)
+    monkeypatch.setattr(Checkpointed, "save", save_next_to_it)
     command = train_command(stopped)
     ended = in_child(normfree(*command), stopped)
     assert ended.code == 1, ended.output
@@ -293,18 +290,12 @@ def test_an_output_folder_that_is_a_file(train_command: Command, tmp_path: Path)
 def test_a_data_loader_worker_that_dies(
     train_command: Command, stopped: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The recipe has no workers; with one in place, its death ends the run and loses nothing."""
-    arguments = Recipe.training_arguments
-
-    def with_worker(self: Recipe, *places: Any) -> Any:
-        made = arguments(self, *places)
-        made.dataloader_num_workers = 1
-        return made
+    """The loop has no workers; with one in place, its death ends the run and loses nothing."""
 
     def die(self: Any, indices: list[int]) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(Recipe, "training_arguments", with_worker)
+    monkeypatch.setattr(loop, "WORKERS", 1)
     monkeypatch.setattr("normfree.data.packed_sequences.PackedSequences.__getitems__", die)
     command = train_command(stopped)
     ended = in_child(normfree(*command), stopped)
@@ -359,6 +350,6 @@ def test_a_rewritten_fingerprint_cannot_lead_out_of_the_cache(whole: Path, tmp_p
 
 
 def test_the_random_numbers_of_a_checkpoint_are_all_there(whole: Path) -> None:
-    """What the Trainer reads back with ``torch.load(weights_only=True)``."""
+    """What is read back with ``torch.load(weights_only=True)``."""
     state = torch.load(whole / "run" / "checkpoint-11" / "scheduler.pt", weights_only=True)
     assert state["last_epoch"] == 11

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from normfree import cli
 from normfree.errors import InputError, RunFailedError
-from normfree.training.trainer import NormfreeTrainer
+from normfree.training.loop import Training
 from tests.forked import normfree
 from tests.nightly import NIGHTLY
 
@@ -105,10 +105,10 @@ def assert_one_line(arguments: list[object], folder: Path) -> int:
 
 @pytest.fixture(autouse=True)
 def _stop_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(self: Any, checkpoint: Path | None) -> None:
+    def stop(self: Any) -> None:
         raise RunFailedError(ENOUGH)
 
-    monkeypatch.setattr(NormfreeTrainer, "train_from", stop)
+    monkeypatch.setattr(Training, "run", stop)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,8 @@ from normfree import NormfreeForCausalLM
 from normfree.data import PackedData
 from normfree.errors import RunFailedError
 from normfree.training import RunConfig, train
-from normfree.training.nonfinite import REWINDS, Batches, Rewind, TrainingOrder, load_rewinds
+from normfree.training.nonfinite import REWINDS
+from normfree.training.order import Rewind, TrainingOrder, load_rewinds
 from normfree.training.records import METRICS_FILE
 from normfree.training.run_folder import last_checkpoint
 from tests.training.test_telemetry import BatchLog
@@ -130,30 +131,33 @@ def test_a_watched_run_without_a_mishap_is_the_plain_run(
     assert_same(plain, train(tiny_run(on_nonfinite="rewind"), data, tmp_path / "watched"))
 
 
-def test_without_rewinds_the_order_is_that_of_the_trainers_sampler() -> None:
-    batches, reference = Batches(23, 8), SeedableRandomSampler(range(23), data_seed=5)
-    ours = TrainingOrder(batches, [], 5)
+def test_without_rewinds_the_order_is_that_of_accelerates_sampler() -> None:
+    order, reference = TrainingOrder(23, 8, seed=5), SeedableRandomSampler(range(23), data_seed=5)
+    assert order.steps_per_epoch == 2
     for epoch in range(3):
-        ours.set_epoch(epoch)
         reference.set_epoch(epoch)
-        assert list(ours) == list(reference)[:16]
+        assert order.step(2 * epoch) + order.step(2 * epoch + 1) == list(reference)[:16]
+
+
+@pytest.mark.parametrize(("n", "size"), [(1, 8), (1, 2), (2, 2), (4, 2), (2, 4)])
+def test_processes_share_every_step(monkeypatch: pytest.MonkeyPatch, n: int, size: int) -> None:
+    order = TrainingOrder(35, 8, seed=5)
+    monkeypatch.setenv("WORLD_SIZE", str(n))
+    shares = []
+    for rank in range(n):
+        monkeypatch.setenv("RANK", str(rank))
+        shares.append(list(order.micro_batches(5, size)))
+    together = [sequence for batches in zip(*shares, strict=True) for batch in batches for sequence in batch]
+    assert together == [*order.step(5), *order.step(6), *order.step(7)], "to the end of the epoch"
 
 
 def test_skipped_sequences_are_left_out_over_epochs() -> None:
     """Against the whole order written out, with the skipped pieces cut from it."""
-    batches = Batches(23, 8)
-    assert [batches.before(step) for step in range(5)] == [0, 8, 16, 24, 32]
-    plain = TrainingOrder(batches, [], 5)
-    whole: list[int] = []
-    for epoch in range(6):
-        plain.set_epoch(epoch)
-        whole += plain
-    rewinds = [batches.rewind(4, 2), batches.rewind(5, 4)]
+    plain = TrainingOrder(23, 8, seed=5)
+    whole = [sequence for step in range(12) for sequence in plain.step(step)]
+    rewinds = [plain.rewind(4, 2), plain.rewind(5, 4)]
     assert rewinds == [Rewind(4, 2, 16, 16), Rewind(5, 4, 32, 8)]
     # After the first cut the 32nd sequence is the 48th of the whole order.
     expected = whole[:16] + whole[32:48] + whole[56:]
-    skipping, found = TrainingOrder(batches, rewinds, 5), []
-    for epoch in range(4):
-        skipping.set_epoch(epoch)
-        found += list(skipping)
-    assert found == expected[:64]
+    skipping = TrainingOrder(23, 8, 5, rewinds)
+    assert [sequence for step in range(8) for sequence in skipping.step(step)] == expected[:64]

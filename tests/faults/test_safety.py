@@ -17,7 +17,6 @@ import torch
 import yaml
 
 import normfree as package
-import normfree_private as plugin
 from normfree import NormfreeConfig, NormfreeForCausalLM
 from normfree.training.run_folder import checkpoints
 from tests.forked import normfree as command_line
@@ -25,7 +24,7 @@ from tests.forked import normfree as command_line
 from .crash import Kill, in_child
 
 Command = Callable[..., tuple[int, str, str]]
-SOURCES = sorted(path for each in (package, plugin) for path in Path(each.__file__).parent.rglob("*.py"))
+SOURCES = sorted(Path(package.__file__).parent.rglob("*.py"))
 UNPICKLING = {"pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
 RUNNING = {"eval", "exec", "os.system", "yaml.load", "yaml.unsafe_load", "yaml.full_load"}
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -119,7 +118,7 @@ def test_a_tokenizer_that_wants_its_own_code_is_not_given_it(normfree: Command, 
 def test_a_pickle_in_a_checkpoint_is_not_run(
     train_command: Callable[[Path], tuple[object, ...]], tmp_path: Path
 ) -> None:
-    """Without a manifest nothing speaks against the file; the Trainer then loads it with ``weights_only=True``."""
+    """Without a manifest nothing speaks against the file; it is then loaded with ``weights_only=True``."""
     folder = tmp_path / "stopped"
     folder.mkdir()
     in_child(command_line(*train_command(folder)), folder, Kill(before=("os.rename", ".checkpoint-6")))

@@ -10,34 +10,35 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import TrainerCallback
 
 from normfree.signals import Interrupted, deferred, noted, stopping_cleanly
+from normfree.training.loop import Training
 from normfree.training.run_folder import checkpoints, last_checkpoint
-from normfree.training.telemetry_callback import TelemetryCallback
 from tests.forked import normfree
 
 from .crash import in_child
 from .test_kill_and_resume import state_of
 
 Command = Callable[[Path], tuple[object, ...]]
+CLIP = Training.clip
 
 
-class SignalAt(TrainerCallback):  # type: ignore[misc]
-    """Sends signals to its own process in the middle of a step."""
+class SignalAt:
+    """Sends signals to its own process in the middle of a step, between its gradients and its update."""
 
     def __init__(self, step: int, *signals: signal.Signals) -> None:
         self.step = step
         self.signals = signals
 
-    def send(self, *arguments: Any, **options: Any) -> None:
-        if arguments[1].global_step == self.step:
+    def send(self, training: Training) -> Any:
+        if training.state.step == self.step:
             for each in self.signals:
                 os.kill(os.getpid(), each)
+        return CLIP(training)
 
 
 def stopped(monkeypatch: pytest.MonkeyPatch, at: SignalAt) -> None:
-    monkeypatch.setattr(TelemetryCallback, "on_substep_end", at.send, raising=False)
+    monkeypatch.setattr(Training, "clip", lambda training: at.send(training))
 
 
 @pytest.mark.parametrize(("told", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

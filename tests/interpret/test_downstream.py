@@ -20,7 +20,7 @@ from normfree import NormfreeConfig, NormfreeForCausalLM
 from normfree.data import PackedData
 from normfree.interpret import tokenizer_of
 from normfree.training import load_pretrained
-from normfree.training.configuration import provenance
+from normfree.training.run_config import provenance
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "downstream.py"

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, TrainerCallback, TrainerState
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 from normfree import NormfreeConfig, NormfreeForCausalLM, from_hf
 from normfree.data import PackedData, prepare_data
@@ -31,9 +31,9 @@ from normfree.removal.finetuning import (
 from normfree.removal.midway import Midway
 from normfree.removal.plan import plan
 from normfree.removal.schedule import Removal, automatic_schedule, load_schedule
-from normfree.training import RunConfig, train
+from normfree.training import Callback, RunConfig, RunState, train
 from normfree.training.lora import LoraOptions
-from normfree.training.objectives.trainer import CROSS_ENTROPY
+from normfree.training.objectives import CROSS_ENTROPY
 
 from ..modeling.test_no_norm_op import NORMALIZING, ops_of
 from .models import STOCK, stock, tokens
@@ -116,12 +116,12 @@ def test_from_a_stock_model_to_one_without_norms(model: Path, corpus: Path, tmp_
     pd.testing.assert_frame_equal(again.table, result.table)
 
 
-class StopAt(TrainerCallback):
+class StopAt(Callback):
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == self.step:
+    def end_step(self, run: RunState) -> None:
+        if run.step == self.step:
             raise KeyboardInterrupt
 
 
@@ -200,16 +200,21 @@ def watch(
 
     midway: Any = Gone()
     callback = RemoveNorms(midway, [Removal(step, "ffn", layer) for layer, step in enumerate(removals)])
-    entries = [{"step": step, CROSS_ENTROPY: loss} for step, loss in enumerate(history or [], start=1)]
-    log = [{"step": 0, "eval_loss": 9.0}, *entries]
-    state = TrainerState(global_step=len(entries), log_history=log, max_steps=max_steps)
-    given: Any = (None, state, None)
+    history = history or []
+
+    class Records:
+        def metric(self, name: str) -> list[tuple[int, float]]:
+            assert name == CROSS_ENTROPY
+            return list(enumerate(history, start=1))
+
+    records: Any = Records()
+    state = RunState(midway, records, n_steps=max_steps, step=len(history))
     try:
-        callback.on_train_begin(*given)
+        callback.begin(state)
         for loss in losses:
-            state.global_step += 1
-            callback.on_log(*given, logs={CROSS_ENTROPY: loss})
-        callback.on_train_end(*given)
+            state.step += 1
+            callback.log(state, {CROSS_ENTROPY: loss})
+        callback.finish(state)
     except DivergedError as jump:
         return jump.removal.step
     return None
@@ -241,13 +246,14 @@ def test_stds_that_are_not_finite_are_divergence() -> None:
     removals = [Removal(3, "ffn", 0), Removal(5, "attention_qk", 1)]
     callback = RemoveNorms(midway, removals)
     midway.model.train()(tokens())
-    given: Any = (None, TrainerState(global_step=3), None)
-    callback.on_step_begin(*given)
+    records: Any = None
+    run = RunState(midway.model, records, n_steps=9, step=3)
+    callback.begin_step(run)
     norm = midway.model.model.blocks[1].attention_norm
     norm.std[0] = math.inf
-    given[1].global_step = 5
+    run.step = 5
     with pytest.raises(DivergedError, match="stds that are not finite after the removal of ffn of layer 0") as diverged:
-        callback.on_step_begin(*given)
+        callback.begin_step(run)
     assert diverged.value.removal == removals[0]
     assert norm.is_constant == [False, False]
 

@@ -12,7 +12,7 @@ from normfree.runner import StudyFolder, load_preset, run_config
 from normfree.studies.learnable_slopes import LEARNABLE, STUDY
 from normfree.training import load_run_config
 from normfree.training.records import LAYERS_FILE
-from normfree.training.trainer import last_checkpoint
+from normfree.training.run_folder import last_checkpoint
 
 Command = Callable[..., tuple[int, str, str]]
 

@@ -11,14 +11,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from transformers import TrainerCallback, set_seed
+from transformers import set_seed
 
 from normfree import NormfreeForCausalLM
 from normfree.data import PackedData
-from normfree.training import RunConfig, train
+from normfree.training import Callback, RunConfig, RunState, train
 from normfree.training.half_precision import Float32Accumulation
 from normfree.training.records import LAYERS_FILE
-from normfree.training.trainer import last_checkpoint
+from normfree.training.run_folder import last_checkpoint
 
 from .test_telemetry import BatchLog
 from .test_trainer import StopAt, assert_same, final_weights, losses
@@ -29,19 +29,19 @@ FLOAT16_MAX = 65504.0
 NORM_FREE = {"norm": "none", "activation": "leaky_relu", "negative_slope": 0.1}
 
 
-class Overflowing(TrainerCallback):  # type: ignore[misc]
+class Overflowing(Callback):
     """Before chosen steps, makes the queries of the last layer so large that its scores overflow; undoes it after."""
 
     def __init__(self, *steps: int) -> None:
         self.steps = steps
         self.weights: list[torch.Tensor] = []
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._multiply(state.global_step, kwargs["model"], 2.0**20)
+    def begin_step(self, run: RunState) -> None:
+        self._multiply(run.step, run.model, 2.0**20)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._multiply(state.global_step - 1, kwargs["model"], 2.0**-20)
-        self.weights.append(torch.cat([weight.detach().ravel().clone() for weight in kwargs["model"].parameters()]))
+    def end_step(self, run: RunState) -> None:
+        self._multiply(run.step - 1, run.model, 2.0**-20)
+        self.weights.append(torch.cat([weight.detach().ravel().clone() for weight in run.model.parameters()]))
 
     def _multiply(self, step: int, model: Any, factor: float) -> None:
         if step in self.steps:
@@ -155,10 +155,10 @@ def test_overflowing_scores_are_counted_and_their_update_is_skipped(
 def test_a_run_that_overflows_to_its_end_is_measured_and_keeps_its_weights(
     data: PackedData, half_run: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    class Large(TrainerCallback):  # type: ignore[misc]
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    class Large(Callback):
+        def begin(self, run: RunState) -> None:
             with torch.no_grad():
-                kwargs["model"].model.blocks[0].attention.q_proj.weight.mul_(2.0**20)
+                run.model.model.blocks[0].attention.q_proj.weight.mul_(2.0**20)
 
     result = train(half_run(steps=6), data, tmp_path / "run", callbacks=(Large(),))
     assert result.row["status"] == "diverged"

@@ -13,12 +13,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
-from transformers import TrainerCallback
 
 from normfree import NormfreeConfig, NormfreeForCausalLM
 from normfree.data import PackedData
 from normfree.errors import InputError
-from normfree.training import RunConfig, load_pretrained, train
+from normfree.training import Callback, RunConfig, RunState, load_pretrained, train
 from normfree.training.lora import ADAPTERS_FILE, Adapters, LoraOptions
 from normfree.training.run_folder import last_checkpoint
 
@@ -120,12 +119,12 @@ def run(base: list[Path], tiny_run: Callable[..., RunConfig], data: PackedData) 
     )
 
 
-class StopAt(TrainerCallback):
+class StopAt(Callback):
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == self.step:
+    def end_step(self, run: RunState) -> None:
+        if run.step == self.step:
             raise KeyboardInterrupt
 
 

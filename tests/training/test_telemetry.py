@@ -8,30 +8,30 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import PreTrainedModel, TrainerCallback, set_seed
+from transformers import set_seed
 
 from normfree import NormfreeConfig, NormfreeForCausalLM
 from normfree.data import PackedData
 from normfree.probes import EntropyProbe
 from normfree.probes.residual_stream import ResidualStreamProbe
-from normfree.training import RunConfig, train
+from normfree.training import Callback, RunConfig, RunState, train
+from normfree.training.nonfinite import all_finite
 from normfree.training.records import LAYERS_FILE, METRICS_FILE
-from normfree.training.telemetry import all_finite
-from normfree.training.trainer import last_checkpoint
+from normfree.training.run_folder import last_checkpoint
 
 
-class BatchLog(TrainerCallback):  # type: ignore[misc]
+class BatchLog(Callback):
     """The token ids of every forward pass in training mode."""
 
     def __init__(self) -> None:
         self.batches: list[torch.Tensor] = []
 
-    def on_train_begin(self, *args: Any, model: PreTrainedModel, **kwargs: Any) -> None:
+    def begin(self, run: RunState) -> None:
         def log(module: torch.nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
             if module.training:
                 self.batches.append(options["input_ids"].clone())
 
-        model.register_forward_pre_hook(log, with_kwargs=True)
+        run.model.register_forward_pre_hook(log, with_kwargs=True)
 
 
 def layers_of(folder: Path, name: str) -> pd.DataFrame:

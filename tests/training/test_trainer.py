@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from scipy.special import log_softmax
-from transformers import AutoTokenizer, TrainerCallback, set_seed
+from transformers import AutoTokenizer, set_seed
 
 from normfree import NormfreeForCausalLM
 from normfree.data import PackedData
 from normfree.errors import InputError
-from normfree.training import RunConfig, RunResult, load_pretrained, load_result, train
+from normfree.training import Callback, RunConfig, RunResult, RunState, load_pretrained, load_result, train
 from normfree.training.evaluation import evaluation_losses, perplexity, sequence_losses
 from normfree.training.records import LAYERS_FILE, METRICS_FILE
 from normfree.training.run_folder import last_checkpoint
@@ -24,14 +24,14 @@ from normfree.training.run_folder import last_checkpoint
 from .test_telemetry import BatchLog
 
 
-class StopAt(TrainerCallback):  # type: ignore[misc]
+class StopAt(Callback):
     """Raises in the middle of a run, as a kill would end it."""
 
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
+    def begin_step(self, run: RunState) -> None:
+        if run.step == self.step:
             raise KeyboardInterrupt
 
 
@@ -195,9 +195,9 @@ def test_eager_attention_changes_neither_the_losses_nor_the_telemetry(
 ) -> None:
     seen: list[str] = []
 
-    class SeeImplementation(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            seen.append(kwargs["model"].config._attn_implementation)
+    class SeeImplementation(Callback):
+        def begin(self, run: RunState) -> None:
+            seen.append(run.model.config._attn_implementation)
 
     see = (SeeImplementation(),)
     sdpa = train(tiny_run(), data, tmp_path / "sdpa", callbacks=see)
@@ -231,11 +231,11 @@ def test_a_finished_run_is_not_trained_again(
 def test_a_run_that_diverges_goes_on_and_keeps_its_last_good_checkpoint(
     data: PackedData, tiny_run: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    class Poison(TrainerCallback):  # type: ignore[misc]
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 4:
+    class Poison(Callback):
+        def end_step(self, run: RunState) -> None:
+            if run.step == 4:
                 with torch.no_grad():
-                    kwargs["model"].model.blocks[0].ffn.up_proj.weight[0, 0] = math.nan
+                    run.model.model.blocks[0].ffn.up_proj.weight[0, 0] = math.nan
 
     result = train(tiny_run(telemetry_steps=1), data, tmp_path / "run", callbacks=(Poison(),))
     assert result.row["status"] == "diverged"

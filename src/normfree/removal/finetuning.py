@@ -7,12 +7,12 @@ import logging
 import math
 import shutil
 from collections import deque
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from normfree.data import PackedData
 from normfree.errors import InputError
@@ -21,9 +21,8 @@ from normfree.modeling import NormfreeConfig, NormfreeForCausalLM
 from normfree.removal.midway import Midway
 from normfree.removal.removable import RemovableNorm
 from normfree.removal.schedule import Removal, RemovalSchedule
-from normfree.training import RunConfig, RunResult, load_pretrained, train
-from normfree.training.objectives import Objective, Term
-from normfree.training.objectives.trainer import CROSS_ENTROPY
+from normfree.training import Callback, RunConfig, RunResult, RunState, load_pretrained, train
+from normfree.training.objectives import CROSS_ENTROPY, Objective, Term
 from normfree.training.run_folder import last_checkpoint
 
 log = logging.getLogger(__name__)
@@ -86,7 +85,7 @@ class RemovalDivergedError(InputError):
     """The loss has jumped again and again, or its removals, put further apart, do not fit the budget any more."""
 
 
-class RemoveNorms(TrainerCallback):
+class RemoveNorms(Callback):
     """Removes norms at the steps of ``removals``, and raises :class:`DivergedError` where the loss jumps after one."""
 
     def __init__(self, midway: Midway, removals: list[Removal]) -> None:
@@ -95,30 +94,22 @@ class RemoveNorms(TrainerCallback):
         self._before: deque[float] = deque(maxlen=BASELINE_STEPS)
         self._high: list[DivergedError] = []
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """What was removed before the checkpoint that the run goes on from, and what the loss was since."""
-        self._remove(each for each in self.removals if each.step < state.global_step)
-        for entry in state.log_history:
-            if CROSS_ENTROPY in entry:
-                self._watch(int(entry["step"]), entry[CROSS_ENTROPY])
+    def begin(self, run: RunState) -> None:
+        """Repeats the removals before the checkpoint that the run resumes from, and reads the losses since."""
+        self._remove(each for each in self.removals if each.step < run.step)
+        for step, loss in run.records.metric(CROSS_ENTROPY):
+            self._watch(step, loss)
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._remove(each for each in self.removals if each.step == state.global_step)
+    def begin_step(self, run: RunState) -> None:
+        self._remove(each for each in self.removals if each.step == run.step)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        if logs is not None and CROSS_ENTROPY in logs:
-            self._watch(state.global_step, logs[CROSS_ENTROPY])
+    def log(self, run: RunState, entries: Mapping[str, float]) -> None:
+        if CROSS_ENTROPY in entries:
+            self._watch(run.step, entries[CROSS_ENTROPY])
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """A jump that the budget's end leaves no steps to get over. A run that is stopped before goes on later."""
-        if self._high and state.global_step >= state.max_steps:
+    def finish(self, run: RunState) -> None:
+        """A jump with no steps left to recover. A run that was stopped earlier resumes later."""
+        if self._high and run.step >= run.n_steps:
             raise self._high[0]
 
     def _watch(self, step: int, loss: float) -> None:
@@ -135,7 +126,7 @@ class RemoveNorms(TrainerCallback):
         if not math.isfinite(loss) or math.isnan(baseline) or len(self._high) == JUMP_STEPS:
             raise self._high[0]
 
-    def _remove(self, removals: Any) -> None:
+    def _remove(self, removals: Iterable[Removal]) -> None:
         for removal in removals:
             if self.midway.gone and not self.midway.has_finite_std(removal):
                 raise DivergedError(self.midway.gone[-1], "stds that are not finite")
@@ -151,7 +142,7 @@ def remove_by_finetuning(
     schedule: RemovalSchedule,
     model: NormfreeConfig,
     *,
-    callbacks: tuple[TrainerCallback, ...] = (),
+    callbacks: tuple[Callback, ...] = (),
 ) -> RunResult:
     """Trains ``run``, which starts from a model of configuration ``model``, while ``schedule`` takes its norms out.
 
@@ -223,9 +214,9 @@ def _train(
     folder: Path,
     schedule: RemovalSchedule,
     model: NormfreeConfig,
-    callbacks: tuple[TrainerCallback, ...],
+    callbacks: tuple[Callback, ...],
 ) -> RunResult:
-    def intervene(to_change: NormfreeForCausalLM) -> tuple[Objective, TrainerCallback]:
+    def intervene(to_change: NormfreeForCausalLM) -> tuple[Objective, Callback]:
         midway = Midway(to_change, momentum=schedule.std_momentum, special_tokens=schedule.special_tokens)
         return StdLoss(midway, schedule.std_loss_weight), RemoveNorms(midway, schedule.removals(model))
 

@@ -14,8 +14,8 @@ from normfree.data import PackedData, natural_rule, prepare_data, same_data
 from normfree.errors import InputError, invalid_fields
 from normfree.removal.schedule import RemovalSchedule
 from normfree.training import RunConfig, load_pretrained
-from normfree.training.configuration import unknown_option, with_changes
 from normfree.training.pretrained import check_embeddings
+from normfree.training.run_config import unknown_option, with_changes
 
 PUBLISHED_STEPS = 300
 SHARE_OF_TRAINING = 0.05

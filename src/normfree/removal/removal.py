@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 import yaml
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 
 from normfree.data import PackedData, PackedSequences
 from normfree.errors import InputError
@@ -27,10 +27,10 @@ from normfree.removal.fold import remove_norms
 from normfree.removal.midway import check_removable
 from normfree.removal.schedule import RemovalSchedule, automatic_schedule, load_schedule
 from normfree.removal.stock import to_stock
-from normfree.training import RunConfig, load_pretrained, train
+from normfree.training import Callback, RunConfig, load_pretrained, train
 from normfree.training.evaluation import evaluation_losses, mean_loss, perplexity
+from normfree.training.loop import check_data
 from normfree.training.pretrained import starting_model
-from normfree.training.trainer import check_data
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ REMOVAL_FOLDER = "removal"
 SCHEDULE_FILE = "schedule.yaml"
 ORIGINAL, VANILLA, NORM_FREE = "original", "vanilla", "norm-free"
 
-Callbacks = Callable[[str, int], tuple[TrainerCallback, ...]]
+Callbacks = Callable[[str, int], tuple[Callback, ...]]
 """What follows a run's progress, from its name and its tokens."""
 
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from normfree.errors import InputError, invalid_fields, unknown_name
 from normfree.modeling import NormfreeConfig
 from normfree.removal.removable import Treatment
-from normfree.training.configuration import read_yaml
+from normfree.training.run_config import read_yaml
 
 Part = Literal["ffn", "attention_qk", "attention_v", "final", "end_of_text", "first_token"]
 BLOCK_PARTS: tuple[Part, ...] = ("ffn", "attention_qk", "attention_v")

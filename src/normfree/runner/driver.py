@@ -30,8 +30,8 @@ from normfree.runner.work import (
     write_plan,
 )
 from normfree.training import StudyProgress, load_result
+from normfree.training.loop import check_data
 from normfree.training.run_folder import checkpoints, step_of
-from normfree.training.trainer import check_data
 
 DEFAULT_RETRIES = 2
 LOOK_AGAIN_SECONDS = 10.0

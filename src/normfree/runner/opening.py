@@ -19,7 +19,7 @@ from normfree.runner.presets import Preset, load_preset
 from normfree.runner.reporting import write_collection_report, write_study_report
 from normfree.runner.study import Collection, Study
 from normfree.runner.study_folder import COLLECTION_FILE, STUDY_FILE, StudyFolder, check_unused
-from normfree.training.configuration import read_yaml
+from normfree.training.run_config import read_yaml
 
 
 @dataclass(frozen=True)

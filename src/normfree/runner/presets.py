@@ -15,7 +15,7 @@ from normfree.data import DataConfig
 from normfree.errors import InputError, invalid_fields, unknown_name
 from normfree.modeling import NormfreeConfig
 from normfree.training import Recipe
-from normfree.training.configuration import read_yaml, with_changes
+from normfree.training.run_config import read_yaml, with_changes
 
 _FOLDER = files("normfree") / "presets"
 

@@ -31,7 +31,7 @@ from normfree.runner.run_frames import head_entropy_frame
 from normfree.runner.run_order import LEARNING_RATE_FACTORS, SWEEP_DECAY
 from normfree.runner.study import Collection, Study
 from normfree.runner.study_folder import STUDY_FILE
-from normfree.training.configuration import read_yaml
+from normfree.training.run_config import read_yaml
 from normfree.training.run_folder import CONFIG_FILE, RESULTS_FILE
 
 REPORT_FILE = "report.html"

@@ -14,7 +14,7 @@ from normfree.files import write_text
 from normfree.locks import holds_nothing
 from normfree.runner.presets import Preset
 from normfree.training import RunResult, load_result
-from normfree.training.configuration import read_yaml
+from normfree.training.run_config import read_yaml
 from normfree.training.run_folder import RESULTS_FILE
 
 STUDY_FILE = "study.yaml"

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
-from transformers import TrainerCallback
 
 from normfree.data import PackedData
 from normfree.errors import InputError
@@ -28,7 +27,7 @@ from normfree.runner.catalog import studies_for, study_of
 from normfree.runner.run_order import PlannedRun, planned_runs, to_train
 from normfree.runner.study import Measurement, Study
 from normfree.runner.study_folder import COLLECTION_FILE, StudyFolder
-from normfree.training import load_result, train
+from normfree.training import Callback, load_result, train
 
 WORKERS_FOLDER = "workers"
 PLAN_FILE = "plan.json"
@@ -66,7 +65,7 @@ class Work:
         """The folder whose lock is held by whoever trains or measures the run."""
         return self.folder.path / WORKERS_FOLDER / planned.place
 
-    def train(self, planned: PlannedRun, *callbacks: TrainerCallback) -> None:
+    def train(self, planned: PlannedRun, *callbacks: Callback) -> None:
         """Trains a run whose turn has come, or resumes it.
 
         Raises:

@@ -7,18 +7,19 @@ import os
 import socket
 import time
 import traceback
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from normfree.errors import InputError, RunFailedError
 from normfree.files import write_text
 from normfree.runner.work import WORKERS_FOLDER, Report, State, open_work
 from normfree.signals import Interrupted, stopping_cleanly
+from normfree.training import Callback, RunState
 
 REPORT_SECONDS = 2.0
 """Between two reports of a worker that trains."""
@@ -54,8 +55,8 @@ def work_on(path: str, place: str, attempt: str, reference: str) -> None:
         reporting.end("failed", f"{type(error).__name__}: {error}")
 
 
-class Reporting(TrainerCallback):
-    """Keeps the report of one attempt, in a file, while the Trainer trains."""
+class Reporting(Callback):
+    """Keeps the report of one attempt, in a file, while it trains."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -66,23 +67,16 @@ class Reporting(TrainerCallback):
         """Writes the last report."""
         self._write(state=state, message=" ".join(message.split()))
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._write(step=state.global_step)
+    def begin(self, run: RunState) -> None:
+        self._write(step=run.step)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def end_step(self, run: RunState) -> None:
         if time.monotonic() - self._written_at >= REPORT_SECONDS:
-            self._write(step=state.global_step)
+            self._write(step=run.step)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        if "eval_loss" in (logs or {}):
-            self._write(step=state.global_step, eval_loss=float((logs or {})["eval_loss"]))
+    def log(self, run: RunState, entries: Mapping[str, float]) -> None:
+        if "eval_loss" in entries:
+            self._write(step=run.step, eval_loss=entries["eval_loss"])
 
     def _write(self, **changes: Any) -> None:
         self._report = Report(**{**asdict(self._report), **changes})

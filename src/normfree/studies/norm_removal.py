@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pandas as pd
 from rich.console import Console
-from transformers import TrainerCallback
 
 from normfree.data import PackedData
 from normfree.errors import InputError
@@ -39,8 +38,8 @@ from normfree.report.norm_removal import (
 from normfree.report.norm_removal_figures import removal_loss_curves
 from normfree.report.numbers import plus_minus
 from normfree.runner import Configuration, Findings, Measurement, Preset, RemovalOptions, Study, StudyPage, run_config
-from normfree.training import RunResult, StudyProgress
-from normfree.training.objectives.trainer import CROSS_ENTROPY
+from normfree.training import Callback, RunResult, StudyProgress
+from normfree.training.objectives import CROSS_ENTROPY
 from normfree.training.records import METRICS_FILE
 
 Configurations = Callable[[Preset], tuple[Configuration, ...]]
@@ -178,7 +177,7 @@ def _remove_from(result: RunResult, data: PackedData, console: Console, grid: Re
         for folder, run in plans.items():
             label = f"{name}, {run.recipe.steps} steps at {run.recipe.learning_rate:g}"
 
-            def follow(variant: str, tokens: int, label: str = label) -> tuple[TrainerCallback, ...]:
+            def follow(variant: str, tokens: int, label: str = label) -> tuple[Callback, ...]:
                 return (progress.run(f"{label}: {variant}", tokens),)
 
             try:

@@ -48,8 +48,8 @@ from normfree.spark.sizes import SparkSizes
 from normfree.studies.decode_seconds import decode_seconds
 from normfree.studies.relu_revival import LAYERNORM_GELU, LAYERNORM_RELU, RELU
 from normfree.training import RunResult, load_pretrained, load_run_config
-from normfree.training.configuration import read_yaml
 from normfree.training.records import LAYERS_FILE, METRICS_FILE, write_parquet
+from normfree.training.run_config import read_yaml
 from normfree.training.run_folder import CONFIG_FILE
 
 SPARSITY_FILE = "sparsity.parquet"

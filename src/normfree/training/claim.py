@@ -11,7 +11,7 @@ from normfree.data import PackedData
 from normfree.errors import InputError
 from normfree.files import write_text
 from normfree.locks import holds_nothing
-from normfree.training.configuration import RunConfig, load_run_config, provenance
+from normfree.training.run_config import RunConfig, load_run_config, provenance
 from normfree.training.run_folder import CONFIG_FILE, RUN, recorded
 
 
@@ -52,8 +52,8 @@ def claim(folder: Path, config: RunConfig, data: PackedData) -> None:
 
 
 def _content(config: RunConfig) -> dict[str, Any]:
-    """What makes a run what it is: not how its model is shared out over processes, which may change on the way."""
-    return config.model_dump(mode="json", exclude={"recipe": {"sharding"}})
+    """What makes a run what it is: not its sharding or tracker, which may change while it is stopped."""
+    return config.model_dump(mode="json", exclude={"recipe": {"sharding", "report_to"}})
 
 
 def _differences(there: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> list[str]:

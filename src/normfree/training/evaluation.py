@@ -1,15 +1,22 @@
-"""Loss and perplexity of a model on whole sequences."""
+"""Loss and perplexity of a model on whole sequences, which processes may share."""
 
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from numpy.typing import NDArray
-from transformers import PreTrainedModel
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, default_data_collator
 
-from normfree.data.packed_sequences import NOT_PREDICTED
+from normfree.data.packed_sequences import NOT_PREDICTED, PackedSequences
+from normfree.probes import EntropyProbe
+from normfree.processes import n_processes, process_index
+from normfree.training.half_precision import autocast
+from normfree.training.recipe import Recipe
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -43,8 +50,8 @@ def evaluation_losses(
 ) -> NDArray[np.float64]:
     """The mean next-token loss of each of ``sequences``, int64 [n, T] without padding, in nats: float64 [n].
 
-    The model stays in the mode and the precision it is in. ``labels``, by default the sequences, are -100 where a token
-    is not predicted.
+    The model keeps its mode and precision. ``labels``, by default the sequences, are -100 where a token is not
+    predicted.
     """
     labels = sequences if labels is None else labels
     losses = []
@@ -52,6 +59,40 @@ def evaluation_losses(
         logits = model(input_ids=tokens.to(model.device), use_cache=False).logits
         losses.append(sequence_losses(logits, targets.to(model.device)).cpu())
     return torch.cat(losses).double().numpy()
+
+
+@torch.no_grad()
+def shared_losses(
+    model: PreTrainedModel,
+    data: PackedSequences,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    probe: EntropyProbe | None = None,
+) -> NDArray[np.float64]:
+    """The mean next-token loss of each sequence of ``data`` in nats: float64 [n], in every process. Collective.
+
+    NaN for a sequence with nothing to predict. Each sequence is read once, by one process, and seen once by its
+    ``probe``; equally many batches for every process would repeat some.
+    """
+    model.eval()
+    size = recipe.micro_batch_size
+    starts = range(0, len(data), size)
+    own = [range(start, min(start + size, len(data))) for start in starts[process_index() :: n_processes()]]
+    losses = torch.zeros(len(data), device=accelerator.device)
+
+    def measured(batch: dict[str, torch.Tensor], watched: AbstractContextManager[object]) -> torch.Tensor:
+        tokens, labels = (batch[name].to(accelerator.device) for name in ("input_ids", "labels"))
+        with watched, autocast(recipe.precision, accelerator.device, cache=not recipe.is_sharded):
+            logits = model(input_ids=tokens, use_cache=False).logits
+        return sequence_losses(logits, labels)
+
+    batches = DataLoader(data, batch_sampler=[list(each) for each in own], collate_fn=default_data_collator)
+    for sequences, batch in zip(own, batches, strict=True):
+        losses[sequences.start : sequences.stop] = measured(batch, probe or nullcontext())
+    if recipe.is_sharded and len(own) < math.ceil(len(starts) / n_processes()):
+        # The blocks of a sharded model are gathered by all processes together, or not at all.
+        measured(default_data_collator([data[0]]), nullcontext())
+    return accelerator.reduce(losses, reduction="sum").double().cpu().numpy()
 
 
 def mean_loss(losses: NDArray[np.float64], n_predicted: NDArray[np.int64]) -> float:

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from normfree.data import PackedData, natural_rule, prepare_data
 from normfree.errors import InputError, invalid_fields
-from normfree.training.configuration import RunConfig, unknown_option, with_changes
 from normfree.training.pretrained import LoadedModel
+from normfree.training.run_config import RunConfig, unknown_option, with_changes
 
 RECIPE: dict[str, Any] = {
     "batch_size": 16,

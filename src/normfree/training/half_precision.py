@@ -1,16 +1,29 @@
-"""fp16 mixed precision on a CPU, where accelerate silently trains in fp32: what a CUDA device does, up to rounding."""
+"""Mixed precision: autocast, and float16 products on a CPU that round as tensor cores do."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Trainer
 
+from normfree.training.recipe import Precision
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm.default)
+
+
+def autocast(precision: Precision, device: torch.device, *, cache: bool = True) -> AbstractContextManager[object]:
+    """Autocast to the dtype of ``precision``, nothing for fp32. ``cache`` keeps the casts of weights until its end."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, DTYPES[precision], cache_enabled=cache)
+
+
+def float32_accumulation(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """:class:`Float32Accumulation` for fp16 on a CPU; other devices accumulate in float32 by themselves."""
+    return Float32Accumulation() if precision == "fp16" and device.type == "cpu" else nullcontext()
 
 
 class Float32Accumulation(TorchDispatchMode):
@@ -27,19 +40,3 @@ class Float32Accumulation(TorchDispatchMode):
         if func in _PRODUCTS and args[0].dtype == torch.float16:
             return func(*(matrix.float() for matrix in args), **(kwargs or {})).half()
         return func(*args, **(kwargs or {}))
-
-
-@contextlib.contextmanager
-def float16_on_cpu(trainer: Trainer) -> Iterator[None]:
-    """While active, ``trainer`` with ``fp16=True`` trains and evaluates in fp16 on a CPU too; elsewhere a no-op.
-
-    That is autocast to float16, float32 master weights, and a loss scaled dynamically, whose updates with infinite or
-    NaN gradients are skipped. The Trainer saves and resumes the scaler's state as on CUDA.
-    """
-    if not trainer.args.fp16 or trainer.accelerator.device.type != "cpu":
-        yield
-        return
-    trainer.accelerator.native_amp = True
-    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
-    with Float32Accumulation():
-        yield

@@ -15,7 +15,7 @@ from normfree.files import local_or_hub
 from normfree.modeling import NormfreeForCausalLM, from_hf
 from normfree.modeling.gguf import is_gguf, open_gguf
 from normfree.modeling.loading import load_model
-from normfree.training.configuration import RunConfig, load_run_config, read_yaml
+from normfree.training.run_config import RunConfig, load_run_config, read_yaml
 from normfree.training.run_folder import CONFIG_FILE, PROVENANCE, last_checkpoint
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -15,7 +16,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from normfree.training.callback import Callback, RunState
 
 
 def study_bars(console: Console) -> Progress:
@@ -72,8 +74,8 @@ class StudyProgress:
         return RunProgress(self, self._bars, self._whole, description, tokens)
 
 
-class RunProgress(TrainerCallback):
-    """Moves the bars of a :class:`StudyProgress` while the Trainer trains one run."""
+class RunProgress(Callback):
+    """Moves the bars of a :class:`StudyProgress` while one run trains."""
 
     def __init__(self, study: StudyProgress, bars: Progress, whole: Any, description: str, tokens: int) -> None:
         self._study = study
@@ -83,36 +85,28 @@ class RunProgress(TrainerCallback):
         self._tokens = tokens
         self._notes: dict[str, str] = {}
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._per_step = self._tokens / args.max_steps
-        done = round(state.global_step * self._per_step)
+    def begin(self, run: RunState) -> None:
+        self._per_step = self._tokens / run.n_steps
+        done = round(run.step * self._per_step)
         self._task = self._bars.add_task(self._description, total=self._tokens, completed=done, note="")
         self._study.skip(done)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def end_step(self, run: RunState) -> None:
         self._bars.advance(self._task, self._per_step)
         self._bars.advance(self._whole, self._per_step)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        logs = logs or {}
-        if "loss" in logs:
-            self._notes["train"] = f"loss {logs['loss']:.3f}"
-        if "eval_loss" in logs:
-            self._notes["eval"] = f"eval {logs['eval_loss']:.3f}"
+    def log(self, run: RunState, entries: Mapping[str, float]) -> None:
+        if "train_loss" in entries:
+            self._notes["train"] = f"loss {entries['train_loss']:.3f}"
+        if "eval_loss" in entries:
+            loss = entries["eval_loss"]
+            self._notes["eval"] = f"eval {loss:.3f}"
             if not self._study.console.is_terminal:
-                perplexity = math.exp(min(logs["eval_loss"], 700.0))
                 self._study.console.print(
-                    f"{self._description}: step {state.global_step}/{args.max_steps}, "
-                    f"evaluation loss {logs['eval_loss']:.4f} (perplexity {perplexity:.2f})"
+                    f"{self._description}: step {run.step}/{run.n_steps}, "
+                    f"evaluation loss {loss:.4f} (perplexity {math.exp(min(loss, 700.0)):.2f})"
                 )
         self._bars.update(self._task, note="  ".join(self._notes.values()))
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def finish(self, run: RunState) -> None:
         self._bars.remove_task(self._task)

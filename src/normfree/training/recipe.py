@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
-from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-from transformers import TrainingArguments
 
 from normfree.errors import InputError, unknown_name
 from normfree.probes.optional import optional_probes
 from normfree.processes import n_processes
 
 OnNonfinite = Literal["record", "halt", "rewind"]
+Precision = Literal["fp32", "bf16", "fp16"]
 Sharding = Literal["none", "full"]
+Tracker = Literal["none", "tensorboard", "wandb", "trackio"]
 LAUNCHER_SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 """What ``accelerate launch`` sets where its own configuration asks for it."""
 
@@ -53,6 +53,9 @@ class Recipe(BaseModel):
     ``on_nonfinite`` says what follows a loss or a gradient that is NaN or infinite: ``record`` goes on and records it,
     ``halt`` stops the run, ``rewind`` goes back to the last checkpoint and past the batches that led there, at most
     ``max_rewinds`` times in a run. Weights that are not finite never get into a checkpoint.
+
+    ``report_to`` names a tracker that receives the rows of ``metrics.parquet`` as they are logged: TensorBoard (in the
+    run's folder ``tensorboard``), W&B or Trackio (project ``normfree``). A resumed run continues its tracker's run.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -75,7 +78,7 @@ class Recipe(BaseModel):
     adam_epsilon: float = Field(1e-8, gt=0)
     max_grad_norm: float = Field(1.0, gt=0)
 
-    precision: Literal["fp32", "bf16", "fp16"] = "fp16"
+    precision: Precision = "fp16"
     attn_implementation: Literal["sdpa", "eager"] = "sdpa"
     torch_compile: bool = False
     gradient_checkpointing: bool = False
@@ -86,6 +89,7 @@ class Recipe(BaseModel):
     logging_steps: int = Field(10, ge=1)
     eval_steps: int = Field(500, ge=1)
     save_steps: int = Field(500, ge=1)
+    report_to: Tracker = "none"
 
     on_nonfinite: OnNonfinite = "record"
     max_rewinds: int = Field(3, ge=1)
@@ -158,8 +162,8 @@ class Recipe(BaseModel):
 
         Raises:
             InputError: the budget is smaller than a step, ``decay_steps`` ends before it or before the warm-up, the
-                batch does not divide over the processes, or their launcher was told to share the model out in a way of
-                its own.
+                batch does not divide over the processes, their launcher asks for a sharding of its own, or the
+                tracker's package is not installed.
         """
         steps, warmup = self.n_steps(sequence_length), self.n_warmup_steps(sequence_length)
         if self.decay_steps is not None and self.decay_steps < max(steps, warmup + 1):
@@ -177,6 +181,11 @@ class Recipe(BaseModel):
                 "accelerate's own configuration asks for FSDP or DeepSpeed; leave that out, and set recipe.sharding to "
                 "full"
             )
+        if self.report_to != "none" and importlib.util.find_spec(self.report_to) is None:
+            raise InputError(
+                f"recipe.report_to {self.report_to} needs the package {self.report_to}; install it with: "
+                f"pip install {self.report_to}, or set recipe.report_to to none"
+            )
 
     @property
     def is_sharded(self) -> bool:
@@ -193,58 +202,3 @@ class Recipe(BaseModel):
     def accumulation_steps(self) -> int:
         """How many times a device computes gradients for one step."""
         return self.batch_size // (self.device_batch_size * n_processes())
-
-    def training_arguments(self, folder: Path, sequence_length: int, seed: int) -> TrainingArguments:
-        """The recipe in transformers' terms.
-
-        Raises:
-            InputError: see :meth:`check`.
-        """
-        self.check(sequence_length)
-        steps = self.n_steps(sequence_length)
-        precision: dict[str, Any] = {"bf16": self.precision == "bf16", "fp16": self.precision == "fp16"}
-        arguments = TrainingArguments(
-            output_dir=str(folder),
-            max_steps=steps,
-            per_device_train_batch_size=self.device_batch_size,
-            per_device_eval_batch_size=self.micro_batch_size,
-            gradient_accumulation_steps=self.accumulation_steps,
-            learning_rate=self.learning_rate,
-            **self._decay(),
-            warmup_steps=self.n_warmup_steps(sequence_length),
-            weight_decay=self.weight_decay,
-            adam_beta1=self.adam_beta1,
-            adam_beta2=self.adam_beta2,
-            adam_epsilon=self.adam_epsilon,
-            max_grad_norm=self.max_grad_norm,
-            torch_compile=self.torch_compile,
-            use_cpu=not torch.accelerator.is_available(),
-            **precision,
-            logging_steps=self.logging_steps,
-            # NaN is what we study: it must reach the records, not be averaged away.
-            logging_nan_inf_filter=False,
-            eval_strategy="steps",
-            eval_steps=self.eval_steps,
-            save_strategy="steps",
-            save_steps=self.save_steps,
-            save_total_limit=2,
-            seed=seed,
-            data_seed=seed,
-            # Every parameter has a gradient in every step; to look for others costs time in each.
-            ddp_find_unused_parameters=False,
-            dataloader_drop_last=True,
-            dataloader_pin_memory=torch.cuda.is_available(),
-            label_names=["labels"],
-            report_to="none",
-            disable_tqdm=True,
-        )
-        # One process that sees several GPUs would train on all of them (torch.nn.DataParallel), each with a whole
-        # micro-batch: the step's batch would be another than the recipe's.
-        arguments._n_gpu = min(arguments.n_gpu, 1)
-        return arguments
-
-    def _decay(self) -> dict[str, Any]:
-        if self.learning_rate_decay == "linear":
-            return {"lr_scheduler_type": "linear"}
-        rest = {"min_lr_rate": self.final_learning_rate_ratio}
-        return {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": rest}

@@ -52,6 +52,12 @@ class RunRecords:
     def add_layer(self, step: int, layer: int, head: int | None, name: str, value: float) -> None:
         self._layers.add(step, layer, head, name, value)
 
+    def metric(self, name: str) -> list[tuple[int, float]]:
+        """Step and value of each row of metric ``name`` that is on disk and not dropped, in the order of steps."""
+        tables = [rows.filter(pc.field("name") == name) for rows in self._metrics.rows()]
+        columns = ([value for rows in tables for value in rows[each].to_pylist()] for each in ("step", "value"))
+        return list(zip(*columns, strict=True))
+
     @property
     def wall_seconds(self) -> float:
         """Seconds of training recorded so far."""

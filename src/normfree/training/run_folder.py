@@ -23,7 +23,7 @@ RUN = "run"
 MANIFEST_FILE = "checkpoint.json"
 """In each checkpoint: the run it belongs to, its step, and the size and SHA-256 of all its other files."""
 STATE_FILE = "trainer_state.json"
-"""The Trainer's own, with the step in it."""
+"""The step; named as by transformers' Trainer, which wrote it in older versions."""
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -50,8 +50,8 @@ def last_checkpoint(folder: Path) -> Path | None:
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, None if nothing is.
 
-    One without a manifest, of an older version of this program, is taken for whole if the Trainer's state, which is
-    written last, is there, says the right step, and the model is one of ours.
+    One without a manifest, of an older version, is taken for whole if its state, which is written last, is there and
+    has the right step, and its model is Normfree's.
     """
     if not (checkpoint / MANIFEST_FILE).exists():
         return _damage_without_manifest(checkpoint)

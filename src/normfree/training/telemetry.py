@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
-from torch import nn
 
 from normfree.modeling import NormfreeForCausalLM
 from normfree.probes import EntropyProbe
@@ -16,19 +15,8 @@ from normfree.probes.optional import optional_probe
 from normfree.probes.probe import LayerRow, Probe, WeightProbe, rows_by_head
 from normfree.probes.residual_stream import ResidualStreamProbe
 from normfree.probes.sparsity_probe import SparsityProbe
-from normfree.processes import largest
 from normfree.training.objectives import Objective
-from normfree.training.objectives.trainer import CROSS_ENTROPY
 from normfree.training.records import RunRecords
-from normfree.training.shards import own_part
-
-LOGGED_NAMES = {
-    "loss": "train_loss",
-    "grad_norm": "grad_norm",
-    "learning_rate": "learning_rate",
-    "eval_loss": "eval_loss",
-}
-"""Log entries that every run records, and their names in ``metrics.parquet``."""
 
 
 def recorded_probes(
@@ -73,14 +61,13 @@ class Telemetry:
             telemetry.begin_step(step)
             ...  # forward and backward passes, update
             telemetry.end_step()
-            telemetry.log(step + 1, {"loss": ...})
+            telemetry.log(step + 1, {"train_loss": ...} | telemetry.speed())
         telemetry.finish(steps)
 
     ``close`` has to be called in the end, whatever happened; ``records`` are flushed before each checkpoint.
 
     Args:
         every: steps between two whose forward passes are read.
-        logged: names of further log entries to record, such as an objective's terms.
     """
 
     def __init__(
@@ -90,13 +77,11 @@ class Telemetry:
         *,
         every: int,
         tokens_per_step: int,
-        logged: Collection[str] = (),
     ) -> None:
         self.records = records
         self._probes = probes
         self._every = every
         self._tokens_per_step = tokens_per_step
-        self._logged_names = LOGGED_NAMES | {name: name for name in logged}
         self._attached = ExitStack()
         self._measured_step: int | None = None
         self._wall_seconds_before = 0.0
@@ -136,18 +121,19 @@ class Telemetry:
             for probe in self._probes:
                 self._add_rows(step, probe.layer_rows())
 
-    def log(self, step: int, entries: Mapping[str, float]) -> None:
-        """Adds those of the ``entries`` that are recorded, and the speed since the last loss.
+    def speed(self) -> dict[str, float]:
+        """``tokens_per_second`` in the steps since the last call, if there were any."""
+        if not self._steps_timed:
+            return {}
+        speed = self._steps_timed * self._tokens_per_step / self._seconds_in_steps
+        self._seconds_in_steps, self._steps_timed = 0.0, 0
+        return {"tokens_per_second": speed}
 
-        step: updates so far.
-        """
+    def log(self, step: int, entries: Mapping[str, float]) -> None:
+        """Adds a row of ``metrics.parquet`` for each of ``entries``, read after ``step`` updates."""
+        wall_seconds = self._wall_seconds_before + time.monotonic() - self._start
         for name, value in entries.items():
-            if name in self._logged_names:
-                self._add_metric(step, self._logged_names[name], value)
-        if "loss" in entries and self._steps_timed:
-            speed = self._steps_timed * self._tokens_per_step / self._seconds_in_steps
-            self._add_metric(step, "tokens_per_second", speed)
-            self._seconds_in_steps, self._steps_timed = 0.0, 0
+            self.records.add_metric(step, step * self._tokens_per_step, wall_seconds, name, value)
 
     def finish(self, step: int) -> None:
         """Adds what probes read of the final weights, and writes everything. Collective: call it from every rank."""
@@ -164,19 +150,3 @@ class Telemetry:
     def _add_rows(self, step: int, rows: Iterator[LayerRow]) -> None:
         for row in rows:
             self.records.add_layer(step, *row)
-
-    def _add_metric(self, step: int, name: str, value: float) -> None:
-        wall_seconds = self._wall_seconds_before + time.monotonic() - self._start
-        self.records.add_metric(step, step * self._tokens_per_step, wall_seconds, name, value)
-
-
-def logged_terms(objective: Objective | None) -> tuple[str, ...]:
-    """The log entries that training with ``objective`` adds."""
-    return () if objective is None else (CROSS_ENTROPY, *objective.term_names)
-
-
-@torch.no_grad()
-def all_finite(model: nn.Module) -> bool:
-    """True if no parameter of ``model`` holds NaN or Inf, in any process. Collective: call it from every rank."""
-    is_finite = all(bool(own_part(parameter).isfinite().all()) for parameter in model.parameters())
-    return largest(int(not is_finite)) == 0

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,11 +12,12 @@ from numpy.typing import NDArray
 
 from normfree.data import PackedData, same_data
 from normfree.errors import InputError
-from normfree.training.configuration import RunConfig, load_run_config
 from normfree.training.evaluation import sequence_losses
-from normfree.training.half_precision import Float32Accumulation
+from normfree.training.half_precision import autocast, float32_accumulation
 from normfree.training.pretrained import load_pretrained
 from normfree.training.records import LAYERS_FILE, METRICS_FILE, read_parquet
+from normfree.training.result import RunResult, load_result
+from normfree.training.run_config import RunConfig, load_run_config
 from normfree.training.run_folder import (
     CONFIG_FILE,
     MANIFEST_FILE,
@@ -28,7 +27,6 @@ from normfree.training.run_folder import (
     recorded,
     step_of,
 )
-from normfree.training.trainer import RunResult, load_result
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}
 """By how many nats the loss of any one sequence may differ when it is measured again, by the precision of the run: on
@@ -218,24 +216,14 @@ def _losses(run: RunConfig, data: PackedData, checkpoint: Path) -> NDArray[np.fl
     model = load_pretrained(str(checkpoint)).as_normfree()
     model.set_attn_implementation(run.recipe.attn_implementation)
     losses = []
-    with _precision(run, model.device.type):
+    precision = run.recipe.precision
+    with float32_accumulation(precision, model.device), autocast(precision, model.device):
         for start in range(0, len(data.eval), run.recipe.micro_batch_size):
             rows = data.eval.__getitems__(list(range(start, min(start + run.recipe.micro_batch_size, len(data.eval)))))
             batch = {name: torch.stack([row[name] for row in rows]).to(model.device) for name in rows[0]}
             logits = model(input_ids=batch["input_ids"], use_cache=False).logits
             losses.append(sequence_losses(logits, batch["labels"]).cpu())
     return torch.cat(losses).double().numpy()
-
-
-@contextlib.contextmanager
-def _precision(run: RunConfig, device: str) -> Iterator[None]:
-    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[run.recipe.precision]
-    with contextlib.ExitStack() as stack:
-        if dtype is not None:
-            stack.enter_context(torch.autocast(device, dtype))
-        if dtype == torch.float16 and device == "cpu":
-            stack.enter_context(Float32Accumulation())
-        yield
 
 
 def _same(first: float, second: float, tolerance: float) -> bool:

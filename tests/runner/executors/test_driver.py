@@ -19,6 +19,7 @@ from normfree.locks import OWNER_FILE, locked
 from normfree.runner import EXECUTORS
 from normfree.runner.executors import Executor, Job, Settings, Task
 from normfree.runner.worker import work_on
+from normfree.training.loop import Training
 from tests.faults.crash import in_child
 from tests.faults.test_kill_and_resume import state_of
 from tests.forked import normfree as normfree_job
@@ -107,10 +108,8 @@ def test_a_lost_run_is_tried_again_and_one_that_is_always_lost_is_named(
 def test_a_run_that_fails_by_itself_says_why_and_does_not_stop_the_others(
     study: Command, here: type[HereExecutor], half: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from transformers import Trainer
-
-    step = Trainer.training_step
-    monkeypatch.setattr(Trainer, "training_step", lambda self, *a, **k: breaks(self, step, *a, **k))
+    step = Training.micro_step
+    monkeypatch.setattr(Training, "micro_step", lambda self, *a, **k: breaks(self, step, *a, **k))
     code, out, err = study("--executor", "slurm", "--retries", "1")
     assert code == 1
     assert "runs/sm-g/seed-0 (ZeroDivisionError: for a test" in err
@@ -122,7 +121,7 @@ def test_a_run_that_fails_by_itself_says_why_and_does_not_stop_the_others(
 def breaks(trainer: Any, step: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """The seventh step of SM+G."""
     config = trainer.model.config
-    if trainer.state.global_step == 6 and config.norm == "none" and "gelu" in str(config.activation):
+    if trainer.state.step == 6 and config.norm == "none" and "gelu" in str(config.activation):
         raise ZeroDivisionError("for a test")
     return step(trainer, *arguments, **options)
 
@@ -142,17 +141,15 @@ def test_in_this_process_a_run_that_fails_does_not_stop_the_others_either(study:
 def test_a_worker_that_is_told_to_stop_saves_its_run_which_then_goes_on(
     study: Command, here: type[HereExecutor], half: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from transformers import Trainer
-
-    step, told = Trainer.training_step, iter([signal.SIGTERM])
+    step, told = Training.micro_step, iter([signal.SIGTERM])
 
     def signalled(self: Any, *arguments: Any, **options: Any) -> Any:
-        if self.state.global_step == 7:
+        if self.state.step == 7:
             for each in told:
                 os.kill(os.getpid(), each)
         return step(self, *arguments, **options)
 
-    monkeypatch.setattr(Trainer, "training_step", signalled)
+    monkeypatch.setattr(Training, "micro_step", signalled)
     code, out, err = study("--executor", "slurm", "--retries", "0")
     assert code == 0, err
     assert "SM+G seed 0: stopped by SIGTERM (on " in out

@@ -20,7 +20,7 @@ from normfree.errors import InputError
 from normfree.probes import EntropyRecorder
 from normfree.training import RunConfig, RunResult, load_run_config, train
 from normfree.training.objectives.entropy_regularization import EntropyRegularizationOptions, entropy_penalty
-from normfree.training.objectives.trainer import OBJECTIVE_FILE
+from normfree.training.objectives.objective import OBJECTIVE_FILE
 from normfree.training.records import LAYERS_FILE, METRICS_FILE
 from normfree.training.run_folder import last_checkpoint
 

@@ -18,7 +18,7 @@ from normfree.modeling import NormfreeConfig, NormfreeForCausalLM
 from normfree.runner import Preset, load_preset, preset_names
 from normfree.studies.relu_revival import STUDY
 from normfree.training import load_pretrained, load_run_config
-from normfree.training.configuration import read_yaml
+from normfree.training.run_config import read_yaml
 from normfree.training.run_folder import RESULTS_FILE
 from normfree_private.measurement import Cost, Measurer
 from normfree_private.model import block_cost, run_encrypted

@@ -5,7 +5,7 @@ A new one is a file with its :class:`Objective` and :class:`ObjectiveOptions`, a
 
 from normfree.training.objectives.distillation import Distillation, DistillationOptions
 from normfree.training.objectives.entropy_regularization import EntropyRegularization, EntropyRegularizationOptions
-from normfree.training.objectives.objective import Objective, ObjectiveOptions, Term
+from normfree.training.objectives.objective import CROSS_ENTROPY, Objective, ObjectiveOptions, Term
 
 OBJECTIVES: dict[str, type[ObjectiveOptions]] = {
     "entropy_regularization": EntropyRegularizationOptions,
@@ -14,6 +14,7 @@ OBJECTIVES: dict[str, type[ObjectiveOptions]] = {
 """The options of each objective, by the ``kind`` that names it in a configuration."""
 
 __all__ = [
+    "CROSS_ENTROPY",
     "OBJECTIVES",
     "Distillation",
     "DistillationOptions",

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from normfree.data import PackedData
 from normfree.errors import InputError
 from normfree.modeling import NormfreeConfig
 from normfree.training.recipe import Recipe
+
+CROSS_ENTROPY = "cross_entropy_nats"
+"""The metric: mean next-token loss without the terms of the objective."""
+OBJECTIVE_FILE = "objective.safetensors"
 
 
 class Term(NamedTuple):
@@ -50,6 +54,17 @@ class Objective(ABC):
     def to(self, device: torch.device) -> None:
         """Moves everything to ``device``, in place."""
         self.learned.to(device)
+
+    def save(self, checkpoint: Path) -> None:
+        """Writes what was learned, if anything is, into ``checkpoint``."""
+        if self.learned:
+            state = {name: value.cpu().contiguous() for name, value in self.learned.state_dict().items()}
+            save_file(state, checkpoint / OBJECTIVE_FILE)
+
+    def load(self, checkpoint: Path) -> None:
+        """Sets what :meth:`save` wrote."""
+        if self.learned:
+            self.learned.load_state_dict(load_file(checkpoint / OBJECTIVE_FILE))
 
     @abstractmethod
     def terms(self, input_ids: Tensor, logits: Tensor, entropy: Tensor | None) -> dict[str, Term]:
@@ -104,9 +119,4 @@ class ObjectiveOptions(BaseModel, ABC):
             raise InputError(
                 f"the objective {self.kind} reads attention entropy, which compiled code does not show; "
                 "set recipe.torch_compile to false"
-            )
-        if torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
-            raise InputError(
-                f"the objective {self.kind} cannot be split over {torch.cuda.device_count()} GPUs inside one process; "
-                "start one process a GPU with torchrun, or set CUDA_VISIBLE_DEVICES to one"
             )

@@ -6,7 +6,7 @@ import yaml
 
 from normfree.errors import InputError
 from normfree.training import RunConfig, load_run_config
-from normfree.training.configuration import read_yaml
+from normfree.training.run_config import read_yaml
 
 
 @pytest.fixture
