@@ -1,8 +1,7 @@
-"""What decoding one token costs, part by part, from a model's shape and its sparsity: on paper, nothing is run.
+"""The cost of decoding one token, part by part, computed from a model's shape and its sparsity.
 
-A multiply-add counts as two floating-point operations. Counted are the products with weights, keys and values. Not
-counted are norms, activations, softmax, rotary positions and top-k itself (statistical top-k takes a few operations an
-entry, as a norm does), which together are less than a percent of a model of any size.
+A multiply-add counts as two floating-point operations. Products with weights, keys and values are counted. Norms,
+activations, softmax, rotary positions and top-k are not: together less than a percent of a model of any size.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from normfree.errors import InputError
+from normfree.spark.sizes import SparkSizes
 
 PARTS = (
     "attention projections",
@@ -23,22 +23,11 @@ PARTS = (
     "ffn out",
     "unembedding",
 )
-"""Every part, in the order of the computation. "scores" and "ffn in" are what the predictors leave of them."""
-
-
-class _SparkSizes(Protocol):
-    @property
-    def ffn_active(self) -> int: ...
-    @property
-    def ffn_predictor_dim(self) -> int: ...
-    @property
-    def attention_active(self) -> int: ...
-    @property
-    def attention_predictor_dim(self) -> int: ...
+"""Every part, in the order of the computation. Predictors reduce "attention scores" and "ffn in"."""
 
 
 class Shape(Protocol):
-    """What is asked of a model: :class:`normfree.NormfreeConfig` has it."""
+    """The sizes of a model, such as a :class:`normfree.NormfreeConfig`."""
 
     vocab_size: int
     n_layer: int
@@ -51,7 +40,7 @@ class Shape(Protocol):
     attention: str
 
     @property
-    def spark_sizes(self) -> _SparkSizes: ...
+    def spark_sizes(self) -> SparkSizes: ...
 
 
 @dataclass(frozen=True)
@@ -86,17 +75,15 @@ def decode_cost(
     """The cost of the next token, by layer and part.
 
     A dense or gated network with an ``active_share`` (a ReLU network's natural sparsity) skips rows of its last
-    weight, and a gated one rows of the projection that is not the gate: what chooses the neurons is computed whole.
-    Query heads that share keys read the rest of those that each chose, so at most all of them.
+    weight, and a gated one rows of the projection that is not the gate. Query heads that share keys read the rest of
+    the keys that any of them chose, at most all.
 
     Args:
         shape: sizes and kinds of layers.
-        context_length: keys that the token can see, itself included; of each layer, where windows differ. A mean
-            will do, as every cost is linear in it but for the k of sparse attention.
-        active_share: share of the neurons that are not zero, of all layers or of each, as measured
-            (:class:`~normfree.probes.sparsity_probe.SparsityProbe`); default: k/n_inner of a sparse network, else 1.
-        attended_keys: keys that a query attends to, likewise; default: min(k, context) of sparse attention. The
-            average over layers of one count is that of each.
+        context_length: keys that the token can see, itself included; one number, or one a layer where windows differ.
+        active_share: share of the neurons that are not zero, of all layers or of each; default: k/n_inner of a sparse
+            network, else 1.
+        attended_keys: keys that a query attends to, likewise; default: min(k, context) of sparse attention.
         bytes_per_weight, bytes_per_cached: 2 for bfloat16.
 
     Raises:
@@ -123,12 +110,12 @@ def decode_cost(
 
 
 def total_flops(costs: Iterable[PartCost], *, unembedding: bool = True) -> float:
-    """The sum, with or without the unembedding, which no sparsity touches."""
+    """Floating-point operations of all parts, with or without the unembedding, which has no sparse form."""
     return sum(each.flops for each in costs if unembedding or each.part != "unembedding")
 
 
 def total_bytes(costs: Iterable[PartCost], *, unembedding: bool = True) -> float:
-    """Bytes read, likewise."""
+    """Bytes of weights and cache that all parts read, with or without the unembedding."""
     return sum(each.bytes_read for each in costs if unembedding or each.part != "unembedding")
 
 

@@ -1,4 +1,4 @@
-"""A KV cache that keeps the two parts of a Spark key apart, so that the predictor's part is read as one stream."""
+"""A KV cache that stores the two parts of a Spark key separately: the predictor's part is read as one stream."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from normfree.errors import InputError
 
 SPARE_TOKENS = 256
-"""Room for so many tokens at least is made when a buffer is full."""
+"""Least spare capacity in tokens that a full buffer grows by."""
 
 
 class SparkCacheLayer(CacheLayerMixin):
-    """The cache of one Spark attention: buffers that grow by a quarter, and are appended to in place.
+    """The cache of one Spark attention: buffers that grow by a quarter and are appended to in place.
 
-    For transformers it is an ordinary layer of a cache: ``update`` returns all keys [batch, n_kv_head, T, head_dim] and
-    values, for which it joins the two parts. The sparse decode appends with :meth:`append` and reads the parts.
+    transformers' ``update`` joins the two parts and returns all keys and values [batch, n_kv_head, T, head_dim]. The
+    sparse decode appends with :meth:`append` and reads the parts.
     """
 
     is_sliding = False
@@ -80,14 +80,13 @@ class SparkCacheLayer(CacheLayerMixin):
         self.buffers, self.length, self.is_initialized = [], 0, False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last ``-tokens_to_remove`` tokens."""
+        """Removes the last ``-tokens_to_remove`` tokens."""
         self.length = max(0, self.length - abs(tokens_to_remove))
 
     def offload(self) -> None:
         raise InputError("a cache of the sparse decode cannot be offloaded; leave cache_implementation out")
 
-    def prefetch(self) -> None:
-        raise InputError("a cache of the sparse decode cannot be offloaded; leave cache_implementation out")
+    prefetch = offload
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -110,10 +109,10 @@ class SparkCacheLayer(CacheLayerMixin):
 
 
 def spark_layer(cache: Cache, layer: int, predictor_dim: int) -> SparkCacheLayer:
-    """The layer ``layer`` of ``cache``, turned into a :class:`SparkCacheLayer` with what it holds if it is none yet.
+    """Layer ``layer`` of ``cache`` as a :class:`SparkCacheLayer`, which replaces a dynamic layer and keeps its tokens.
 
     Raises:
-        InputError: it is of a kind that does not simply grow (static, quantized, offloaded).
+        InputError: the layer is of another kind (static, quantized, offloaded).
     """
     while cache.layer_class_to_replicate is not None and len(cache.layers) <= layer:
         cache.layers.append(cache.layer_class_to_replicate())

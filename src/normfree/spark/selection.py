@@ -1,4 +1,4 @@
-"""What every top-k here shares: what k may be, the soft threshold, and which entries a mask keeps."""
+"""Shared by every top-k: checks of k, the soft threshold, and which entries a mask keeps."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def check_k(x: Tensor, k: int | float, dim: int) -> float:
 
 
 def check_mask(x: Tensor, k: int | float, dim: int, visible: Tensor | None) -> None:
-    """Whether a mask can be made: as :func:`check_k`, but a count may be larger than the row.
+    """Checks the arguments of a mask: as :func:`check_k`, but a count may be larger than the row.
 
     Raises:
-        InputError: something does not fit.
+        InputError: as :func:`check_k`, or ``visible`` is no bool mask broadcastable to ``x``.
     """
     _length(x, dim)
     check_active("k", k, None)
@@ -37,10 +37,10 @@ def check_mask(x: Tensor, k: int | float, dim: int, visible: Tensor | None) -> N
 
 
 def check_active(name: str, active: int | float, size: int | None) -> None:
-    """Whether ``active`` is a count from 1 to ``size`` (any, if None) or, as a float, a share in (0, 1].
+    """Checks that ``active`` is a count from 1 to ``size`` (if not None) or, as a float, a share in (0, 1].
 
     Raises:
-        InputError: it is not; ``name`` is what the message calls it.
+        InputError: it is not; the message calls it ``name``.
     """
     if isinstance(active, float):
         if not 0 < active <= 1:
@@ -53,7 +53,7 @@ def check_active(name: str, active: int | float, size: int | None) -> None:
 
 
 def count_of(active: int | float, size: int) -> int:
-    """A share as a count of ``size``, to the nearest and at least 1; a count is itself."""
+    """A share as a count of ``size``, rounded and at least 1; a count unchanged."""
     return max(1, round(active * size)) if isinstance(active, float) else active
 
 

@@ -118,12 +118,12 @@ def spark_attention_forward(
 
     query and key are the predictor's parts, [batch, n_head, n_query, r] and [batch, n_kv_head, n_key, r]; gate_query
     and gate_key the others, [..., head_dim − r]; value [batch, n_kv_head, n_key, head_dim]; ``attention_mask``
-    additive, broadcastable to [batch, n_head, n_query, n_key], with the smallest number of its dtype, or −∞, at what is
-    not visible. ``select`` makes the mask of the ``n_active`` keys to attend to, from the visible ones alone.
+    additive, broadcastable to [batch, n_head, n_query, n_key], the smallest number of its dtype or −∞ where a key is
+    not visible. ``select`` makes the mask of the ``n_active`` keys to attend to, from the visible ones.
 
-    Returns the output [batch, n_query, n_head, head_dim], and the softmax, a distribution over the attended keys:
-    [batch, n_head, n_query, n_key], float32 at least. Top-k's threshold does not show in it, as softmax(x − θ) is
-    softmax(x). The weights of the values are that times the gates, and do not sum to 1.
+    Returns the output [batch, n_query, n_head, head_dim], and the softmax over the attended keys, float32 at least
+    [batch, n_head, n_query, n_key]; softmax(x − θ) is softmax(x). The weights of the values, the softmax times the
+    gates, do not sum to 1.
     """
     groups = query.shape[1] // key.shape[1]
     key, gate_key, value = (each.repeat_interleave(groups, dim=1) for each in (key, gate_key, value))
@@ -143,10 +143,10 @@ def spark_attention_forward(
 def rotate_parts(
     query: torch.Tensor, key: torch.Tensor, position_embeddings: Rotation, predictor_dim: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries and keys [..., head_dim] whose first ``predictor_dim`` dimensions, and whose others, are rotated apart.
+    """Queries and keys [..., head_dim] with the first ``predictor_dim`` dimensions and the others rotated separately.
 
     Rotated as one head, pairs of dimensions would lie across the two parts, and the product of two predictors would
-    not depend on the relative position alone. So each part is rotated like a head of its width, with frequencies taken
+    depend on more than the relative position. Each part is rotated like a head of its width, with frequencies taken
     evenly from those of the whole head: for two halves every second one.
     """
     parts = []
@@ -160,12 +160,12 @@ def rotate_parts(
 
 
 def rotated_pairs(width: int, head_dim: int, rotary_dim: int) -> int:
-    """Pairs of dimensions that turn in a part of ``width``, in the proportion of the whole head's ``rotary_dim``."""
+    """Rotated pairs of dimensions in a part of ``width``, in the proportion of the whole head's ``rotary_dim``."""
     return width * rotary_dim // head_dim // 2
 
 
 def _thinned(embedding: torch.Tensor, n_pair: int) -> torch.Tensor:
-    """Of cos or sin [..., rotary_dim], which holds every frequency twice, ``n_pair`` frequencies evenly, twice."""
+    """``n_pair`` evenly taken frequencies of cos or sin [..., rotary_dim]; both hold every frequency twice."""
     n_frequency = embedding.shape[-1] // 2
     chosen = embedding[..., [pair * n_frequency // n_pair for pair in range(n_pair)]]
     return torch.cat([chosen, chosen], dim=-1)

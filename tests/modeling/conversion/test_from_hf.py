@@ -25,7 +25,7 @@ from transformers.activations import ACT2FN
 from normfree import NormfreeConfig, from_hf
 from normfree.errors import InputError
 from normfree.modeling.activations import ACTIVATIONS
-from normfree.modeling.conversion.options import HF_ACTIVATIONS
+from normfree.modeling.conversion.family import HF_ACTIVATIONS
 from tests.modeling.conversion.checks import VOCAB, assert_same, tokens
 from tests.modeling.conversion.test_gpt2 import TestGPT2 as FamilyGPT2
 from tests.modeling.conversion.test_gpt_neox import TestGPTNeoX as FamilyGPTNeoX

@@ -1,4 +1,4 @@
-"""``from_hf``: a Hugging Face causal language model as one of Normfree's, with the same logits."""
+"""``from_hf``: conversion of transformers' causal language models, with the same logits."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from normfree.errors import InputError
+from normfree.modeling.configuration import NormfreeConfig
 from normfree.modeling.conversion.checks import check_own_modules, wrapper_hint
 from normfree.modeling.conversion.family import FAMILIES, Family
 from normfree.modeling.decoder import NormfreeForCausalLM
@@ -20,10 +21,10 @@ from normfree.modeling.rotary import RotaryByLayerType
 
 
 def from_hf(model: PreTrainedModel) -> NormfreeForCausalLM:
-    """A Hugging Face causal language model as one of ours, with the same logits.
+    """The Normfree model with the logits of a causal language model of transformers.
 
     Args:
-        model: of a class that a family of :mod:`normfree.modeling.conversion` declares; it is left as it is.
+        model: of a class that a family of :mod:`normfree.modeling.conversion` declares; it is not changed.
 
     Returns:
         A model with copies of the weights, of the same dtype, on the same device, in the same (training or
@@ -38,10 +39,10 @@ def from_hf(model: PreTrainedModel) -> NormfreeForCausalLM:
     name = type(model).__name__
     family = _family_of(model)
     check_own_modules(model)
-    config, weights = family.convert(model)
+    options, weights = family.convert(model)
     with torch.device(model.device), no_init_weights():
         converted: NormfreeForCausalLM = AutoModelForCausalLM.from_config(
-            config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
+            NormfreeConfig(**options), dtype=model.dtype, attn_implementation=model.config._attn_implementation
         )
     converted.tie_weights()
     without_counterpart = sorted(converted.state_dict().keys() ^ weights.keys())
@@ -75,10 +76,10 @@ def _family_of(model: PreTrainedModel) -> Family:
 
 
 def _copy_rotary_state(model: PreTrainedModel, converted: NormfreeForCausalLM) -> None:
-    """Frequencies are not in the state dict, yet ``model.to(dtype)`` rounds, dynamic scaling moves them.
+    """Copies rotary frequencies, which are in no state dict but change by ``model.to(dtype)`` and dynamic scaling.
 
-    Gemma 3 has those of each kind of layer under names that begin with the kind. GPT-J has a table of sines and cosines
-    instead, which its converter checks.
+    In Gemma 3 the names of a kind of layer begin with the kind. GPT-J has a table of sines and cosines instead, which
+    its converter checks.
     """
     rotary = converted.model.rotary_embedding
     source: Any = getattr(model.base_model, "rotary_emb", None)

@@ -6,14 +6,13 @@ from copy import deepcopy
 from typing import Any
 
 from normfree.errors import InputError
-from normfree.modeling.configuration import NormfreeConfig
-from normfree.modeling.conversion.family import Converted, converts
+from normfree.modeling.conversion.family import Options, Weights, converts
 from normfree.modeling.conversion.gemma2 import gemma_options, gemma_weights
 from normfree.modeling.conversion.llama import check_whole_heads_rotate
 
 
 @converts("gemma3", "Gemma3ForCausalLM")
-def convert_gemma3(model: Any) -> Converted:
+def convert_gemma3(model: Any) -> tuple[Options, Weights]:
     """Gemma 2 with an RMSNorm over each head's queries and keys, and rotary parameters by kind of layer."""
     hf = model.config
     if hf.attn_logit_softcapping is not None:
@@ -23,6 +22,5 @@ def convert_gemma3(model: Any) -> Converted:
         )
     sets = {kind: hf.rope_parameters[kind] for kind in dict.fromkeys(hf.layer_types)}
     check_whole_heads_rotate(model, *(parameters for parameters in sets.values() if parameters is not None))
-    options = gemma_options(model)
-    options["rope_parameters"] = deepcopy(sets)
-    return NormfreeConfig(**options, qk_norm="rmsnorm"), gemma_weights(model)
+    options = {**gemma_options(model), "rope_parameters": deepcopy(sets), "qk_norm": "rmsnorm"}
+    return options, gemma_weights(model)

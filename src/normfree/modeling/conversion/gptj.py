@@ -8,60 +8,63 @@ from typing import Any
 import torch
 
 from normfree.errors import InputError
-from normfree.modeling.configuration import NormfreeConfig
-from normfree.modeling.conversion.family import Converted, converts
-from normfree.modeling.conversion.options import activation_name, shared_options
-from normfree.modeling.conversion.weights import renamed
+from normfree.modeling.conversion.family import (
+    Options,
+    Weights,
+    activation_name,
+    converts,
+    renamed,
+    shared_options,
+    with_own_ffn_norm,
+)
 
 BASE = 10000.0
 """GPT-J's rotary base; its configuration has no option for it."""
+NAMES = {
+    "transformer.wte.": "model.embed_tokens.",
+    "transformer.h.": "model.blocks.",
+    "transformer.ln_f.": "model.final_norm.",
+    ".ln_1.": ".attention_norm.",
+    ".attn.": ".attention.",
+    ".out_proj.": ".o_proj.",
+    ".mlp.fc_in.": ".ffn.up_proj.",
+    ".mlp.fc_out.": ".ffn.down_proj.",
+}
 
 
 @converts("gptj", "GPTJForCausalLM")
-def convert_gptj(model: Any) -> Converted:
-    """Attention and feed-forward network read one LayerNorm; here each reads a copy of its own.
+def convert_gptj(model: Any) -> tuple[Options, Weights]:
+    """Attention and feed-forward network read one LayerNorm; here each reads its own copy.
 
-    GPT-J turns neighbouring dimensions (2i, 2i + 1) of each head, Normfree i and i + ``rotary_dim``/2: the rows of the
-    query and key projections are reordered, which leaves every product of a query and a key as it is.
+    GPT-J rotates neighbouring dimensions (2i, 2i + 1) of each head, Normfree i and i + ``rotary_dim``/2: the rows of
+    the query and key projections are reordered, which changes no product of a query and a key.
     """
     hf = model.config
     head_dim = hf.hidden_size // hf.num_attention_heads
     _check_rotary(model, head_dim)
-    config = NormfreeConfig(
+    options = {
         **shared_options(model),
-        n_inner=hf.n_inner,
-        norm_eps=hf.layer_norm_epsilon,
-        parallel_residual=True,
-        activation=activation_name("activation_function", hf.activation_function),
-        attention_bias="none",
-        position="rotary",
-        rope_parameters={
+        "n_inner": hf.n_inner,
+        "norm_eps": hf.layer_norm_epsilon,
+        "parallel_residual": True,
+        "activation": activation_name(hf, "activation_function"),
+        "attention_bias": "none",
+        "position": "rotary",
+        "rope_parameters": {
             "rope_type": "default",
             "rope_theta": BASE,
             "partial_rotary_factor": _share(hf.rotary_dim, head_dim),
         },
-        lm_head_bias=True,
-        embedding_dropout=hf.embd_pdrop,
-        attention_dropout=hf.attn_pdrop,
-        residual_dropout=hf.resid_pdrop,
-    )
-    names = {
-        "transformer.wte.": "model.embed_tokens.",
-        "transformer.h.": "model.blocks.",
-        "transformer.ln_f.": "model.final_norm.",
-        ".ln_1.": ".attention_norm.",
-        ".attn.": ".attention.",
-        ".out_proj.": ".o_proj.",
-        ".mlp.fc_in.": ".ffn.up_proj.",
-        ".mlp.fc_out.": ".ffn.down_proj.",
+        "lm_head_bias": True,
+        "embedding_dropout": hf.embd_pdrop,
+        "attention_dropout": hf.attn_pdrop,
+        "residual_dropout": hf.resid_pdrop,
     }
-    weights = renamed(model, names)
-    for name in list(weights):
+    weights = with_own_ffn_norm(renamed(model, NAMES))
+    for name, weight in weights.items():
         if name.endswith((".q_proj.weight", ".k_proj.weight")):
-            weights[name] = _half_split(weights[name], hf.num_attention_heads, hf.rotary_dim)
-        elif ".attention_norm." in name:
-            weights[name.replace(".attention_norm.", ".ffn_norm.")] = weights[name]
-    return config, weights
+            weights[name] = _half_split(weight, hf.num_attention_heads, hf.rotary_dim)
+    return options, weights
 
 
 def _half_split(weight: torch.Tensor, n_head: int, rotary_dim: int) -> torch.Tensor:

@@ -6,17 +6,7 @@ from copy import deepcopy
 from typing import Any
 
 from normfree.errors import InputError
-from normfree.modeling.configuration import NormfreeConfig
-from normfree.modeling.conversion.family import Converted, converts
-from normfree.modeling.conversion.options import activation_name, shared_options
-from normfree.modeling.conversion.weights import renamed
-
-
-@converts("llama", "LlamaForCausalLM")
-def convert_llama(model: Any) -> Converted:
-    """Llama's own options beyond those of :func:`converted_llama`; the bias of the feed-forward network."""
-    return converted_llama(model, mlp_bias=model.config.mlp_bias)
-
+from normfree.modeling.conversion.family import Options, Weights, activation_name, converts, renamed, shared_options
 
 LLAMA_NAMES = {
     "model.layers.": "model.blocks.",
@@ -29,14 +19,23 @@ LLAMA_NAMES = {
 """Parts of Llama's parameter names and Normfree's names for them."""
 
 
-def converted_llama(model: Any, names: dict[str, str] = LLAMA_NAMES, **options: Any) -> Converted:
+@converts("llama", "LlamaForCausalLM")
+def convert_llama(model: Any) -> tuple[Options, Weights]:
+    """Llama has one option that its relatives lack: the bias of the feed-forward network."""
+    return converted_llama(model, mlp_bias=model.config.mlp_bias)
+
+
+def converted_llama(model: Any, names: dict[str, str] = LLAMA_NAMES, **options: Any) -> tuple[Options, Weights]:
     """A model of Llama's architecture; ``options`` of Normfree's configuration replace those of Llama."""
     check_whole_heads_rotate(model)
-    return NormfreeConfig(**{**llama_options(model), **options}), renamed(model, names)
+    return {**llama_options(model), **options}, renamed(model, names)
 
 
-def llama_options(model: Any) -> dict[str, Any]:
-    """The options that Llama's relatives share; some have no ``head_dim``, ``attention_bias`` or ``rms_norm_eps``."""
+def llama_options(model: Any, activation: str = "hidden_act") -> Options:
+    """The options that Llama's relatives share; some have no ``head_dim``, ``attention_bias`` or ``rms_norm_eps``.
+
+    ``activation`` is the name of the option that names the activation.
+    """
     hf = model.config
     return {
         **shared_options(model),
@@ -47,7 +46,7 @@ def llama_options(model: Any) -> dict[str, Any]:
         "final_norm": "rmsnorm",
         "norm_eps": getattr(hf, "rms_norm_eps", None),
         "ffn": "gated",
-        "activation": activation_name("hidden_act", hf.hidden_act),
+        "activation": activation_name(hf, activation),
         "attention_bias": getattr(hf, "attention_bias", False),
         "mlp_bias": False,
         "position": "rotary",
@@ -56,8 +55,8 @@ def llama_options(model: Any) -> dict[str, Any]:
     }
 
 
-def check_whole_heads_rotate(model: Any, *parameter_sets: dict[str, Any]) -> None:
-    """For classes that rotate whole heads whatever their rotary parameters say; without any, the configuration's.
+def check_whole_heads_rotate(model: Any, *parameter_sets: Options) -> None:
+    """Checks rotary parameters of a class that rotates whole heads in any case; by default the configuration's.
 
     Raises:
         InputError: the configuration names a part of each head.

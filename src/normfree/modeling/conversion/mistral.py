@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from normfree.errors import InputError
-from normfree.modeling.conversion.family import Converted, converts
+from normfree.modeling.conversion.family import Options, Weights, converts
 from normfree.modeling.conversion.llama import converted_llama
 from normfree.modeling.layer_types import FULL, SLIDING
 
 
 @converts("mistral", "MistralForCausalLM")
-def convert_mistral(model: Any) -> Converted:
+def convert_mistral(model: Any) -> tuple[Options, Weights]:
     """Llama's architecture; with ``sliding_window`` every layer attends to a window, whatever ``layer_types`` says."""
     hf = model.config
     kind = FULL if hf.sliding_window is None else SLIDING

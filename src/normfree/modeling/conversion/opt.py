@@ -6,10 +6,16 @@ from typing import Any
 
 import torch
 
-from normfree.modeling.configuration import NormfreeConfig
-from normfree.modeling.conversion.family import Converted, converts
-from normfree.modeling.conversion.options import activation_name, require, shared_options
-from normfree.modeling.conversion.weights import computed, renamed
+from normfree.modeling.conversion.family import (
+    Options,
+    Weights,
+    activation_name,
+    computed,
+    converts,
+    renamed,
+    require,
+    shared_options,
+)
 
 POSITION_OFFSET = 2
 """Rows of OPT's table of positions before that of position 0; no token reads them."""
@@ -29,7 +35,7 @@ NAMES = {
 
 
 @converts("opt", "OPTForCausalLM")
-def convert_opt(model: Any) -> Converted:
+def convert_opt(model: Any) -> tuple[Options, Weights]:
     """Post-norm without ``do_layer_norm_before``; positions count the tokens of the attention mask.
 
     Where embeddings are narrower than the residual stream (``word_embed_proj_dim``), the two projections between them
@@ -41,31 +47,29 @@ def convert_opt(model: Any) -> Converted:
     has_final_norm = is_pre_norm and not hf._remove_final_layer_norm
     weights = renamed(model, NAMES)
     is_projected = _multiply_projections(weights)
-    options = shared_options(model)
-    config = NormfreeConfig(
-        **{
-            **options,
-            "initializer_range": hf.init_std,
-            "tie_word_embeddings": options["tie_word_embeddings"] and not is_projected,
-        },
-        n_inner=hf.ffn_dim,
-        norm_placement="pre" if is_pre_norm else "post",
-        final_norm="layernorm" if has_final_norm else "none",
-        norm_eps=1e-5,
-        activation=activation_name("activation_function", hf.activation_function),
-        attention_bias=hf.enable_bias,
-        mlp_bias=hf.enable_bias,
-        positions_skip_padding=True,
-        attention_dropout=hf.attention_dropout,
-        residual_dropout=hf.dropout,
-    )
+    shared = shared_options(model)
+    options = {
+        **shared,
+        "initializer_range": hf.init_std,
+        "tie_word_embeddings": shared["tie_word_embeddings"] and not is_projected,
+        "n_inner": hf.ffn_dim,
+        "norm_placement": "pre" if is_pre_norm else "post",
+        "final_norm": "layernorm" if has_final_norm else "none",
+        "norm_eps": 1e-5,
+        "activation": activation_name(hf, "activation_function"),
+        "attention_bias": hf.enable_bias,
+        "mlp_bias": hf.enable_bias,
+        "positions_skip_padding": True,
+        "attention_dropout": hf.attention_dropout,
+        "residual_dropout": hf.dropout,
+    }
     weights["model.embed_positions.weight"] = weights["model.embed_positions.weight"][POSITION_OFFSET:]
     if not hf.layer_norm_elementwise_affine:
         weights |= _plain_norms(model, has_final_norm)
-    return config, weights
+    return options, weights
 
 
-def _multiply_projections(weights: dict[str, torch.Tensor]) -> bool:
+def _multiply_projections(weights: Weights) -> bool:
     """Multiplies ``project_in`` and ``project_out`` into the embeddings; whether there are any."""
     if "project_in.weight" not in weights:
         return False
@@ -75,7 +79,7 @@ def _multiply_projections(weights: dict[str, torch.Tensor]) -> bool:
     return True
 
 
-def _plain_norms(model: Any, has_final_norm: bool) -> dict[str, torch.Tensor]:
+def _plain_norms(model: Any, has_final_norm: bool) -> Weights:
     """Gains of one and biases of zero for norms that have neither."""
     names = [
         f"model.blocks.{layer}.{norm}"
@@ -83,7 +87,7 @@ def _plain_norms(model: Any, has_final_norm: bool) -> dict[str, torch.Tensor]:
         for norm in ("attention_norm", "ffn_norm")
     ]
     ones = torch.ones(model.config.hidden_size, dtype=model.dtype, device=model.device)
-    weights: dict[str, torch.Tensor] = {}
+    weights: Weights = {}
     for name in [*names, "model.final_norm"] if has_final_norm else names:
         weights |= {f"{name}.weight": ones, f"{name}.bias": torch.zeros_like(ones)}
     return weights

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from normfree.modeling.conversion.family import Converted, converts
+from normfree.modeling.conversion.family import Options, Weights, converts, window_options
 from normfree.modeling.conversion.llama import converted_llama
-from normfree.modeling.conversion.options import window_options
 
 
 @converts("qwen2", "Qwen2ForCausalLM")
-def convert_qwen2(model: Any) -> Converted:
+def convert_qwen2(model: Any) -> tuple[Options, Weights]:
     """Llama's architecture with biases on queries, keys and values; layers may attend to a window."""
     return converted_llama(model, attention_bias="qkv", **window_options(model.config))

@@ -6,41 +6,35 @@ from typing import Any
 
 import torch
 
-from normfree.modeling.configuration import NormfreeConfig
-from normfree.modeling.conversion.family import Converted, converts
+from normfree.modeling.conversion.family import Options, Weights, converts, renamed, require, with_own_ffn_norm
 from normfree.modeling.conversion.llama import LLAMA_NAMES, llama_options
-from normfree.modeling.conversion.options import require
-from normfree.modeling.conversion.weights import renamed
+
+NAMES = {**LLAMA_NAMES, ".q_layernorm.norms.": ".q_norm.", ".k_layernorm.norms.": ".k_norm."}
 
 
 @converts("stablelm", "StableLmForCausalLM")
-def convert_stablelm(model: Any) -> Converted:
+def convert_stablelm(model: Any) -> tuple[Options, Weights]:
     """Llama's architecture with LayerNorm, where a part of each head rotates.
 
-    With ``use_parallel_residual`` attention and feed-forward network read one LayerNorm; here each reads a copy of its
-    own. ``hidden_dropout`` acts on the feed-forward network alone, which Normfree has no option for.
+    With ``use_parallel_residual`` attention and feed-forward network read one LayerNorm; here each reads its own copy.
+    ``hidden_dropout`` acts on the feed-forward network only, which Normfree has no option for.
     """
     hf = model.config
     require(hf, hidden_dropout=0.0)
-    config = NormfreeConfig(
-        **{
-            **llama_options(model),
-            "norm": "layernorm",
-            "final_norm": "layernorm",
-            "norm_eps": hf.layer_norm_eps,
-            "attention_bias": "qkv" if hf.use_qkv_bias else "none",
-            "qk_norm": "layernorm_per_head" if hf.qk_layernorm else "none",
-            "parallel_residual": hf.use_parallel_residual,
-        }
-    )
-    weights = renamed(model, {**LLAMA_NAMES, ".q_layernorm.norms.": ".q_norm.", ".k_layernorm.norms.": ".k_norm."})
-    for name in list(weights):
-        if hf.use_parallel_residual and ".attention_norm." in name:
-            weights[name.replace(".attention_norm.", ".ffn_norm.")] = weights[name]
-    return config, _stacked(weights)
+    options = {
+        **llama_options(model),
+        "norm": "layernorm",
+        "final_norm": "layernorm",
+        "norm_eps": hf.layer_norm_eps,
+        "attention_bias": "qkv" if hf.use_qkv_bias else "none",
+        "qk_norm": "layernorm_per_head" if hf.qk_layernorm else "none",
+        "parallel_residual": hf.use_parallel_residual,
+    }
+    weights = _stacked(renamed(model, NAMES))
+    return options, with_own_ffn_norm(weights) if hf.use_parallel_residual else weights
 
 
-def _stacked(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _stacked(weights: Weights) -> Weights:
     """The gains of the heads, one tensor [head_dim] each, as one tensor [heads head_dim]."""
     gains: dict[str, list[torch.Tensor]] = {}
     others = {}

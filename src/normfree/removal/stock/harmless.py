@@ -14,7 +14,7 @@ import torch
 
 from normfree.errors import InputError
 from normfree.modeling import NormfreeConfig
-from normfree.modeling.conversion.options import HF_ACTIVATIONS
+from normfree.modeling.conversion.family import HF_ACTIVATIONS
 from normfree.removal.fold import FOLDED
 
 EPSILON = 1e12

@@ -1,8 +1,5 @@
 # ruff: noqa: N803 (the paper's names of matrices)
-"""What the kernels of sparse decode take, checked once for all of them.
-
-n queries of a small batch; d = r + rest dimensions of a query, of which the predictor reads the first r.
-"""
+"""Checked inputs of the kernels of sparse decode: n queries of d = r + rest dimensions; the predictor reads r."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from normfree.errors import InputError
 from normfree.spark.selection import check_active, count_of
 
 Activation = Callable[[Tensor], Tensor]
-"""An activation that maps 0 to 0, elementwise: what is not above the threshold then adds nothing."""
+"""Elementwise, with activation(0) = 0: neurons below the threshold then add nothing."""
 
 
 class PackedFeedForward(NamedTuple):
@@ -68,10 +65,10 @@ def pack_feed_forward(K1: Tensor, K2: Tensor, V: Tensor) -> PackedFeedForward:
 
 
 def check_feed_forward(inputs: FeedForwardInputs, k: int | float) -> FeedForwardInputs:
-    """The same with ``k`` as a count.
+    """The inputs with ``k`` as a count.
 
     Raises:
-        InputError: something does not fit.
+        InputError: shapes, dtypes, devices, layouts or k do not fit.
     """
     q, K1, K2, V = inputs[:4]
     if any(each.dim() != 2 for each in (q, K1, K2, V)):
@@ -96,10 +93,10 @@ def check_feed_forward(inputs: FeedForwardInputs, k: int | float) -> FeedForward
 
 
 def check_attention(inputs: AttentionInputs) -> AttentionInputs:
-    """The same, with keys and values whose tokens are contiguous rows.
+    """The inputs, with keys and values whose tokens are contiguous rows.
 
     Raises:
-        InputError: something does not fit.
+        InputError: shapes, dtypes, devices or k do not fit.
     """
     q, predictor, rest, values = inputs[:4]
     if q.dim() != 3 or any(each.dim() != 4 for each in (predictor, rest, values)):
