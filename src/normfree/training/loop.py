@@ -130,8 +130,8 @@ class Training:
         intervene: Intervention | None,
     ) -> None:
         self.config, self.data, self.folder = config, data, folder
-        self.recipe, length = config.recipe, config.data.sequence_length
-        recipe = self.recipe
+        self.recipe = recipe = config.recipe
+        length = config.data.sequence_length
 
         # What trains, and what is minimised. Nothing is written before all of it has been checked.
         set_seed(config.seed)
@@ -170,15 +170,9 @@ class Training:
             every=recipe.telemetry_steps,
             tokens_per_step=recipe.batch_size * length,
         )
+        optimization = self.optimizer, self.schedule, self.scaler
         self.checkpointed = Checkpointed(
-            model,
-            data.tokenizer,
-            self.optimizer,
-            self.schedule,
-            self.scaler,
-            self.objective,
-            self.adapters,
-            recipe.is_sharded,
+            model, data.tokenizer, *optimization, self.objective, self.adapters, recipe.is_sharded
         )
         self.sums: dict[str, Tensor] = {}
         self.last_logged_step = 0
