@@ -100,7 +100,7 @@ def without_libraries(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterat
 @pytest.fixture
 def library_for(without_libraries: Path) -> Callable[[str, str], None]:
     """Has only the build of a source for one instruction set be found; skips the test where it cannot run here."""
-    compiled_here = Path(compiled.__spec__.origin).parent
+    compiled_here = Path(str(compiled.__file__)).parent
 
     def take(name: str, instructions: str) -> None:
         library = compiled_here / f"{name}_{instructions}.so"

@@ -13,8 +13,8 @@ gguf = pytest.importorskip("gguf")
 from tests.modeling.gguf_files import built, write_gguf  # noqa: E402
 
 CORPUS = ("--corpus", "CORPUS", "--sequence-length", "16")
-BUDGET = ("--corpus", "CORPUS", "--set", "data.sequence_length=16", "--set", "recipe.precision=fp32")
-BUDGET += ("--set", "recipe.batch_size=4", "--set", "recipe.micro_batch_size=4")
+SMALL = ("data.sequence_length=16", "recipe.precision=fp32", "recipe.batch_size=4", "recipe.micro_batch_size=4")
+BUDGET = ("--corpus", "CORPUS", *(word for setting in SMALL for word in ("--set", setting)))
 COMMANDS = {
     "entropy": ("entropy", "MODEL", *CORPUS, "--sequences", "2"),
     "depth": ("depth", "MODEL", *CORPUS, "--sequences", "2", "--probes", "2"),

@@ -2,6 +2,7 @@
 
 import re
 from html.parser import HTMLParser
+from typing import Any
 
 import datasets
 import numpy as np
@@ -43,7 +44,7 @@ def reference(model, sequences):
     """Entropy, bound and sink share [n_layer, n_head]: each sequence alone, eager, in float64."""
     model = model.double().eval()
     model.set_attn_implementation("eager")
-    sums, n = 0.0, 0
+    sums, n = np.zeros(()), 0
     for tokens in sequences:
         weights = model(input_ids=torch.as_tensor(tokens)[None], output_attentions=True).attentions
         p = np.stack([each[0].numpy() for each in weights])
@@ -93,7 +94,7 @@ class IgnoresTheMask(torch.nn.Module):
 
 
 class WithoutMask(IgnoresTheMask):
-    def forward(self, input_ids):
+    def forward(self, input_ids):  # type: ignore[override]
         return self.model(input_ids=input_ids)
 
 
@@ -210,7 +211,7 @@ def test_modes_come_back_after_an_error():
 def test_wrapped_and_compiled_models():
     expected = normfree.measure(build("gpt2"), [[1, 2, 3, 4], [5, 6]])
     adapted = get_peft_model(build("gpt2"), LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
-    compiled = torch.compile(build("gpt2"))
+    compiled: Any = torch.compile(build("gpt2"))
     for model in (adapted, compiled):
         grid = as_grid(normfree.measure(model, [[1, 2, 3, 4], [5, 6]]), "entropy_nats")
         np.testing.assert_allclose(grid, as_grid(expected, "entropy_nats"), atol=1e-6)
@@ -291,7 +292,7 @@ def test_two_models_in_one_figure():
     assert [axes.get_title() for axes in figure.axes if axes.get_title()] == ["a", "b"]
 
 
-BAD = {
+BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "needs a tokenizer": ("text", {}, "strings need a tokenizer; give the model's with tokenizer="),
     "no text": ([], {}, "the texts hold no token"),
     "only empty rows": ([[], []], {}, "the texts hold no token"),
@@ -325,18 +326,19 @@ def test_bad_input_is_one_clear_line(case):
 
 def test_bad_strings_tokenizers_and_models(tokenizer):
     model = build("gpt2")
-    for texts, options, message in (
+    bad: tuple[tuple[Any, dict[str, Any], str], ...] = (
         (["a", None], {}, "text 1 is a NoneType"),
         ("", {}, "the texts hold no token"),
         ("abc", {"sequence_length": 1, "bos": True}, "sequence_length 1 leaves no room"),
         ("abc", {"sequence_length": 65}, "more than the 64 positions"),
-    ):
+    )
+    for texts, options, message in bad:
         with pytest.raises(InputError, match=message):
             normfree.measure(model, texts, tokenizer, **options)
     with pytest.raises(InputError, match="a dict is no tokenizer"):
-        normfree.measure(model, "text", {})
+        normfree.measure(model, "text", {})  # type: ignore[arg-type]
     with pytest.raises(InputError, match="a dict is no model"):
-        normfree.measure({}, "text")
+        normfree.measure({}, "text")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="contains no transformers model"):
         normfree.measure(torch.nn.Linear(2, 2), [[1]])
     large = tokenizer_of(320)

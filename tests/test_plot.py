@@ -4,6 +4,7 @@ import inspect
 import re
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -52,7 +53,7 @@ def test_columns_are_documented_and_missing_ones_are_named(name):
 
 def test_what_is_no_frame_is_refused():
     with pytest.raises(InputError, match="the head_entropy frame is a dict; give a DataFrame with model, "):
-        plot.headwise_entropy_heatmaps({"layer": [0]})
+        plot.headwise_entropy_heatmaps({"layer": [0]})  # type: ignore[arg-type]
 
 
 def test_all_figures_of_the_reports_are_there():
@@ -62,7 +63,7 @@ def test_all_figures_of_the_reports_are_there():
     assert isinstance(plot.headwise_entropy_heatmaps(head_entropy()), Figure)
 
 
-class Formatter(dict):
+class Formatter(dict[Any, Any]):
     """What IPython's formatter of PNG files is asked for."""
 
     def for_type(self, kind, function):

@@ -141,7 +141,8 @@ def test_the_mapping_of_transformers_works_as_before() -> None:
         CONFIG_MAPPING["no such model"]
     with pytest.raises(ValueError, match=r"Unrecognized model identifier.*normfree"):
         AutoConfig.for_model("no such model")
-    assert AutoModelForCausalLM._model_mapping[NormfreeConfig] is NormfreeForCausalLM
+    mapping: Any = AutoModelForCausalLM._model_mapping
+    assert mapping[NormfreeConfig] is NormfreeForCausalLM
 
 
 @pytest.mark.parametrize("is_registered", [False, True])
@@ -172,7 +173,7 @@ def test_surrounded_modules_keep_their_loader(name: str) -> None:
     assert type(module.__loader__).__module__.startswith("_frozen_importlib")
     found = registration._Finder().find_spec(name, sys.modules[name.rpartition(".")[0]].__path__)
     assert found is not None
-    assert found.loader.get_source(name)  # type: ignore[union-attr]
+    assert found.loader.get_source(name)
 
 
 def test_no_module_imports_an_optional_library_before_it_is_needed() -> None:

@@ -122,13 +122,13 @@ class Measured:
         """The second best law of it."""
         growth = self.rows("variance_growth")
         others = growth[~growth["is_best"] & (growth["tokens"] == "without first")]
-        return {str(key): value for key, value in others.loc[others["aicc"].idxmin()].items()}
+        return {str(key): value for key, value in others.iloc[others["aicc"].argmin()].items()}
 
     def best_pruned(self, n_dropped: int) -> dict[str, Any]:
         """The order that costs least at ``n_dropped``."""
         pruned = self.rows("pruned")
         at = pruned[pruned["n_dropped"] == n_dropped]
-        return {str(key): value for key, value in at.loc[at["loss_increase_nats"].idxmin()].items()}
+        return {str(key): value for key, value in at.iloc[at["loss_increase_nats"].argmin()].items()}
 
     def quarter_dropped(self) -> tuple[int, float]:
         """The largest measured number of layers that is at most a quarter of all, and what the best order costs."""
@@ -139,4 +139,4 @@ class Measured:
     def widest_outlier(self) -> dict[str, Any]:
         """The layer with the largest ratio of a token's largest channel to its median one."""
         outliers = self.rows("outliers")
-        return {str(key): value for key, value in outliers.loc[outliers["residual_max_over_median"].idxmax()].items()}
+        return {str(key): value for key, value in outliers.iloc[outliers["residual_max_over_median"].argmax()].items()}

@@ -18,6 +18,7 @@ from normfree import EntropyProbe, from_hf
 from normfree.errors import InputError
 from normfree.interpret import measure_depth
 from normfree.interpret.pruning import prune_layers
+from normfree.modeling import NormfreeForCausalLM
 from normfree.probes.residual_stream import decoder_blocks
 from normfree.removal import remove_norms
 from normfree.removal.midway import Midway
@@ -200,7 +201,7 @@ def _cached_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor | None:
     """Logits [batch, T, vocab_size] of ``N_PROMPT`` tokens at once and the others one by one; None without a cache."""
     tokens, mask, cache, logits = batch["input_ids"], batch["attention_mask"], None, []
     for start, stop in ((0, N_PROMPT), *((each, each + 1) for each in range(N_PROMPT, N_TOKEN))):
-        options = {} if cache is None else {"past_key_values": cache}
+        options: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
         output = model(input_ids=tokens[:, start:stop], attention_mask=mask[:, :stop], use_cache=True, **options)
         cache = output.get("past_key_values", output.get("cache"))
         if cache is None:
@@ -297,7 +298,7 @@ def _check_removal(model: PreTrainedModel) -> str:
     return YES
 
 
-def _reloaded(midway: Midway, model: PreTrainedModel) -> PreTrainedModel:
+def _reloaded(midway: Midway, model: NormfreeForCausalLM) -> NormfreeForCausalLM:
     midway.finish()
     constant = type(model)(model.config).double()
     constant.load_state_dict(model.state_dict())
@@ -322,7 +323,7 @@ def _relative(x: torch.Tensor, expected: torch.Tensor) -> float:
 def _skipped(blocks: list[torch.nn.Module]) -> Iterator[None]:
     """While active, each block puts out the residual stream that it reads."""
 
-    def skip(module: torch.nn.Module, args: tuple, kwargs: dict, output: object) -> object:
+    def skip(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> object:
         stream = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         return (stream, *output[1:]) if isinstance(output, tuple) else stream
 

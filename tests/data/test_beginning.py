@@ -44,7 +44,7 @@ def test_a_missing_token_and_an_encoding_that_hides_the_text_are_refused():
             return {"input_ids": [0, 7, 8] if add_special_tokens else [1, 7]}
 
     with pytest.raises(InputError, match="--no-bos"):
-        Beginning.of(Rewrites(), "tokenizer")
+        Beginning.of(Rewrites(), "tokenizer")  # type: ignore[arg-type]
 
 
 def test_a_text_written_with_its_beginning_has_it_once():

@@ -26,7 +26,7 @@ def test_bad_configs_are_refused(fields, message):
 
 def test_config_is_frozen():
     with pytest.raises(ValidationError, match="frozen"):
-        DataConfig().seed = 1
+        DataConfig().seed = 1  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("fields", [{}, {"tokenizer": "gpt2"}, {"vocab_size": 300, "train_tokens": 1000}])

@@ -173,7 +173,7 @@ def test_text_files_are_split_at_end_of_text(tmp_path):
 
 
 def test_installed_python_reads_its_roots_only(tmp_path, monkeypatch):
-    files = {
+    files: dict[str, str | bytes] = {
         "lib/json/decoder.py": "stdlib",
         "lib/site-packages/old.py": "of another environment",
         "env/site-packages/torch/nn.py": "installed",

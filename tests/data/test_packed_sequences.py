@@ -96,7 +96,7 @@ def test_text_that_looks_like_a_special_token_stays_text(tokenizer, tmp_path):
 
 
 def test_the_progress_report_counts_tokens(tokenizer, tmp_path):
-    reported = []
+    reported: list[int] = []
     statistics = write_sequences(tmp_path / "a.npy", TEXTS, tokenizer, sequence_length=T, report=reported.append)
     assert len(reported) == len(TEXTS)
     assert reported == sorted(reported)
@@ -114,7 +114,7 @@ def test_the_smallest_type_that_holds_every_id(tmp_path, n_added, dtype):
     tokenizer = train_tokenizer((document(seed) for seed in range(20)), 300)
     vocabulary = tokenizer.get_vocab()
     vocabulary |= {f"added{i}": 300 + i for i in range(n_added)}
-    tokenizer.get_vocab = lambda: vocabulary
+    tokenizer.get_vocab = lambda: vocabulary  # type: ignore[method-assign]
     write_sequences(tmp_path / "a.npy", TEXTS, tokenizer, sequence_length=T)
     assert np.load(tmp_path / "a.npy").dtype == dtype
 

@@ -1,12 +1,12 @@
 import json
 import logging
 import shutil
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 
-from normfree.data import DataConfig, load_packed_data, packing, prepare_data, same_data, train_tokenizer
+from normfree.data import DataConfig, load_packed_data, open_corpus, packing, prepare_data, same_data, train_tokenizer
 from normfree.errors import InputError
 
 from .made_up import document, write_documents
@@ -27,8 +27,12 @@ def test_sequences_hold_the_documents_of_their_split(folder, tmp_path):
     """Decoding a split's sequences gives the beginnings of its documents, and of no other's."""
     config = config_for(folder)
     data = prepare_data(config, tmp_path / "cache")
-    corpus = packing.open_corpus(config)
-    for sequences, split, other in ((data.train, "train", "eval"), (data.eval, "eval", "train")):
+    corpus = open_corpus(config)
+    splits: tuple[tuple[Any, Literal["train", "eval"], Literal["train", "eval"]], ...] = (
+        (data.train, "train", "eval"),
+        (data.eval, "eval", "train"),
+    )
+    for sequences, split, other in splits:
         text = data.tokenizer.decode(sequences.tokens.reshape(-1).tolist())
         for each in corpus.documents(split):
             assert each[:200] in text
@@ -54,7 +58,7 @@ def test_statistics(folder, tmp_path):
 def test_the_tokenizer_never_sees_the_eval_split(folder, tmp_path):
     config = config_for(folder)
     data = prepare_data(config, tmp_path / "cache")
-    expected = train_tokenizer(packing.open_corpus(config).documents("train"), 300)
+    expected = train_tokenizer(open_corpus(config).documents("train"), 300)
     assert data.tokenizer.get_vocab() == expected.get_vocab()
 
 
@@ -116,7 +120,7 @@ def test_prepared_data_are_used_again(folder, tmp_path, monkeypatch):
 )
 def test_every_choice_is_in_the_fingerprint(folder, changed):
     def fingerprint(config):
-        return packing._fingerprint(config, packing.open_corpus(config), None)
+        return packing._fingerprint(config, open_corpus(config), None)
 
     assert fingerprint(config_for(folder)) == fingerprint(config_for(folder))
     assert fingerprint(config_for(folder, **changed)) != fingerprint(config_for(folder))
@@ -200,7 +204,7 @@ def test_a_build_that_fails_leaves_nothing(folder, tmp_path, monkeypatch, stage)
 def test_the_slower_of_two_builders_uses_the_others(folder, tmp_path, monkeypatch):
     config = config_for(folder)
     build = packing._build
-    faster = []
+    faster: list[Any] = []
 
     def build_after_another_process(*args):
         build(*args)
@@ -253,7 +257,7 @@ def test_a_corpus_with_an_eval_split_too_small(folder, tmp_path):
 
 
 def test_a_file_that_changes_while_the_tokenizer_trains(folder, tmp_path, monkeypatch):
-    corpus = packing.open_corpus(config_for(folder))
+    corpus = open_corpus(config_for(folder))
     write_documents(folder, {f"a/{seed}.py": "changed" for seed in range(40)})
     monkeypatch.setattr(packing, "open_corpus", {config_for(folder): corpus}.get)
     with pytest.raises(InputError, match="changed while the corpus was being read"):

@@ -35,8 +35,8 @@ def test_only_completions_and_their_ends_are_predicted(tmp_path: Path) -> None:
         assert all(label in (-100, token) for label, token in zip(labels, ids, strict=True))
         *ends, _ = [place + 1 for place, token in enumerate(ids) if token == eos] + [None]
         for start, end in zip([0, *ends], ends, strict=False):
-            text = data.tokenizer.decode(ids[start : end - 1])
-            said = data.tokenizer.decode([label for label in labels[start : end - 1] if label != -100])
+            text = str(data.tokenizer.decode(ids[start : end - 1]))
+            said = str(data.tokenizer.decode([label for label in labels[start : end - 1] if label != -100]))
             pair = {"prompt": text.removesuffix(said), "completion": said}
             assert pair in PAIRS
             assert labels[end - 1] == eos

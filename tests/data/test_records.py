@@ -127,7 +127,7 @@ def test_a_megabyte_of_text_in_one_file_simply_works(kind, tmp_path, caplog):
 
 
 def test_large_files_among_others_stay_skipped_and_are_said_to_be(tmp_path, caplog):
-    documents = {f"{seed}.py": document(seed) for seed in range(10)}
+    documents: dict[str, str | bytes] = {f"{seed}.py": document(seed) for seed in range(10)}
     write_documents(tmp_path / "c", documents | {"table.py": "x = 1\n" * 100_000, "a.bin": b"\0", "b.py": b"\xff\xff"})
     with caplog.at_level(logging.WARNING, "normfree"):
         corpus = open_corpus(DataConfig(corpus=f"directory:{tmp_path / 'c'}", eval_fraction=0.5))

@@ -5,6 +5,7 @@ import os
 import socket
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,9 @@ from normfree.interpret import read_prompts
 from normfree.training import load_run_config
 
 from .made_up import document, write_documents
+
+NO_TOKENIZER: Any = None
+"""What is refused is refused before the tokenizer is needed."""
 
 KINDS = ("pipe", "zero", "socket", "folder", "loop", "broken")
 
@@ -82,7 +86,7 @@ def test_a_folder_counts_them_as_unreadable(place):
 @pytest.mark.parametrize("kind", KINDS)
 def test_configurations_and_prompts(kind, place):
     assert isinstance(within(10, lambda: load_run_config(place / kind)), InputError)
-    assert isinstance(within(10, lambda: read_prompts(place / kind, None)), InputError)
+    assert isinstance(within(10, lambda: read_prompts(place / kind, NO_TOKENIZER)), InputError)
 
 
 def test_names_that_cannot_be(tmp_path):
@@ -132,4 +136,4 @@ def test_prompts_that_no_tokenizer_reads(name, tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text(json.dumps({"clean": BAD[name], "corrupted": "b", "answer": "c", "wrong_answer": "d"}))
     with pytest.raises(InputError, match="line 1: clean has a NUL or half of a surrogate pair"):
-        read_prompts(path, None)
+        read_prompts(path, NO_TOKENIZER)

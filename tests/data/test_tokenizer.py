@@ -93,7 +93,7 @@ def test_remote_code_is_never_trusted(monkeypatch):
         seen.update(options)
         raise ValueError("needs remote code")
 
-    monkeypatch.setattr(tokenizer.AutoTokenizer, "from_pretrained", from_pretrained)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", from_pretrained)
     with pytest.raises(InputError, match="needs remote code"):
         load_tokenizer("someone/tokenizer")
     assert seen == {"trust_remote_code": False}

@@ -204,7 +204,7 @@ def test_a_component_that_writes_nothing_has_no_error_but_nan():
         model.model.blocks[1].attention.o_proj.weight[:, 8:16] = 0
     heads = direct_attribution_errors(model, tokens(2, T)).heads.set_index(["layer", "head"])
     assert heads["nmae"].isna().sum() == 1
-    assert np.isnan(heads.loc[(1, 1), "nmae"])
+    assert np.isnan(heads["nmae"][(1, 1)])
     assert heads.loc[(1, 1), "mean_absolute_effect"] == 0
 
 
@@ -274,7 +274,7 @@ def test_models_that_cannot_be_taken_apart():
     with pytest.raises(InputError, match=r"call model.eval\(\) first"):
         direct_attribution_errors(gpt2().train(), sequences)
     with pytest.raises(InputError, match=r"convert it with normfree\.from_hf first"):
-        direct_effects(torch.nn.Linear(2, 2), sequences, sequences)
+        direct_effects(torch.nn.Linear(2, 2), sequences, sequences)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="no std of its own to freeze"):
         mean_final_std(decoder(), sequences)
     with pytest.raises(InputError, match="at least 2 tokens"):

@@ -37,7 +37,7 @@ def perturb(model: NormfreeForCausalLM, std: float = 0.2) -> NormfreeForCausalLM
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += std * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(std * torch.randn(parameter.shape, generator=generator))
     return model
 
 

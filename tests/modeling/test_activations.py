@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,7 @@ from . import reference
 
 
 def build(name: str, slope: float = 0.01) -> torch.nn.Module:
-    options = {"negative_slope": slope} if name in LEAKY_ACTIVATIONS else {}
+    options: dict[str, Any] = {"negative_slope": slope} if name in LEAKY_ACTIVATIONS else {}
     return build_activation(NormfreeConfig(activation=name, **options), layer=0)
 
 

@@ -371,8 +371,8 @@ def test_defaults_are_filled_in() -> None:
     assert NormfreeConfig(activation="leaky_relu").negative_slope == 0.01
     assert NormfreeConfig().negative_slope is None
     assert NormfreeConfig().slope_sharing is None
-    assert NormfreeConfig(attention_bias=True).attention_bias == "all"
-    assert NormfreeConfig(attention_bias=False).attention_bias == "none"
+    assert NormfreeConfig(attention_bias=True).attention_bias == "all"  # type: ignore[arg-type]
+    assert NormfreeConfig(attention_bias=False).attention_bias == "none"  # type: ignore[arg-type]
     assert NormfreeConfig(head_dim=5, n_head=3, n_embd=16).head_dim == 5
     dyt = NormfreeConfig(norm="dyt")
     assert (dyt.dyt_alpha, dyt.dyt_attention_alpha) == (0.5, 0.5)

@@ -46,7 +46,7 @@ def test_values(name: str, seed: int, scale: float, shift: float, eps: float, la
         module.double()
         with torch.no_grad():
             for parameter in module.parameters():
-                parameter += torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
             actual = module(x).numpy()
         weights = {f"norm.{key}": value for key, value in reference.weights_of(module).items()}
         expected = reference.norm(kind, weights, "norm", eps, x.numpy(), layer)

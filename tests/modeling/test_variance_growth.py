@@ -61,7 +61,7 @@ def r_squared(x: Array, y: Array) -> float:
 @pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
 def test_pre_norm_grows_linearly(norm: str) -> None:
     measured = average_mean_squares(norm=norm)
-    layers = np.arange(N_LAYER + 1)
+    layers = np.arange(N_LAYER + 1, dtype=np.float64)
     np.testing.assert_allclose(measured, measured[0] + PER_LAYER * layers, rtol=0.1)
     assert r_squared(layers, measured) > 0.995
 
@@ -72,7 +72,7 @@ def test_layernorm_scaling_grows_like_the_harmonic_numbers(norm: str) -> None:
     harmonic = np.concatenate([[0.0], np.cumsum(1 / np.arange(1, N_LAYER + 1))])
     np.testing.assert_allclose(measured, measured[0] + PER_LAYER * harmonic, rtol=0.1)
     assert r_squared(harmonic, measured) > 0.995
-    assert r_squared(np.arange(N_LAYER + 1), measured) < 0.85
+    assert r_squared(np.arange(N_LAYER + 1, dtype=np.float64), measured) < 0.85
 
 
 def test_sandwich_grows_by_two_in_every_layer() -> None:
@@ -106,8 +106,16 @@ def all_aligned(norm: str, n_layer: int, start: float, step: float) -> Array:
     coefficient in the normalized stream, and writes it step times as large along u; attention writes nothing.
     """
     config = NormfreeConfig(
-        **{"vocab_size": 1, "n_positions": 1, "n_layer": n_layer + 1, "n_head": 1, "n_embd": 8, "n_inner": 1},
-        **{"activation": "relu", "norm": norm, "final_norm": "none", "norm_eps": 1e-12},
+        vocab_size=1,
+        n_positions=1,
+        n_layer=n_layer + 1,
+        n_head=1,
+        n_embd=8,
+        n_inner=1,
+        activation="relu",
+        norm=norm,
+        final_norm="none",
+        norm_eps=1e-12,
     )
     model = NormfreeForCausalLM(config).double().eval()
     u = torch.tensor([1.0, -1.0] * 4, dtype=torch.float64)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 sys.path.insert(0, sys.argv[1])
 
-import exchange
+import exchange  # type: ignore[import-not-found]
 import numpy as np
-import prepare
-from spu.utils import simulation
+import prepare  # type: ignore[import-not-found]
+from spu.utils import simulation  # type: ignore[import-not-found]
 
 
 def main(folder):

@@ -167,8 +167,10 @@ def results(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         jobs.append((name, {"kind": "operation", "operation": case.operation, "options": case.options}))
     for name in MODELS:
         model = model_of(name)
-        np.savez(folder / f"{name}.npz", tokens=one_hot(tokens(), 24), **model_weights(model, 12))
-        np.savez(folder / f"{name}.public.npz", **public_tables(model, 12))
+        weights: dict[str, Any] = model_weights(model, 12)
+        public: dict[str, Any] = public_tables(model, 12)
+        np.savez(folder / f"{name}.npz", tokens=one_hot(tokens(), 24), **weights)
+        np.savez(folder / f"{name}.public.npz", **public)
         jobs.append((name, {"kind": "model", "config": engine_config(model.config)}))
     everything = [(name, protocol, n, program) for protocol, n in PROTOCOLS.items() for name, program in jobs]
     (folder / "jobs.json").write_text(json.dumps(everything))

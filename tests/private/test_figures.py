@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -83,19 +85,23 @@ def test_models_are_points_and_the_front_a_line():
     figure = perplexity_against_bytes(points())
     for axes in figure.axes:
         front, *models = axes.lines
-        np.testing.assert_allclose(front.get_xdata(), [1, 3])
-        np.testing.assert_allclose(front.get_ydata(), [90, 80])
-        assert [tuple(line.get_xydata()[0]) for line in models] == [(1, 90), (2, 95), (3, 80), (5, 80)]
+        np.testing.assert_allclose(np.asarray(front.get_xdata()), [1, 3])
+        np.testing.assert_allclose(np.asarray(front.get_ydata()), [90, 80])
+        assert [tuple(np.asarray(line.get_xydata())[0]) for line in models] == [(1, 90), (2, 95), (3, 80), (5, 80)]
         assert [text.get_text() for text in axes.texts] == ["a", "b", "c", "e"]
     assert figure.axes[0].get_ylabel() == "perplexity"
+
+
+def widths(axes: Any) -> list[float]:
+    return [bar.get_width() for bar in axes.patches]
 
 
 def test_alternatives_are_logarithmic_bars_by_protocol():
     norms, activations = alternatives_bytes(alternatives()).axes
     assert (norms.get_title(), activations.get_title()) == ("norms", "activations")
     assert [tick.get_text() for tick in norms.get_yticklabels()] == ["LayerNorm", "DyT"]
-    np.testing.assert_allclose([bar.get_width() for bar in norms.patches], [1, 3, 3, 9])
-    np.testing.assert_allclose([bar.get_width() for bar in activations.patches], [9, 27, 27, 81])
+    np.testing.assert_allclose(widths(norms), [1, 3, 3, 9])
+    np.testing.assert_allclose(widths(activations), [9, 27, 27, 81])
     assert norms.get_xscale() == "log"
     assert norms.get_xlim() == activations.get_xlim()
 

@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,9 +37,9 @@ def is_alive(process_id: int) -> bool:
     return True
 
 
-def wait_for(condition: object) -> None:
+def wait_for(condition: Callable[[], object]) -> None:
     deadline = time.monotonic() + 20
-    while not condition():  # type: ignore[operator]
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,8 +43,10 @@ def run(engine: Engine, protocol: str, folder: Path, delay_seconds: float) -> li
     (folder / "job.json").write_text(json.dumps(job))
     for i, program in enumerate(programs):
         (folder / str(i)).mkdir()
-        np.savez(folder / str(i) / "inputs.npz", **program.inputs)
-        np.savez(folder / str(i) / "public.npz", **program.public)
+        inputs: dict[str, Any] = {**program.inputs}
+        public: dict[str, Any] = {**program.public}
+        np.savez(folder / str(i) / "inputs.npz", **inputs)
+        np.savez(folder / str(i) / "public.npz", **public)
     subprocess.run(engine.command("prepare.py", folder), check=True, capture_output=True)
     ports = free_ports(2 * n_party)
     own, delayed = ports[:n_party], ports[n_party:]

@@ -1,5 +1,7 @@
 """A step under torch.compile is named as such, with what to do; the probe does not break it."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -59,7 +61,7 @@ def test_compiled_layers_are_named_and_read_where_the_compiler_stands_aside(what
 
 def test_own_softmaxes_that_are_compiled():
     model, batch = build_own("gpt_neo"), batch_of("none")
-    run = torch.compile(model, backend="eager")
+    run: Any = torch.compile(model, backend="eager")
     with EntropyProbe(run) as probe, torch.no_grad():
         run(**batch)
     assert len(probe.unreadable) == 2

@@ -106,7 +106,7 @@ class Mixer(nn.Module):
         return x + self.mix(x.unflatten(-1, (4, 8)).transpose(1, 2)).flatten(2)
 
     def mix(self, x):
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", None)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", None)  # type: ignore[arg-type]
         return attend(self, x, x, x, None, is_causal=True, scaling=1.0)[0]
 
 

@@ -36,7 +36,7 @@ def test_sdpa_is_causal_only_without_a_mask_and_for_more_than_one_query():
     assert not read_call(call_of(sdpa_attention_forward, n_query=1)).is_causal
     assert not read_call(call_of(sdpa_attention_forward, mask=torch.ones(2, 1, 6, 6).bool())).is_causal
     assert not read_call(call_of(sdpa_attention_forward, is_causal=False)).is_causal
-    bidirectional = nn.Module()
+    bidirectional: Any = nn.Module()
     bidirectional.is_causal = False
     assert not read_call(call_of(sdpa_attention_forward, module=bidirectional)).is_causal
     assert read_call(call_of(sdpa_attention_forward, module=bidirectional, is_causal=True)).is_causal
@@ -56,7 +56,7 @@ def test_flash_takes_causality_window_and_padding_from_the_arguments():
     assert attention.is_causal
     assert attention.sliding_window == 4
     assert attention.scale == 0.5
-    assert torch.equal(attention.attention_mask, mask.bool())
+    torch.testing.assert_close(attention.attention_mask, mask.bool(), rtol=0, atol=0)
     short = read_call(call_of(flash_attention_forward, n_key=9, mask=mask[:, :7]))
     assert short.k.shape[2] == 7
     assert not read_call(call_of(flash_attention_forward, is_causal=False)).is_causal
@@ -101,7 +101,7 @@ def test_flex_block_masks_are_written_out():
     attention = read_call(call_of(flex_attention_forward, mask=block_mask))
     assert not attention.is_causal
     expected = torch.ones(6, 6).tril().triu(-2).bool()
-    assert torch.equal(attention.attention_mask.expand(2, 1, 6, 6), expected.expand(2, 1, 6, 6))
+    torch.testing.assert_close(attention.attention_mask.expand(2, 1, 6, 6), expected.expand(2, 1, 6, 6), rtol=0, atol=0)
     assert read_call(call_of(flex_attention_forward)).attention_mask is None
 
 
@@ -123,19 +123,20 @@ def test_flash_and_flex_take_a_soft_cap_and_a_learned_sink():
     for function in (flash_attention_forward, flex_attention_forward):
         attention = read_call(call_of(function, module=module, softcap=30, s_aux=module.sinks))
         assert attention.softcap == 30.0
-        assert torch.equal(attention.sinks, module.sinks)
+        torch.testing.assert_close(attention.sinks, module.sinks, rtol=0, atol=0)
         assert attention.weights is None
     # flash attention rounds the sink to the queries' precision
     call = call_of(flash_attention_forward, module=module, s_aux=module.sinks)
     half = dataclasses.replace(call, query=call.query.half(), key=call.key.half())
-    assert torch.equal(read_call(half).sinks, module.sinks.half())
+    torch.testing.assert_close(read_call(half).sinks, module.sinks.half(), rtol=0, atol=0)
 
 
 def test_sdpa_and_flex_take_a_position_bias():
     bias = torch.randn(1, 4, 6, 9)
     attention = read_call(call_of(sdpa_attention_forward, n_key=9, position_bias=bias))
-    assert torch.equal(attention.bias, bias[..., :6])  # the empty end of a static cache
-    assert torch.equal(read_call(call_of(flex_attention_forward, n_key=9, position_bias=bias)).bias, bias)
+    torch.testing.assert_close(attention.bias, bias[..., :6], rtol=0, atol=0)  # the empty end of a static cache
+    attention = read_call(call_of(flex_attention_forward, n_key=9, position_bias=bias))
+    torch.testing.assert_close(attention.bias, bias, rtol=0, atol=0)
 
 
 def eager_ignoring(module, query, key, value, attention_mask, scaling=None, **kwargs):
@@ -154,9 +155,9 @@ def test_eager_functions_are_asked_what_they_take():
 
     attention = read_call(eager(eager_with_all, softcap=2.0, position_bias=bias, s_aux=module.sinks))
     assert attention.softcap == 2.0
-    assert torch.equal(attention.bias, bias)
-    assert torch.equal(attention.sinks, module.sinks.flatten())
-    assert torch.equal(read_call(eager(eager_with_all)).sinks, module.sinks.flatten())
+    torch.testing.assert_close(attention.bias, bias, rtol=0, atol=0)
+    torch.testing.assert_close(attention.sinks, module.sinks.flatten(), rtol=0, atol=0)
+    torch.testing.assert_close(read_call(eager(eager_with_all)).sinks, module.sinks.flatten(), rtol=0, atol=0)
     with pytest.raises(UnreadableCallError, match="not the one of its module"):
         read_call(eager(eager_with_all, s_aux=torch.zeros(4)))
     with pytest.raises(

@@ -35,7 +35,7 @@ def one_process(rank, folder):
 
 
 def test_two_processes_give_what_one_gives(tmp_path):
-    mp.spawn(one_process, args=(str(tmp_path),), nprocs=N_PROCESS)
+    mp.spawn(one_process, args=(str(tmp_path),), nprocs=N_PROCESS)  # type: ignore[attr-defined]
     expected = results_of(probe_batches(range(N_PROCESS)))
     for rank in range(N_PROCESS):
         for mine, right in zip(torch.load(tmp_path / f"{rank}.pt"), expected, strict=True):

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -179,9 +179,10 @@ class Given(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         block = type(built("normfree").model.blocks[0])
-        self.blocks = nn.ModuleList([block.__new__(block)])
-        nn.Module.__init__(self.blocks[0])
-        self.blocks[0].forward = lambda x: x  # type: ignore[method-assign]
+        blocks: Any = nn.ModuleList([cast(Any, block).__new__(block)])
+        self.blocks = blocks
+        nn.Module.__init__(blocks[0])
+        blocks[0].forward = lambda x: x
 
     def forward(self, x: Any) -> Any:
         return self.blocks[0](x)

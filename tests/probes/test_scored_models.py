@@ -224,15 +224,15 @@ def test_a_loss_on_the_entropy_reaches_all_that_makes_it(name):
     def terms(p):
         return -p * p.clamp_min(1e-30).log()
 
-    expected = []
+    by_layer = []
     for weights in attentions:
         sink = 1 - weights.sum(-1) if name in ("gpt_oss", "flint") else torch.zeros(())
-        expected.append((terms(weights).sum(-1) + terms(sink)).mean(-1))
-    expected = torch.stack(expected, dim=1)
+        by_layer.append((terms(weights).sum(-1) + terms(sink)).mean(-1))
+    expected = torch.stack(by_layer, dim=1)
     torch.testing.assert_close(entropy.double(), expected.double(), rtol=0, atol=TOLERANCE)
     named = dict(model.named_parameters())
-    found = torch.autograd.grad((entropy * weighting).sum(), named.values(), retain_graph=True, allow_unused=True)
-    right = torch.autograd.grad((expected * weighting).sum(), named.values(), allow_unused=True)
+    found = torch.autograd.grad((entropy * weighting).sum(), [*named.values()], retain_graph=True, allow_unused=True)
+    right = torch.autograd.grad((expected * weighting).sum(), [*named.values()], allow_unused=True)
     reached = [parameter for parameter, gradient in zip(named, found, strict=True) if gradient is not None]
     assert sum(parameter.endswith("sinks") for parameter in reached) == (3 if name in ("gpt_oss", "flint") else 0)
     assert any("rel_logits_proj" in parameter for parameter in reached) == (name == "inkling_text")

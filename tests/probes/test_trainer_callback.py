@@ -88,7 +88,7 @@ def test_dropout_draws_the_same_random_numbers(tmp_path, precision):
 
 def test_nothing_is_attached_between_probed_steps(tmp_path):
     class Watching(TrainerCallback):
-        seen = ()
+        seen: tuple[tuple[int, bool], ...] = ()
 
         def on_substep_end(self, args, state, control, **_):
             self.seen = (*self.seen, (state.global_step + 1, attached() == before))

@@ -116,12 +116,12 @@ def expected_row(model, batches) -> dict[str, float]:
         bound += np.where(mask, np.log(np.maximum(visible, 1)), 0.0).sum()
         sink += (p[..., 0] * counted).sum((1, 3))
         rows += mask.sum()
-    heads, normalized = entropy / rows, entropy / bound
-    expected = {
+    heads, normalized = np.asarray(entropy / rows), np.asarray(entropy / bound)
+    expected: dict[str, Any] = {
         "entropy/mean": heads.mean(),
         "entropy/overloaded_share": (normalized >= 0.75).mean(),
         "entropy/collapsed_share": (normalized < 0.25).mean(),
-        "entropy/sink_share": (sink / rows).mean(),
+        "entropy/sink_share": np.mean(sink / rows),
         "entropy/nan_scores": 0,
         "entropy/inf_scores": 0,
     }

@@ -47,7 +47,7 @@ def test_the_traced_graph_holds_no_norm_op(name: str) -> None:
 def test_it_is_a_transformers_model(name: str, tmp_path: Path) -> None:
     folded = remove_norms(constant_std_of(name))
     folded.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    again: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(again) is NormfreeForCausalLM
     assert torch.equal(logits(again), logits(folded))
     assert torch.equal(
@@ -121,14 +121,15 @@ def test_what_cannot_be_folded_is_named() -> None:
     with pytest.raises(InputError, match=r"norm 'layernorm' divides by each token's own std.*remove-norm"):
         remove_norms(from_hf(stock("gpt2")))
     sizes: dict[str, Any] = {"vocab_size": 9, "n_positions": 4, "n_layer": 1, "n_head": 1, "n_embd": 4}
-    for options, message in (
+    refused: tuple[tuple[dict[str, Any], str], ...] = (
         ({"norm": "dyt"}, "norm 'dyt' is a tanh and no division by a std"),
         ({"norm": "derf"}, "norm 'derf' is an erf and no division by a std"),
         ({"norm": "none", "final_norm": "dyt"}, "final_norm 'dyt' is a tanh"),
         ({"norm": "rmsnorm_scaling"}, r"norm 'rmsnorm_scaling' divides.*1/sqrt\(layer\) could be folded, but"),
         ({"norm": "constant_std", "qk_norm": "rmsnorm"}, "qk_norm 'rmsnorm' divides each query and key"),
         ({"norm": "layernorm", "norm_placement": "hybrid"}, "norm 'layernorm' divides by each token's own std"),
-    ):
+    )
+    for options, message in refused:
         with pytest.raises(InputError, match=message):
             remove_norms(NormfreeForCausalLM(NormfreeConfig(**sizes, **options)))
     free = remove_norms(constant_std_of("gpt2"))

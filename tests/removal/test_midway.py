@@ -41,7 +41,9 @@ def midway_config(midway: Midway) -> NormfreeConfig:
 def settled(midway: Midway, folder: Path) -> NormfreeForCausalLM:
     """What a checkpoint of the finished removal holds."""
     midway.model.save_pretrained(folder)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    assert isinstance(loaded, NormfreeForCausalLM)
+    return loaded
 
 
 @pytest.mark.parametrize("name", STOCK)

@@ -17,7 +17,7 @@ def norm_of(kind: str) -> torch.nn.LayerNorm | torch.nn.RMSNorm:
     norm = (torch.nn.LayerNorm if kind == "layernorm" else torch.nn.RMSNorm)(WIDTH, eps=1e-5)
     with torch.no_grad():
         for parameter in norm.parameters():
-            parameter += torch.randn(parameter.shape, generator=generator)
+            parameter.add_(torch.randn(parameter.shape, generator=generator))
     return norm
 
 

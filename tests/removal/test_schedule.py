@@ -42,7 +42,7 @@ def test_gpt2_small_goes_at_the_published_steps() -> None:
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_field_of_a_published_schedule(name: str) -> None:
-    published = PUBLISHED.loc[name]
+    published: Any = PUBLISHED.loc[name]
     n_layer = int(published["n_layer"])
     schedule = load_schedule(name)
     steps: dict[str, list[int]] = {}

@@ -51,7 +51,8 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_it_is_a_plain_model_with_the_same_logits(variant: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    model = VARIANTS[variant]().to(dtype)
+    model: Any = VARIANTS[variant]()
+    model.to(dtype)
     to_stock(model).save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
     assert type(again) is CLASSES[variant.split()[0].strip(",")]

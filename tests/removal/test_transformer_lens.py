@@ -24,7 +24,7 @@ def model() -> NormfreeForCausalLM:
 @pytest.fixture
 def bridge(model: NormfreeForCausalLM, tmp_path: Path) -> Any:
     """The exported folder, as its users load it; it has no tokenizer here."""
-    from transformer_lens.model_bridge import TransformerBridge
+    from transformer_lens.model_bridge import TransformerBridge  # type: ignore[import-not-found]
 
     to_stock(model).save_pretrained(tmp_path / "stock")
     return TransformerBridge.boot_transformers(str(tmp_path / "stock"), device="cpu")

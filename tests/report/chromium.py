@@ -112,7 +112,7 @@ class Chromium:
             if reply.get("id") == self._sent:
                 if "error" in reply:
                     raise RuntimeError(f"{method}: {reply['error']['message']}")
-                return reply["result"]  # type: ignore[no-any-return]
+                return reply["result"]
             self._note(reply)
 
     def _next_event(self) -> str:
@@ -138,7 +138,7 @@ class Chromium:
                 raise RuntimeError(f"{EXECUTABLE} ended without an answer")
             self._buffer += part
         message, _, self._buffer = self._buffer.partition(b"\0")
-        return json.loads(message)  # type: ignore[no-any-return]
+        return json.loads(message)
 
 
 def _above_standard(descriptor: int) -> int:

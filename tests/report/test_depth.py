@@ -137,7 +137,7 @@ def test_heatmaps_share_one_scale_and_ring_the_smallest_distance():
         for row in rows.to_dict("records"):
             cell = cells[row["n_apart"] - 1, row["layer"]]
             assert cell is np.ma.masked if np.isnan(row["angular_distance"]) else cell == row["angular_distance"]
-        rings = {int(line.get_ydata()[0]): int(line.get_xdata()[0]) for line in axes.lines}
+        rings = {int(np.asarray(line.get_ydata())[0]): int(np.asarray(line.get_xdata())[0]) for line in axes.lines}
         finite = rows.dropna().query("n_apart < @N_LAYER").sort_values("angular_distance").drop_duplicates("n_apart")
         assert rings == dict(zip(finite["n_apart"], finite["layer"], strict=True))
         assert axes.get_title() == configuration

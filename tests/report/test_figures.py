@@ -1,5 +1,6 @@
 import re
 import zlib
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -55,8 +56,8 @@ def test_distribution_over_seeds_has_whiskers_and_dots():
     assert _bars(axes)["SM+G"] == pytest.approx([100 / 6, 0, 0, 500 / 6])
     dots = [line for line in axes.lines if line.get_marker() == "o"]
     assert len(dots) == 16
-    assert any(sorted(line.get_ydata()) == [0.0, 0.0, 50.0] for line in dots)
-    whiskers = [tuple(line.get_ydata()) for line in axes.lines if line.get_marker() == "None"]
+    assert any(sorted(np.asarray(line.get_ydata())) == [0.0, 0.0, 50.0] for line in dots)
+    whiskers = [tuple(np.asarray(line.get_ydata())) for line in axes.lines if line.get_marker() == "None"]
     high = 100 / 6 + 4.302652729911275 * 28.867513459481287 / np.sqrt(3)
     assert any(whisker == pytest.approx((0.0, high)) for whisker in whiskers)
 
@@ -118,9 +119,9 @@ def test_dynamics_has_a_panel_a_configuration_and_a_line_a_layer():
         layers = [line for line in axes.lines if line.get_linestyle() == "-"]
         (bound,) = (line for line in axes.lines if line.get_linestyle() != "-")
         assert len(layers) == 6
-        assert list(bound.get_ydata()) == [3.878, 3.878]
+        assert list(np.asarray(bound.get_ydata())) == [3.878, 3.878]
         middle = frame[(frame["configuration"] == axes.get_title()) & (frame["seed"] == 1) & (frame["layer"] == 4)]
-        np.testing.assert_allclose(layers[4].get_ydata(), middle["entropy_nats"], rtol=1e-12)
+        np.testing.assert_allclose(np.asarray(layers[4].get_ydata()), middle["entropy_nats"], rtol=1e-12)
         assert to_hex(layers[4].get_color()) == to_hex(depth_colours(6)(4))
     assert figure.axes[-1].get_ylabel() == "layer"
     assert figure.get_supylabel() == "attention entropy (nats)"
@@ -130,6 +131,7 @@ def test_dynamics_has_a_panel_a_configuration_and_a_line_a_layer():
 def test_dynamics_hatches_from_where_nan_begins():
     figure = layerwise_entropy_dynamics(study.layer_entropy(seeds=(0, 1), diverges=("SM+G", 1)))
     panels = {axes.get_title(): axes for axes in figure.axes}
+    span: Any
     (span,) = panels["SM+G"].patches
     assert span.get_hatch() == "////"
     assert span.get_x() == 100
@@ -200,7 +202,7 @@ def test_failed_write_leaves_the_old_file(tmp_path):
             raise OSError("no space left")
 
     with pytest.raises(OSError, match="no space"):
-        save_figure(Unwritable(), tmp_path, "loss")
+        save_figure(Unwritable(), tmp_path, "loss")  # type: ignore[arg-type]
     assert [path.name for path in tmp_path.iterdir()] == ["loss.png"]
     assert (tmp_path / "loss.png").read_text() == "old"
 

@@ -112,7 +112,7 @@ def test_uniform_bound_is_marked_and_in_the_scale():
     figure = headwise_entropy_heatmaps(study.head_entropy(), maximum=3.878)
     assert _panels(figure)[0].get_images()[0].norm.vmax == 3.878
     (bar,) = (axes for axes in figure.axes if axes.get_ylabel() == "attention entropy (nats)")
-    assert any(list(line.get_ydata()) == [3.878, 3.878] for line in bar.lines)
+    assert any(list(np.asarray(line.get_ydata())) == [3.878, 3.878] for line in bar.lines)
     assert [text.get_text() for text in bar.texts] == ["uniform 3.88"]
     low = headwise_entropy_heatmaps(study.head_entropy(), maximum=1.0)
     assert _panels(low)[0].get_images()[0].norm.vmax > 1.0
@@ -162,4 +162,4 @@ def test_bad_frames(change, message):
 
 def test_bad_annotate():
     with pytest.raises(InputError, match="unknown value of annotate 'yes'"):
-        headwise_entropy_heatmaps(study.head_entropy(), annotate="yes")
+        headwise_entropy_heatmaps(study.head_entropy(), annotate="yes")  # type: ignore[arg-type]

@@ -2,6 +2,7 @@ import base64
 import io
 import re
 from html.parser import HTMLParser
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -49,7 +50,10 @@ class Page(HTMLParser):
 
     def __init__(self, html):
         super().__init__()
-        self.open, self.elements, self.text, self.cells = [], [], "", []
+        self.open: list[Any] = []
+        self.elements: list[Any] = []
+        self.text = ""
+        self.cells: list[Any] = []
         self.feed(html)
         self.close()
         assert self.open == []

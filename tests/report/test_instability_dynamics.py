@@ -21,7 +21,7 @@ def frames(seeds=(0,)):
         run: dict[str, Any] = {"seed": seed, "configuration": "SM+R"}
         counts.append(layers({}, **run))
         entropy.append(entropies([[3.8, 3.7, 3.6, 3.5]] * 3, **run))
-        run: dict[str, Any] = {"seed": seed, "configuration": "SM+L 0.2"}
+        run = {"seed": seed, "configuration": "SM+L 0.2"}
         counts.append(layers(broken if seed == 0 else {}, **run))
         entropy.append(entropies([[3.8, 3.7, 3.6, 3.5]] * 2 + [[3.8, 0.5, NAN if seed == 0 else 0.1, 0.1]], **run))
     return pd.concat(counts), pd.concat(entropy)

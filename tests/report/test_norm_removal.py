@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -165,9 +167,10 @@ def test_the_loss_figure_marks_every_removal_and_breaks_at_nan() -> None:
     figure = removal_loss_curves(curves, removed)
     figure.canvas.draw()
     when, above, below = figure.axes
-    marks = [segment[0, 0] for each in when.collections for segment in each.get_segments()]
+    lines: Any = when.collections
+    marks = [segment[0, 0] for each in lines for segment in each.get_segments()]
     assert sorted(marks) == [3, 4, 7], "a removal before step 2 (from 0) is first in the loss of step 3 (from 1)"
-    difference = below.lines[-1].get_ydata()
+    difference = np.asarray(below.lines[-1].get_ydata())
     np.testing.assert_allclose(difference, np.where(steps == 5, np.nan, 0.1 * steps))
     assert above.get_ylabel() == "training loss (nats)"
     names = {text.get_text() for text in figure.legends[0].get_texts()}
@@ -209,6 +212,6 @@ def test_the_scaling_figure_shows_censored_sizes() -> None:
     assert len(right.lines) == 0
     fitted = removal_scaling(excess, reached, PowerLaw(0.5, 0.4, 0.6, 2.0, 5), threshold=0.05)
     (line,) = fitted.axes[1].lines
-    np.testing.assert_allclose(line.get_ydata(), [200.0, 2000.0])
+    np.testing.assert_allclose(np.asarray(line.get_ydata()), [200.0, 2000.0])
     with pytest.raises(InputError, match="give both of all"):
         removal_scaling(excess[excess["size"] != "c"], reached, PowerLaw(0.5, 0.4, 0.6, 2.0, 5), threshold=0.05)

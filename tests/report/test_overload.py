@@ -29,11 +29,12 @@ def test_both_panels_show_each_line_from_left_to_right_and_the_level() -> None:
     perplexity, overload = figure.axes
     relu, gelu, dashed = overload.lines
     np.testing.assert_array_equal(relu.get_xdata(), [0, 1, 2])
-    np.testing.assert_allclose(relu.get_ydata(), [100.0, np.nan, 25.0])
-    np.testing.assert_allclose(gelu.get_ydata(), [90.0])
-    assert set(dashed.get_ydata()) == {50.0}
+    np.testing.assert_allclose(np.asarray(relu.get_ydata()), [100.0, np.nan, 25.0])
+    np.testing.assert_allclose(np.asarray(gelu.get_ydata()), [90.0])
+    assert set(np.asarray(dashed.get_ydata())) == {50.0}
     np.testing.assert_allclose(np.asarray(perplexity.lines[0].get_ydata(), dtype=np.float64), [100.0, np.nan, 300.0])
-    first, _, last = perplexity.containers[0].lines[2][0].get_segments()
+    bars: Any = perplexity.containers[0]
+    first, _, last = bars.lines[2][0].get_segments()
     np.testing.assert_allclose(first, [[0, 90.0], [0, 110.0]])
     np.testing.assert_allclose(last, [[2, 280.0], [2, 350.0]])
     assert [tick.get_text() for tick in perplexity.get_xticklabels()] == ["none", "0.01", "0.1"]

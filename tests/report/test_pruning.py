@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -35,7 +37,8 @@ def test_a_panel_a_model_has_a_line_an_order():
     for axes in figure.axes:
         assert set(drawn(axes)) == set(ORDERS)
         np.testing.assert_allclose(drawn(axes)["last"], 3 * np.array(NUMBERS))
-    colours = {container.lines[0].get_color() for container in figure.axes[0].containers}
+    containers: Any = figure.axes[0].containers
+    colours = {container.lines[0].get_color() for container in containers}
     assert len(colours) == len(ORDERS)
 
 

@@ -35,4 +35,4 @@ def test_head_entropy_is_a_whole_frame():
 
 def test_unknown_name_suggests_the_nearest():
     with pytest.raises(InputError, match=r"did you mean 'relu_revival_table2'"):
-        load_published("relu_revival_table")
+        load_published("relu_revival_table")  # type: ignore[arg-type]

@@ -97,7 +97,7 @@ def test_outlier_tables_are_means_with_t_intervals():
     assert table["Seeds"].tolist() == [3, 3]
     largest = outlier_table(frame, layer="largest").set_index("Configuration")
     values = frame[frame["configuration"] == "SM+G"].groupby("seed")["residual_rms"].max()
-    assert largest.loc["SM+G", "RMS"].startswith(f"{values.mean():.2f} ± ")
+    assert largest["RMS"]["SM+G"].startswith(f"{values.mean():.2f} ± ")
     broken = outlier_table(signal(nan_run=("SM+G", 1)), layer="largest").set_index("Configuration")
     assert (broken.loc["SM+G", ["RMS", "Kurtosis", "Max/median", "Token cosine"]] == "NaN").all()
 

@@ -98,12 +98,14 @@ def test_the_figure_shows_percent_by_layer_and_over_training() -> None:
     figure = active_neurons(sparsity(), dynamics(), nominal=0.08)
     by_layer, over_training = figure.axes
     lines = {str(line.get_label()): line for line in by_layer.lines}
-    np.testing.assert_allclose(lines["Spark-FFN"].get_ydata(), [8 * 0.99 * (1 - 0.1 * layer) for layer in range(4)])
+    np.testing.assert_allclose(
+        np.asarray(lines["Spark-FFN"].get_ydata()), [8 * 0.99 * (1 - 0.1 * layer) for layer in range(4)]
+    )
     curve = next(line for line in over_training.lines if line.get_label() == "SM+R")
     assert curve.get_xdata().tolist() == [4096 * step for step in range(0, 50, 10)]
-    np.testing.assert_allclose(curve.get_ydata(), 30 * 0.85 * 0.99)
+    np.testing.assert_allclose(np.asarray(curve.get_ydata()), 30 * 0.85 * 0.99)
     nominal = by_layer.lines[-1]
-    np.testing.assert_allclose(nominal.get_ydata(), [8, 8])
+    np.testing.assert_allclose(np.asarray(nominal.get_ydata()), [8, 8])
     assert DENSE not in lines
     assert figure.get_supxlabel() == "not drawn, every neuron active: SM+LN+G"
     assert by_layer.get_yscale() == "log"

@@ -25,11 +25,11 @@ def test_a_panel_shows_both_lines_of_each_head_as_means_over_seeds() -> None:
     for axes in panels:
         first, threshold, _, second_threshold, bound = axes.lines
         assert first.get_linestyle() == "-"
-        np.testing.assert_allclose(first.get_ydata()[:2], 1.55)
+        np.testing.assert_allclose(np.asarray(first.get_ydata())[:2], 1.55)
         assert np.isnan(first.get_ydata()[2])
-        np.testing.assert_allclose(threshold.get_ydata(), [0.6, 0.7, 0.8])
-        np.testing.assert_allclose(second_threshold.get_ydata(), [1.6, 1.7, 1.8])
-        assert set(bound.get_ydata()) == {2.0}
+        np.testing.assert_allclose(np.asarray(threshold.get_ydata()), [0.6, 0.7, 0.8])
+        np.testing.assert_allclose(np.asarray(second_threshold.get_ydata()), [1.6, 1.7, 1.8])
+        assert set(np.asarray(bound.get_ydata())) == {2.0}
     labels = {text.get_text() for text in figure.legends[0].get_texts()}
     assert labels == {"attention entropy", "learned threshold", "uniform attention, 2.00"}
 

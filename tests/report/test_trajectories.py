@@ -35,10 +35,10 @@ def trajectories(offsets: dict[tuple[str, int], float]) -> pd.DataFrame:
 def test_a_constant_shift_is_its_own_distance() -> None:
     frame = trajectories({("A", 0): 0.0, ("A", 1): 0.3, ("B", 0): 0.1, ("B", 1): 0.5})
     distances = entropy_trajectory_distance(frame)
-    np.testing.assert_allclose(distances.loc["A", "B"], (0.1 + 0.2) / 2)  # seed by seed
-    np.testing.assert_allclose(distances.loc["B", "A"], distances.loc["A", "B"])
-    np.testing.assert_allclose(distances.loc["A", "A"], 0.3)  # between seeds
-    np.testing.assert_allclose(distances.loc["B", "B"], 0.4)
+    np.testing.assert_allclose(distances["B"]["A"], (0.1 + 0.2) / 2)  # seed by seed
+    np.testing.assert_allclose(distances["A"]["B"], distances["B"]["A"])
+    np.testing.assert_allclose(distances["A"]["A"], 0.3)  # between seeds
+    np.testing.assert_allclose(distances["B"]["B"], 0.4)
 
 
 def test_the_distance_is_the_root_mean_square_over_steps_and_layers() -> None:
@@ -48,15 +48,15 @@ def test_the_distance_is_the_root_mean_square_over_steps_and_layers() -> None:
     a, b = (frame.loc[frame["configuration"] == name, "entropy_nats"].to_numpy() for name in "AB")
     expected = np.sqrt(((a - b) ** 2).mean())
     distances = entropy_trajectory_distance(frame.sample(frac=1, random_state=0))
-    np.testing.assert_allclose(distances.loc["A", "B"], expected, rtol=1e-12)
+    np.testing.assert_allclose(distances["B"]["A"], expected, rtol=1e-12)
 
 
 def test_one_seed_has_no_yardstick_and_a_nan_no_distance() -> None:
     frame = trajectories({("A", 0): 0.0, ("B", 0): 0.1, ("C", 0): np.nan})
     distances = entropy_trajectory_distance(frame)
     assert np.isnan(np.diag(distances)).all()
-    assert np.isnan(distances.loc["A", "C"])
-    assert np.isfinite(distances.loc["A", "B"])
+    assert np.isnan(distances["C"]["A"])
+    assert np.isfinite(distances["B"]["A"])
     trajectory_distance_matrix(distances).canvas.draw()
 
 

@@ -97,7 +97,7 @@ def test_a_sparse_layer_by_hand() -> None:
 @pytest.mark.parametrize("ffn", ["dense", "gated", "spark"])
 def test_weights_read_are_the_model_s_own(ffn: str) -> None:
     """With every neuron active, a step reads every weight matrix once."""
-    active = {"ffn_active": 1.0} if ffn == "spark" else {}
+    active: dict[str, Any] = {"ffn_active": 1.0} if ffn == "spark" else {}
     config = NormfreeConfig(vocab_size=13, n_layer=2, n_head=2, n_embd=16, n_inner=24, ffn=ffn, **active)
     model = NormfreeForCausalLM(config)
     matrices = sum(

@@ -160,7 +160,8 @@ def test_the_probe_reads_natural_sparsity_and_counts_nothing_afterwards() -> Non
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @torch.no_grad()
 def test_the_probe_counts_numbers_of_every_dtype_that_are_not_zero(dtype: torch.dtype) -> None:
-    model = build(n_layer=1).to(dtype)
+    model: Any = build(n_layer=1)
+    model.to(dtype)
     down_proj = model.model.blocks[0].ffn.down_proj
     # zeros of both signs, the smallest subnormal numbers, and a sum that float16 cannot hold
     tiny, largest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps, torch.finfo(torch.float16).max

@@ -2,6 +2,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -70,7 +71,7 @@ def test_a_teacher_that_will_be_missing_is_refused_before_training(
     preset_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    configurations: Callable[..., object],
+    configurations: Callable[..., Any],
     arguments: tuple[str, ...],
     says: str,
 ) -> None:

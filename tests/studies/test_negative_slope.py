@@ -90,7 +90,7 @@ def test_runs_of_nans_end_with_a_report(normfree: Command, preset_file: Path, tm
     ],
 )
 def test_the_lead_says_whether_the_order_is_the_papers(first_nan: dict[int, Any], verdict: str) -> None:
-    never = {seed: [None] * 4 for seed in first_nan}
+    never: dict[int, Any] = {seed: [None] * 4 for seed in first_nan}
     nan_first, collapse_first = _lead(runs(first_nan, never)), _lead(runs(never, first_nan))
     assert verdict in nan_first.split("Entropy collapse")[0]
     assert verdict in collapse_first.split("Entropy collapse")[1]

@@ -101,7 +101,7 @@ def test_a_stopped_study_goes_on_to_the_same_result(
         steps = iter(range(10))
         step = Trainer.training_step
 
-        def interrupted(*arguments: object, **options: Any) -> object:
+        def interrupted(*arguments: Any, **options: Any) -> object:
             if next(steps) == 7:  # the last step of the second run; its checkpoint is of step 2
                 signal.raise_signal(signal.SIGINT)
                 signal.raise_signal(signal.SIGINT)  # a second one stops at once

@@ -15,7 +15,7 @@ Command = Callable[..., tuple[int, str, str]]
 
 def test_sizes_vary_one_at_a_time_and_heads_keep_their_width() -> None:
     preset = load_preset("cpu")
-    shapes = {}
+    shapes: dict[Any, Any] = {}
     for configuration in SIZES.configurations(preset):
         run = run_config(preset, configuration, seed=0)
         config = run.build_model_config(512)

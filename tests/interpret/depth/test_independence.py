@@ -46,7 +46,7 @@ def left_behind(writer, reader, scale=1e-3):
 def across_layers(writer, reader):
     """A GPT-2 whose block ``reader``, or final norm, reads the stream after ``writer`` as well (DenseFormer, U-Net)."""
     model = stock("gpt2")
-    streams = {}
+    streams: dict[Any, Any] = {}
     model.transformer.h[writer].register_forward_hook(lambda module, inputs, output: streams.update(kept=output))
     module = model.transformer.ln_f if reader == N_LAYER else model.transformer.h[reader]
     module.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 0.1 * streams["kept"], *inputs[1:]))

@@ -61,11 +61,11 @@ def test_stock_models_against_their_own_hidden_states_and_shorter_copies(name):
     x = hidden_states(model, text)
     variance = ((x - x.mean(axis=-1, keepdims=True)) ** 2).mean(axis=-1)
     by_tokens = found.residual_variance.set_index("tokens")
-    np.testing.assert_allclose(by_tokens.loc["all", "residual_variance"], variance.mean(axis=(1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(by_tokens["residual_variance"]["all"], variance.mean(axis=(1, 2)), rtol=1e-5)
     later = variance[..., 1:].mean(axis=-1)
-    np.testing.assert_allclose(by_tokens.loc["without first", "residual_variance"], later.mean(axis=-1), rtol=1e-5)
+    np.testing.assert_allclose(by_tokens["residual_variance"]["without first"], later.mean(axis=-1), rtol=1e-5)
     error = later.std(axis=-1, ddof=1) / np.sqrt(6)
-    np.testing.assert_allclose(by_tokens.loc["without first", "standard_error"], error, rtol=1e-4)
+    np.testing.assert_allclose(by_tokens["standard_error"]["without first"], error, rtol=1e-4)
 
     unit = x / np.linalg.norm(x, axis=-1, keepdims=True)
     for row in found.angular_distance.to_dict("records"):
@@ -176,7 +176,7 @@ def test_a_block_that_does_nothing_is_the_identity_in_every_measure():
 def test_the_block_to_drop_is_the_one_with_the_smallest_distance_across():
     distances = measure_angular_distance(stock("gpt2"), tokens(4, T))
     across = distances[distances["n_apart"] == 2].set_index("layer")["angular_distance"]
-    first = int(across.idxmin())
+    first = int(across.index.to_numpy()[across.argmin()])
     assert most_similar_block(distances, 2) == [first, first + 1]
     for n_drop in (0, N_LAYER, -1):
         with pytest.raises(InputError, match=f"cannot choose {n_drop} of {N_LAYER} layers"):

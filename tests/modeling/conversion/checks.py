@@ -24,7 +24,7 @@ def perturbed(model: PreTrainedModel) -> Any:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.15 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.15 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
 
 

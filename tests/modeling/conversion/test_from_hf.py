@@ -155,7 +155,8 @@ def with_pruned_weight() -> LlamaForCausalLM:
 
 def with_weight_norm() -> GPTNeoXForCausalLM:
     model = gpt_neox()
-    torch.nn.utils.parametrizations.weight_norm(model.gpt_neox.layers[0].attention.query_key_value)
+    layer: Any = model.gpt_neox.layers[0].attention.query_key_value
+    torch.nn.utils.parametrizations.weight_norm(layer)
     return model
 
 
@@ -239,7 +240,7 @@ def test_merged_adapters_and_models_compiled_in_place_are_converted() -> None:
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
-                parameter += 0.1
+                parameter.add_(0.1)
     expected = adapted(tokens()).logits
     merged = adapted.merge_and_unload()
     assert_same(from_hf(merged)(tokens()).logits, expected)

@@ -91,7 +91,8 @@ def test_of_a_model_that_sees_images_the_text_part_is_converted() -> None:
     vision = SiglipVisionConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
     )
-    text_config = Gemma3TextConfig(**{**SIZES, "layer_types": MIXED})
+    sizes: dict[str, Any] = {**SIZES, "layer_types": MIXED}
+    text_config = Gemma3TextConfig(**sizes)
     config = Gemma3Config(text_config=text_config, vision_config=vision, mm_tokens_per_image=4)
     model = perturbed(Gemma3ForConditionalGeneration(config))
     with pytest.raises(InputError, match=r"cannot convert a Gemma3ForConditionalGeneration; allowed: .*Gemma3ForC"):

@@ -185,9 +185,11 @@ def _with(model: NormfreeForCausalLM, norms: dict[str, Any]) -> Any:
 
 def _reloaded(model: NormfreeForCausalLM) -> NormfreeForCausalLM:
     """What a checkpoint of the finished removal holds."""
-    again = NormfreeForCausalLM(_with(model, {})).to(model.dtype)
+    again: Any = NormfreeForCausalLM(_with(model, {}))
+    again.to(model.dtype)
     again.load_state_dict(model.state_dict())
-    return again.eval()
+    reloaded: NormfreeForCausalLM = again.eval()
+    return reloaded
 
 
 def test_depth_is_measured(pair: Any) -> None:

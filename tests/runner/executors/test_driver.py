@@ -32,7 +32,7 @@ Command = Callable[..., tuple[int, str, str]]
 class DoneJob(Job):
     """A task that ended while it was started."""
 
-    where = "here"  # type: ignore[assignment]
+    where = "here"
 
     def is_done(self) -> bool:
         return True

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from normfree.runner.executors import LocalExecutor, Task
-from normfree.runner.executors.local import LocalSettings
+from normfree.runner.executors import Task
+from normfree.runner.executors.local import LocalExecutor, LocalSettings
 from tests.faults.crash import in_child
 from tests.faults.test_kill_and_resume import state_of
 from tests.forked import normfree as normfree_job
@@ -84,13 +85,11 @@ def test_ctrl_c_saves_all_runs_and_the_same_command_goes_on(
     job = normfree_job("study", STUDY, "--preset", preset_path, *options)
 
     def interrupted() -> None:
-        from normfree.runner import driver
-
         def sleep(seconds: float) -> None:
             if list(folder.glob("runs/*/*/checkpoint-*")):
                 os.kill(os.getpid(), signal.SIGINT)
 
-        driver.time.sleep = sleep  # type: ignore[assignment]
+        time.sleep = sleep  # type: ignore[assignment]
         job()
 
     ended = in_child(interrupted, tmp_path / "stopped")

@@ -45,9 +45,9 @@ def score_scale(q, K1, K2, V, counts, predictor_bias=None, rest_bias=None):
 def assert_is_the_dense_result(backend, q, packed, k, **biases):
     expected, counts = numpy_spark.feed_forward(q, *packed, k, **biases)
     device = DEVICES[backend]
-    moved = [each.to(device) for each in (q, *packed)]
+    moved_q, K1, K2, V = (each.to(device) for each in (q, *packed))
     moved_biases = {name: None if bias is None else bias.to(device) for name, bias in biases.items()}
-    out = sparse_feed_forward(*moved, k, F.gelu, backend=backend, **moved_biases)
+    out = sparse_feed_forward(moved_q, K1, K2, V, k, F.gelu, backend=backend, **moved_biases)
     assert out.dtype == q.dtype
     # torch rounds the intermediates of half precision too
     tolerance = TOLERANCES[q.dtype] * (4 if backend == "torch" else 1) * score_scale(q, *packed, counts, **biases)
@@ -113,8 +113,8 @@ def test_a_nonfinite_query_makes_nan_of_its_own_row_only(backend, bad):
     q = torch.randn(3, 20, generator=generator)
     clean, _ = numpy_spark.feed_forward(q, *packed, 9)
     q[1, 2] = bad
-    moved = [each.to(DEVICES[backend]) for each in (q, *packed)]
-    out = sparse_feed_forward(*moved, 9, F.gelu, backend=backend).cpu()
+    q, K1, K2, V = (each.to(DEVICES[backend]) for each in (q, *packed))
+    out = sparse_feed_forward(q, K1, K2, V, 9, F.gelu, backend=backend).cpu()
     assert out[1].isnan().all()
     np.testing.assert_allclose(out[[0, 2]].numpy(), clean[[0, 2]], rtol=0, atol=1e-4)
 
@@ -129,8 +129,8 @@ def test_rows_of_inactive_neurons_are_not_read(backend):
     inactive = scores[0] < scores.median()
     packed.K2[:, inactive] = math.nan
     packed.V[inactive] = math.nan
-    moved = [each.to(DEVICES[backend]) for each in (q, *packed)]
-    out = sparse_feed_forward(*moved, 9, F.gelu, backend=backend).cpu()
+    q, K1, K2, V = (each.to(DEVICES[backend]) for each in (q, *packed))
+    out = sparse_feed_forward(q, K1, K2, V, 9, F.gelu, backend=backend).cpu()
     np.testing.assert_allclose(out.numpy(), expected, rtol=0, atol=1e-4)
 
 

@@ -43,8 +43,9 @@ def prompts():
 def generated(model, n_token=24, **options):
     """Token ids, and the logits of the new ones [n_token, batch, vocabulary]."""
     inputs = {name: each.to(model.device) for name, each in prompts().items()}
-    options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0} | options
-    out = model.generate(**inputs, max_new_tokens=n_token, output_logits=True, return_dict_in_generate=True, **options)
+    returned = {"output_logits": True, "return_dict_in_generate": True}
+    options = {"do_sample": False, "pad_token_id": 0} | returned | options
+    out = model.generate(**inputs, max_new_tokens=n_token, **options)
     return out.sequences.cpu(), torch.stack(out.logits).cpu()
 
 

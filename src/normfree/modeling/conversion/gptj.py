@@ -88,11 +88,12 @@ def _check_rotary(model: Any, head_dim: int) -> None:
             f"from_hf: rotary_dim = {rotary_dim} has no counterpart; only even numbers from 2 to the head_dim "
             f"{head_dim} can be converted"
         )
-    table = model.transformer.rotary_emb.embed_positions
-    frequencies = 1.0 / (BASE ** (torch.arange(0, rotary_dim, 2, device=table.device) / rotary_dim))
-    angles = torch.arange(len(table), device=table.device).float()[:, None] * frequencies
-    expected = torch.cat([angles.sin(), angles.cos()], dim=1).to(table.dtype)
-    if not torch.allclose(table, expected, rtol=0, atol=1e-6):
+    # One table of the model since transformers 5.24, one of each layer before.
+    tables = [table for name, table in model.named_buffers() if name.endswith("embed_positions")]
+    frequencies = 1.0 / (BASE ** (torch.arange(0, rotary_dim, 2, device=tables[0].device) / rotary_dim))
+    angles = torch.arange(len(tables[0]), device=tables[0].device).float()[:, None] * frequencies
+    expected = torch.cat([angles.sin(), angles.cos()], dim=1)
+    if not all(torch.allclose(table, expected.to(table), rtol=0, atol=1e-6) for table in tables):
         raise InputError(
             "from_hf: the sines and cosines of the GPTJForCausalLM are not those of its rotary_dim; they may have been "
             "rounded by a conversion to half precision and back; load the model again, in one dtype"
