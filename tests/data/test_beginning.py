@@ -114,6 +114,20 @@ def test_joined_documents_begin_anew_and_nothing_is_lost(lengths, n, separated, 
         assert sequences == [stream[i : i + size] for i in range(0, len(stream) - size + 1, size)]
 
 
+@pytest.mark.parametrize("n_tokens", range(12))
+def test_a_beginning_is_never_doubled_where_a_sequence_is_full(n_tokens):
+    """The first document ends around the end of a sequence, with the separator its very last token at 5."""
+    cutter = Cutter(8, (-2, -1))
+    sequences = cutter.cut(np.arange(100, 100 + n_tokens), np.ones(n_tokens, np.bool_)).tokens.tolist()
+    sequences += cutter.cut(np.arange(200, 220), np.ones(20, np.bool_), 99).tokens.tolist()
+    for sequence in sequences:
+        assert sequence[:2] == [-2, -1]
+        assert sequence[2:4] != [-2, -1]
+    assert [token for sequence in sequences for token in sequence if token >= 200] == list(range(200, 220))[
+        : sum(token >= 200 for sequence in sequences for token in sequence)
+    ]
+
+
 def test_no_room_behind_the_beginning(tmp_path):
     with pytest.raises(InputError, match="no room behind the 2"):
         Cutter(3, (301, 300))

@@ -1,4 +1,4 @@
-"""Sequences of tokens on disk: how documents are cut into them, written, and read back memory-mapped."""
+"""Sequences of tokens on disk: documents are cut into them, written, and read back memory-mapped."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +16,7 @@ from normfree.data.tokenizer import vocabulary_size
 from normfree.errors import InputError
 
 NOT_PREDICTED = -100
-"""The label of a token that is not predicted, for transformers as for torch."""
+"""Label of a token that is not predicted, in transformers and torch."""
 BATCH_BYTES = 2**20
 """Documents are tokenized together up to this size: enough for every core, little wasted at a cap."""
 
@@ -25,14 +25,10 @@ BATCH_BYTES = 2**20
 class SplitStatistics:
     """What a split was made of.
 
-    documents, bytes, document_tokens:
-        Documents tokenized, their UTF-8 bytes, and their tokens before cutting. A document in which
-        the cap was reached counts whole.
-    blocks, tokens:
-        What was written; with ``cut="packed"`` this includes the end-of-text tokens between documents.
-    dropped_tokens:
-        Remainders shorter than a sequence. Whole sequences beyond the cap are not among them, nor, with
-        ``cut="packed"``, anything beyond it.
+    documents, bytes, document_tokens: documents tokenized, their UTF-8 bytes, and their tokens before cutting. A
+        document in which the cap was reached counts whole.
+    blocks, tokens: sequences and tokens written; with ``cut="packed"`` including end-of-text tokens.
+    dropped_tokens: remainders shorter than a sequence; not what lies beyond the cap.
     """
 
     documents: int = 0
@@ -44,7 +40,7 @@ class SplitStatistics:
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes in a token, on average: bits per byte = nats per token / ln 2 / this."""
+        """Mean UTF-8 bytes of a token: bits per byte = nats per token / ln 2 / this."""
         return self.bytes / self.document_tokens if self.document_tokens else float("nan")
 
 
@@ -81,7 +77,7 @@ class PackedSequences(Dataset[dict[str, torch.Tensor]]):
         return [{"input_ids": ids, "labels": labels} for ids, labels in zip(input_ids, all_labels, strict=True)]
 
     def n_predicted(self) -> NDArray[np.int64]:
-        """Tokens of each sequence that a causal LM has to predict: all but the first, or those that are marked."""
+        """Predicted tokens of each sequence, [n_sequences]: all but the first, or those that are marked."""
         if self.predicted is None:
             return np.full(len(self), self.sequence_length - 1)
         return self.predicted[:, 1:].sum(axis=1, dtype=np.int64)
@@ -115,26 +111,16 @@ class _SequenceWriter:
         self._n_sequences += len(sequences)
 
     def _write_header(self) -> None:
-        np.lib.format.write_array_header_1_0(
-            self._file,
-            {
-                "descr": np.lib.format.dtype_to_descr(self._dtype),
-                "fortran_order": False,
-                "shape": (self._n_sequences, self._sequence_length),
-            },
-        )
+        shape = (self._n_sequences, self._sequence_length)
+        header = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self._file, header)
 
 
 class Sequences(NamedTuple):
-    """Whole sequences, and which of them are predicted, [n, T] each."""
+    """Whole sequences, and which of their tokens are predicted, [n, T] each."""
 
     tokens: NDArray[np.int64]
     predicted: NDArray[np.bool_]
-
-    @classmethod
-    def empty(cls, sequence_length: int) -> Self:
-        """No sequence of ``sequence_length`` tokens."""
-        return cls(np.empty((0, sequence_length), np.int64), np.empty((0, sequence_length), np.bool_))
 
 
 class Cutter:
@@ -150,78 +136,77 @@ class Cutter:
                 "puts first; give longer ones"
             )
         self._T = sequence_length
-        self._beginning = np.asarray(beginning, np.int64)
-        self._left = np.empty(0, np.int64)
-        self._left_predicted = np.empty(0, np.bool_)
+        # Tokens in the first row, 1 for predicted ones in the second; so everywhere below.
+        self._beginning = np.array([beginning, [0] * len(beginning)], np.int64)
+        self._left = np.empty((2, 0), np.int64)
 
     @property
     def n_left(self) -> int:
-        """Tokens that no sequence holds yet, a beginning in front of them not counted."""
-        return max(0, len(self._left) - len(self._beginning))
+        """Tokens not yet in a sequence, a beginning before them not counted."""
+        return max(0, self._left.shape[1] - self._beginning.shape[1])
 
     def cut(self, tokens: NDArray[np.int64], predicted: NDArray[np.bool_], separator: int | None = None) -> Sequences:
         """The sequences that a document completes; ``separator`` goes before it, at the end of the previous one."""
-        T, n = self._T, len(self._beginning)
-        before = np.asarray([] if separator is None or (n and not len(self._left)) else [separator], np.int64)
-        start = len(self._left) + len(before)
-        unpredicted = np.zeros(n, np.bool_)
-        stream = np.concatenate([self._left, before, self._beginning, tokens])
-        mask = np.concatenate([self._left_predicted, np.ones(len(before), np.bool_), unpredicted, predicted])
-        if len(stream) < T:
-            self._keep(stream, mask)
-            return Sequences.empty(T)
-        # A beginning that the first sequence cuts through is repeated whole in the second.
-        again = T if start + n <= T else start + n
-        rest, rest_mask = stream[again:], mask[again:]
-        n_more = len(rest) // (T - n)
-        more, more_mask = rest[: n_more * (T - n)].reshape(-1, T - n), rest_mask[: n_more * (T - n)].reshape(-1, T - n)
-        sequences = np.concatenate([stream[None, :T], self._with_beginning(more)])
-        masks = np.concatenate([mask[None, :T], np.hstack([np.tile(unpredicted, (n_more, 1)), more_mask])])
-        left = rest[n_more * (T - n) :]
-        if len(left):
-            self._keep(np.concatenate([self._beginning, left]), np.concatenate([unpredicted, rest_mask[-len(left) :]]))
+        T, n = self._T, self._beginning.shape[1]
+        is_separated = separator is not None and (n == 0 or self._left.shape[1] > 0)
+        before = np.array([[separator], [1]] if is_separated else [[], []], np.int64)
+        start = self._left.shape[1] + before.shape[1]
+        stream = np.hstack([self._left, before, self._beginning, np.stack([tokens, predicted])])
+        if stream.shape[1] < T:
+            self._left = stream
+            whole = np.empty((2, 0, T), np.int64)
         else:
-            self._keep(left, rest_mask[:0])
-        return Sequences(sequences, masks)
+            # A beginning that the first sequence cuts through is repeated whole in the second.
+            rest = stream[:, max(T, start + n) :]
+            n_more = rest.shape[1] // (T - n)
+            bodies = rest[:, : n_more * (T - n)].reshape(2, n_more, T - n)
+            more = np.concatenate([np.repeat(self._beginning[:, None], n_more, axis=1), bodies], axis=2)
+            whole = np.concatenate([stream[:, None, :T], more], axis=1)
+            left = rest[:, n_more * (T - n) :]
+            self._left = np.hstack([self._beginning, left]) if left.shape[1] else left
+        return Sequences(whole[0], whole[1].astype(np.bool_))
 
     def drop(self) -> int:
-        """Drops what is left; the number of tokens, a beginning in front of them not counted."""
+        """Drops the remainder; returns its number of tokens, a beginning before them not counted."""
         n_dropped = self.n_left
-        self._keep(self._left[:0], self._left_predicted[:0])
+        self._left = self._left[:, :0]
         return n_dropped
 
-    def _with_beginning(self, bodies: NDArray[np.int64]) -> NDArray[np.int64]:
-        return np.hstack([np.tile(self._beginning, (len(bodies), 1)), bodies])
 
-    def _keep(self, tokens: NDArray[np.int64], predicted: NDArray[np.bool_]) -> None:
-        self._left, self._left_predicted = tokens, predicted
+class TokenizedDocument(NamedTuple):
+    """A document as it is cut: its UTF-8 bytes, the tokens of its text, all its tokens, and which are predicted."""
+
+    n_bytes: int
+    n_text_tokens: int
+    tokens: NDArray[np.int64]
+    predicted: NDArray[np.bool_]
 
 
-def write_sequences(
+def pack(
     path: Path,
-    documents: Iterable[str],
+    documents: Iterable[TokenizedDocument],
     tokenizer: PreTrainedTokenizerBase,
     *,
     sequence_length: int,
+    joined: bool,
     beginning: tuple[int, ...] = (),
     predicted_path: Path | None = None,
     separator: int | None = None,
     max_tokens: int | None = None,
     report: Callable[[int], object] = lambda _: None,
 ) -> SplitStatistics:
-    """Tokenize documents, cut them into sequences and write these to ``path``.
+    """Cuts documents into sequences and writes these to ``path``.
 
     Args:
-        path: The .npy file to write, uint16 if every token id fits, else uint32.
-        documents: Read only as far as ``max_tokens`` needs.
-        tokenizer: Adds no special tokens of its own, and takes text that looks like a special token as text.
+        path: the .npy file to write, uint16 if every token id of ``tokenizer`` fits, else uint32.
+        documents: read only as far as ``max_tokens`` needs.
         sequence_length: T.
-        beginning: The first tokens of each sequence, and of each document: a sequence has T - len(beginning) others.
-        predicted_path: The .npy file to write which tokens are predicted to, bool: those of no beginning.
-        separator: None cuts each document apart and drops its remainder (``chunks``). A token id joins the
-            documents with that token between them and drops only the last remainder (``packed``).
-        max_tokens: Upper bound on the tokens written.
-        report: Called with the number of tokens written so far.
+        joined: False cuts each document apart and drops its remainder; True drops only the last one.
+        beginning: the first tokens of each sequence, and of each document.
+        predicted_path: the .npy file, bool, of which tokens are predicted; those of a beginning never are.
+        separator: token id between joined documents; None puts nothing between them.
+        max_tokens: upper bound on the tokens written.
+        report: receives the number of tokens written so far.
 
     Raises:
         InputError: the beginning leaves no room in a sequence.
@@ -230,24 +215,24 @@ def write_sequences(
     most = None if max_tokens is None else max_tokens // T
     statistics = SplitStatistics()
     cutter = Cutter(T, beginning)
+    dtype = np.dtype(np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32)
     with contextlib.ExitStack() as stack:
-        writer = stack.enter_context(_SequenceWriter(path, T, token_dtype(tokenizer)))
+        writer = stack.enter_context(_SequenceWriter(path, T, dtype))
         masks = None
         if predicted_path is not None:
             masks = stack.enter_context(_SequenceWriter(predicted_path, T, np.dtype(np.bool_)))
-        for n_bytes, ids in _tokenize(documents, tokenizer):
-            tokens = np.asarray(ids, np.int64)
+        for document in documents:
             between = separator if statistics.documents else None
             statistics.documents += 1
-            statistics.bytes += n_bytes
-            statistics.document_tokens += len(ids)
-            sequences = cutter.cut(tokens, np.ones(len(tokens), np.bool_), between)
+            statistics.bytes += document.n_bytes
+            statistics.document_tokens += document.n_text_tokens
+            sequences = cutter.cut(document.tokens, document.predicted, between)
             taken = slice(None if most is None else most - statistics.blocks)
             writer.append(sequences.tokens[taken])
             if masks is not None:
                 masks.append(sequences.predicted[taken])
             statistics.blocks += len(sequences.tokens[taken])
-            if separator is None:
+            if not joined:
                 statistics.dropped_tokens += cutter.drop()
             report(statistics.blocks * T)
             if statistics.blocks == most:
@@ -258,13 +243,27 @@ def write_sequences(
     return statistics
 
 
-def token_dtype(tokenizer: PreTrainedTokenizerBase) -> np.dtype[np.unsignedinteger]:
-    """uint16 if every token id fits, else uint32."""
-    return np.dtype(np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32)
+def write_sequences(
+    path: Path,
+    documents: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    separator: int | None = None,
+    **options: Any,
+) -> SplitStatistics:
+    """Tokenizes documents and packs them (:func:`pack`); all tokens but those of a beginning are predicted.
+
+    Args:
+        tokenizer: adds no special tokens of its own, and takes text that looks like a special token as text.
+        separator: None cuts each document apart (``chunks``). A token id joins the documents with that token between
+            them (``packed``).
+        options: of :func:`pack`.
+    """
+    joined = separator is not None
+    return pack(path, _tokenize(documents, tokenizer), tokenizer, joined=joined, separator=separator, **options)
 
 
-def _tokenize(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, list[int]]]:
-    """The UTF-8 size and the tokens of each document."""
+def _tokenize(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[TokenizedDocument]:
     for batch in _batches(documents):
         encoding = tokenizer(
             [text for _, text in batch],
@@ -274,10 +273,12 @@ def _tokenize(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> I
             return_token_type_ids=False,
             verbose=False,  # documents longer than the model's context are expected here
         )
-        yield from zip((n_bytes for n_bytes, _ in batch), encoding["input_ids"], strict=True)
+        for (n_bytes, _), ids in zip(batch, encoding["input_ids"], strict=True):
+            yield TokenizedDocument(n_bytes, len(ids), np.asarray(ids, np.int64), np.ones(len(ids), np.bool_))
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[tuple[int, str]]]:
+    """UTF-8 size and text of documents, together up to ``BATCH_BYTES``."""
     batch: list[tuple[int, str]] = []
     batch_bytes = 0
     for text in documents:

@@ -1,9 +1,8 @@
-"""From a corpus to a folder of packed sequences of tokens, built once and used again.
+"""From a corpus to a folder of packed sequences, built once and used again.
 
-``cache_dir/<fingerprint>/`` holds ``train.npy``, ``eval.npy``, ``tokenizer/`` and ``data.json`` (the config,
-what was kept and dropped, and the size and SHA-256 of every other file). It is built beside its final place
-and renamed into it, so it is there whole or not at all; of two processes that build it at once, the slower
-uses the other's.
+``cache_dir/<fingerprint>/`` holds ``train.npy``, ``eval.npy``, ``tokenizer/`` and ``data.json`` (the config, what was
+kept and dropped, and the size and SHA-256 of every other file). It is built next to its final place and renamed, so it
+is there whole or not at all; of two processes that build it at once, the slower uses the other's.
 """
 
 import dataclasses
@@ -13,7 +12,7 @@ import logging
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,8 +49,7 @@ Report = Callable[[int], object]
 class PackedData:
     """A prepared corpus.
 
-    statistics:
-        ``corpus`` (:class:`~normfree.data.documents.CorpusStatistics`), ``train`` and ``eval``
+    statistics: ``corpus`` (:class:`~normfree.data.documents.CorpusStatistics`), ``train`` and ``eval``
         (:class:`~normfree.data.packed_sequences.SplitStatistics` and ``bytes_per_token``) as dictionaries, and
         ``vocab_size``; as counted when the folder was built.
     """
@@ -67,18 +65,16 @@ class PackedData:
 def prepare_data(config: DataConfig, cache_dir: Path, *, progress: bool = False) -> PackedData:
     """Packed sequences for ``config``: those in ``cache_dir`` if they are there and whole, else new ones.
 
-    A local corpus is always read through, to know whether it changed. A damaged folder is reported in the log
-    and built again.
+    A local corpus is always read through, to know whether it changed. A damaged folder is logged and built again.
 
     Args:
-        config: The corpus, the tokenizer and the cut.
-        cache_dir: Made if it is missing.
-        progress: Show progress on stderr.
+        config: the corpus, the tokenizer and the cut.
+        cache_dir: created if it is missing.
+        progress: shows progress on standard error.
 
     Raises:
-        InputError: a corpus that cannot be opened, has no usable document or too few tokens for one sequence of
-            each split; a tokenizer that cannot be loaded or trained, or has no end-of-text token for
-            cut ``packed``.
+        InputError: the corpus cannot be opened, or has no usable document or too few tokens for one sequence of each
+            split; or the tokenizer cannot be loaded or trained, or has no end-of-text token for cut ``packed``.
     """
     with _progress_bars(progress) as start:
         start("reading the corpus", None)
@@ -98,10 +94,10 @@ def prepare_data(config: DataConfig, cache_dir: Path, *, progress: bool = False)
 
 
 def same_data(config: DataConfig, cache_dir: Path, fingerprint: str, *, progress: bool = False) -> PackedData:
-    """The tokens that an earlier run with ``config`` had: those in ``cache_dir``, though the corpus may have changed.
+    """The tokens of an earlier run with ``config``: those in ``cache_dir``, even if the corpus has changed.
 
     Raises:
-        InputError: they are not in the cache, and the corpus cannot be used or gives others now.
+        InputError: they are not in the cache, and the corpus cannot be used or has changed.
     """
     if not re.fullmatch("[0-9a-f]{16}", fingerprint):
         raise InputError(
@@ -122,10 +118,10 @@ def same_data(config: DataConfig, cache_dir: Path, fingerprint: str, *, progress
 
 
 def load_packed_data(folder: Path) -> PackedData:
-    """The packed data in a folder made by :func:`prepare_data`, without a look at its corpus.
+    """The packed data in a folder made by :func:`prepare_data`, without opening the corpus.
 
     Raises:
-        InputError: the folder is missing, or one of its files is missing or not as it was written.
+        InputError: the folder is missing, or one of its files is missing or changed.
     """
     damage = _damage(folder)
     if damage is not None:
@@ -151,7 +147,7 @@ def _sequences(folder: Path, split: Split) -> PackedSequences:
 
 
 def _fingerprint(config: DataConfig, corpus: Corpus, tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """16 hexadecimal digits that stand for the tokens: the same documents at another path have the same."""
+    """16 hexadecimal digits for the tokens; the same documents at another path have the same."""
     parts = config.model_dump(mode="json", exclude={"corpus", "tokenizer", "beginning"})
     parts["format_version"] = FORMAT_VERSION
     parts["documents"] = corpus.fingerprint
@@ -180,47 +176,20 @@ def _build(
         start("training the tokenizer", None)
         tokenizer = train_tokenizer(corpus.documents("train"), config.vocab_size)
     tokenizer.save_pretrained(folder / "tokenizer")
-    beginning = Beginning.of(tokenizer, config.beginning).token_ids
-    caps = {"train": config.train_tokens, "eval": config.eval_tokens}
-    splits = {}
+    statistics: dict[str, Any] = {}
     for split in SPLITS:
-        report = start(f"packing {split} tokens", caps[split])
-        if isinstance(corpus, PairCorpus):
-            splits[split] = write_pairs(
-                folder / f"{split}.npy",
-                folder / f"{split}_predicted.npy",
-                corpus.pairs(split),
-                tokenizer,
-                sequence_length=config.sequence_length,
-                beginning=beginning,
-                max_tokens=caps[split],
-            )
-        else:
-            splits[split] = write_sequences(
-                folder / f"{split}.npy",
-                corpus.documents(split),
-                tokenizer,
-                sequence_length=config.sequence_length,
-                beginning=beginning,
-                predicted_path=folder / f"{split}_predicted.npy" if beginning else None,
-                separator=_separator(tokenizer, config),
-                max_tokens=caps[split],
-                report=report,
-            )
-        _check_not_empty(split, splits[split], config)
-    statistics: dict[str, Any] = {
-        split: {**dataclasses.asdict(each), "bytes_per_token": each.bytes_per_token} for split, each in splits.items()
-    }
-    record = {
+        report = start(f"packing {split} tokens", _cap(split, config))
+        found = _write_split(folder, split, config, corpus, tokenizer, report)
+        if not found.blocks:
+            raise _too_small(split, found, config)
+        statistics[split] = {**dataclasses.asdict(found), "bytes_per_token": found.bytes_per_token}
+    kept = dataclasses.asdict(corpus.statistics)
+    record: dict[str, Any] = {
         "fingerprint": fingerprint,
         "format_version": FORMAT_VERSION,
         "config": config.model_dump(mode="json"),
         "versions": {"tokenizers": tokenizers.__version__, "transformers": transformers.__version__},
-        "statistics": {
-            "corpus": dataclasses.asdict(corpus.statistics),
-            **statistics,
-            "vocab_size": vocabulary_size(tokenizer),
-        },
+        "statistics": {"corpus": kept, **statistics, "vocab_size": vocabulary_size(tokenizer)},
         "files": {
             path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
             for path in sorted(folder.rglob("*"))
@@ -229,6 +198,27 @@ def _build(
     }
     record["sha256"] = _own_sha256(record)
     (folder / "data.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_split(
+    folder: Path, split: Split, config: DataConfig, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, report: Report
+) -> SplitStatistics:
+    path, predicted = folder / f"{split}.npy", folder / f"{split}_predicted.npy"
+    beginning = Beginning.of(tokenizer, config.beginning).token_ids
+    options: dict[str, Any] = {
+        "sequence_length": config.sequence_length,
+        "beginning": beginning,
+        "max_tokens": _cap(split, config),
+        "report": report,
+    }
+    if isinstance(corpus, PairCorpus):
+        return write_pairs(path, predicted, corpus.pairs(split), tokenizer, **options)
+    options |= {"separator": _separator(tokenizer, config), "predicted_path": predicted if beginning else None}
+    return write_sequences(path, corpus.documents(split), tokenizer, **options)
+
+
+def _cap(split: Split, config: DataConfig) -> int | None:
+    return config.train_tokens if split == "train" else config.eval_tokens
 
 
 def _separator(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> int | None:
@@ -242,12 +232,10 @@ def _separator(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> int | 
     return int(tokenizer.eos_token_id)
 
 
-def _check_not_empty(split: Split, statistics: SplitStatistics, config: DataConfig) -> None:
-    if statistics.blocks:
-        return
+def _too_small(split: Split, statistics: SplitStatistics, config: DataConfig) -> InputError:
     T = config.sequence_length
     needed = f"at least {T} in one document" if config.cut == "chunks" else f"at least {T}"
-    raise InputError(
+    return InputError(
         f"corpus {config.corpus!r}: the {split} split has {statistics.document_tokens} tokens in "
         f"{statistics.documents} documents, one sequence needs {needed}; use a larger corpus, "
         "a smaller sequence_length, or another eval_fraction or seed"
@@ -256,7 +244,7 @@ def _check_not_empty(split: Split, statistics: SplitStatistics, config: DataConf
 
 @contextmanager
 def _built_in_place(folder: Path) -> Iterator[Path]:
-    """A folder beside ``folder`` that takes its place."""
+    """A temporary folder that is renamed to ``folder`` at the end."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     with locked(beside):
@@ -270,7 +258,7 @@ def _built_in_place(folder: Path) -> Iterator[Path]:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Removes what killed processes left beside ``folder``."""
+    """Removes temporary folders of killed processes."""
     for left in folder.parent.glob(f".{folder.name}.*"):
         remove_abandoned(left)
 
@@ -281,17 +269,17 @@ def _move_into_place(building: Path, folder: Path) -> None:
     try:
         building.rename(folder)
     except OSError:
-        # Another process may have finished first: what it built is as good as ours.
+        # Another process may have finished first; its folder is the same.
         if _damage(folder) is not None:
             raise
 
 
 def _damage(folder: Path) -> str | None:
-    """What is wrong with a prepared folder, None if nothing is."""
+    """What is wrong with a prepared folder; None if nothing is."""
     try:
         record = json.loads((folder / "data.json").read_text(encoding="utf-8"))
         expected = {name: (int(each["bytes"]), str(each["sha256"])) for name, each in record["files"].items()}
-        # Folders of an older version do not have it.
+        # Older folders have none.
         if record.get("sha256", _own_sha256(record)) != _own_sha256(record):
             return "data.json is not as it was written"
     except OSError as error:
@@ -302,20 +290,15 @@ def _damage(folder: Path) -> str | None:
 
 
 def _own_sha256(record: dict[str, Any]) -> str:
-    """Of all else in ``data.json``."""
+    """SHA-256 of all other entries of ``data.json``."""
     rest = {name: value for name, value in record.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager
 def _progress_bars(show: bool) -> Iterator[Callable[[str, int | None], Report]]:
-    """A function that starts a stage, with its total if that is known, and gives one that reports on it."""
-    columns: Sequence[Any] = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(show_speed=True),
-        TimeElapsedColumn(),
-    )
+    """A function that starts a stage with its total, None if unknown, and returns the function that reports on it."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(show_speed=True), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not show) as bars:
 
         def finish() -> None:

@@ -1,7 +1,7 @@
 """Pairs of a prompt and its completion, for supervised fine-tuning: only the completion is predicted."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from normfree.data.corpus_name import existing_file
 from normfree.data.data_config import DataConfig
 from normfree.data.documents import Admission, Split
 from normfree.data.local import LocalCorpus
-from normfree.data.packed_sequences import Cutter, Sequences, SplitStatistics, token_dtype
+from normfree.data.packed_sequences import SplitStatistics, TokenizedDocument, pack
 from normfree.data.records import RECORDS, Record, kind_of, read_records
 from normfree.errors import InputError
 
@@ -20,7 +20,7 @@ FIELDS = ("prompt", "completion")
 
 
 class Pair(NamedTuple):
-    """What the model is given, and what it is to say."""
+    """What the model reads, and what it learns to write."""
 
     prompt: str
     completion: str
@@ -33,7 +33,7 @@ class PairCorpus(LocalCorpus):
         return "".join(json.loads(content)).encode("utf-8", "surrogatepass")
 
     def _admitted_passages(self, large: list[Path | bytes], admission: Admission) -> list[Any]:
-        return []  # a part of a pair is none
+        return []  # a part of a pair is not a pair
 
     def pairs(self, split: Split) -> Iterator[Pair]:
         """The pairs of a split.
@@ -59,48 +59,31 @@ def prompt_completion_pairs(argument: str, config: DataConfig) -> PairCorpus:
 
 
 def write_pairs(
-    path: Path,
-    predicted_path: Path,
-    pairs: Iterator[Pair],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    sequence_length: int,
-    beginning: tuple[int, ...] = (),
-    max_tokens: int | None = None,
+    path: Path, predicted_path: Path, pairs: Iterable[Pair], tokenizer: PreTrainedTokenizerBase, **options: Any
 ) -> SplitStatistics:
-    """Write pairs as sequences [n, T], and which of them are predicted, bool [n, T].
+    """Packs pairs, and which of their tokens are predicted (:func:`~normfree.data.packed_sequences.pack`).
 
     Pair follows pair (beginning, prompt, completion, end-of-text token), cut wherever a sequence is full. Every
     sequence begins with the beginning; the last remainder is dropped. Completions and their end-of-text tokens are
-    predicted. All pairs are held in memory.
+    predicted.
 
     Raises:
         InputError: the tokenizer has no end-of-text token.
     """
     if tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no end-of-text token to end completions with; use another one")
-    statistics = SplitStatistics()
-    cutter = Cutter(sequence_length, beginning)
-    sequences = [Sequences.empty(sequence_length)]
-    most = None if max_tokens is None else max_tokens // sequence_length
-    for pair in pairs:
-        prompt, completion = (_tokens(text, tokenizer) for text in pair)
-        statistics.documents += 1
-        statistics.bytes += sum(len(text.encode("utf-8")) for text in pair)
-        statistics.document_tokens += len(prompt) + len(completion)
-        tokens = np.asarray([*prompt, *completion, tokenizer.eos_token_id], np.int64)
-        sequences.append(cutter.cut(tokens, np.arange(len(tokens)) >= len(prompt)))
-        statistics.blocks += len(sequences[-1].tokens)
-        if most is not None and statistics.blocks >= most:
-            break
-    else:
-        statistics.dropped_tokens = cutter.drop()
-    tokens, predicted = (np.concatenate(parts)[:most] for parts in zip(*sequences, strict=True))
-    statistics.blocks = len(tokens)
-    statistics.tokens = tokens.size
-    np.save(path, tokens.astype(token_dtype(tokenizer)))
-    np.save(predicted_path, predicted)
-    return statistics
+    documents = (_tokenized(pair, tokenizer) for pair in pairs)
+    return pack(path, documents, tokenizer, joined=True, predicted_path=predicted_path, **options)
+
+
+def _tokenized(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> TokenizedDocument:
+    prompt, completion = (
+        tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        for text in pair
+    )
+    tokens = np.asarray([*prompt, *completion, tokenizer.eos_token_id], np.int64)
+    n_bytes = sum(len(text.encode("utf-8")) for text in pair)
+    return TokenizedDocument(n_bytes, len(prompt) + len(completion), tokens, np.arange(len(tokens)) >= len(prompt))
 
 
 def _documents(records: Iterator[tuple[str, Record]]) -> Iterator[bytes]:
@@ -113,8 +96,3 @@ def _documents(records: Iterator[tuple[str, Record]]) -> Iterator[bytes]:
         if not row["completion"]:
             raise InputError(f"{where}: the completion is empty; there is nothing to predict")
         yield json.dumps([row[name] for name in FIELDS]).encode("utf-8")
-
-
-def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-    return ids
