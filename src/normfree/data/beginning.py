@@ -18,11 +18,9 @@ _PROBE = "The text 1."
 
 @dataclass(frozen=True)
 class Beginning:
-    """The tokens that every sequence begins with.
+    """The tokens that every sequence begins with, as ids and as the tokenizer writes them, and the rule that gave them.
 
-    token_ids: none for sequences of text only.
-    tokens: the same as the tokenizer writes them, such as ``<bos>``.
-    rule: the rule that gave them.
+    Sequences of text only have none.
     """
 
     token_ids: tuple[int, ...] = ()
@@ -58,7 +56,7 @@ class Beginning:
         return token_ids if tuple(token_ids[:n]) == self.token_ids else [*self.token_ids, *token_ids]
 
     def summary(self) -> dict[str, list[int] | list[str] | str]:
-        """All of it, as JSON can hold it."""
+        """All fields, for JSON."""
         return {"token_ids": list(self.token_ids), "tokens": list(self.tokens), "rule": self.rule}
 
 
@@ -72,10 +70,10 @@ def natural_rule(tokenizer: str) -> BeginningRule:
 
 
 def added_before(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The ids of the special tokens that ``tokenizer`` puts before a text, often one, often none.
+    """The ids of the special tokens that ``tokenizer`` puts before a text.
 
-    They are read off an encoded text, not off ``bos_token_id``: many tokenizers have such a token and add none, and
-    some add several. What a tokenizer adds behind a text (an end-of-text token) is not among them.
+    They are read from an encoded text, not from ``bos_token_id``: many tokenizers have such a token and add none, and
+    some add several. What a tokenizer adds after a text is not among them.
 
     Raises:
         InputError: the text is not found in its own encoding with special tokens.

@@ -1,4 +1,4 @@
-"""What a prepared corpus is made of: every choice between the documents and the sequences."""
+"""The configuration of a prepared corpus: every choice from documents to sequences."""
 
 from typing import Any, Literal, Self
 
@@ -24,34 +24,24 @@ SMALLEST_TRAINED_VOCABULARY = 257
 class DataConfig(BaseModel):
     """A corpus, a tokenizer, and how the tokens are cut into sequences.
 
-    corpus:
-        ``installed-python``, ``directory:PATH[:GLOB]``, ``file:PATH``, ``pairs:PATH``, ``codeparrot`` or
+    corpus: ``installed-python``, ``directory:PATH[:GLOB]``, ``file:PATH``, ``pairs:PATH``, ``codeparrot`` or
         ``hf:NAME[@REVISION][:CONFIGURATION]`` (see :mod:`normfree.data.corpus`); the bare path of a file or folder
         becomes ``file:PATH`` or ``directory:PATH``.
-    tokenizer:
-        ``train`` for a byte-level BPE trained on the train split, otherwise the name or the folder of a
-        Hugging Face tokenizer.
-    vocab_size:
-        Vocabulary of the tokenizer to train, end-of-text token included. Only for ``tokenizer="train"``.
-    sequence_length:
-        T, tokens in a sequence.
-    beginning:
-        What every sequence and every document begins with: ``none`` (text only), ``tokenizer`` (the special tokens
-        that the tokenizer puts before a text) or ``bos_token`` (the same, and where it puts none its
+    tokenizer: ``train`` for a byte-level BPE trained on the train split, otherwise the name or the folder of a Hugging
+        Face tokenizer.
+    vocab_size: vocabulary of the tokenizer to train, end-of-text token included. Only for ``tokenizer="train"``.
+    sequence_length: T, tokens in a sequence.
+    beginning: what every sequence and every document begins with: ``none`` (text only), ``tokenizer`` (the special
+        tokens that the tokenizer puts before a text) or ``bos_token`` (the same; if it puts none, its
         beginning-of-text token). They count among the T tokens and are not predicted.
-    cut:
-        ``chunks``: each document is cut into sequences of its own and its shorter remainder is dropped (ReLU's
-        Revival and the Hugging Face course). ``packed``: documents are joined with the end-of-text token
-        between them, and only the last remainder is dropped.
-    train_tokens, eval_tokens:
-        Upper bounds on the tokens of a split, rounded down to whole sequences. None takes the whole split.
-    eval_fraction:
-        Probability with which a document belongs to the eval split. Not used by hub data sets that come with
-        a validation split.
-    max_document_bytes:
-        Documents larger than this are skipped: most are generated tables.
-    seed:
-        Decides the split and the order of the documents.
+    cut: ``chunks`` cuts each document into sequences of its own and drops its shorter remainder (ReLU's Revival and the
+        Hugging Face course). ``packed`` joins documents with the end-of-text token and drops only the last remainder.
+    train_tokens, eval_tokens: upper bounds on the tokens of a split, rounded down to whole sequences; None takes the
+        whole split.
+    eval_fraction: probability that a document belongs to the eval split; unused by hub data sets with a validation
+        split.
+    max_document_bytes: documents larger than this are skipped: most are generated tables.
+    seed: decides the split and the order of the documents.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -95,11 +85,11 @@ class DataConfig(BaseModel):
 
     @model_serializer(mode="wrap")
     def _without_what_does_not_apply(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # A dumped config is read back with every field given explicitly, and would then be refused.
+        # A dumped config is read back with every field given, and vocab_size would be refused.
         fields: dict[str, Any] = serialize(self)
         if self.tokenizer != "train":
             fields.pop("vocab_size", None)
-        # Runs on text only keep the configuration, and the fingerprint, that they had before there was this field.
+        # Runs on text only keep the configuration and fingerprint that they had before this field existed.
         if self.beginning == "none":
             fields.pop("beginning", None)
         return fields

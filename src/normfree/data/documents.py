@@ -1,10 +1,8 @@
-"""Documents: which are kept, in which order they stand, and which of them are held out for evaluation.
+"""Documents: which are kept, in which order, and which are held out for evaluation.
 
-Whatever the corpus, a document is kept once (by the SHA-256 of its bytes), skipped documents are counted by
-reason, and a document belongs wholly to one split.
-
-A local corpus is ordered by ``SHA-256(seed, SHA-256(document))`` and split by the same number. So the order
-is a shuffle that does not depend on paths, and a document keeps its split when others are added or removed.
+In every corpus a document is kept once (by the SHA-256 of its bytes), skipped documents are counted by reason, and a
+document belongs to one split. A local corpus is ordered and split by ``SHA-256(seed, SHA-256(document))``: a shuffle
+that does not depend on paths, in which a document keeps its split when others are added or removed.
 """
 
 import hashlib
@@ -22,23 +20,18 @@ log = logging.getLogger(__name__)
 Split = Literal["train", "eval"]
 
 TEXT_COLUMNS = ("text", "content")
-"""Where the text of a JSON line or of a row of a hub data set is looked for, in this order."""
+"""Columns that may hold the text of a record, in order of preference."""
 
 
 @dataclass
 class CorpusStatistics:
     """Documents kept and documents skipped, by reason.
 
-    documents, bytes:
-        Documents kept, and their UTF-8 bytes.
-    duplicates:
-        The same bytes as a document already kept.
-    undecodable, binary, empty:
-        Not UTF-8; with a NUL byte; nothing but white space.
-    too_large:
-        More than ``max_document_bytes``.
-    unreadable:
-        Files and folders that could not be read.
+    documents, bytes: documents kept, and their UTF-8 bytes.
+    duplicates: the same bytes as a document already kept.
+    undecodable, binary, empty: not UTF-8; with a NUL byte; nothing but white space.
+    too_large: more than ``max_document_bytes``.
+    unreadable: files and folders that could not be read.
     """
 
     documents: int = 0
@@ -55,7 +48,7 @@ class CorpusStatistics:
         return CorpusStatistics(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
     def skipped(self, max_document_bytes: int) -> str | None:
-        """What was skipped though it holds something, as one line; None if nothing was."""
+        """What was skipped although it is not empty, as one line; None if nothing was."""
         reasons = {
             f"larger than {max_document_bytes} bytes (data.max_document_bytes admits them)": self.too_large,
             "not UTF-8": self.undecodable,
@@ -74,7 +67,7 @@ class CorpusStatistics:
 class Corpus(ABC):
     """Documents in a fixed order, in two disjoint splits.
 
-    ``fingerprint`` changes with the documents or their order; it does not depend on where they are stored.
+    fingerprint: changes with the documents or their order, not with where they are stored.
     """
 
     fingerprint: str
@@ -98,7 +91,7 @@ class Admission:
     digests: set[bytes] = field(default_factory=set)
 
     def admit(self, content: bytes, digest: bytes) -> bool:
-        """Whether the document with that SHA-256 is kept."""
+        """True if the document, whose SHA-256 is ``digest``, is kept."""
         reason = self._reason_to_skip(content, digest)
         if reason is not None:
             setattr(self.statistics, reason, getattr(self.statistics, reason) + 1)
@@ -125,24 +118,28 @@ class Admission:
 
 
 def report_skipped(corpus: str, statistics: CorpusStatistics, max_document_bytes: int) -> None:
-    """Says in the log, as one line, what of a corpus is skipped, if anything is."""
+    """Logs in one line what of a corpus was skipped, if anything was."""
     skipped = statistics.skipped(max_document_bytes)
     if skipped is not None and is_main_process():
         log.warning("corpus %r: %s", corpus, skipped)
 
 
 def shuffle_key(seed: int, digest: bytes) -> bytes:
-    """What documents are ordered and split by, from the SHA-256 of one."""
+    """The key that documents are ordered and split by, from the SHA-256 of one."""
     return hashlib.sha256(f"{seed}:".encode() + digest).digest()
 
 
 def is_held_out(key: bytes, eval_fraction: float) -> bool:
-    """Whether the document with that key belongs to the eval split."""
+    """True if the document with that key belongs to the eval split."""
     return int.from_bytes(key[:8], "big") < eval_fraction * 2.0**64
 
 
 def row_text(row: object, where: str) -> str:
-    """The text of a row, "" where it is null; raises InputError, naming ``where``, if it has none."""
+    """The text of a row, "" if it is null.
+
+    Raises:
+        InputError: the row, at ``where``, has no text column.
+    """
     if isinstance(row, str):
         return row
     if isinstance(row, dict):

@@ -21,7 +21,7 @@ from normfree.errors import InputError
 VALIDATION_SPLITS = ("validation", "valid", "dev")
 
 SHUFFLE_BUFFER_DOCUMENTS = 10_000
-"""A stream is shuffled within a sliding buffer of this many documents (its shards are shuffled too)."""
+"""Size of the sliding buffer that a stream is shuffled in (its shards are shuffled too)."""
 
 CODEPARROT = {
     "train": "huggingface-course/codeparrot-ds-train",
@@ -29,15 +29,15 @@ CODEPARROT = {
 }
 
 CODEPARROT_VALIDATION_DOCUMENTS = 2_000
-"""The held-out files in the reference code of ReLU's Revival."""
+"""Held-out files in the reference code of ReLU's Revival."""
 
 
 class HubCorpus(Corpus):
     """Rows of a data set on the Hugging Face hub, streamed, never downloaded whole.
 
-    ``train`` and ``validation`` open a fresh stream of rows. Without ``validation`` the documents of
-    ``train`` are split by hash; with it, those that also stand in the validation split are left out of the
-    train split and counted as duplicates (which takes one pass over the validation split).
+    ``train`` and ``validation`` open a fresh stream of rows. Without ``validation`` the documents of ``train`` are
+    split by hash. With it, documents of the validation split are left out of the train split and counted as duplicates
+    (one pass over the validation split).
     """
 
     def __init__(
@@ -96,8 +96,8 @@ class HubCorpus(Corpus):
 def codeparrot(argument: str, config: DataConfig) -> Corpus:
     """Python files of GitHub, as in ReLU's Revival and the Hugging Face course.
 
-    The paper's reference code downloads the data sets and shuffles them whole with seed 0. A stream is
-    shuffled within a buffer: the same files in another order, so a capped run sees another sample of them.
+    The paper's reference code downloads the data sets and shuffles them whole with seed 0. A stream is shuffled within
+    a buffer: the same files in another order, of which a capped run sees another sample.
     """
     if argument:
         raise InputError(f"corpus {config.corpus!r}: codeparrot takes no argument; write 'codeparrot'")
@@ -137,7 +137,7 @@ def hub(argument: str, config: DataConfig) -> Corpus:
 
 
 def _hub_revision(name: str, corpus: str, revision: str | None = None) -> str:
-    """The commit of a revision, so that what is read can be named and read again. A commit is its own."""
+    """The commit of a revision, by which the same data can be read again."""
     if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
         return revision
     from huggingface_hub import HfApi

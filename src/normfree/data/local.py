@@ -32,9 +32,9 @@ from normfree.processes import is_main_process
 log = logging.getLogger(__name__)
 
 DOCUMENT_SEPARATOR = "<|endoftext|>"
-"""Separates the documents of a .txt file; one without it, or another kind of file, is one document."""
+"""Separates the documents of a .txt file; a file without it, or of another kind, is one document."""
 RECORDS_NOT_PROSE = frozenset(RECORDS) - {".json"}
-"""In a folder, a JSON file is as often a configuration, among source code, as a file of records."""
+"""In a folder, a JSON file may as well be a configuration among source code."""
 LONGEST_CHARACTER = 4
 """UTF-8 bytes of a character, at most."""
 
@@ -46,10 +46,10 @@ class _LocalDocument(NamedTuple):
 
 
 class LocalCorpus(Corpus):
-    """Documents on this machine: files, which are read again when they are needed, or bytes held in memory.
+    """Documents on this machine: files, read again when they are needed, or bytes held in memory.
 
-    Documents over ``max_document_bytes`` are skipped, as most are generated tables; if there are no others, they are
-    long texts, and their passages are the documents (see :func:`~normfree.data.passages.passages`).
+    Documents over ``max_document_bytes`` are skipped: most are generated tables. If there are no others, their passages
+    are the documents (see :func:`~normfree.data.passages.passages`).
 
     Raises:
         InputError: no document can be used.
@@ -94,7 +94,7 @@ class LocalCorpus(Corpus):
             try:
                 text = (source if isinstance(source, bytes) else read_regular(source)).decode("utf-8")
             except (OSError, UnicodeDecodeError):
-                continue  # and counts as too large
+                continue  # stays counted as too large
             if "\0" in text:
                 continue
             admission.statistics.too_large -= 1
@@ -104,7 +104,7 @@ class LocalCorpus(Corpus):
         return documents
 
     def _text(self, content: bytes) -> bytes:
-        """The text of a document, by which it is admitted, in UTF-8; lone surrogates are kept, and are no UTF-8."""
+        """The text that a document is admitted by, in UTF-8; lone surrogates are kept, and are not valid UTF-8."""
         return content
 
     @property
@@ -153,7 +153,7 @@ def _read(path: Path, admission: Admission) -> bytes | None:
 
 
 def _files(root: Path, glob: str, *, skip: frozenset[str] = frozenset()) -> tuple[list[Path], int]:
-    """Files below ``root`` that match ``glob``, and the number of folders that cannot be read.
+    """Files below ``root`` that match ``glob``, and the number of unreadable folders.
 
     Hidden files and folders, and folders named in ``skip``, are left out; links to folders are not followed.
     """
@@ -199,7 +199,7 @@ def installed_python(argument: str, config: DataConfig) -> Corpus:
 def directory(argument: str, config: DataConfig) -> Corpus:
     """``directory:PATH[:GLOB]``: the files below a folder, ``**/*`` by default, hidden ones left out.
 
-    Each is one document, whatever it holds; the log says so of files of records.
+    Each is one document, also a file of records, which the log mentions.
     """
     path, glob = split_directory(argument, config.corpus)
     files, unreadable = _files(path, glob)
@@ -218,7 +218,7 @@ def directory(argument: str, config: DataConfig) -> Corpus:
 def text_file(argument: str, config: DataConfig) -> Corpus:
     """``file:PATH``: the records of a JSON, CSV, TSV or Parquet file, each a document, or text.
 
-    Of a table, the text is in the column ``text`` or ``content``. A ``.txt`` file is parted at
+    The text of a table is in the column ``text`` or ``content``. A ``.txt`` file is split at
     :data:`DOCUMENT_SEPARATOR`; any other is one document. Files may be compressed (``.gz``, ``.bz2``, ``.xz``).
     """
     path = existing_file(argument, config.corpus)

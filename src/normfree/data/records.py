@@ -1,4 +1,4 @@
-"""Files of records: JSON, JSON lines, CSV, TSV and Parquet, compressed or not; which one a file is, its name says."""
+"""Files of records: JSON, JSON lines, CSV, TSV and Parquet, compressed or not; the file's name tells which."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import lzma
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,13 @@ DECOMPRESS: dict[str, Callable[[bytes], bytes]] = {
 }
 PACKED = (".zst", ".lz4", ".zip", ".tar", ".tgz", ".7z", ".rar")
 """Not read: archives hold several files, and the others need a library."""
-
-
 DEEPEST = 200
-"""Brackets in one another that a record may have."""
+"""Deepest nesting of brackets in a record."""
 _STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 
 
 def kind_of(path: Path) -> str:
-    """The suffix that says what a file holds: in lower case, that of its compression left out, "" if it has none."""
+    """The suffix in lower case, without that of a compression; "" if there is none."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in DECOMPRESS:
         suffixes.pop()
@@ -42,10 +41,10 @@ def kind_of(path: Path) -> str:
 
 
 def read_content(path: Path, corpus: str) -> bytes:
-    """What a file holds, decompressed.
+    """The content of a file, decompressed.
 
     Raises:
-        InputError: it cannot be read, is no regular file, or is packed in a way that is not read here.
+        InputError: it cannot be read, is not a regular file, or is packed in an unsupported way.
     """
     suffix = path.suffix.lower()
     if suffix in PACKED:
@@ -64,10 +63,10 @@ def read_records(path: Path, corpus: str, columns: Sequence[str], kind: str) -> 
     """The records of a file, each with its place for error messages.
 
     Args:
-        path: The file.
-        corpus: Its corpus, for error messages.
-        columns: What is looked for; a table has at least one of them.
-        kind: A key of ``RECORDS``.
+        path: the file.
+        corpus: its corpus, for error messages.
+        columns: names of text columns; a table has at least one of them.
+        kind: a key of ``RECORDS``.
 
     Raises:
         InputError: the file cannot be read, is not of that kind, or is a table without such a column.
@@ -76,7 +75,11 @@ def read_records(path: Path, corpus: str, columns: Sequence[str], kind: str) -> 
 
 
 def parse_json(text: str | bytes, where: str, advice: str) -> Any:
-    """The value of a JSON text; raises InputError where it is none, is nested too deeply or has a number too long."""
+    """The value of a JSON text.
+
+    Raises:
+        InputError: it is not JSON, is nested too deeply, or has a number that is too long.
+    """
     if _nesting(text) > DEEPEST:
         raise InputError(f"{where}: not JSON that can be read (nested more than {DEEPEST} deep); {advice}")
     try:
@@ -88,7 +91,7 @@ def parse_json(text: str | bytes, where: str, advice: str) -> Any:
 
 
 def _nesting(text: str | bytes) -> int:
-    """How deep the brackets of a JSON text nest: Python's parser crashes on deep ones where the stack is too small."""
+    """Nesting depth of a JSON text: Python's parser crashes on deep ones if the stack is small."""
     content = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     if content.count(b"[") + content.count(b"{") <= DEEPEST:
         return DEEPEST
@@ -144,14 +147,6 @@ def _table(content: bytes, where: str, columns: Sequence[str], separator: str) -
         yield f"{where}, row {number}", dict(zip(chosen, row, strict=True))
 
 
-def _csv(content: bytes, where: str, columns: Sequence[str]) -> Iterator[tuple[str, Record]]:
-    return _table(content, where, columns, ",")
-
-
-def _tsv(content: bytes, where: str, columns: Sequence[str]) -> Iterator[tuple[str, Record]]:
-    return _table(content, where, columns, "\t")
-
-
 def _parquet(content: bytes, where: str, columns: Sequence[str]) -> Iterator[tuple[str, Record]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -185,8 +180,8 @@ RECORDS: dict[str, Callable[[bytes, str, Sequence[str]], Iterator[tuple[str, Rec
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".json": _json,
-    ".csv": _csv,
-    ".tsv": _tsv,
+    ".csv": partial(_table, separator=","),
+    ".tsv": partial(_table, separator="\t"),
     ".parquet": _parquet,
 }
-"""By what :func:`kind_of` says."""
+"""Readers by :func:`kind_of`."""

@@ -13,22 +13,20 @@ from normfree.modeling.gguf import is_gguf, load_gguf_tokenizer, open_gguf
 END_OF_TEXT = "<|endoftext|>"
 
 TRAINING_BYTES = 32 * 2**20
-"""A tokenizer is trained on the first documents that make up this many UTF-8 bytes: the cost of BPE training
-grows with them, while the frequent pairs it looks for are settled well before."""
-
+"""A tokenizer is trained on the first documents of this many UTF-8 bytes: the cost of BPE training grows with them, but
+the most frequent pairs are settled well before."""
 SMALLEST_PAIR_COUNT = 2
-"""A merge must have been seen this often."""
+"""Least occurrences of a merge."""
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer (GPT-2's kind: no prefix space, all 256 bytes, so any text round-trips).
+    """A byte-level BPE tokenizer of GPT-2's kind: no prefix space, and all 256 bytes, so any text round-trips.
 
-    The one special token, ``<|endoftext|>``, is both bos and eos and has id 0. The same texts give the same
-    tokenizer.
+    The only special token, ``<|endoftext|>``, is both bos and eos and has id 0. The same texts give the same tokenizer.
 
     Args:
-        texts: Documents; those after the first :data:`TRAINING_BYTES` are not read.
-        vocab_size: Size of the vocabulary, special token included.
+        texts: documents; those after the first :data:`TRAINING_BYTES` are not read.
+        vocab_size: size of the vocabulary, special token included.
 
     Raises:
         InputError: the texts have too few repeated pairs for that vocabulary.
