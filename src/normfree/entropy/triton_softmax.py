@@ -9,7 +9,7 @@ two terms that are never negative, so nothing cancels, however large the scores.
 
 Shapes: Q [batch, n_head, n_query, head_dim], K [batch, n_kv_head, n_key, head_dim], a tile of scores
 [BLOCK_M queries, BLOCK_N keys]; BLOCK_D and BLOCK_V are the head dims of keys and values, padded to powers of two.
-Strides are tuples in the order of these dims.
+Strides are tuples in the order of these dims. Parameters are grouped by line: pointers, sizes, strides, constants.
 """
 
 from __future__ import annotations
@@ -23,13 +23,10 @@ LOG2E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def _load_rows(
     pointer: tl.tensor,
-    rows: tl.tensor,
-    n_row: tl.tensor,
+    rows: tl.tensor, n_row: tl.tensor,
     strides: tl.tuple,
-    DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    WIDEN: tl.constexpr,
-) -> tl.tensor:
+    DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, WIDEN: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """[rows, BLOCK_DIM], zeros outside of the tensor, in float32 where WIDEN; offsets in 64 bits."""
     dims = tl.arange(0, BLOCK_DIM)
     inside = (rows < n_row)[:, None] & (dims < DIM)[None, :]
@@ -42,17 +39,11 @@ def _load_rows(
 
 @triton.jit
 def _seen(
-    rows: tl.tensor,
-    keys: tl.tensor,
-    n_query: tl.tensor,
-    n_key: tl.tensor,
-    window: tl.tensor,
+    rows: tl.tensor, keys: tl.tensor, n_query: tl.tensor, n_key: tl.tensor, window: tl.tensor,
     mask: tl.tensor,
     mask_strides: tl.tuple,
-    IS_CAUSAL: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-) -> tl.tensor:
+    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_MASK: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """Bool [rows, keys]: which key each query may attend to."""
     distance = (rows + (n_key - n_query))[:, None] - keys[None, :]
     seen = (rows < n_query)[:, None] & (keys < n_key)[None, :]
@@ -89,37 +80,15 @@ def _last_key(
 
 @triton.jit
 def _sweep(
-    maximum: tl.tensor,
-    total: tl.tensor,
-    weighted: tl.tensor,
-    output: tl.tensor,
-    q: tl.tensor,
-    K: tl.tensor,
-    V: tl.tensor,
-    mask: tl.tensor,
-    rows: tl.tensor,
-    start: tl.tensor,
-    stop: tl.tensor,
-    scale: tl.tensor,
-    n_query: tl.tensor,
-    n_key: tl.tensor,
+    maximum: tl.tensor, total: tl.tensor, weighted: tl.tensor, output: tl.tensor, q: tl.tensor, K: tl.tensor,
+    V: tl.tensor, mask: tl.tensor,
+    rows: tl.tensor, start: tl.tensor, stop: tl.tensor, scale: tl.tensor, n_query: tl.tensor, n_key: tl.tensor,
     window: tl.tensor,
-    k_strides: tl.tuple,
-    v_strides: tl.tuple,
-    mask_strides: tl.tuple,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    IS_CAUSAL: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    ALL_SEEN: tl.constexpr,
-    WITH_OUTPUT: tl.constexpr,
-    WIDEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-) -> tl.tensor:
+    k_strides: tl.tuple, v_strides: tl.tuple, mask_strides: tl.tuple,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_MASK: tl.constexpr,
+    ALL_SEEN: tl.constexpr, WITH_OUTPUT: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """The running sums after the keys ``start`` to ``stop``; ALL_SEEN says that causality and window hide none."""
     for first in tl.range(start, stop, BLOCK_N):
         keys = first + tl.arange(0, BLOCK_N)
@@ -128,17 +97,9 @@ def _sweep(
         CHECKED: tl.constexpr = HAS_MASK or not ALL_SEEN
         if CHECKED:
             seen = _seen(
-                rows,
-                keys,
-                n_query,
-                n_key,
-                window,
-                mask,
-                mask_strides,
-                IS_CAUSAL and not ALL_SEEN,
-                HAS_WINDOW and not ALL_SEEN,
-                HAS_MASK,
-            )
+                rows, keys, n_query, n_key, window, mask, mask_strides, IS_CAUSAL and not ALL_SEEN,
+                HAS_WINDOW and not ALL_SEEN, HAS_MASK,
+            )  # fmt: skip
             scores = tl.where(seen, scores, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(scores, 1))
         base = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
@@ -161,36 +122,13 @@ def _sweep(
 
 @triton.jit
 def forward_kernel(
-    Q: tl.tensor,
-    K: tl.tensor,
-    V: tl.tensor,
-    mask: tl.tensor,
-    entropy: tl.tensor,
-    lse: tl.tensor,
-    out: tl.tensor,
-    scale: tl.tensor,
-    n_head: tl.tensor,
-    group: tl.tensor,
-    n_query: tl.tensor,
-    n_key: tl.tensor,
-    window: tl.tensor,
-    q_strides: tl.tuple,
-    k_strides: tl.tuple,
-    v_strides: tl.tuple,
-    mask_strides: tl.tuple,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    IS_CAUSAL: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    WITH_OUTPUT: tl.constexpr,
-    WIDEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-) -> None:
+    Q: tl.tensor, K: tl.tensor, V: tl.tensor, mask: tl.tensor, entropy: tl.tensor, lse: tl.tensor, out: tl.tensor,
+    scale: tl.tensor, n_head: tl.tensor, group: tl.tensor, n_query: tl.tensor, n_key: tl.tensor, window: tl.tensor,
+    q_strides: tl.tuple, k_strides: tl.tuple, v_strides: tl.tuple, mask_strides: tl.tuple,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_MASK: tl.constexpr, WITH_OUTPUT: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+) -> None:  # fmt: skip
     """BLOCK_M queries of one head. entropy, lse [batch, n_head, n_query] and out [.., VALUE_DIM] are contiguous."""
     n_block = tl.cdiv(n_query, BLOCK_M)
     program = tl.program_id(0)
@@ -225,37 +163,10 @@ def forward_kernel(
         else:
             part_from, part_to = full_to, highest
         maximum, total, weighted, output = _sweep(
-            maximum,
-            total,
-            weighted,
-            output,
-            q,
-            K,
-            V,
-            mask,
-            rows,
-            part_from,
-            part_to,
-            scale,
-            n_query,
-            n_key,
-            window,
-            k_strides,
-            v_strides,
-            mask_strides,
-            HEAD_DIM,
-            VALUE_DIM,
-            BLOCK_N,
-            BLOCK_D,
-            BLOCK_V,
-            IS_CAUSAL,
-            HAS_WINDOW,
-            HAS_MASK,
-            part == 1,
-            WITH_OUTPUT,
-            WIDEN,
-            PRECISION,
-        )
+            maximum, total, weighted, output, q, K, V, mask, rows, part_from, part_to, scale, n_query, n_key, window,
+            k_strides, v_strides, mask_strides, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_V, IS_CAUSAL, HAS_WINDOW,
+            HAS_MASK, part == 1, WITH_OUTPUT, WIDEN, PRECISION,
+        )  # fmt: skip
 
     inside = rows < n_query
     places = batch_head * n_query + rows
@@ -271,16 +182,11 @@ def forward_kernel(
 
 @triton.jit
 def _score_gradient(
-    q: tl.tensor,
-    k: tl.tensor,
-    seen: tl.tensor,
-    entropy: tl.tensor,
-    lse: tl.tensor,
-    gradient: tl.tensor,
+    q: tl.tensor, k: tl.tensor, seen: tl.tensor, entropy: tl.tensor, lse: tl.tensor, gradient: tl.tensor,
     lse_gradient: tl.tensor,
     scale: tl.tensor,
     PRECISION: tl.constexpr,
-) -> tl.tensor:
+) -> tl.tensor:  # fmt: skip
     """scale · ∂(gradient · H + lse_gradient · lse)/∂s = -scale · p (gradient · (ln p + H) - lse_gradient), float32
     [queries, keys].
     """
@@ -292,32 +198,13 @@ def _score_gradient(
 
 @triton.jit
 def query_gradient_kernel(
-    Q: tl.tensor,
-    K: tl.tensor,
-    mask: tl.tensor,
-    entropy: tl.tensor,
-    lse: tl.tensor,
-    gradient: tl.tensor,
-    lse_gradient: tl.tensor,
-    out: tl.tensor,
-    scale: tl.tensor,
-    n_head: tl.tensor,
-    group: tl.tensor,
-    n_query: tl.tensor,
-    n_key: tl.tensor,
-    window: tl.tensor,
-    q_strides: tl.tuple,
-    k_strides: tl.tuple,
-    mask_strides: tl.tuple,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    IS_CAUSAL: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    PRECISION: tl.constexpr,
-) -> None:
+    Q: tl.tensor, K: tl.tensor, mask: tl.tensor, entropy: tl.tensor, lse: tl.tensor, gradient: tl.tensor,
+    lse_gradient: tl.tensor, out: tl.tensor,
+    scale: tl.tensor, n_head: tl.tensor, group: tl.tensor, n_query: tl.tensor, n_key: tl.tensor, window: tl.tensor,
+    q_strides: tl.tuple, k_strides: tl.tuple, mask_strides: tl.tuple,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+) -> None:  # fmt: skip
     """The gradient in BLOCK_M queries of one head; out [batch, n_head, n_query, HEAD_DIM] is contiguous."""
     n_block = tl.cdiv(n_query, BLOCK_M)
     program = tl.program_id(0)
@@ -343,18 +230,7 @@ def query_gradient_kernel(
     for first in tl.range(lowest, highest, BLOCK_N):
         keys = first + tl.arange(0, BLOCK_N)
         k = _load_rows(K, keys, n_key, k_strides, HEAD_DIM, BLOCK_D, True)
-        seen = _seen(
-            rows,
-            keys,
-            n_query,
-            n_key,
-            window,
-            mask,
-            mask_strides,
-            IS_CAUSAL,
-            HAS_WINDOW,
-            HAS_MASK,
-        )
+        seen = _seen(rows, keys, n_query, n_key, window, mask, mask_strides, IS_CAUSAL, HAS_WINDOW, HAS_MASK)
         score_gradient = _score_gradient(
             q, k, seen, row_entropy, row_lse, row_gradient, row_lse_gradient, scale, PRECISION
         )
@@ -366,35 +242,15 @@ def query_gradient_kernel(
 
 @triton.jit
 def key_gradient_kernel(
-    Q: tl.tensor,
-    K: tl.tensor,
-    mask: tl.tensor,
-    entropy: tl.tensor,
-    lse: tl.tensor,
-    gradient: tl.tensor,
-    lse_gradient: tl.tensor,
-    out: tl.tensor,
-    scale: tl.tensor,
-    n_head: tl.tensor,
-    group: tl.tensor,
-    n_query: tl.tensor,
-    n_key: tl.tensor,
-    window: tl.tensor,
-    q_strides: tl.tuple,
-    k_strides: tl.tuple,
-    mask_strides: tl.tuple,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    IS_CAUSAL: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    PRECISION: tl.constexpr,
-) -> None:
-    """The gradient in BLOCK_N keys of one head of keys, summed over its ``group`` heads of queries in order.
-
-    out [batch, n_head // group, n_key, HEAD_DIM] is contiguous.
+    Q: tl.tensor, K: tl.tensor, mask: tl.tensor, entropy: tl.tensor, lse: tl.tensor, gradient: tl.tensor,
+    lse_gradient: tl.tensor, out: tl.tensor,
+    scale: tl.tensor, n_head: tl.tensor, group: tl.tensor, n_query: tl.tensor, n_key: tl.tensor, window: tl.tensor,
+    q_strides: tl.tuple, k_strides: tl.tuple, mask_strides: tl.tuple,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+) -> None:  # fmt: skip
+    """The gradient in BLOCK_N keys of one head, summed over its ``group`` query heads in order; out [batch, n_head //
+    group, n_key, HEAD_DIM] is contiguous.
     """
     n_block = tl.cdiv(n_key, BLOCK_N)
     program = tl.program_id(0)
