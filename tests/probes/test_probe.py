@@ -104,13 +104,13 @@ def steps(telemetry: Telemetry, net: NormfreeForCausalLM, n: int, micro_batches:
         telemetry.end_step()
         with torch.no_grad():
             net(TOKENS)  # evaluation
-        telemetry.log(step + 1, {"loss": 2.0, "mine": 3.0, "other": 4.0})
+        telemetry.log(step + 1, {"train_loss": 2.0, "mine": 3.0} | telemetry.speed())
     telemetry.finish(n)
 
 
 def test_telemetry_records_the_rows_of_any_probe(tmp_path: Path) -> None:
     net = model()
-    telemetry = Telemetry(RunRecords(tmp_path), [TokenCount(net)], every=2, tokens_per_step=48, logged=["mine"])
+    telemetry = Telemetry(RunRecords(tmp_path), [TokenCount(net)], every=2, tokens_per_step=48)
     steps(telemetry, net, 3, micro_batches=2)
     layers = pd.read_parquet(tmp_path / LAYERS_FILE)
     assert layers[["step", "layer", "name", "value"]].to_numpy().tolist() == [
