@@ -1,0 +1,137 @@
+"""Point-wise functions in place of norms: Dynamic Tanh ("Transformers without Normalization", 2025) and Dynamic erf
+("Stronger Normalization-Free Transformers", 2025), next to LayerNorm, RMSNorm and no norm.
+
+Both papers read the learned α as a substitute for the statistics of a norm: where activations are large, α is small.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pandas as pd
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from normfree.data import PackedData
+from normfree.report import Callout, Section
+from normfree.report.style import QUIET, TWO_COLUMN, configuration_colours, paper_style
+from normfree.runner import (
+    Configuration,
+    Findings,
+    Measurement,
+    Study,
+    StudyPage,
+    final_checkpoint,
+    head_entropy_frame,
+    measured_frame,
+)
+from normfree.studies.curse_of_depth import DYNAMIC_ERF, DYNAMIC_TANH
+from normfree.studies.relu_revival import scale_limits
+from normfree.training import RunResult, load_pretrained
+from normfree.training.records import write_parquet
+
+LAYERNORM = Configuration("LayerNorm", {"norm": "layernorm", "final_norm": "layernorm"})
+POINTWISE = (Configuration("Dynamic Tanh", DYNAMIC_TANH), Configuration("Dynamic erf", DYNAMIC_ERF))
+CONFIGURATIONS = (
+    LAYERNORM,
+    Configuration("RMSNorm", {"norm": "rmsnorm", "final_norm": "rmsnorm"}),
+    *POINTWISE,
+    Configuration("No norm", {"norm": "none", "final_norm": "layernorm"}),
+)
+ALPHA_FILE = "alpha.parquet"
+_ALPHA = re.compile(r"blocks\.(\d+)\.(\w+)\.alpha")
+
+
+def measure(result: RunResult, data: PackedData, console: Console) -> None:
+    """Writes ``alpha.parquet`` into the folder of a run with a point-wise function: layer, place, alpha.
+
+    Of the final weights, α of each norm in the blocks (``place`` is its module's name); a run that diverged has none.
+    """
+    path, checkpoint = result.folder / ALPHA_FILE, final_checkpoint(result)
+    if result.row["configuration"] not in {each.label for each in POINTWISE} or path.exists() or checkpoint is None:
+        return
+    model = load_pretrained(str(checkpoint)).as_normfree()
+    found = [(_ALPHA.search(name), value.item()) for name, value in model.named_parameters() if name.endswith(".alpha")]
+    rows = [{"layer": int(at[1]), "place": at[2], "alpha": value} for at, value in found if at is not None]
+    write_parquet(pd.DataFrame(rows), path)
+
+
+def entropy_and_alpha(heads: pd.DataFrame, alphas: pd.DataFrame, *, bound: float) -> Figure:
+    """Attention entropy by layer with each norm, and the α that point-wise functions learned; means over seeds.
+
+    Args:
+        heads: configuration, seed, layer, head, entropy_nats.
+        alphas: configuration, seed, layer, place, alpha; may be empty.
+        bound: entropy of uniform attention, in nats.
+    """
+    colours = configuration_colours(list(dict.fromkeys(heads["configuration"])))
+    lines = {"attention_norm": "-", "ffn_norm": "--"}
+    with paper_style():
+        figure = Figure(figsize=(TWO_COLUMN, 2.3), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for label, colour in colours.items():
+            # A mean with a head that is NaN is NaN: it leaves a gap.
+            entropy = heads[heads["configuration"] == label].groupby("layer")["entropy_nats"]
+            means = entropy.agg(lambda values: values.mean(skipna=False))
+            left.plot(means.index, means, color=colour, marker="o", markersize=2.2, label=label)
+        left.axhline(bound, color=QUIET, linestyle=":", label="uniform attention")
+        left.set(xlabel="layer", ylabel="attention entropy (nats)", ylim=(0, 1.08 * bound))
+        for (name, place), of_place in alphas.groupby(["configuration", "place"], sort=False):
+            means = of_place.groupby("layer")["alpha"].mean()
+            told = f"{name}, {str(place).replace('_', ' ')}"
+            style = lines.get(str(place), ":")
+            right.plot(means.index, means, style, color=colours[str(name)], marker="o", markersize=2.2, label=told)
+        right.set(xlabel="layer", ylabel="learned α")
+        for axes in (left, right):
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend()
+            axes.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def describe(page: StudyPage) -> Findings:
+    """Entropy by layer, and learned α, which the papers call a substitute for statistics."""
+    measured = [each for each in page.results if (each.folder / ALPHA_FILE).exists()]
+    columns = ["configuration", "seed", "layer", "place", "alpha"]
+    alphas = measured_frame(measured, ALPHA_FILE) if measured else pd.DataFrame(columns=columns)
+    figure = page.figure(
+        "entropy-and-alpha",
+        entropy_and_alpha(head_entropy_frame(page.results), alphas, bound=page.uniform_bound),
+        "Left: attention entropy by layer, mean over heads and seeds: final weights, evaluation tokens. Right: α of "
+        "the point-wise functions after training, mean over seeds.",
+    )
+    expected = sum(each.row["configuration"] in {each.label for each in POINTWISE} for each in page.results)
+    missing = expected - len(measured)
+    note = Callout(f"Runs without α, because they diverged or are not measured yet: {missing}.", "warning")
+    section = Section("Attention entropy and α", [figure, *([note] if missing else [])])
+    return Findings(_lead(page.table, alphas), [section], scale_limits(page) + _LIMITS)
+
+
+_LIMITS = (
+    "Initial α is that of the papers and was not tuned; both papers train at learning rates of their own, and here all "
+    "norms share one. With --tune-lr each gets its own."
+)
+
+
+def _lead(table: pd.DataFrame, alphas: pd.DataFrame) -> str:
+    """Loss against LayerNorm, and whether α falls with depth, whatever the numbers are."""
+    losses = table.set_index("configuration")["eval_loss"]
+    against = losses.drop(LAYERNORM.label) - losses[LAYERNORM.label]
+    listed = [f"{label} {gap:+.3f}" if gap == gap else f"{label} diverged" for label, gap in against.items()]
+    sentences = [f"Evaluation loss minus that of {LAYERNORM.label}, nats: {', '.join(listed)}."] if listed else []
+    for name, of_label in alphas.groupby("configuration", sort=False):
+        by_layer = of_label.groupby("layer")["alpha"].mean()
+        first, last = by_layer.iloc[0], by_layer.iloc[-1]
+        sentences.append(f"Mean α of {name} is {first:.2f} in the first layer and {last:.2f} in the last.")
+    return " ".join(sentences) or "Only the baseline has been trained yet."
+
+
+STUDY = Study(
+    name="pointwise-norms",
+    title="Point-wise functions in place of norms",
+    question="Do point-wise functions replace norms: loss, attention entropy, learned scales?",
+    baseline=LAYERNORM.label,
+    configurations=lambda preset: CONFIGURATIONS,
+    describe=describe,
+    measurement=lambda preset: Measurement(lambda: None, measure),
+)
