@@ -1,4 +1,4 @@
-"""Fine-tuning while the norms go: a run of ours with a schedule, an auxiliary loss, and a watch on divergence."""
+"""Fine-tuning while norms are removed: a run with a schedule, an auxiliary loss, and a watch on divergence."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def remove_by_finetuning(
     The last checkpoint in ``folder`` is then a model whose norms have constant stds. Where the loss rises by more than
     ``MAX_JUMP`` nats after a removal and stays there for ``JUMP_STEPS`` steps or to the end, or is NaN, the run goes
     back to its last checkpoint before that removal, the waits for all that follow are stretched by ``STRETCH``, and
-    ``removal.json`` says so; at most ``MAX_STRETCHES`` times. A run that is stopped goes on with the stretched
+    ``removal.json`` says so; at most ``MAX_STRETCHES`` times. A stopped run resumes with the stretched
     schedule. When it is done, ``removal.json`` has all removals as they were: step, part, layer.
 
     Raises:
@@ -185,7 +185,7 @@ def remove_by_finetuning(
 
 
 def check_fit(run: RunConfig, schedule: RemovalSchedule, model: NormfreeConfig) -> None:
-    """Whether ``run`` can follow ``schedule`` with that model.
+    """Checks that ``run`` can follow ``schedule`` with that model.
 
     Raises:
         InputError: the schedule does not fit the model, the budget has no step after its last removal, or the loss is
@@ -224,7 +224,7 @@ def _train(
 
 
 def _go_back(folder: Path, step: int) -> int:
-    """Forgets the checkpoints after ``step``; returns the step that the run goes on from, 0 for its beginning."""
+    """Deletes the checkpoints after ``step``; returns the step that the run resumes from, 0 for its beginning."""
     for checkpoint in folder.glob("checkpoint-*"):
         if int(checkpoint.name.removeprefix("checkpoint-")) > step:
             shutil.rmtree(checkpoint)

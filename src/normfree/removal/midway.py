@@ -115,7 +115,7 @@ class Midway:
 
 
 def check_removable(config: NormfreeConfig) -> None:
-    """Whether a model of that configuration has norms that can be removed.
+    """Checks that a model of that configuration has norms that can be removed.
 
     Raises:
         InputError: it has none, or some that are constant already, of another kind, in another placement than pre, or

@@ -80,8 +80,10 @@ class Checkpointed:
         state: dict[str, torch.Tensor] = {}
         for path in sorted(checkpoint.glob("model*.safetensors")):
             state |= load_file(path)
-        load = load_whole_model if self.is_sharded else _load_state
-        missing, unexpected = load(self.model, state)
+        if self.is_sharded:
+            missing, unexpected = load_whole_model(self.model, state)
+        else:
+            missing, unexpected = self.model.load_state_dict(state, strict=False)
         missing = sorted({*missing} - {*getattr(self.model, "all_tied_weights_keys", ())})
         LoadingReport(missing, sorted(unexpected), []).check(f"the checkpoint in {checkpoint.parent}", self.model)
 
@@ -195,10 +197,6 @@ def restore_random_numbers(checkpoint: Path | None, seed: int, step: int) -> Non
 def _random_numbers() -> dict[str, Any]:
     state = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}
     return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
-
-
-def _load_state(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> Any:
-    return model.load_state_dict(state, strict=False)
 
 
 def _not_saved(folder: Path, name: str, error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Whose a run folder is."""
+"""Checks that a run folder belongs to this run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from normfree.training.run_folder import CONFIG_FILE, RUN, recorded
 
 
 def check_claim(folder: Path, config: RunConfig, data: PackedData) -> None:
-    """Whether ``folder`` is the folder of this run, or can become it; writes nothing.
+    """Checks that ``folder`` belongs to this run, or can become its folder; writes nothing.
 
     Raises:
         InputError: it holds a run of another configuration or other data, or something that is no run.
@@ -39,7 +39,7 @@ def check_claim(folder: Path, config: RunConfig, data: PackedData) -> None:
 
 
 def claim(folder: Path, config: RunConfig, data: PackedData) -> None:
-    """Makes ``folder`` the folder of this run, or checks that it already is.
+    """Makes ``folder`` this run's, or checks that it is.
 
     Raises:
         InputError: see :func:`check_claim`.

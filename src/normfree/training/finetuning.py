@@ -1,4 +1,4 @@
-"""What supervised fine-tuning trains on and how, where its user does not say."""
+"""Supervised fine-tuning: a run with defaults for what its user does not set."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def finetuning_run(
     lora_rank: int | None = None,
     progress: bool = False,
 ) -> tuple[RunConfig, PackedData]:
-    """A run that goes on from ``loaded`` on a corpus of prompts and completions, and its data.
+    """A run that continues from ``loaded`` on a corpus of prompts and completions, and its data.
 
     The model keeps its tokenizer, what its sequences begin with, and its sequence length up to ``LONGEST_SEQUENCE``.
 

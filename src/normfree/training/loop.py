@@ -7,6 +7,7 @@ and trackers are accelerate's; autocast, loss scaling and DDP are torch's, as ac
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -133,7 +134,9 @@ class Training:
         self.recipe = recipe = config.recipe
         length = config.data.sequence_length
 
-        # What trains, and what is minimised. Nothing is written before all of it has been checked.
+        gc.collect()  # frees the model of an earlier run in this process, which is part of reference cycles
+
+        # What trains, and what is minimized. Nothing is written before all of it has been checked.
         set_seed(config.seed)
         self.model = model = _model(config, data)
         self.adapters = Adapters(model, config.lora) if config.lora is not None else None

@@ -38,7 +38,7 @@ class LoraOptions(BaseModel):
         return 2.0 if self.alpha is None else self.alpha / self.rank
 
     def check(self) -> None:
-        """Whether peft is there.
+        """Checks that peft is installed.
 
         Raises:
             InputError: it is not installed.

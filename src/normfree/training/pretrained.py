@@ -1,4 +1,4 @@
-"""Finished models to measure, or to go on from: of the Hub, of a folder, of a GGUF file, or of a run of our own."""
+"""Finished models to measure or to train further, from the Hub, a folder, a GGUF file or a run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class LoadedModel:
 
     source: what was asked for: a Hub id, a folder or a GGUF file.
     checkpoint: what was loaded; another folder than ``source`` for a run.
-    run: the run of ours that made it, None for other models; ``fingerprint`` stands for the very tokens it had.
+    run: the run that trained it, None for other models; ``fingerprint`` identifies its tokens.
     quantization: how the weights were quantized in the file, such as "Q4_1, dequantized to float32"; None if they were
         not.
     """
@@ -55,7 +55,7 @@ class LoadedModel:
         return n_positions if n_positions is not None and n_positions > 0 else None
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-        """Whether the model has an embedding for every token of ``tokenizer``, which messages call ``name``.
+        """Checks that the model has an embedding for every token of ``tokenizer``, which messages call ``name``.
 
         Raises:
             InputError: it has not.
@@ -69,7 +69,7 @@ class LoadedModel:
         return len(weight)
 
     def as_normfree(self) -> NormfreeForCausalLM:
-        """The model as one of ours: itself, or converted.
+        """The model as Normfree's: itself, or converted.
 
         Raises:
             InputError: it cannot be converted (see :func:`normfree.from_hf`).
@@ -112,7 +112,7 @@ def load_pretrained(source: str) -> LoadedModel:
 
 
 def check_embeddings(source: str, n_embedding: int, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Whether the model ``source``, of ``n_embedding`` tokens, has an embedding for every token of ``tokenizer``.
+    """Checks that the model ``source`` has an embedding for every token of ``tokenizer``.
 
     Raises:
         InputError: it has not; the message calls the tokenizer ``name``.
@@ -141,7 +141,7 @@ def quantizations(models: Mapping[str, str]) -> dict[str, str]:
 
 
 def starting_model(source: str, data: PackedData) -> NormfreeForCausalLM:
-    """The model that a run goes on from: that of :func:`load_pretrained`, as one of ours.
+    """The model that a run starts from: :func:`load_pretrained`, converted.
 
     Raises:
         InputError: it cannot be loaded or converted, or is not one for these tokens.

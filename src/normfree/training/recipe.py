@@ -50,7 +50,7 @@ class Recipe(BaseModel):
     Telemetry reads the model every ``telemetry_steps`` steps, by the probes of every run and by those that ``probes``
     names (:mod:`normfree.probes.optional`).
 
-    ``on_nonfinite`` says what follows a loss or a gradient that is NaN or infinite: ``record`` goes on and records it,
+    ``on_nonfinite`` says what follows a NaN or infinite loss or gradient: ``record`` continues and records it,
     ``halt`` stops the run, ``rewind`` goes back to the last checkpoint and past the batches that led there, at most
     ``max_rewinds`` times in a run. Weights that are not finite never get into a checkpoint.
 
@@ -158,7 +158,7 @@ class Recipe(BaseModel):
         return self.n_steps(sequence_length) * self.batch_size * sequence_length
 
     def check(self, sequence_length: int) -> None:
-        """Whether this machine and these processes can follow the recipe.
+        """Checks that this machine and these processes can follow the recipe.
 
         Raises:
             InputError: the budget is smaller than a step, ``decay_steps`` ends before it or before the warm-up, the
@@ -189,16 +189,16 @@ class Recipe(BaseModel):
 
     @property
     def is_sharded(self) -> bool:
-        """Whether each of these processes is to hold its share of the model only."""
+        """True if each process holds only its share of the model."""
         return self.sharding == "full" and n_processes() > 1
 
     @property
     def device_batch_size(self) -> int:
-        """The sequences that a device holds at a time: as many of its share as there may be, in equal parts."""
+        """Sequences that a device holds at a time: the largest divisor of its share up to ``micro_batch_size``."""
         share = self.batch_size // n_processes()
         return next(size for size in range(min(share, self.micro_batch_size), 0, -1) if share % size == 0)
 
     @property
     def accumulation_steps(self) -> int:
-        """How many times a device computes gradients for one step."""
+        """Micro-batches of a device in one step."""
         return self.batch_size // (self.device_batch_size * n_processes())

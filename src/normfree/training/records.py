@@ -39,7 +39,7 @@ class RunRecords:
     processes only the main one writes.
 
     Raises:
-        InputError: a table of the run that goes on is damaged.
+        InputError: a table of the resumed run is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -93,7 +93,7 @@ class _GrowingTable:
         self._schema = pa.Schema.from_pandas(self._frame([row]), preserve_index=False)
         self._added: list[tuple[object, ...]] = []
         self._last_step: int | None = None
-        for _ in self.rows():  # a damaged file is found before a run goes on, not when it is next written
+        for _ in self.rows():  # finds a damaged file before training, not at the next flush
             pass
 
     def add(self, *row: object) -> None:

@@ -29,7 +29,7 @@ class RunConfig(BaseModel):
     ``model`` holds options of :class:`~normfree.NormfreeConfig`. The vocabulary size and the token ids come from
     the tokenizer, ``n_positions`` from ``data.sequence_length``; none of them may stand in ``model``. Without an
     ``objective`` it is plain cross-entropy; its ``kind`` is one of ``OBJECTIVES``. With ``start_from``, what
-    :func:`~normfree.training.load_pretrained` takes, the run goes on from that model's weights and architecture, and
+    :func:`~normfree.training.load_pretrained` takes, the run starts from that model's weights and architecture, and
     ``model`` is empty; with ``lora`` too, most of those weights stay as they are and low-rank changes of them train.
     """
 

@@ -80,7 +80,7 @@ def write_manifest(checkpoint: Path, run: str | None) -> None:
 
 
 def run_identity(folder: Path) -> str | None:
-    """What stands for the configuration and the data of the run in ``folder``, as it was written down when it began."""
+    """Identifies configuration and data of the run in ``folder``, as recorded when it began."""
     return recorded(folder / CONFIG_FILE, RUN)
 
 

@@ -1,4 +1,4 @@
-"""Whether a finished run is what it says: its files, its numbers against each other, and its loss measured again."""
+"""Checks a finished run: its files, its numbers against each other, and its loss, measured again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training objectives beside plain cross-entropy.
+"""Training objectives other than plain cross-entropy.
 
 A new one is a file with its :class:`Objective` and :class:`ObjectiveOptions`, and one line here.
 """

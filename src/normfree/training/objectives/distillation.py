@@ -52,7 +52,7 @@ class DistillationOptions(ObjectiveOptions):
     def check_data(self, data: PackedData, folder: Path) -> None:
         """Checks that sequences begin with what the teacher's tokenizer puts before a text.
 
-        Runs of ours, and teachers that no tokenizer is saved with, are taught with the student's sequences.
+        Normfree's runs, and teachers saved without a tokenizer, read the student's sequences.
 
         Raises:
             InputError: they do not.

@@ -1,4 +1,4 @@
-"""What a run minimises when it is not plain cross-entropy: weighted terms beside the cross-entropy."""
+"""What a run minimizes other than plain cross-entropy: weighted terms added to it."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class Objective(ABC):
     cross_entropy_weight: 1 unless the objective shares it out.
     reads_entropy: whether ``terms`` is given the model's attention entropy.
     term_names: the names under which ``metrics.parquet`` has the values of ``terms``, with their units.
-    learned: parameters trained beside the model's, without weight decay. They are in each checkpoint, but no part of
-        the saved model.
+    learned: parameters trained with the model's, without weight decay and outside of gradient clipping. Checkpoints
+        hold them in a file of their own.
     """
 
     cross_entropy_weight: float = 1.0
@@ -92,7 +92,7 @@ class ObjectiveOptions(BaseModel, ABC):
     @property
     @abstractmethod
     def reads_entropy(self) -> bool:
-        """Whether the attention entropy of the model that trains is needed."""
+        """True if the trained model's attention entropy is needed."""
 
     @abstractmethod
     def build(self, model: NormfreeConfig, folder: Path) -> Objective:
@@ -110,7 +110,7 @@ class ObjectiveOptions(BaseModel, ABC):
         """
 
     def check(self, recipe: Recipe) -> None:
-        """Whether a run with ``recipe`` on this machine can follow the objective.
+        """Checks that a run with ``recipe`` can follow the objective.
 
         Raises:
             InputError: it cannot.
