@@ -15,16 +15,16 @@ ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 def kernels_take(x: Tensor) -> bool:
-    """Whether there are compiled kernels for such activations: on the CPU, float32 or bfloat16."""
+    """True if compiled kernels exist for such activations: on the CPU, float32 or bfloat16."""
     on_cpu = x.device.type == "cpu" and x.dtype in ELEMENT_TYPES
     return on_cpu and compiled.library_refuses(NAME, INTERFACE) is None
 
 
 def stream_sums(x: Tensor, sums: Tensor) -> None:
-    """Fills ``sums``, float64 [11 + d], with those of x [n_sequence, T, d], which :func:`kernels_take`.
+    """Fills ``sums``, float64 [11 + d], with sums over x [n_sequence, T, d], for which :func:`kernels_take` is true.
 
-    They are in the order of :class:`normfree.probes.residual_stream.StreamStatistics`, and the same whatever the
-    number of threads.
+    Their order is that of :class:`normfree.probes.residual_stream.StreamStatistics`; they do not depend on the number
+    of threads.
     """
     x = x.contiguous()
     compiled.library(NAME, INTERFACE).normfree_stream_sums(
@@ -33,7 +33,7 @@ def stream_sums(x: Tensor, sums: Tensor) -> None:
 
 
 def count_nonzero(x: Tensor) -> int | None:
-    """How many entries of x, which :func:`kernels_take`, are not zero; None where one is NaN or infinite."""
+    """Number of nonzero entries of x, for which :func:`kernels_take` is true; None if one is NaN or infinite."""
     x = x.contiguous()
     count = compiled.library(NAME, INTERFACE).normfree_count_nonzero
     count.restype = ctypes.c_int64

@@ -20,7 +20,6 @@ from normfree.model_options import Named, one_of, option, positive, probability
 from normfree.modeling.initialization import ResidualProjection
 from normfree.modeling.layer_types import SLIDING, LayerTypeOptions
 from normfree.modeling.qk_norms import QKNormOptions, build_head_norm
-from normfree.modeling.softcap import soft_capped
 from normfree.spark.sizes import SparkOptions
 from normfree.spark.sparse_attention import Rotation, SparkKeys
 
@@ -28,6 +27,11 @@ BIASED_PROJECTIONS = {"none": "", "qk": "qk", "qkv": "qkv", "all": "qkvo"}
 """Values of ``attention_bias`` and the projections that have a bias under each."""
 WITHOUT_SOFTCAP = ("sdpa",)
 """Attention implementations of transformers that cannot soft-cap scores."""
+
+
+def soft_capped(x: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """cap · tanh(x / cap), in (−cap, cap), of the shape and dtype of ``x``; ``x`` itself without a cap (Gemma 2)."""
+    return x if cap is None else torch.tanh(x / cap) * cap
 
 
 def eager_attention_forward(

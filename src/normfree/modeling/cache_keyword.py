@@ -1,4 +1,4 @@
-"""The name of a KV cache in calls: ``cache`` here, as in transformers from 5.24 on; ``past_key_values`` before."""
+"""The argument name of a KV cache: ``cache`` here and in transformers from 5.24, ``past_key_values`` before."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Concatenate, TypeVar
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
-"""What the installed transformers calls it, in its functions and in its models' outputs."""
+"""The name in the installed transformers."""
 
 Module = TypeVar("Module")
 Output = TypeVar("Output")
@@ -19,7 +19,7 @@ Output = TypeVar("Output")
 def takes_either_name(
     forward: Callable[Concatenate[Module, ...], Output],
 ) -> Callable[Concatenate[Module, ...], Output]:
-    """``forward(..., cache=...)``, which may be called with ``past_key_values`` as well.
+    """Lets ``forward(..., cache=...)`` be called with ``past_key_values`` as well.
 
     Raises:
         ValueError: when called with both.

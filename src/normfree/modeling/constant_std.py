@@ -1,4 +1,4 @@
-"""What is left of a norm once it is removed: a division by a constant where each token was divided by its own std."""
+"""The norm that replaces a removed one: division by a constant instead of each token's own std."""
 
 from __future__ import annotations
 

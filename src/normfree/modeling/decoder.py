@@ -15,21 +15,19 @@ from transformers.utils.output_capturing import capture_outputs
 
 from normfree.errors import InputError
 from normfree.modeling.activations import LearnableLeakyReLU
-from normfree.modeling.attention import ATTENTIONS, SoftmaxAttention, check_softcap_implementation
+from normfree.modeling.attention import ATTENTIONS, SoftmaxAttention, check_softcap_implementation, soft_capped
 from normfree.modeling.blocks import Block, build_block
 from normfree.modeling.cache_keyword import CACHE, takes_either_name
 from normfree.modeling.configuration import NormfreeConfig
 from normfree.modeling.embedding import build_embedding, positions_after, positions_among_tokens
 from normfree.modeling.initialization import INITIAL_SCALE, InitializesItself, ResidualProjection
 from normfree.modeling.layer_types import attention_masks
-from normfree.modeling.long_rope import outgrows_cached_keys
 from normfree.modeling.norms import build_final_norm
-from normfree.modeling.rotary import build_rotary, rotations
-from normfree.modeling.softcap import soft_capped
+from normfree.modeling.rotary import build_rotary, outgrows_cached_keys, rotations
 
 
 class NormfreePreTrainedModel(PreTrainedModel):
-    """What transformers has to know of our models, and how their weights start."""
+    """Normfree's models in transformers' terms, and the initial values of their weights."""
 
     config: NormfreeConfig
     config_class = NormfreeConfig
@@ -64,7 +62,11 @@ class NormfreePreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=std)
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
-        """transformers' check, for attention that has one implementation only."""
+        """transformers' check, and that of an attention with one implementation.
+
+        Raises:
+            InputError: the attention has no such implementation, or it cannot soft-cap scores.
+        """
         only = ATTENTIONS[self.config.attention].implementation
         if self.config.attn_logit_softcapping is not None:
             check_softcap_implementation(attn_implementation)
@@ -96,7 +98,7 @@ class NormfreeModel(NormfreePreTrainedModel):
         self.post_init()
 
     def _tied_slopes(self) -> dict[str, str]:
-        """With a global slope: the slope of each later layer, tied to that of the first that has one."""
+        """The slopes tied to the first one, by name; empty without a global slope."""
         if self.config.slope_sharing != "global":
             return {}
         first, *rest = (
@@ -105,7 +107,7 @@ class NormfreeModel(NormfreePreTrainedModel):
         return dict.fromkeys(rest, first)
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
-        """A global slope is tied even where the embeddings are not: transformers would then tie nothing."""
+        """Ties a global slope also where embeddings are not tied: transformers would then tie nothing."""
         return self._tied_slopes()
 
     @takes_either_name
@@ -159,7 +161,7 @@ class NormfreeModel(NormfreePreTrainedModel):
         # A block that is computed again in the backward pass would append its keys twice.
         is_checkpointed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for block in self.blocks:
-            # A block keeps its kind where others are taken out; what may stand in for one (nn.Identity) has none.
+            # A block keeps its kind where others are removed; what may replace one (nn.Identity) has none.
             kind = getattr(block, "layer_type", kinds[0])
             x = block(
                 x,
@@ -227,7 +229,7 @@ class NormfreeForCausalLM(NormfreePreTrainedModel, GenerationMixin):
         )
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """transformers' inputs of the next step, without the cache where its keys have outgrown their frequencies."""
+        """transformers' inputs of the next step, without a cache whose keys have outdated frequencies."""
         if outgrows_cached_keys(self.config, input_ids, kwargs.get(CACHE), kwargs.get("attention_mask")):
             args, kwargs = (), {**kwargs, CACHE: None, "next_sequence_length": None}
         return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)

@@ -29,8 +29,7 @@ class EmbeddingOptions(Dimensions):
 class ScaledEmbedding(nn.Embedding):
     """Embeddings times a fixed number (Vaswani et al. 2017, Section 3.4: sqrt(n_embd)).
 
-    The number is rounded to the dtype of the weights before the product, as Gemma does it. The scale belongs to the
-    embedding, not to the decoder: ``inputs_embeds`` are taken as they are.
+    The number is rounded to the dtype of the weights before the product, as in Gemma. ``inputs_embeds`` are not scaled.
     """
 
     def __init__(self, vocab_size: int, n_embd: int, scale: float) -> None:

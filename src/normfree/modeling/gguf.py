@@ -1,8 +1,7 @@
-"""Models in GGUF files: what the file says, and whether transformers' reader took all of it.
+"""GGUF files: header, tokenizer, and a check that transformers' reader took every key and every tensor.
 
-transformers builds the model from the file's metadata. It passes over keys and tensors that it does not know, and fills
-in its own defaults for them: a model of other rotary frequencies or another window, without a word. Here every key and
-every tensor of the file is accounted for, or the file is refused. Layout: "GGUF" specification, versions 2 and 3.
+transformers ignores keys and tensors that it does not know and uses its own defaults, which silently makes another
+model. Here such a file is refused. Layout: "GGUF" specification, versions 2 and 3.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ SUFFIX = ".gguf"
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 ARCHITECTURES = ("llama", "gemma2", "gemma3", "qwen2", "qwen3")
-"""Those whose tensors, permuted or offset in the file, have been compared with the original model after reading."""
+"""Those whose tensors, permuted or offset in the file, were compared with the original model after reading."""
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 STRING, ARRAY = 8, 9
 SAME_NUMBER = 1e-6
-"""Relative difference of a metadata value, often stored as float32, to that of the configuration."""
+"""Largest relative difference of a metadata value, often stored as float32, from the configuration's."""
 SPELLED = {
     "context_length": ("max_position_embeddings",),
     "embedding_length": ("hidden_size",),
@@ -49,9 +48,9 @@ SPELLED = {
     "final_logit_softcapping": ("final_logit_softcapping",),
     "vocab_size": ("vocab_size",),
 }
-"""A key of the file, without its architecture, and what configurations call it."""
+"""Keys of the file, without its architecture, and the names that configurations have for them."""
 WITHOUT_EFFECT = {"attention.causal": True, "rope.scaling.type": "none"}
-"""Keys that say what holds anyway, and the value that does."""
+"""Keys without effect at this value."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +71,9 @@ class GgufFile:
 
     @property
     def quantization(self) -> str | None:
-        """How the weights were quantized, such as ``Q4_1 and Q8_0, dequantized to float32``; None if they were not.
+        """The types of quantized weights, most frequent first, such as ``Q4_1 and Q8_0, dequantized to float32``.
 
-        The types in the order of how many tensors have them.
+        None without quantized weights.
         """
         types = Counter(each for each in self.tensors.values() if each not in ("F64", "F32", "F16", "BF16"))
         if not types:
@@ -84,7 +83,7 @@ class GgufFile:
 
 
 def is_gguf(source: str) -> bool:
-    """True for a name that ends like that of a GGUF file, and for a file that begins like one."""
+    """True for a name that ends in ``.gguf`` and for a file that begins with GGUF's magic bytes."""
     if source.lower().endswith(SUFFIX):
         return True
     if not Path(source).is_file():
@@ -94,11 +93,11 @@ def is_gguf(source: str) -> bool:
 
 
 def open_gguf(path: Path) -> GgufFile:
-    """The header of the file, once it is one that can be read whole.
+    """The header of a file that can be read completely.
 
     Raises:
-        InputError: there is no file, the gguf package is not installed, the file is none of GGUF, cut short, of an
-            unknown version, big-endian or one of several parts, or its architecture is none of ``ARCHITECTURES``.
+        InputError: there is no file, the gguf package is missing, the file is not GGUF, cut short, of an unknown
+            version, big-endian or one of several parts, or its architecture is none of ``ARCHITECTURES``.
     """
     if not path.is_file():
         raise InputError(f"there is no file {path}; give a .gguf file, a model folder or a Hub id")
@@ -131,7 +130,7 @@ def load_gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerBase:
     """The tokenizer in the file.
 
     Raises:
-        InputError: there is none, or transformers' reader would cut text into other words than the model's.
+        InputError: there is none, or transformers' reader would split text differently from the model.
     """
     advice = "give the model's tokenizer with --tokenizer"
     kind, cut = file.metadata.get("tokenizer.ggml.model"), str(file.metadata.get("tokenizer.ggml.pre"))
@@ -161,12 +160,11 @@ _WORDS = {
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     ),
 }
-"""How byte-level tokenizers cut text before they merge. transformers' reader does as GPT-2 for names that it does not
-know; SmolLM's also sets each digit apart, which tells where spaces before a digit are cut."""
+"""Pre-tokenizers of byte-level tokenizers; None: GPT-2's, which transformers' reader takes for unknown names."""
 
 
 def _transformers_words() -> Collection[str]:
-    """The names that transformers' reader knows, in those of its versions that have such a table."""
+    """The pre-tokenizers that transformers' reader knows, in versions with such a table."""
     try:
         from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
     except ImportError:
@@ -176,16 +174,16 @@ def _transformers_words() -> Collection[str]:
 
 @contextmanager
 def gguf_reader() -> Iterator[None]:
-    """transformers' reader shows a progress bar that cannot be switched off."""
+    """Hides the progress bar of transformers' reader, which has no switch."""
     with redirect_stderr(StringIO()):
         yield
 
 
 def check_gguf_model(file: GgufFile, model: PreTrainedModel) -> None:
-    """Whether ``model``, built from ``file``, has all that the file says: every key, every tensor.
+    """Checks that ``model``, built from ``file``, has every key and every tensor of the file.
 
     Raises:
-        InputError: transformers passed over a tensor or a key, or made something else of it.
+        InputError: transformers ignored a tensor or a key, or read another value.
     """
     advice = "give the model's safetensors folder"
     left_out = sorted(set(file.tensors) - _readable_tensors(file, model))
@@ -214,7 +212,7 @@ _SCALED_BY_WIDTH = {(46, 4608), (62, 5376)}
 
 
 def _holds(name: str, value: Any, config: PreTrainedConfig) -> bool:
-    """Whether ``config`` has ``value`` for what the file calls ``name``."""
+    """True if ``config`` has ``value`` for the file's key ``name``."""
     if name in WITHOUT_EFFECT:
         return bool(value == WITHOUT_EFFECT[name])
     if name == "rope.freq_base":
@@ -227,7 +225,7 @@ def _holds(name: str, value: Any, config: PreTrainedConfig) -> bool:
 
 
 def _rope(config: PreTrainedConfig) -> dict[str, Any]:
-    """The rotary parameters, those of layers of full attention where they differ."""
+    """The rotary parameters; where kinds of layers differ, those of full attention."""
     parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     return parameters.get("full_attention", parameters)
 
@@ -256,7 +254,11 @@ def _readable_tensors(file: GgufFile, model: PreTrainedModel) -> set[str]:
 
 
 class _Header:
-    """Reads the header; EOFError where the file ends too early."""
+    """Reads the header.
+
+    Raises:
+        EOFError: the file ends too early.
+    """
 
     def __init__(self, path: Path, stream: BinaryIO) -> None:
         self.path = path

@@ -1,7 +1,7 @@
-"""Reading a saved causal language model: every weight comes from the file, or the model is refused.
+"""Loading of saved causal language models: every weight comes from the file, or the model is refused.
 
-transformers gives random values to a parameter that the file has no tensor for, passes over a tensor that no parameter
-takes, and says so in the log only. Whatever Normfree reads goes through :func:`load_model`.
+transformers gives random values to parameters without a tensor and ignores tensors without a parameter, with a line in
+the log only. Normfree loads every model with :func:`load_model`.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ WRAPPERS = {
     "_fsdp_wrapped_module.": "FullyShardedDataParallel; gather the full state dict of the module inside it",
     "base_model.model.": "PEFT; merge the adapter (merge_and_unload) and save the merged model",
 }
-"""Prefixes of a wrapper's state dict: what it wraps a model with, and what to save."""
+"""Prefixes in a wrapper's state dict: the wrapper, and what to save instead."""
 QUANTIZED = (".qweight", ".qzeros", ".SCB", ".absmax", ".weight_packed", ".weight_scale", ".weight_scale_inv")
 """Endings of tensors that need a ``quantization_config`` to be read."""
 
 
 @dataclass(frozen=True)
 class LoadingReport:
-    """The tensors that a model and its file do not have in common.
+    """Differences between the tensors of a model and of its file.
 
     missing: parameters of the model that the file has no tensor for.
     unexpected: tensors of the file that no parameter takes.
@@ -52,7 +52,7 @@ class LoadingReport:
 
     @classmethod
     def of(cls, info: dict[str, Any]) -> LoadingReport:
-        """That of ``output_loading_info``, less what the architecture itself says may be left out."""
+        """From transformers' ``output_loading_info``, which omits what the architecture allows to be missing."""
         return cls(
             sorted(info["missing_keys"]),
             sorted(info["unexpected_keys"]),
@@ -60,10 +60,10 @@ class LoadingReport:
         )
 
     def check(self, where: str, model: PreTrainedModel) -> None:
-        """Whether the file holds the model's tensors, all of them and no others.
+        """Checks that the file holds exactly the model's tensors.
 
         Raises:
-            InputError: it does not; the message has the counts, the first names, the likely cause and the remedy.
+            InputError: it does not; the message has counts, the first names, the likely cause and the remedy.
         """
         found = []
         if self.missing:
@@ -80,7 +80,7 @@ class LoadingReport:
             )
 
     def _cause(self, model: PreTrainedModel) -> str:
-        """What most likely went wrong, and what to do."""
+        """The likely cause, and what to do."""
         for prefix, wrapper in WRAPPERS.items():
             if any(name.startswith(prefix) for name in self.unexpected):
                 return f"its names begin with {prefix!r}, as from {wrapper}"
@@ -100,16 +100,16 @@ class LoadingReport:
 
 
 def load_model(source: str, *, local_files_only: bool = False) -> PreTrainedModel:
-    """The causal language model of a Hub id, of a folder in transformers' form or of a GGUF file, in evaluation mode.
+    """The causal language model of a Hub id, a folder in transformers' form or a GGUF file, in evaluation mode.
 
-    Only safetensors and GGUF weights are read, and no remote code is run. Weights of a GGUF file are float32.
+    Reads safetensors and GGUF weights only and runs no remote code. Weights of a GGUF file are float32.
 
     Args:
         source: Hub id, folder or file.
-        local_files_only: nothing is looked for on the Hub.
+        local_files_only: do not ask the Hub.
 
     Raises:
-        InputError: there is no such model, it cannot be read, or a tensor is missing, superfluous or of another shape.
+        InputError: there is no such model, it cannot be read, or a tensor is missing, unexpected or of another shape.
     """
     source = local_or_hub(source, "model")
     if is_gguf(source):
@@ -117,7 +117,7 @@ def load_model(source: str, *, local_files_only: bool = False) -> PreTrainedMode
     folder = Path(source)
     if folder.is_dir():
         _check_folder(folder)
-    with _told_in_one_line(source):
+    with _one_line_errors(source):
         model, report = _from_pretrained(source, use_safetensors=True, local_files_only=local_files_only)
     report.check(source, model)
     return model
@@ -125,21 +125,21 @@ def load_model(source: str, *, local_files_only: bool = False) -> PreTrainedMode
 
 def _load_gguf(path: Path) -> PreTrainedModel:
     file = open_gguf(path)
-    # The whole path: a file of that name in the working directory would be read in its place.
+    # An absolute path: a file of that name in the working directory would be read instead.
     options = {"gguf_file": str(path.resolve()), "dtype": torch.float32, "local_files_only": True}
-    with _told_in_one_line(str(path)), gguf_reader():
+    with _one_line_errors(str(path)), gguf_reader():
         model, report = _from_pretrained(str(path.parent), **options)
     report.check(str(path), model)
     check_gguf_model(file, model)
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
-        # A model of float32 numbers, to be saved, converted and trained like any other.
+        # The weights are float32: save, convert and train them like any others.
         quantizer.remove_quantization_config(model)
     return model
 
 
 def _from_pretrained(source: str, **options: Any) -> tuple[PreTrainedModel, LoadingReport]:
-    """The model and what transformers found, which its log has as a table of many lines."""
+    """The model, and the report that transformers would log as a table."""
     logging.disable_progress_bar()  # one line for each file, between Normfree's own
     before = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -158,11 +158,11 @@ def _from_pretrained(source: str, **options: Any) -> tuple[PreTrainedModel, Load
 
 
 def _check_folder(folder: Path) -> None:
-    """What transformers would pass over in a folder.
+    """Checks what transformers ignores in a folder.
 
     Raises:
-        InputError: adapters without their model, a checkpoint in pickled parts, two saves, or other shards than the
-            index names.
+        InputError: adapters without their model, a pickled checkpoint, two saves, or shards that the index does not
+            name.
     """
     if (folder / "adapter_config.json").is_file():
         raise InputError(
@@ -181,7 +181,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _check_shards(folder: Path) -> None:
-    """Whether every shard holds the tensors that the index names for it, and no others.
+    """Checks that every shard holds exactly the tensors that the index names for it.
 
     Raises:
         InputError: a shard is missing or damaged, or index and shards are of different saves.
@@ -215,7 +215,7 @@ def _check_shards(folder: Path) -> None:
 
 
 @contextmanager
-def _told_in_one_line(source: str) -> Iterator[None]:
+def _one_line_errors(source: str) -> Iterator[None]:
     try:
         yield
     except InputError:
@@ -231,7 +231,7 @@ def _told_in_one_line(source: str) -> Iterator[None]:
 
 
 def _saved_as(model: PreTrainedModel) -> str | None:
-    """The class that ``config.json`` names, if it is another than that of a causal language model."""
+    """The class that ``config.json`` names, if it is no causal language model."""
     named = next(iter(model.config.architectures or ()), None)
     if named is None or named in {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), type(model).__name__}:
         return None
@@ -239,7 +239,7 @@ def _saved_as(model: PreTrainedModel) -> str | None:
 
 
 def _common_prefix(unexpected: Iterable[str], missing: Iterable[str]) -> str | None:
-    """What stands before all names of the file that the model knows without it."""
+    """The prefix with which all missing names are in the file; None without such a prefix."""
     known = set(missing)
     prefixes = Counter(
         name[: -len(rest)]

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
 
@@ -109,6 +110,26 @@ def settled_parameters(options: PositionOptions) -> dict[str, Any]:
         raise InputError(f"rope_parameters have no set for {missing}, which layer_types has; give one for each kind")
     copies = {kind: dict(parameters) for kind, parameters in given.items()}
     return next(iter(copies.values())) if len(copies) == 1 else copies
+
+
+def outgrows_cached_keys(
+    options: PositionOptions, input_ids: torch.Tensor, cache: Cache | None, attention_mask: torch.Tensor | None
+) -> bool:
+    """True if the longest sequence exceeds the original length with this step's tokens and did not before.
+
+    With ``rope_type: longrope`` frequencies change there. Cached keys are rotated by the earlier ones, so they have to
+    be computed again, as in Phi-3.
+
+    ``input_ids`` [batch, T] are all tokens so far, and ``attention_mask`` [batch, T] is 0 for padding.
+    """
+    sets = parameter_sets(options).values()
+    originals = [each["original_max_position_embeddings"] for each in sets if each.get("rope_type") == "longrope"]
+    n_cached = 0 if cache is None else int(cache.get_seq_length())
+    if not originals or n_cached == 0:
+        return False
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    longest, cached = int(mask.sum(-1).max()), int(mask[:, :n_cached].sum(-1).max())
+    return any(cached <= original < longest for original in originals)
 
 
 def check_parameters(options: PositionOptions) -> None:

@@ -25,18 +25,18 @@ MAX_ROWS = 8
 
 @contextmanager
 def sparse_decode(model: Model, *, backend: str = "auto") -> Iterator[Model]:
-    """Inside, ``model`` (in eval mode, without gradients) decodes its Spark layers sparsely; also in ``generate()``.
+    """While active, ``model`` (in eval mode, without gradients) decodes its Spark layers sparsely.
 
         with normfree.sparse_decode(model):
             model.generate(**inputs)
 
-    A pass over at most ``MAX_ROWS`` positions of the whole batch reads the FFN's rows of active neurons only; a query
-    of one token a sequence, the keys and values of attended tokens only. Everything else (a longer prompt, training) is
-    computed as without. The results are those of the masked dense computation up to the rounding of sums.
+    A pass over at most ``MAX_ROWS`` positions of the batch reads only the FFN's rows of active neurons; a query of one
+    token a sequence reads only the keys and values of attended tokens. Everything else (a longer prompt, training)
+    is computed as usual. Results equal those of the masked dense computation up to the rounding of sums.
 
-    Two of an FFN's three weights change their layout in memory (not their numbers), one weight at a time, and get it
-    back at the end: nothing is held twice. The layers of a ``DynamicCache`` become
-    :class:`~normfree.spark.cache.SparkCacheLayer`, which goes on working outside.
+    Two of an FFN's three weights change their layout in memory, one weight at a time, and get it back at the end, so no
+    memory is needed for copies. The layers of a ``DynamicCache`` become
+    :class:`~normfree.spark.cache.SparkCacheLayer`, which remains usable afterwards.
 
     Args:
         model: with ``ffn`` or ``attention`` spark, and ``topk`` statistical.

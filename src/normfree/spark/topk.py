@@ -114,15 +114,11 @@ def exact_topk(x: Tensor, k: int | float, *, dim: int = -1) -> Tensor:
     is rounded to the nearest count, at least 1. Of entries that tie with the (k + 1)-th none is kept, so that a
     constant row is all zeros.
     """
-    share = check_k(x, k, dim)
-    if share == 1:
+    check_k(x, k, dim)
+    if count_of(k, x.shape[dim]) == x.shape[dim]:
         return x.clone()
-    count = count_of(k, x.shape[dim])
-    if count == x.shape[dim]:
-        return x.clone()
-    threshold = x.topk(count + 1, dim=dim).values.narrow(dim, count, 1)
     is_finite = x.isfinite().all(dim=dim, keepdim=True)
-    return apply_threshold(x, torch.where(is_finite, threshold, torch.nan))
+    return apply_threshold(x, torch.where(is_finite, _next_largest(x, k, dim), torch.nan))
 
 
 def exact_topk_mask(x: Tensor, k: int | float, *, dim: int = -1, visible: Tensor | None = None) -> Tensor:
@@ -130,17 +126,21 @@ def exact_topk_mask(x: Tensor, k: int | float, *, dim: int = -1, visible: Tensor
     :func:`~normfree.spark.statistical_topk_mask`, a share being one of the whole row, visible or not.
     """
     check_mask(x, k, dim, visible)
-    values, d = x.detach(), x.shape[dim]
+    values = x.detach()
     if visible is not None:
         visible = visible.expand_as(x)
         values = values.masked_fill(~visible, -torch.inf)
-    count = count_of(k, d)
-    if count >= d:
-        threshold = torch.full_like(values.narrow(dim, 0, 1), -torch.inf)
-    else:
-        threshold = values.topk(count + 1, dim=dim).values.narrow(dim, count, 1)
     is_finite = (x.isfinite() if visible is None else x.isfinite() | ~visible).all(dim=dim, keepdim=True)
-    return keep_above(values, torch.where(is_finite, threshold, torch.nan), dim, visible)
+    threshold = torch.where(is_finite, _next_largest(values, k, dim), torch.nan)
+    return keep_above(values, threshold, dim, visible)
+
+
+def _next_largest(values: Tensor, k: int | float, dim: int) -> Tensor:
+    """The (k + 1)-th largest entry of each row; −∞ if there is none."""
+    count = count_of(k, values.shape[dim])
+    if count >= values.shape[dim]:
+        return torch.full_like(values.narrow(dim, 0, 1), -torch.inf)
+    return values.topk(count + 1, dim=dim).values.narrow(dim, count, 1)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""What a model must be to be converted: its class's own modules and weights, plain tensors in memory.
+"""Checks that a model to be converted has its class's own modules and weights, as plain tensors in memory.
 
-The comparison is with the same class built anew on the meta device, so it finds adapters, quantized layers, wrapped
-or replaced modules and weights of another shape, whoever made them.
+The model is compared with its class built on the meta device. This finds adapters, quantized layers, wrapped or
+replaced modules and weights of another shape.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HINTS = {
     "FullyShardedDataParallel": "it is sharded: load the model again, whole",
     "PeftModel": "it has adapters: merge them with model.merge_and_unload() and give the result",
 }
-"""Wrappers of models, by the name of a class of theirs, and what to give instead."""
+"""Class names of wrapped models, and what to give instead."""
 
 
 def wrapper_hint(model: object) -> str | None:
@@ -57,7 +57,7 @@ def check_own_modules(model: PreTrainedModel) -> None:
 
 
 def _check_not_quantized(model: PreTrainedModel) -> None:
-    """Quantized weights: by the configuration, by the quantizer, or because they are no plain tensors."""
+    """Refuses quantized weights: by the configuration, by the quantizer, or because they are no plain tensors."""
     name = type(model).__name__
     way = getattr(model.config, "quantization_config", None)
     if way is not None or getattr(model, "hf_quantizer", None) is not None:
