@@ -3,8 +3,9 @@
 Exit codes: 0 done, 1 the run failed or what was checked does not hold, 2 bad input, 128 + N stopped by signal N (130
 Ctrl-C, 143 SIGTERM).
 
-A new command is one file with one function, and its name in ``COMMANDS``; a group of commands is one file with a Typer,
-which is added below them. A plug-in adds a command without touching this package (:mod:`normfree.cli.plugins`).
+A new command is one file with one function, which declares options, calls one library function and prints what it
+returns; and its name in ``COMMANDS``. A group of commands is one file with a Typer, added below them. A plug-in adds a
+command without touching this package (:mod:`normfree.cli.plugins`).
 """
 
 from __future__ import annotations
@@ -39,47 +40,25 @@ from normfree.errors import InputError, RunFailedError
 from normfree.processes import speaks
 from normfree.signals import Interrupted, stopping_cleanly
 
-# A study never needs the hub unless it names a corpus or a tokenizer there; nor does it ever report usage to it.
+# Normfree never reports usage to the hub.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-# Deterministic matrix products on CUDA need this set before the first one.
+# Deterministic matrix products on CUDA need this before the first one.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-NOT_WRITABLE = (
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.ENAMETOOLONG,
-    errno.ELOOP,
-    errno.EEXIST,
-    errno.ENOTEMPTY,
-    errno.EINVAL,
-    errno.ENODEV,
-    errno.ENXIO,
-)
+NOT_WRITABLE = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.EEXIST, errno.ENOTEMPTY, errno.EINVAL, errno.ENODEV, errno.ENXIO),
+}
 """OS errors that another folder fixes."""
-PASSING = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EIO,
-    errno.ENOMEM,
-    errno.EMFILE,
-    errno.ENFILE,
-    errno.EAGAIN,
-    errno.EBUSY,
-    errno.ESTALE,
-    errno.ENOLCK,
-    errno.ETIMEDOUT,
-    errno.ECONNRESET,
-    errno.ECONNREFUSED,
-)
-"""OS errors after which the same command may succeed, once their cause is gone."""
+PASSING = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.EBUSY),
+    *(errno.ESTALE, errno.ENOLCK, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED),
+}
+"""OS errors after which a retry may succeed, once their cause is gone."""
 PASSING_FAILURES = re.compile(r"DataLoader worker|out of memory|CUDA error|NCCL|[Cc]onnection")
-"""What torch says of workers, memory, devices and connections that fail on the way, all as RuntimeError."""
+"""Messages of torch's RuntimeErrors after which a retry may succeed: workers, memory, devices, connections."""
 TRACEBACK = "NORMFREE_TRACEBACK"
-"""The environment variable that asks for the trace of an error that nobody foresaw."""
-GO_ON = "the same command resumes from the last checkpoint"
+"""Environment variable that asks for the traceback of an unexpected error."""
 RESUMING = ("study", "study-worker", "train", "finetune", "remove-norm")
 """Commands that write checkpoints and resume from them."""
 COMMANDS = (
@@ -136,7 +115,7 @@ app.add_typer(bench, name="bench", callback=_help_without_command, invoke_withou
 
 
 def main() -> None:
-    """Runs the command line. Whatever happens is told in one line, with an exit code that says of what kind it is."""
+    """Runs the command line. Every failure is one line on standard error, and an exit code for its kind."""
     warnings = logging.StreamHandler()
     warnings.setFormatter(logging.Formatter("normfree: %(message)s"))
     logging.getLogger("normfree").addHandler(warnings)
@@ -150,38 +129,38 @@ def main() -> None:
     except typer.TyperException as error:
         _fail(f"{error.format_message()} (see: normfree --help)", 2)
     except Interrupted as stop:
-        _fail(f"{stop}; {_again()}: {shlex.join(['normfree', *sys.argv[1:]])}", 128 + stop.signal, everywhere=True)
+        _fail(f"{stop}; {_retry()}: {shlex.join(['normfree', *sys.argv[1:]])}", 128 + stop.signal, everywhere=True)
     except OSError as error:
         is_bad_place = error.errno in NOT_WRITABLE
         advice = "; give another folder" if is_bad_place else ""
         if error.errno in PASSING:
-            advice = f"; once that is fixed, {_again()}"
+            advice = f"; once that is fixed, {_retry()}"
         where = f" {error.filename}" if error.filename is not None else ""
         _fail(f"cannot use{where}: {error.strerror or error}{advice}", 2 if is_bad_place else 1)
     except Exception as error:
         if TRACEBACK in os.environ:
             traceback.print_exc()
-        _fail(f"failed ({type(error).__name__}: {error}){_hope(error)}; {TRACEBACK}=1 shows where it failed", 1)
+        advice = f"; {_retry()}" if _may_pass(error) else ""
+        _fail(f"failed ({type(error).__name__}: {error}){advice}; {TRACEBACK}=1 shows where it failed", 1)
     finally:
         logging.getLogger("normfree").removeHandler(warnings)
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _again() -> str:
-    """What the same command does: only some have checkpoints."""
-    return GO_ON if sys.argv[1:2] and sys.argv[1] in RESUMING else "the same command begins again"
+def _retry() -> str:
+    """What the same command does when it is given again."""
+    resumes = sys.argv[1:2] and sys.argv[1] in RESUMING
+    return "the same command resumes from the last checkpoint" if resumes else "the same command begins again"
 
 
-def _hope(error: Exception) -> str:
-    """What the same command does after an error that nobody foresaw; nothing is promised if it may fail again."""
-    may_pass = isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and PASSING_FAILURES.search(str(error)) is not None
-    )
-    return f"; {_again()}" if may_pass else ""
+def _may_pass(error: Exception) -> bool:
+    """True if a retry may succeed after this unexpected error."""
+    passing = isinstance(error, RuntimeError) and PASSING_FAILURES.search(str(error)) is not None
+    return passing or isinstance(error, MemoryError)
 
 
 def _fail(message: str, code: int, *, everywhere: bool = False) -> None:
-    """Ends with ``code``; what all processes of a run come to say ``everywhere``, one of each machine says."""
+    """Ends with ``code``. If all processes of a run fail (``everywhere``), one of each machine prints the message."""
     if speaks() or not everywhere:
         print(f"normfree: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 
 from normfree.cli.console import open_console, print_json, records, say, say_quantized, table
 from normfree.cli.names import model_name, output_folder
@@ -23,6 +24,9 @@ from normfree.cli.options import (
     checked_folder,
 )
 from normfree.processes import check_alone
+
+if TYPE_CHECKING:
+    from normfree.removal.from_pretrained import PretrainedRemoval
 
 
 def remove_norm(
@@ -77,26 +81,25 @@ def remove_norm(
         cache_dir=cache_dir,
         console=console,
     )
-    result = removal.result
-    stock = None if result.stock is None else str(result.stock)
     if json_:
         read = {"beginning": removal.beginning.summary(), "quantization": removal.quantization}
-        exports = {"norm_free": str(result.norm_free), "stock": stock}
-        print_json(folder=str(folder), **read, **exports, table=records(result.table))
+        stock = None if removal.result.stock is None else str(removal.result.stock)
+        exports = {"norm_free": str(removal.result.norm_free), "stock": stock}
+        print_json(folder=str(folder), **read, **exports, table=records(removal.result.table))
         return
+    _show(removal, name, console)
+
+
+def _show(removal: PretrainedRemoval, name: str, console: Console) -> None:
+    result = removal.result
+    form = {"finetuning_tokens": ",", "eval_loss": ".4f", "eval_ppl": ".2f", "delta_loss": "+.4f"}
     rows = (
-        (
-            row["variant"],
-            f"{row['finetuning_tokens']:,}",
-            f"{row['eval_loss']:.4f}",
-            f"{row['eval_ppl']:.2f}",
-            f"{row['delta_loss']:+.4f}",
-        )
+        (row["variant"], *(format(row[column], how) for column, how in form.items()))
         for row in result.table.to_dict("records")
     )
     console.print(table(("variant", "fine-tuning tokens", "loss, nats", "perplexity", "Δ loss"), rows, n_left=1))
     say(console, f"Sequences of {removal.run.data.sequence_length} tokens, {removal.beginning}")
     say_quantized(console, {name: removal.quantization})
     say(console, f"Without norms: {result.norm_free}")
-    if stock is not None:
-        say(console, f"As a stock model: {stock}")
+    if result.stock is not None:
+        say(console, f"As a stock model: {result.stock}")

@@ -13,51 +13,62 @@ from normfree.cli.options import DEFAULT_CACHE_DIR, CacheDir, Json, checked_fold
 from normfree.errors import InputError
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from normfree_private.costs import PrivateCosts
 
 
+Models = Annotated[
+    list[str],
+    typer.Argument(
+        help="Runs, model folders, Hub ids, presets (the four configurations) or YAML files; compared on one page.",
+        callback=checked_source("model"),
+    ),
+]
+Length = Annotated[int | None, typer.Option(min=2, help="T; default: the run's or preset's.")]
+Protocols = Annotated[
+    list[str] | None, typer.Option(help="semi2k, aby3 or cheetah; repeatable; default: semi2k and aby3.")
+]
+Vocabulary = Annotated[int | None, typer.Option(min=1, help="For presets whose tokenizer is on the Hub.")]
+BlocksOnly = Annotated[bool, typer.Option("--blocks-only", help="Leave embedding, final norm and unembedding out.")]
+EndToEnd = Annotated[
+    bool, typer.Option("--end-to-end", help="Run each whole model under encryption; for small trained models.")
+]
+Alternatives = Annotated[
+    bool, typer.Option("--alternatives/--no-alternatives", help="Measure every norm and activation too.")
+]
+Networks = Annotated[
+    list[str] | None,
+    typer.Option(help="NAME=MBIT_PER_SECOND,DELAY_MS for projections; default: LAN=1000,0.5 and WAN=100,20."),
+]
+EnginePython = Annotated[
+    Path | None,
+    typer.Option(help="Python of the engine's environment; default: $NORMFREE_ENGINE_PYTHON or .venv-private."),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder for CSV files, figures and the report; default private-cost/MODEL.", callback=checked_folder
+    ),
+]
+
+
 def private_cost(
-    models: Annotated[
-        list[str],
-        typer.Argument(
-            help="Runs, model folders, Hub ids, presets (the four configurations) or YAML files; compared on one page.",
-            callback=checked_source("model"),
-        ),
-    ],
-    sequence_length: Annotated[int | None, typer.Option(min=2, help="T; default: the run's or preset's.")] = None,
-    protocol: Annotated[
-        list[str] | None, typer.Option(help="semi2k, aby3 or cheetah; repeatable; default: semi2k and aby3.")
-    ] = None,
-    vocab_size: Annotated[int | None, typer.Option(min=1, help="For presets whose tokenizer is on the Hub.")] = None,
-    blocks_only: Annotated[
-        bool, typer.Option("--blocks-only", help="Leave embedding, final norm and unembedding out.")
-    ] = False,
-    end_to_end: Annotated[
-        bool, typer.Option("--end-to-end", help="Run each whole model under encryption; for small trained models.")
-    ] = False,
-    with_alternatives: Annotated[
-        bool, typer.Option("--alternatives/--no-alternatives", help="Measure every norm and activation too.")
-    ] = True,
-    network: Annotated[
-        list[str] | None,
-        typer.Option(help="NAME=MBIT_PER_SECOND,DELAY_MS for projections; default: LAN=1000,0.5 and WAN=100,20."),
-    ] = None,
+    models: Models,
+    sequence_length: Length = None,
+    protocol: Protocols = None,
+    vocab_size: Vocabulary = None,
+    blocks_only: BlocksOnly = False,
+    end_to_end: EndToEnd = False,
+    with_alternatives: Alternatives = True,
+    network: Networks = None,
     field: Annotated[str, typer.Option(help="Ring of the shares: fm64 or fm128.")] = "fm64",
     fraction_bits: Annotated[int, typer.Option(help="Bits behind the binary point.")] = 18,
     runs: Annotated[int, typer.Option(help="Runs for the median of the seconds.")] = 3,
     timeout: Annotated[int, typer.Option(help="Seconds that one program may take.")] = 600,
-    engine_python: Annotated[
-        Path | None,
-        typer.Option(help="Python of the engine's environment; default: $NORMFREE_ENGINE_PYTHON or .venv-private."),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder for CSV files, figures and the report; default private-cost/MODEL.", callback=checked_folder
-        ),
-    ] = None,
+    engine_python: EnginePython = None,
+    out: Out = None,
     cache_dir: CacheDir = DEFAULT_CACHE_DIR,
     json_: Json = False,
 ) -> None:
@@ -93,6 +104,10 @@ def private_cost(
             progress=status.update,
         )
     write_page(costs, folder, command=f"normfree private-cost {' '.join(models)}")
+    _show(costs, folder, console, json_=json_)
+
+
+def _show(costs: PrivateCosts, folder: Path, console: Console, *, json_: bool) -> None:
     if json_:
         frames = {name: records(frame) for name, frame in costs.frames().items()}
         print_json(folder=str(folder), quantization=costs.quantization, **frames)

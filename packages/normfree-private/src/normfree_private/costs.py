@@ -116,20 +116,23 @@ def measure_private_costs(
         needs_weights=end_to_end,
     )
     measurers = [Measurer(engine, each, cache_dir / "private-cost") for each in settings]
-    operations = pd.concat(
-        [price(each, measurers, blocks_only=blocks_only, progress=progress) for each in priced], ignore_index=True
-    )
+    operations = _joined(price(each, measurers, blocks_only=blocks_only, progress=progress) for each in priced)
+    blocks = _joined(price_blocks(each, measurers, progress=progress) for each in priced)
+    others = price_alternatives(priced[0], measurers, progress=progress) if with_alternatives else None
+    whole = [run_end_to_end(each, measurers, progress=progress) for each in priced] if end_to_end else []
     return PrivateCosts(
         operations,
         totals(operations, priced, networks),
-        pd.concat([price_blocks(each, measurers, progress=progress) for each in priced], ignore_index=True),
-        price_alternatives(priced[0], measurers, progress=progress) if with_alternatives else None,
-        pd.concat([run_end_to_end(each, measurers, progress=progress) for each in priced], ignore_index=True)
-        if end_to_end
-        else None,
+        blocks,
+        others,
+        _joined(whole) if whole else None,
         settings,
         networks,
         [each.T for each in priced],
         engine.version,
         quantizations(models),
     )
+
+
+def _joined(frames: Iterable[pd.DataFrame]) -> pd.DataFrame:
+    return pd.concat(list(frames), ignore_index=True)
