@@ -1,4 +1,4 @@
-"""The attention entropy of a model on texts of one's own, as an object for notebooks."""
+"""``normfree.measure``: the attention entropy of a model on given texts, as an object for notebooks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from normfree.training import LoadedModel, load_pretrained
 draw_figures_in_notebooks()
 
 MOST_ROWS = 12
-"""Layers shown in a notebook; the middle ones of a deeper model are left out there."""
+"""Most layers that a notebook shows; deeper models lose the middle ones."""
 _SHOWN = {
     "layer": "layer",
     "mean_nats": "mean, nats",
@@ -40,14 +40,12 @@ _SHOWN = {
 
 @dataclass(frozen=True, repr=False)
 class Measurement(AttentionEntropy):
-    """The attention entropy of every head, and ways to see it; made by :func:`measure`.
-
-    A notebook shows it as a heatmap and a table of the layers.
+    """The attention entropy of every head, from :func:`measure`; a notebook shows a heatmap and a table of the layers.
 
     heads, layers, unreadable, n_sequences, n_tokens, sequence_length, uniform_bound:
         as in :class:`~normfree.interpret.AttentionEntropy`; entropies in nats.
     name: the model's name in figures.
-    beginning: the tokens that each sequence begins with, where they were put before texts.
+    beginning: tokens that were put before each text.
     quantization: how the model's weights were quantized in their file; None if they were not.
     """
 
@@ -63,23 +61,17 @@ class Measurement(AttentionEntropy):
 
     @property
     def head_entropy(self) -> pd.DataFrame:
-        """``heads`` as :mod:`normfree.plot` takes them, with model, context_length, configuration and seed.
-
-        ``pd.concat`` of several measurements gives a panel for each.
-        """
+        """``heads`` as :mod:`normfree.plot` takes them; concatenated frames of measurements give a panel each."""
         return self.heads.assign(model=self.name, context_length=self.sequence_length, configuration=self.name, seed=0)
 
     def plot(self) -> Figure:
-        """The heatmap of all heads, layers down, in nats; the colour scale ends at the uniform bound."""
+        """Heatmap of all heads, layers down, in nats; the colour scale ends at the uniform bound."""
         return headwise_entropy_heatmaps(self.head_entropy, maximum=self.uniform_bound)
 
     def to_csv(self, path: str | Path) -> list[Path]:
-        """Writes ``heads.csv`` and ``layers.csv`` into a folder, made if need be, or the heads into a ``.csv`` file.
+        """Writes ``heads.csv`` and ``layers.csv`` into a folder, made if missing, or the heads into a ``.csv`` file.
 
-        NaN is written as nan.
-
-        Returns:
-            The files.
+        NaN is written as nan. Returns the files.
         """
         path = Path(path)
         if path.suffix == ".csv" and not path.is_dir():
@@ -156,26 +148,26 @@ def measure(
 
         normfree.measure("gpt2", ["The quick brown fox ...", "def f(x): ..."])
 
-    A model that is given stays where it is and as it is: device, dtype, mode, gradients and random numbers.
+    A given model keeps its device, dtype, mode, gradients and random numbers.
 
     Args:
         model: a transformers model, wrapped (DDP, PEFT, ``torch.compile``) or not; or a Hub id, a model folder, a
-            ``.gguf`` file, or a run or checkpoint folder of Normfree, which is loaded, on CUDA where there is a device.
+            ``.gguf`` file, or a run or checkpoint folder of Normfree, which is loaded, on CUDA if available.
         texts: a string, strings, a ``datasets`` column, or a ``datasets.Dataset`` with a column ``text`` or
-            ``input_ids``; or token ids: a tensor or array [n, T] or [T], lists, or what a tokenizer returns. Each text
-            is measured on its own, whatever its length; padding counts nowhere. Empty texts are skipped.
-        tokenizer: for strings: a tokenizer, its name or its folder. Default: the one saved with a model that is named,
-            or in the local folder that a model was loaded from.
-        bos: whether texts begin with the beginning-of-text token. Default: as the tokenizer does; for a run, as it was
-            trained. Token ids are measured as they are.
-        sequence_length: the longest sequence in tokens, beginning included; longer texts are cut into several.
-            Default: a run's own T; for other models 512, or their positions if they are fewer.
+            ``input_ids``; or token ids: a tensor or array [n, T] or [T], lists, or what a tokenizer returns. Texts are
+            measured one by one, at any length, without padding; empty ones are skipped.
+        tokenizer: for strings: a tokenizer, its name or its folder. Default: the one saved with a named model, or in
+            the local folder that a model was loaded from.
+        bos: texts begin with the beginning-of-text token. Default: as the tokenizer does; for a run, as it was trained.
+            Token ids are measured as they are.
+        sequence_length: most tokens in a sequence, beginning included; longer texts are cut. Default: a run's own T;
+            for other models 512, or their positions if fewer.
         batch_size: sequences in one forward pass.
-        name: the model's name in figures; default: the one it was loaded by, or its class.
+        name: of the model in figures; default: what it was loaded by, or its class.
 
     Raises:
         InputError: no such model, no tokenizer, texts of another kind, no tokens, tokens or lengths that the model
-            does not take, or no attention layer that can be read.
+            does not take, or no readable attention layer.
     """
     if batch_size < 1:
         raise InputError(f"batch_size has to be at least 1, got {batch_size}")
