@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from normfree.columns import SHARE_OF_UNIFORM, SINK_SHARE, UNIFORM_NATS
 from normfree.data import Beginning
 from normfree.errors import InputError
 from normfree.files import DEFAULT_CACHE_DIR, write_text
@@ -32,9 +33,9 @@ _SHOWN = {
     "mean_nats": "mean, nats",
     "min_nats": "min",
     "max_nats": "max",
-    "uniform_nats": "uniform",
-    "share_of_uniform": "of uniform",
-    "sink_share": "sink share",
+    UNIFORM_NATS: "uniform",
+    SHARE_OF_UNIFORM: "of uniform",
+    SINK_SHARE: "sink share",
 }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from normfree.columns import ENTROPY_NATS, SCORES_INF_COUNT, SCORES_NAN_COUNT
 from normfree.entropy.fused import BACKENDS
 from normfree.errors import InputError, unknown_name
 from normfree.probes.attention_probe import AttentionProbe
@@ -149,10 +150,10 @@ class EntropyProbe(AttentionProbe[LayerStatistics]):
         Raises:
             InputError: no layer could be read, or the layers differ in their number of heads.
         """
-        yield from rows_by_head("entropy_nats", self.per_head())
+        yield from rows_by_head(ENTROPY_NATS, self.per_head())
         if self._count_nonfinite:
             nan, inf = self.nonfinite()
-            yield from rows_by_layer({"scores_nan_count": nan.sum(dim=1), "scores_inf_count": inf.sum(dim=1)})
+            yield from rows_by_layer({SCORES_NAN_COUNT: nan.sum(dim=1), SCORES_INF_COUNT: inf.sum(dim=1)})
 
     def _read(self, row: Row, attending: Attending) -> None:
         parts = self._parts.of(attending)

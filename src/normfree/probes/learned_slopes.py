@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch.distributed.tensor import DTensor
 
+from normfree.columns import NEGATIVE_SLOPE
 from normfree.modeling.activations import LearnableLeakyReLU
 from normfree.modeling.decoder import NormfreeForCausalLM
 from normfree.probes.probe import LayerRow, WeightProbe
@@ -23,4 +24,4 @@ class LearnedSlopeProbe(WeightProbe):
             if isinstance(block.ffn.activation, LearnableLeakyReLU):
                 slope = block.ffn.activation.negative_slope
                 whole = slope.full_tensor() if isinstance(slope, DTensor) else slope
-                yield LayerRow(layer, None, "negative_slope", whole.item())
+                yield LayerRow(layer, None, NEGATIVE_SLOPE, whole.item())

@@ -17,6 +17,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from normfree.columns import (
+    RESIDUAL_EXCESS_KURTOSIS,
+    RESIDUAL_INF_COUNT,
+    RESIDUAL_KURTOSIS,
+    RESIDUAL_MAX_OVER_MEDIAN,
+    RESIDUAL_NAN_COUNT,
+    RESIDUAL_RMS,
+    TOKEN_COSINE_SIMILARITY,
+)
 from normfree.errors import InputError
 from normfree.modeling import activation_kernels
 from normfree.probes.moments import CentralMoments
@@ -240,13 +249,13 @@ class ResidualStreamProbe(Probe):
     def by_layer(self) -> dict[str, Tensor]:
         """Every statistic by its recorded name, each [n_layer]."""
         return {
-            "residual_rms": self.rms(),
-            "residual_kurtosis": self.kurtosis(),
-            "residual_excess_kurtosis": self.excess_kurtosis(),
-            "residual_max_over_median": self.max_over_median(),
-            "token_cosine_similarity": self.token_cosine_similarity(),
-            "residual_nan_count": self.nan,
-            "residual_inf_count": self.inf,
+            RESIDUAL_RMS: self.rms(),
+            RESIDUAL_KURTOSIS: self.kurtosis(),
+            RESIDUAL_EXCESS_KURTOSIS: self.excess_kurtosis(),
+            RESIDUAL_MAX_OVER_MEDIAN: self.max_over_median(),
+            TOKEN_COSINE_SIMILARITY: self.token_cosine_similarity(),
+            RESIDUAL_NAN_COUNT: self.nan,
+            RESIDUAL_INF_COUNT: self.inf,
         }
 
     def layer_rows(self) -> Iterator[LayerRow]:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from normfree.columns import ACTIVE_SHARE, ATTENDED_KEYS
 from normfree.modeling import activation_kernels
 from normfree.modeling.attention import SparkAttention
 from normfree.modeling.decoder import NormfreeForCausalLM
@@ -63,8 +64,8 @@ class SparsityProbe(Probe):
 
     def by_layer(self) -> dict[str, Tensor]:
         """``active_share``, and ``attended_keys`` for a model with sparse attention, each [n_layer]."""
-        keys = {"attended_keys": self.attended_keys()} if self.has_sparse_attention else {}
-        return {"active_share": self.active_share(), **keys}
+        keys = {ATTENDED_KEYS: self.attended_keys()} if self.has_sparse_attention else {}
+        return {ACTIVE_SHARE: self.active_share(), **keys}
 
     def layer_rows(self) -> Iterator[LayerRow]:
         return rows_by_layer(self.by_layer())

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import default_data_collator, set_seed
 from transformers.utils.logging import disable_progress_bar
 
+from normfree.columns import EVAL_LOSS, TRAIN_LOSS
 from normfree.data import PackedData
 from normfree.data.packed_sequences import NOT_PREDICTED
 from normfree.errors import InputError, RunFailedError
@@ -262,7 +263,7 @@ class Training:
                     self.log_training(grad_norm, learning_rate)
                 if is_last or run.step % recipe.eval_steps == 0:
                     losses = shared_losses(self.model, self.data.eval, recipe, self.accelerator)
-                    self.log({"eval_loss": mean_loss(losses, self.data.eval.n_predicted())})
+                    self.log({EVAL_LOSS: mean_loss(losses, self.data.eval.n_predicted())})
                 if is_saved:
                     self.save()
             self.telemetry.finish(run.step)
@@ -305,7 +306,7 @@ class Training:
         """Logs the means of loss and terms over the steps since the last entry, and the readings of this step."""
         n_steps = self.state.step - self.last_logged_step
         means = {name: total / n_steps for name, total in self._totals().items()}
-        entries = {"train_loss": means.pop(LOSS), "grad_norm": grad_norm.item(), "learning_rate": learning_rate}
+        entries = {TRAIN_LOSS: means.pop(LOSS), "grad_norm": grad_norm.item(), "learning_rate": learning_rate}
         self.log(entries | means | self.telemetry.speed())
         self.sums, self.last_logged_step = {}, self.state.step
 

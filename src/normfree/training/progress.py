@@ -17,6 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from normfree.columns import EVAL_LOSS, TRAIN_LOSS
 from normfree.training.callback import Callback, RunState
 
 
@@ -96,10 +97,10 @@ class RunProgress(Callback):
         self._bars.advance(self._whole, self._per_step)
 
     def log(self, run: RunState, entries: Mapping[str, float]) -> None:
-        if "train_loss" in entries:
+        if TRAIN_LOSS in entries:
             self._notes["train"] = f"loss {entries['train_loss']:.3f}"
-        if "eval_loss" in entries:
-            loss = entries["eval_loss"]
+        if EVAL_LOSS in entries:
+            loss = entries[EVAL_LOSS]
             self._notes["eval"] = f"eval {loss:.3f}"
             if not self._study.console.is_terminal:
                 self._study.console.print(

@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 
+from normfree.columns import ENTROPY_NATS, EVAL_LOSS, EVAL_PPL, LOSS_NATS
 from normfree.data import PackedData
 from normfree.errors import InputError
 from normfree.files import write_text
@@ -78,7 +79,7 @@ def measure(
     entropy = probe.per_head().cpu().numpy()
     layers, heads = np.indices(entropy.shape)
     head_entropy = pd.DataFrame(
-        {"layer": layers.ravel(), "head": heads.ravel(), "entropy_nats": entropy.ravel().astype(np.float64)}
+        {"layer": layers.ravel(), "head": heads.ravel(), ENTROPY_NATS: entropy.ravel().astype(np.float64)}
     )
     # Sequences of prompts only have no loss. Any other NaN makes the mean NaN: a model that fails on some text has no
     # perplexity on it.
@@ -97,11 +98,11 @@ def measure(
         "tokens": n_tokens,
         "epochs": n_tokens / (len(data.train) * length),
         "eval_sequences": len(sequence),
-        "eval_loss": eval_loss,
-        "eval_ppl": perplexity(eval_loss),
+        EVAL_LOSS: eval_loss,
+        EVAL_PPL: perplexity(eval_loss),
         "status": "finished" if all_finite(model) and math.isfinite(eval_loss) else "diverged",
     }
-    sequence_table = pd.DataFrame({"sequence": sequence, "loss_nats": losses[sequence]})
+    sequence_table = pd.DataFrame({"sequence": sequence, LOSS_NATS: losses[sequence]})
     on_main(partial(_write, folder, sequence_table, head_entropy, row))
     return load_result(folder)
 

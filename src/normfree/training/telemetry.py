@@ -8,6 +8,7 @@ from contextlib import ExitStack
 
 import torch
 
+from normfree.columns import TOKENS_PER_SECOND
 from normfree.modeling import NormfreeForCausalLM
 from normfree.probes import EntropyProbe
 from normfree.probes.learned_slopes import LearnedSlopeProbe
@@ -127,7 +128,7 @@ class Telemetry:
             return {}
         speed = self._steps_timed * self._tokens_per_step / self._seconds_in_steps
         self._seconds_in_steps, self._steps_timed = 0.0, 0
-        return {"tokens_per_second": speed}
+        return {TOKENS_PER_SECOND: speed}
 
     def log(self, step: int, entries: Mapping[str, float]) -> None:
         """Adds a row of ``metrics.parquet`` for each of ``entries``, read after ``step`` updates."""

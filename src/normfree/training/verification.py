@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from normfree.columns import ENTROPY_NATS, EVAL_LOSS, EVAL_PPL, LOSS_NATS, TRAIN_LOSS
 from normfree.data import PackedData, same_data
 from normfree.errors import InputError
 from normfree.training.evaluation import sequence_losses
@@ -122,12 +123,12 @@ def _check_result(found: Verification, run: RunConfig, result: RunResult) -> Non
             )
     if result.row.get("status") not in ("finished", "diverged"):
         found.problems.append(f"{RESULTS_FILE}: unknown status {result.row.get('status')!r}")
-    loss, ppl = float(result.row.get("eval_loss", math.nan)), float(result.row.get("eval_ppl", math.nan))
+    loss, ppl = float(result.row.get(EVAL_LOSS, math.nan)), float(result.row.get(EVAL_PPL, math.nan))
     if math.isfinite(loss) and not math.isclose(ppl, math.exp(loss), rel_tol=1e-9):
         found.problems.append(f"{RESULTS_FILE}: eval_ppl is {ppl}, and exp(eval_loss) {math.exp(loss)}")
     if run.data.corpus.startswith("pairs:"):
         return  # the mean is weighted with the tokens of each sequence: _check_loss has them
-    mean = float(result.sequence_losses["loss_nats"].to_numpy().mean())
+    mean = float(result.sequence_losses[LOSS_NATS].to_numpy().mean())
     if not _same(loss, mean, 1e-9):
         found.problems.append(f"{RESULTS_FILE}: eval_loss is {loss}, and the mean of the sequences' losses {mean}")
 
@@ -139,8 +140,8 @@ def _check_metrics(found: Verification, run: RunConfig, result: RunResult) -> No
         found.problems.append(f"{METRICS_FILE}: {n_twice} rows are there twice")
     steps, recipe = run.recipe.n_steps(run.data.sequence_length), run.recipe
     expected = {
-        "train_loss": set(range(recipe.logging_steps, steps + 1, recipe.logging_steps)),
-        "eval_loss": {*range(recipe.eval_steps, steps + 1, recipe.eval_steps), steps},
+        TRAIN_LOSS: set(range(recipe.logging_steps, steps + 1, recipe.logging_steps)),
+        EVAL_LOSS: {*range(recipe.eval_steps, steps + 1, recipe.eval_steps), steps},
     }
     for name, at in expected.items():
         rows = metrics[metrics["name"] == name]
@@ -158,10 +159,10 @@ def _check_layers(found: Verification, run: RunConfig) -> None:
     n_twice = int(layers.duplicated(["step", "layer", "head", "name"]).sum())
     if n_twice:
         found.problems.append(f"{LAYERS_FILE}: {n_twice} rows are there twice")
-    entropy = layers[layers["name"] == "entropy_nats"]
+    entropy = layers[layers["name"] == ENTROPY_NATS]
     steps = run.recipe.n_steps(run.data.sequence_length)
     _check_steps(
-        found, LAYERS_FILE, "entropy_nats", set(entropy["step"]), set(range(0, steps, run.recipe.telemetry_steps))
+        found, LAYERS_FILE, ENTROPY_NATS, set(entropy["step"]), set(range(0, steps, run.recipe.telemetry_steps))
     )
     counts = entropy.groupby("step").size()
     if counts.nunique() > 1:
@@ -194,7 +195,7 @@ def _check_loss(found: Verification, run: RunConfig, result: RunResult, cache_di
     losses = _losses(run, data, whole[-1])
     n_predicted = data.eval.n_predicted()
     losses, weights = losses[n_predicted > 0], n_predicted[n_predicted > 0]
-    stored = result.sequence_losses["loss_nats"].to_numpy()
+    stored = result.sequence_losses[LOSS_NATS].to_numpy()
     if len(losses) != len(stored):
         found.problems.append(f"{len(stored)} sequences were measured, and the data have {len(losses)}")
         return
@@ -205,7 +206,7 @@ def _check_loss(found: Verification, run: RunConfig, result: RunResult, cache_di
             f"{whole[-1].name} has another loss than was stored: up to {furthest:.2g} nats on a sequence, and "
             f"{tolerance:g} may be rounding"
         )
-    mean, loss = float(np.average(stored, weights=weights)), float(result.row["eval_loss"])
+    mean, loss = float(np.average(stored, weights=weights)), float(result.row[EVAL_LOSS])
     if not _same(loss, mean, 1e-9):
         found.problems.append(f"{RESULTS_FILE}: eval_loss is {loss}, and the mean of the sequences' losses {mean}")
 
