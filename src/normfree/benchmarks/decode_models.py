@@ -1,4 +1,4 @@
-"""Models and caches of random weights to time decode with, whose dense products can be those of csrc/."""
+"""Models and caches with random values to time decode; their dense products can be those of csrc/."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from normfree.spark.decode.extension import all_dots, weighted_rows
 from normfree.spark.sparse_feed_forward import SparkFeedForward
 
 ROOM = 2048
-"""Tokens that a cache has room for at first, behind those it is filled with; and then each time it is full."""
+"""Spare capacity of a cache in tokens, added at creation and on each growth."""
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` whose products with one row can be those of csrc/."""
+    """``nn.Linear`` that can compute products with one row by csrc/."""
 
     by_kernel = False
 
@@ -31,7 +31,7 @@ class Linear(nn.Linear):
 
 
 class RoomyLayer(DynamicLayer):
-    """A cache that is appended to in place, where transformers' copies all of it in every step."""
+    """A cache that is appended to in place; transformers' own copies everything in every step."""
 
     def fill(self, key: Tensor, value: Tensor) -> None:
         self.length = key.shape[2]
@@ -56,7 +56,7 @@ class RoomyLayer(DynamicLayer):
 
 
 def built(config: NormfreeConfig, dtype: torch.dtype, embedding: Tensor) -> NormfreeForCausalLM:
-    """The model with random weights on the device of its embeddings, which it shares with the other model."""
+    """The model with random weights on the device of ``embedding``, which several models share."""
     with torch.device("meta"):
         model: Any = NormfreeForCausalLM(config)
         model.to(dtype)
@@ -79,7 +79,7 @@ def built(config: NormfreeConfig, dtype: torch.dtype, embedding: Tensor) -> Norm
 
 
 def filled_cache(config: NormfreeConfig, n_token: int, dtype: torch.dtype, device: torch.device) -> DynamicCache:
-    """A cache of random keys and values, and room for more."""
+    """A cache of random keys and values, with spare capacity."""
     cache = DynamicCache()
     for _ in range(config.n_layer):
         shape = (1, config.n_kv_head, n_token, config.head_dim)
@@ -96,7 +96,7 @@ def filled_cache(config: NormfreeConfig, n_token: int, dtype: torch.dtype, devic
 
 
 def random_matrix(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Of a normal distribution; large ones repeat a part of a prime length, which is quick to make."""
+    """Normally distributed; large ones repeat a part of prime length, which is quick to make."""
     part = (torch.randn(1_000_003) * 0.02).to(dtype)
     n = torch.Size(shape).numel()
     return part.repeat(-(-n // part.numel()))[:n].view(shape)
@@ -105,7 +105,7 @@ def random_matrix(*shape: int, dtype: torch.dtype) -> Tensor:
 def attention_by_kernel(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Softmax attention of one query that sees every key, by the dense products of csrc/."""
+    """Softmax attention of one query to every key, by the dense products of csrc/."""
     heads = []
     for q, k, v in zip(query[0].chunk(key.shape[1]), key[0], value[0], strict=True):
         weights = (all_dots(k, q[:, 0].float()) * module.scaling).softmax(-1)

@@ -17,7 +17,7 @@ CORPORA: dict[str, Callable[[str, DataConfig], Corpus]] = {
     "hf": hub,
     "pairs": prompt_completion_pairs,
 }
-"""Kinds: what stands before the first colon -> a function of what stands after it, and the config."""
+"""By kind, the part before the first colon: a function of the part after it and the config."""
 
 
 def open_corpus(config: DataConfig) -> Corpus:

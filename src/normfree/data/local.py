@@ -189,7 +189,7 @@ def installed_python(argument: str, config: DataConfig) -> Corpus:
     """``installed-python``: the Python files of :func:`python_roots`."""
     if argument:
         raise InputError(f"corpus {config.corpus!r}: installed-python takes no argument; write 'installed-python'")
-    # A virtual environment's standard library lies beside packages of another environment.
+    # A virtual environment's standard library lies next to packages of another environment.
     others = frozenset({"site-packages", "dist-packages"})
     found = [_files(root, "**/*.py", skip=others) for root in python_roots()]
     files = dict.fromkeys(path for paths, _ in found for path in paths)

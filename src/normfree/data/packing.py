@@ -246,9 +246,9 @@ def _too_small(split: Split, statistics: SplitStatistics, config: DataConfig) ->
 def _built_in_place(folder: Path) -> Iterator[Path]:
     """A temporary folder that is renamed to ``folder`` at the end."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    with locked(beside):
-        building = beside / "new"
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    with locked(temporary):
+        building = temporary / "new"
         building.mkdir()
         try:
             yield building

@@ -1,4 +1,4 @@
-"""Where the secure-computation engine is: another Python, with SecretFlow SPU, an old JAX and NumPy 1."""
+"""Finding the secure-computation engine: another Python, with SecretFlow SPU, an old JAX and NumPy 1."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ class Engine:
     version: str
 
     def command(self, script: str, *arguments: object) -> list[str]:
-        """How ``script`` of the engine's folder is run."""
+        """The command that runs ``script`` of the engine's folder."""
         return [str(self.python), str(ENGINE_FOLDER / script), *(str(argument) for argument in arguments)]
 
 
 def find_engine(python: Path | None = None) -> Engine:
-    """The engine: of ``python``, of ``$NORMFREE_ENGINE_PYTHON``, or of ``.venv-private``, which ``make private`` makes,
-    in the current folder or in that of the source checkout.
+    """The engine of ``python``, of ``$NORMFREE_ENGINE_PYTHON``, or of ``.venv-private`` (from ``make private``) in the
+    current folder or the source checkout.
 
     Raises:
-        InputError: there is none, it does not start, or it is of another version.
+        InputError: there is none, it does not start, or it has another version.
     """
     path = python or _python_of_variable() or _default_python()
     if not path.is_file():

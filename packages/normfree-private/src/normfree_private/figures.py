@@ -1,4 +1,4 @@
-"""Figures of what models cost under secure computation."""
+"""Figures of costs under secure computation."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ GROUP_COSTS = ("model", "protocol", "group", "bytes_sent", "messages_sent")
 PARETO = ("model", "protocol", "bytes_sent", "eval_ppl")
 ALTERNATIVES = ("protocol", "group", "label", "bytes_sent")
 
-# Paul Tol's "light" colours: a scale of its own, because the colours of configurations are beside it on the page.
+# Paul Tol's "light" colours, as the page also has the colours of configurations.
 _GROUP_COLOURS = {
     "linear": "#77AADD",
     "attention products": "#99DDFF",
@@ -31,7 +31,7 @@ _MEGABYTE = 1e6
 
 
 def cost_by_operation(costs: pd.DataFrame) -> Figure:
-    """What a party sends for each model, as one bar of operations: megabytes above, messages below; a panel a protocol.
+    """What a party sends for each model, as a bar of operations: megabytes above, messages below; a panel a protocol.
 
     Args:
         costs: model, protocol, group (of ``GROUPS``), bytes_sent and messages_sent (means over the parties).
@@ -67,7 +67,7 @@ def cost_by_operation(costs: pd.DataFrame) -> Figure:
 
 
 def _stack(axes: Axes, sizes: pd.DataFrame) -> None:
-    """One bar a row of ``sizes``, and its sum behind it."""
+    """One bar for each row of ``sizes``, followed by its sum."""
     left = np.zeros(len(sizes))
     for group in sizes.columns:
         widths = sizes[group].to_numpy(dtype=np.float64)
@@ -89,7 +89,7 @@ def _stack(axes: Axes, sizes: pd.DataFrame) -> None:
 
 
 def perplexity_against_bytes(points: pd.DataFrame) -> Figure:
-    """The price of a cheap model: perplexity over what a party sends, a panel a protocol.
+    """Perplexity over what a party sends, a panel a protocol.
 
     The dashed line joins the models that no other beats in both.
 

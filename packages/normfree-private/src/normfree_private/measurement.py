@@ -1,4 +1,4 @@
-"""One program under secure computation: compiled once, run by a process a party, and what the parties sent."""
+"""One program under secure computation: compiled once, run by one process a party; and what the parties sent."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from normfree_private.profile import parse_profiles
 _BATCH = 8
 """Programs that one set of processes runs: starting them takes longer than most programs."""
 FIELDS = {"fm64": 64, "fm128": 128}
-"""Rings that secrets are numbers of, and their bits."""
+"""Rings of the shares, and their bits."""
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """A protocol of the engine: its name there, the parties it takes, and what it assumes.
+    """A protocol of the engine: its name there, its number of parties, and what it assumes.
 
-    has_setup: its first run makes what all later ones use, and is not counted.
+    has_setup: its first run prepares the later ones, and is not counted.
     """
 
     name: str
@@ -55,7 +55,7 @@ PROTOCOLS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """How a program is run: the ring, the bits behind the binary point, runs that count, and how long all may take."""
+    """How a program runs: the ring, the bits behind the binary point, the runs that count, the time limit of all."""
 
     protocol: Protocol
     field: str = "fm64"
@@ -77,9 +77,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one run costs: bytes and messages that each party sends, and seconds over loopback (median of the runs).
+    """Cost of one run: bytes and messages that each party sends, and seconds over loopback (median of the runs).
 
-    Their sums over the parties repeat exactly; which of three parties sends which message is drawn at random.
+    Sums over the parties repeat exactly; which of three parties sends which message is drawn at random.
     """
 
     bytes_sent: tuple[int, ...]
@@ -97,7 +97,7 @@ class Cost:
         return sum(self.messages_sent) / len(self.messages_sent)
 
     def __add__(self, other: Cost) -> Cost:
-        """One after the other."""
+        """The cost of both, one after the other."""
         return Cost(
             tuple(a + b for a, b in zip(self.bytes_sent, other.bytes_sent, strict=True)),
             tuple(a + b for a, b in zip(self.messages_sent, other.messages_sent, strict=True)),
@@ -125,12 +125,12 @@ class Program:
 def run_programs(
     engine: Engine, settings: Settings, programs: Sequence[Program], *, wants_outputs: bool = False
 ) -> list[tuple[Cost, Arrays]]:
-    """Runs each program ``settings.runs`` times, one program after the other, and once more before if there is a setup.
+    """Runs each program ``settings.runs`` times, one program after the other, and once before if there is a setup.
 
-    The sharing of the inputs is not counted: whoever owns them does it.
+    Sharing the inputs is not counted: their owner does it.
 
     Returns:
-        For each program its cost, and with ``wants_outputs`` the arrays that it computes; none otherwise.
+        For each program its cost, and its output arrays, which are empty without ``wants_outputs``.
 
     Raises:
         EngineError: a process of the engine failed.
@@ -167,9 +167,9 @@ def run_programs(
 
 @dataclass(frozen=True)
 class Measurer:
-    """Measures costs, each only once: what was measured is kept in ``cache_folder`` and found there again.
+    """Measures costs, each only once: they are kept in ``cache_folder``.
 
-    Values cannot change a cost, or the cost would tell of them; so any arrays of the right shapes do.
+    A cost cannot depend on values, or it would reveal them; so any arrays of the right shapes do.
     """
 
     engine: Engine
@@ -210,7 +210,7 @@ class Measurer:
 
 
 def _sources() -> str:
-    """Changes whenever the functions that are measured do."""
+    """A digest of the functions that are measured."""
     texts = [(ENGINE_FOLDER / name).read_bytes() for name in ("operations.py", "decoder.py")]
     return hashlib.sha256(b"".join(texts)).hexdigest()
 
@@ -255,7 +255,7 @@ def _load(path: Path) -> Arrays:
 
 
 def _named(arrays: Arrays) -> dict[str, Any]:
-    """For ``np.savez``, whose own parameters no name may be taken for."""
+    """Keyword arguments for ``np.savez``, typed so that no name is taken for one of its own parameters."""
     return dict(arrays)
 
 

@@ -15,7 +15,7 @@ from normfree_private.measurement import Cost, Measurer, Program, Settings, run_
 
 @dataclass(frozen=True)
 class EncryptedRun:
-    """What a whole model cost, and how far its logits are from the plain model's in float64.
+    """The cost of a whole model, and the difference of its logits from the plain model's in float64.
 
     max_error, mean_error: of the absolute differences of logits, over all positions and the vocabulary.
     logit_std: standard deviation of the plain logits, to compare errors with.
@@ -60,11 +60,10 @@ def block_cost(measurer: Measurer, config: NormfreeConfig, layer: int, sequence_
 
 
 def run_encrypted(engine: Engine, settings: Settings, model: NormfreeForCausalLM, tokens: torch.Tensor) -> EncryptedRun:
-    """Runs the model on ``tokens`` [T], int64, under secure computation, and in float64 beside it.
+    """Runs the model on ``tokens`` [T], int64, under secure computation and in float64.
 
     Raises:
-        InputError: the model has no encrypted counterpart, or fewer positions than there are tokens; or fewer than two
-            tokens are given.
+        InputError: the model has no encrypted counterpart, or fewer than T positions; or T is less than 2.
         EngineError: the engine failed.
     """
     if len(tokens) < 2:

@@ -11,7 +11,7 @@ from normfree.errors import InputError
 from normfree.modeling import NormfreeConfig
 
 GROUPS = ("linear", "attention products", "softmax", "norm", "activation", "other")
-"""What operations are summed by."""
+"""Groups that operations are summed by."""
 
 NORM_KINDS = {
     "none": "none",
@@ -23,7 +23,7 @@ NORM_KINDS = {
     "dyt": "dyt",
     "constant_std": "constant_scaling",
 }
-"""Norms of the configuration, and what each is under encryption."""
+"""Norms of the configuration, and their operations under encryption."""
 _ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "leaky_relu", "learnable_leaky_relu", "silu", "relu_squared")
 _PLACEMENTS = ("pre", "post")
 _FEED_FORWARDS = ("dense", "gated")
@@ -52,7 +52,7 @@ class Operation:
 
 @dataclass(frozen=True)
 class Step:
-    """One operation of a model: what it is there, its group, and its layer (from 0; None outside the blocks)."""
+    """One operation of a model: its name there, its group, and its layer (from 0; None outside the blocks)."""
 
     name: str
     group: str
@@ -61,7 +61,7 @@ class Step:
 
 
 def check_supported(config: NormfreeConfig) -> None:
-    """Checks that there is an encrypted counterpart of the model.
+    """Checks that the model has an encrypted counterpart.
 
     Raises:
         InputError: an option has none.

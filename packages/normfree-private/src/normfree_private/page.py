@@ -109,7 +109,7 @@ def _totals_table(totals: pd.DataFrame, networks: Sequence[Network], notes: Sequ
     columns |= {"seconds": "Loopback, s"}
     frame = totals.assign(bytes_sent=totals["bytes_sent"] / _MEGABYTE)[list(columns)].rename(columns=columns)
     if totals["eval_ppl"].notna().any():
-        # An architecture that nobody trained has none.
+        # A configuration without a trained model has none.
         frame["Perplexity"] = ["–" if math.isnan(value) else f"{value:.1f}" for value in totals["eval_ppl"]]
     formats = {"MB": ",.1f", "Messages": ",.0f", "Loopback, s": ",.2f"}
     formats |= {f"{network.name}, s": ",.1f" for network in networks}
@@ -131,7 +131,7 @@ def _shares_table(totals: pd.DataFrame, networks: Sequence[Network]) -> Table:
 
 
 def _operations_table(operations: pd.DataFrame) -> Table:
-    """Block 0 and what stands outside the blocks; equal rows of several models once, with all their names."""
+    """Block 0 and the parts outside the blocks; equal rows of several models once, with all their names."""
     shown = operations[operations["layer"].isna() | (operations["layer"] == 0)]
     where = shown["layer"].map(lambda layer: "model" if pd.isna(layer) else "block 0")
     key = ["protocol", "part", "name", "operation", "shapes"]
@@ -224,7 +224,7 @@ def _pareto(totals: pd.DataFrame, figures: Path) -> list[Block]:
 
 
 def _lead(totals: pd.DataFrame) -> str:
-    """What the norms cost, in words that hold whatever the numbers are."""
+    """Each model's cost, and the shares of its norms and activations, as sentences."""
     return " ".join(
         f"{row['model']} under {row['protocol']}: a party sends {row['bytes_sent'] / _MEGABYTE:,.1f} MB in "
         f"{row['messages_sent']:,.0f} messages, {row.get('norm_percent', 0.0):.1f} % of the bytes for norms and "

@@ -1,4 +1,4 @@
-"""The parties of a protocol as local processes: all of them finish, or none is left."""
+"""The parties of a protocol as local processes: all of them finish, or all are ended."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class EngineError(RunFailedError):
 
 
 def free_ports(n: int) -> list[int]:
-    """``n`` different ports of the loopback interface that nobody listens on at the moment."""
+    """``n`` different free ports of the loopback interface."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) for _ in range(n)]
         for each in sockets:
@@ -30,13 +30,13 @@ def free_ports(n: int) -> list[int]:
 
 
 def run_parties(commands: Sequence[Sequence[str]], folder: Path, *, timeout_seconds: float) -> list[str]:
-    """Runs a process a command, side by side, and returns what each wrote to standard output.
+    """Runs one process for each command, concurrently, and returns their standard outputs.
 
-    Their standard input is a pipe that ends with this process: parties that watch it do not outlive it.
+    Their standard input is a pipe that closes when this process ends: parties that watch it do not outlive it.
     Standard output and error of party i go to ``party-i.out`` and ``party-i.err`` in ``folder``.
 
     Raises:
-        EngineError: a party failed or was killed, or they did not finish in time; the others have been ended by then.
+        EngineError: a party failed or was killed, or they did not finish in time; the others were ended.
     """
     outputs = [folder / f"party-{rank}.out" for rank in range(len(commands))]
     with ExitStack() as stack:
@@ -74,7 +74,7 @@ def _how(code: int) -> str:
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Ends those that still run, and waits for all: no process and no zombie is left."""
+    """Ends the processes that still run, and waits for all of them."""
     for process in processes:
         if process.poll() is None:
             process.terminate()

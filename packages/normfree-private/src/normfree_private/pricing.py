@@ -1,4 +1,4 @@
-"""What models cost under secure computation: every operation measured and summed, whole runs beside the sums."""
+"""The cost of models under secure computation: every operation measured and summed, and whole runs to compare."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ BLOCKS = "blocks"
 class PricedModel:
     """A model to measure: its name on the page, its configuration, and its sequence length T.
 
-    configuration: what the study calls it, such as ``SM+G``, if it is of one. model: its weights, None where there are
-    none. eval_ppl: the perplexity of a finished run, else NaN.
+    configuration: its label in a study, such as ``SM+G``. model: its weights; None for a configuration alone.
+    eval_ppl: the perplexity of a finished run, else NaN.
     """
 
     name: str
@@ -54,14 +54,19 @@ def open_models(
     blocks_only: bool,
     needs_weights: bool,
 ) -> list[PricedModel]:
-    """The models of ``sources``, each with a name: runs, model folders, Hub ids, presets, YAML files.
+    """The models of ``sources``, from name to source: runs, model folders, Hub ids, presets, YAML files.
 
-    A preset stands for the four configurations of ReLU's Revival at its size, the YAML file of a run for that run's.
-    ``sequence_length`` None takes that of the run or preset. Models are called by their configurations where these are
-    all different.
+    A preset means the four configurations of ReLU's Revival at its size, the YAML file of a run that run's. If the
+    configurations of all models differ, they become the models' names.
+
+    Args:
+        sequence_length: T; None takes that of the run or preset.
+        vocab_size: for presets whose tokenizer is on the Hub.
+        blocks_only: the vocabulary is not needed.
+        needs_weights: configurations without weights are refused.
 
     Raises:
-        InputError: a source cannot be read or has no encrypted counterpart, or does not say what has to be given then.
+        InputError: a source cannot be read, has no encrypted counterpart, or lacks a length, vocabulary or weights.
     """
     opened: list[PricedModel] = []
     for source, name in sources.items():
@@ -89,10 +94,10 @@ def open_models(
 
 
 def price(model: PricedModel, measurers: Iterable[Measurer], *, blocks_only: bool, progress: Progress) -> pd.DataFrame:
-    """What each operation of a model costs under each protocol, a row an operation, in order.
+    """The cost of each operation of a model under each protocol, one row an operation, in order.
 
     Returns:
-        model, protocol, layer (NA outside the blocks), name, operation, group, shapes; bytes_sent and messages_sent, by
+        model, protocol, layer (NA outside the blocks), name, operation, group, shapes; bytes_sent and messages_sent of
         a party (mean over the parties); seconds, over loopback.
 
     Raises:
@@ -121,7 +126,7 @@ def price(model: PricedModel, measurers: Iterable[Measurer], *, blocks_only: boo
 
 
 def price_blocks(model: PricedModel, measurers: Iterable[Measurer], *, progress: Progress) -> pd.DataFrame:
-    """The first block in one program beside the sum of its operations, a row a protocol.
+    """The first block in one program, and the sum of its operations, one row a protocol.
 
     Returns:
         model, protocol; bytes_sent, messages_sent, seconds of the program; sum_bytes_sent, sum_messages_sent;
@@ -140,7 +145,7 @@ def price_blocks(model: PricedModel, measurers: Iterable[Measurer], *, progress:
 
 
 def price_alternatives(model: PricedModel, measurers: Iterable[Measurer], *, progress: Progress) -> pd.DataFrame:
-    """What every norm and activation costs on the arrays of ``model``, whichever it has, a row each and protocol.
+    """The cost of every norm and activation on the arrays of ``model``, one row each and protocol.
 
     Returns:
         protocol, group, label, shapes, bytes_sent, messages_sent, seconds.
@@ -161,7 +166,7 @@ def price_alternatives(model: PricedModel, measurers: Iterable[Measurer], *, pro
 
 
 def run_end_to_end(model: PricedModel, measurers: Iterable[Measurer], *, progress: Progress) -> pd.DataFrame:
-    """The whole model under encryption on random tokens, a row a protocol.
+    """The whole model under encryption on random tokens, one row a protocol.
 
     Returns:
         The columns of :func:`price_blocks`, and those of :class:`~normfree_private.model.EncryptedRun`.
@@ -183,7 +188,7 @@ def run_end_to_end(model: PricedModel, measurers: Iterable[Measurer], *, progres
 
 
 def totals(operations: pd.DataFrame, models: Sequence[PricedModel], networks: Sequence[Network]) -> pd.DataFrame:
-    """Sums of :func:`price`: of block 0, and of all that was measured; a row a model, protocol and part.
+    """Sums of :func:`price`: of block 0, and of everything measured; one row a model, protocol and part.
 
     Returns:
         model, protocol, part (``block 0``; ``blocks`` or ``model``), bytes_sent, messages_sent, seconds; for each
@@ -216,7 +221,7 @@ def totals(operations: pd.DataFrame, models: Sequence[PricedModel], networks: Se
 
 
 def group_costs(operations: pd.DataFrame) -> pd.DataFrame:
-    """model, protocol, group, bytes_sent, messages_sent: what the bars of a figure show."""
+    """Sums by group for the bar figure: model, protocol, group, bytes_sent, messages_sent."""
     by_group = operations.groupby(["model", "protocol", "group"], sort=False)
     return by_group.agg(bytes_sent=("bytes_sent", "sum"), messages_sent=("messages_sent", "sum")).reset_index()
 

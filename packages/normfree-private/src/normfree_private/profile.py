@@ -1,4 +1,4 @@
-"""What the engine prints of each run: the only place where it says how much it has sent."""
+"""The profile that the engine prints of each run: the only place where it reports what it sent."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _LINK = re.compile(
 class RunProfile:
     """One run of a program, as one party saw it.
 
-    What was sent repeats exactly from run to run. What was received is what has been read when the run ends: where
-    parties run ahead of each other, a message can count in the next run.
+    What was sent repeats exactly from run to run. What was received is what was read when the run ended: if parties run
+    ahead of each other, a message can count in the next run.
     """
 
     seconds: float
@@ -31,14 +31,14 @@ def parse_profiles(text: str) -> list[RunProfile]:
     """The runs in a party's standard output, in order.
 
     Raises:
-        ValueError: a run has no link details, or link details stand without a run.
+        ValueError: a run has no link details, or link details have no run.
     """
     profiles: list[RunProfile] = []
     seconds: float | None = None
     for line in text.splitlines():
         if time := _TOTAL_TIME.search(line):
             if seconds is not None:
-                raise ValueError(f"a run without link details stands before: {line}")
+                raise ValueError(f"a run without link details, before: {line}")
             seconds = float(time["seconds"])
         elif link := _LINK.search(line):
             if seconds is None:

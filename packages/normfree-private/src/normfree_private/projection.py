@@ -1,4 +1,4 @@
-"""How long the network takes for what was sent: a formula, not a measurement."""
+"""Network time of what was sent: a formula, not a measurement."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ class Network:
     delay_ms: float
 
     def seconds(self, *, bytes_sent: float, messages: float) -> float:
-        """messages · delay + 8 · bytes / bandwidth, both of one party: it waits for an answer to each of its messages,
-        and its bytes leave one after the other.
+        """messages · delay + 8 · bytes / bandwidth, both of one party, which waits for an answer to each message.
 
-        No computation, and no overlap of the two terms.
+        Without computation, and without overlap of the two terms.
         """
         return messages * self.delay_ms / 1e3 + 8 * bytes_sent / (self.bandwidth_mbit_s * 1e6)
 
