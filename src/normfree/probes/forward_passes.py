@@ -6,8 +6,8 @@ import threading
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,10 +75,7 @@ class ForwardPasses:
     @contextmanager
     def watch(self) -> Iterator[None]:
         self._local = threading.local()
-        with ExitStack() as stack:
-            stack.callback(register_module_forward_pre_hook(self._enter).remove)
-            # also after an exception
-            stack.callback(register_module_forward_hook(self._leave, always_call=True).remove)
+        with module_calls(self._enter, self._leave):
             yield
 
     @property
@@ -144,6 +141,20 @@ class ForwardPasses:
         depth = next((depth for depth, (outer, _) in enumerate(frames) if outer is module), None)
         if depth is not None:
             del frames[depth:]
+
+
+@contextmanager
+def module_calls(
+    enter: Callable[[nn.Module, Any], None], leave: Callable[[nn.Module, Any, Any], None]
+) -> Iterator[None]:
+    """Calls ``enter`` before and ``leave`` after every call of a module, also after one that raised."""
+    before = register_module_forward_pre_hook(enter)
+    after = register_module_forward_hook(leave, always_call=True)
+    try:
+        yield
+    finally:
+        before.remove()
+        after.remove()
 
 
 def is_backward() -> bool:

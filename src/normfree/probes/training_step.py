@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from normfree.errors import InputError
 from normfree.probes.entropy_probe import EntropyProbe
+from normfree.probes.forward_passes import module_calls
 
 
 @contextmanager
@@ -62,11 +62,7 @@ class _GradientPasses:
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            stack.callback(register_module_forward_pre_hook(self._enter).remove)
-            # also after an exception
-            stack.callback(register_module_forward_hook(self._leave, always_call=True).remove)
-            stack.callback(self._active.close)
+        with module_calls(self._enter, self._leave), self._active:
             self._activate()
             yield
 
