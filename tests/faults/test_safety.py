@@ -27,6 +27,8 @@ Command = Callable[..., tuple[int, str, str]]
 SOURCES = sorted(Path(package.__file__).parent.rglob("*.py"))
 UNPICKLING = {"pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
 RUNNING = {"eval", "exec", "os.system", "yaml.load", "yaml.unsafe_load", "yaml.full_load"}
+STUDY_FILES = ("runner", "catalog.py", "exec")
+"""The one place that runs code: the file of a study, which the user names."""
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 
 
@@ -49,7 +51,7 @@ def test_no_source_file_unpickles_or_runs_what_it_reads() -> None:
         modules |= {str(node.module) for node in imports if isinstance(node, ast.ImportFrom)}
         assert not {each.partition(".")[0] for each in modules} & UNPICKLING, path
         for name, constants in calls(tree):
-            assert name not in RUNNING, (path, name)
+            assert name not in RUNNING or (path.parent.name, path.name, name) == STUDY_FILES, (path, name)
             assert constants.get("weights_only") is True or name != "torch.load", path
             assert constants.get("allow_pickle", False) is False, path
             assert constants.get("trust_remote_code", False) is False, path
