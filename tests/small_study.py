@@ -58,4 +58,4 @@ def blank_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     def save(figure: Figure, folder: Path, name: str) -> list[Path]:
         return save_figure(Figure(figsize=(0.1, 0.1)), folder, name)
 
-    monkeypatch.setattr("normfree.runner.page.save_figure", save)
+    monkeypatch.setattr("normfree.report.saving.save_figure", save)

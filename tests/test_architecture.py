@@ -19,17 +19,12 @@ LONG = {
     "normfree.training.loop.run",
     # To be shortened; this list only shrinks.
     "normfree.cli.depth.depth",
-    "normfree.cli.interpret.interpret",
     "normfree.cli.remove_norm.remove_norm",
     "normfree.data.packing._build",
     "normfree.exports.export_without_layers",
     "normfree.interpret.confidence_neurons.neuron_ablation_effects",
     "normfree.interpret.depth.measurement.measure_depth",
-    "normfree.report.instability_dynamics.instability_dynamics",
-    "normfree.report.norm_removal_figures.removal_scaling",
     "normfree.report.tables.perplexity_table",
-    "normfree.studies.depth.depth_sections",
-    "normfree.studies.interpretation._sections",
     "normfree.training.finetuning.finetuning_run",
     "normfree.training.loop.__init__",
 }

@@ -8,15 +8,15 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from normfree.files import written_whole
-from normfree.report import (
+from normfree.plot import (
     angular_distance_heatmaps,
     first_token_over_depth,
     headwise_entropy_heatmaps,
-    paper_style,
     pruned_layer_losses,
     residual_variance_over_depth,
     skipped_layer_losses,
 )
+from normfree.report import paper_style
 
 DPI = 150
 

@@ -17,10 +17,11 @@ from normfree.columns import SHARE_OF_UNIFORM, SINK_SHARE, UNIFORM_NATS
 from normfree.data import Beginning
 from normfree.errors import InputError
 from normfree.files import DEFAULT_CACHE_DIR, write_text
-from normfree.interpret import token_sequences
-from normfree.interpret.attention_entropy import AttentionEntropy, measure_attention_entropy, write_attention_entropy
 from normfree.interpret.given_texts import given_sequences
-from normfree.report import headwise_entropy_heatmaps, paper_style, save_figure
+from normfree.interpret.head_entropy import AttentionEntropy, measure_attention_entropy, write_attention_entropy
+from normfree.interpret.sequences import token_sequences
+from normfree.report import paper_style, save_figure
+from normfree.report.entropy_figures import headwise_entropy_heatmaps
 from normfree.report.notebook import draw_figures_in_notebooks, figure_png
 from normfree.training import LoadedModel, load_pretrained
 

@@ -104,7 +104,7 @@ def test_a_study(run_content: dict[str, Any], tmp_path: Path, monkeypatch: pytes
     def save(figure: Figure, folder: Path, name: str) -> list[Path]:
         return save_figure(Figure(figsize=(0.1, 0.1)), folder, name)
 
-    monkeypatch.setattr("normfree.runner.page.save_figure", save)
+    monkeypatch.setattr("normfree.report.saving.save_figure", save)
     recipe = {**run_content["recipe"], "steps": 3}
     preset = {"description": "For tests.", "model_name": "tiny", "recipe": recipe, "data": run_content["data"]}
     preset["model"] = {"n_layer": 1, "n_head": 2, "n_embd": 16}

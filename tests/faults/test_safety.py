@@ -181,7 +181,7 @@ def test_html_in_the_names_of_a_study_reaches_its_report_as_text(
     from normfree.report import save_figure
 
     monkeypatch.setattr(
-        "normfree.runner.page.save_figure", lambda figure, *place: save_figure(Figure(figsize=(0.1, 0.1)), *place)
+        "normfree.report.saving.save_figure", lambda figure, *place: save_figure(Figure(figsize=(0.1, 0.1)), *place)
     )
     hostile_folder = HOSTILE.replace("/", "\N{DIVISION SLASH}")
     corpus = shutil.copytree(small_corpus, tmp_path / hostile_folder)

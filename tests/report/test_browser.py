@@ -4,15 +4,15 @@ import pandas as pd
 import pytest
 
 from normfree.report import (
-    FigureBlock,
+    FigureElement,
     Section,
     Table,
-    headwise_entropy_heatmaps,
     published_head_entropy,
     render_report,
     save_figure,
     write_report,
 )
+from normfree.report.entropy_figures import headwise_entropy_heatmaps
 
 from .chromium import EXECUTABLE, Chromium
 from .test_html import HOSTILE, sections
@@ -38,7 +38,7 @@ def report(tmp_path_factory):
         sections=[
             *sections(long_word),
             *sections(HOSTILE),
-            Section("Wide", [Table(wide, "A wide table"), FigureBlock(png.read_bytes(), "Heatmaps", "Heatmaps")]),
+            Section("Wide", [Table(wide, "A wide table"), FigureElement(png.read_bytes(), "Heatmaps", "Heatmaps")]),
         ],
         meta={long_word: long_word},
     )

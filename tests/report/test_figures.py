@@ -10,13 +10,9 @@ from matplotlib.colors import to_hex
 from PIL import Image
 
 from normfree.errors import InputError
-from normfree.report import (
-    evaluation_loss_curves,
-    headwise_entropy_distribution,
-    layerwise_entropy_dynamics,
-    published_head_entropy,
-    save_figure,
-)
+from normfree.report import published_head_entropy, save_figure
+from normfree.report.entropy_figures import headwise_entropy_distribution, layerwise_entropy_dynamics
+from normfree.report.loss_curves import evaluation_loss_curves
 from normfree.report.style import configuration_colours, depth_colours
 
 from . import study

@@ -13,7 +13,7 @@ from normfree.errors import InputError
 from normfree.report import (
     Callout,
     Code,
-    FigureBlock,
+    FigureElement,
     KeyValues,
     Paragraph,
     Section,
@@ -40,7 +40,7 @@ def sections(text="a run"):
         Section(
             text, [Paragraph(text), Callout(text, "warning"), Code(f"{text}\n  indented"), KeyValues({text: text})]
         ),
-        Section("Results", [Table(frame, text, {"eval_loss": ".2f"}, notes=[text]), FigureBlock(_png(), text, text)]),
+        Section("Results", [Table(frame, text, {"eval_loss": ".2f"}, notes=[text]), FigureElement(_png(), text, text)]),
         Section("Results", []),
     ]
 
@@ -151,7 +151,9 @@ def test_figure_is_embedded_whole():
 
 def test_figure_must_be_png():
     with pytest.raises(InputError, match="'A figure' is not a PNG image"):
-        render_report(title="t", lead="l", sections=[Section("s", [FigureBlock(b"<svg/>", "a", "A figure")])], meta={})
+        render_report(
+            title="t", lead="l", sections=[Section("s", [FigureElement(b"<svg/>", "a", "A figure")])], meta={}
+        )
 
 
 def test_unknown_column_to_format():

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from normfree.errors import InputError
-from normfree.report import perplexity_and_overload
+from normfree.report.overload import perplexity_and_overload
 
 
 def curves(**changes: Any) -> pd.DataFrame:

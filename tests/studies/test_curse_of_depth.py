@@ -12,9 +12,8 @@ import torch
 import yaml
 
 from normfree.errors import InputError
-from normfree.report import depth_table
 from normfree.runner import load_preset, run_config
-from normfree.studies.curse_of_depth import LNS, PRE_LN, configurations
+from normfree.studies.curse_of_depth import LNS, PRE_LN, configurations, depth_table
 from normfree.training import load_pretrained
 
 METHODS = 14

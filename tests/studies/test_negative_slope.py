@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from normfree.runner import load_preset, run_config
-from normfree.studies.negative_slope import LEAKY, STUDY, _lead, what_nan_means
+from normfree.studies.negative_slope.study import LEAKY, STUDY, _lead, what_nan_means
 from normfree.training import Recipe
 
 Command = Callable[..., tuple[int, str, str]]

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from normfree.removal import finetuning
 from normfree.runner import load_preset, run_config
-from normfree.studies.norm_removal import GPT_2, PYTHIA, configurations, llama
-from normfree.studies.norm_removal_scaling import SIZE_FACTORS
-from normfree.studies.norm_removal_scaling import configurations as sizes
+from normfree.studies.norm_removal.scaling import SIZE_FACTORS
+from normfree.studies.norm_removal.scaling import configurations as sizes
+from normfree.studies.norm_removal.study import GPT_2, PYTHIA, configurations, llama
 
 Command = Callable[..., tuple[int, str, str]]
 

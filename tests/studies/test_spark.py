@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from normfree.runner import StudyFolder, load_preset, run_config
-from normfree.studies.spark import CURVE, NORMS, STUDY, costs_frame, savings_frame
+from normfree.studies.spark.study import CURVE, NORMS, STUDY, costs_frame, savings_frame
 from normfree.training.records import LAYERS_FILE
 
 Command = Callable[..., tuple[int, str, str]]
@@ -22,7 +22,7 @@ SMALL = ("--set", "recipe.steps=2", "--set", "recipe.telemetry_steps=1", "--set"
 @pytest.fixture(autouse=True)
 def _few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of what is timed the tests ask only whether it is there."""
-    monkeypatch.setattr("normfree.studies.decode_seconds.N_ROUND", 2)
+    monkeypatch.setattr("normfree.studies.spark.decode_seconds.N_ROUND", 2)
     monkeypatch.setattr("normfree.timing.MIN_SECONDS", 1e-9)
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich import box
-from rich.table import Table
 
-from normfree.cli.console import open_console, say_quantized
+from normfree.cli.console import open_console, print_json, records, say, say_quantized, table
 from normfree.cli.names import model_name, output_folder
 from normfree.cli.options import (
     DEFAULT_CACHE_DIR,
@@ -50,19 +47,17 @@ def depth(
 
     Example: normfree depth openai-community/gpt2 --corpus file:text.txt --sequence-length 256
     """
-    from normfree.interpret import check_same_tokens, measure_depth, token_sequences
-    from normfree.studies.depth import write_depth_page
-    from normfree.training import load_pretrained
-    from normfree.training.pretrained import quantizations
+    from normfree.interpret import compare_depth
 
     if len(set(models)) < len(models):
         raise InputError("a model is named twice; name each once")
     folder = output_folder(out, "depth", models)
     console = open_console(json_)
-    measured = load_pretrained(models[0])
-    first = measured.checkpoint
-    sequences_read = token_sequences(
-        measured,
+    found = compare_depth(
+        {model_name(source, models): source for source in models},
+        n_probe=probes,
+        batch_size=batch_size,
+        status=console.status,
         corpus=corpus,
         tokenizer=tokenizer,
         sequence_length=sequence_length,
@@ -70,34 +65,17 @@ def depth(
         cache_dir=cache_dir,
         bos=bos,
     )
-    found = {}
-    for source in models:
-        if measured.source != source:
-            measured = load_pretrained(source)  # one model at a time in memory
-            check_same_tokens(first, measured.checkpoint)
-        name = model_name(source, models)
-        with console.status(f"{name}: {sequences_read}"):
-            found[name] = measure_depth(
-                measured.model,
-                sequences_read.tokens,
-                n_probe=probes,
-                batch_size=batch_size,
-                n_beginning=len(sequences_read.beginning),
-            )
-    weights = quantizations({model_name(source, models): source for source in models})
-    command = f"normfree depth {' '.join(models)}"
-    table = write_depth_page(found, folder, command, sequences=str(sequences_read), quantized=weights)
+    found.write(folder, f"normfree depth {' '.join(models)}")
     if json_:
-        frames = {name: each.frames() for name, each in found.items()}
         rows = {
-            name: {key: json.loads(frame.to_json(orient="records", double_precision=9)) for key, frame in each.items()}
-            for name, each in frames.items()
+            name: {key: records(frame) for key, frame in measurement.frames().items()}
+            for name, measurement in found.models.items()
         }
-        read = {"beginning": sequences_read.beginning.summary(), "quantization": weights}
-        print(json.dumps({"folder": str(folder), **read, "models": rows}))
+        read = {"beginning": found.sequences.beginning.summary(), "quantization": found.quantization}
+        print_json(folder=str(folder), **read, models=rows)
         return
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     columns = {
+        "model": "{model}",
         "layers": "{n_layer}",
         "loss, nats": "{loss_nats:.3f}",
         "effective depth": "{effective_depth:.2f} ± {effective_depth_standard_error:.2f}",
@@ -106,18 +84,13 @@ def depth(
         "variance grows": "{variance_growth}",
         "last / first": "{variance_ratio:.3g}",
     }
-    shown.add_column("model")
-    for column in columns:
-        shown.add_column(column, justify="right", no_wrap=True)
-    for row in table.to_dict("records"):
-        values = {str(key): value for key, value in row.items()}
-        shown.add_row(str(row["model"]), *(form.format(**values) for form in columns.values()))
-    console.print(shown)
-    console.print(f"Read on {sequences_read}", highlight=False)
-    say_quantized(console, weights)
-    for row in table[table["nonfinite_entries"] > 0].to_dict("records"):
-        console.print(
-            f"{row['model']}: {row['nonfinite_entries']:,} entries of the residual stream are NaN or infinite",
-            highlight=False,
-        )
-    console.print(f"Report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+    rows_of_table = [
+        [form.format(**{str(key): value for key, value in row.items()}) for form in columns.values()]
+        for row in found.summary.to_dict("records")
+    ]
+    console.print(table(columns, rows_of_table, n_left=1))
+    say(console, f"Read on {found.sequences}")
+    say_quantized(console, found.quantization)
+    for row in found.summary[found.summary["nonfinite_entries"] > 0].to_dict("records"):
+        say(console, f"{row['model']}: {row['nonfinite_entries']:,} entries of the residual stream are NaN or infinite")
+    say(console, f"Report: {folder / 'report.html'}")

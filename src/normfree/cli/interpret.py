@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich import box
-from rich.table import Table
 
-from normfree.cli.console import open_console, say_quantized
+from normfree.cli.console import open_console, print_json, records, say, say_quantized, table
 from normfree.cli.names import model_name, output_folder
 from normfree.cli.options import (
     DEFAULT_CACHE_DIR,
@@ -23,7 +20,6 @@ from normfree.cli.options import (
     Json,
     checked_folder,
 )
-from normfree.errors import InputError
 
 
 def interpret(
@@ -51,20 +47,15 @@ def interpret(
 
     Example: normfree interpret removal/vanilla removal/norm-free --corpus installed-python
     """
-    from normfree.interpret import check_same_tokens, induction_pairs, read_prompts, token_sequences, tokenizer_of
-    from normfree.studies.interpretation import interpret as interpret_model
-    from normfree.studies.interpretation import write_interpretation
-    from normfree.training import load_pretrained
-    from normfree.training.pretrained import quantizations
+    from normfree.interpret import compare_interpretability
 
     folder = output_folder(out, "interpretation", models)
     console = open_console(json_)
-    loaded = {model_name(each, models): load_pretrained(each) for each in models}
-    first = next(iter(loaded.values()))
-    for each in loaded.values():
-        check_same_tokens(first.checkpoint, each.checkpoint)
-    sequences_read = token_sequences(
-        first,
+    found = compare_interpretability(
+        {model_name(each, models): each for each in models},
+        prompts=prompts,
+        n_neuron=neurons,
+        status=console.status,
         corpus=corpus,
         tokenizer=tokenizer,
         sequence_length=sequence_length,
@@ -72,34 +63,17 @@ def interpret(
         cache_dir=cache_dir,
         bos=bos,
     )
-    beginning = sequences_read.beginning
-    if len(beginning) > 1:
-        raise InputError(
-            f"sequences of {models[0]} begin with {' '.join(beginning.tokens)}, and the tools here predict all tokens "
-            "but the first; give --no-bos"
-        )
-    if prompts is not None:
-        pairs = read_prompts(prompts, tokenizer_of(first), beginning)
-    else:
-        pairs = induction_pairs(sequences_read.tokens, max(1, sequences // 2), n_beginning=len(beginning))
-    found = {}
-    for name, each in loaded.items():
-        with console.status(f"{name}: {sequences_read}, {len(pairs.answers)} prompts, {neurons} neurons"):
-            found[name] = interpret_model(each.as_normfree(), sequences_read.tokens, pairs, n_neuron=neurons)
-    weights = quantizations({model_name(source, models): source for source in models})
-    command = f"normfree interpret {' '.join(models)}"
-    table = write_interpretation(found, folder, command, sequences=str(sequences_read), quantized=weights)
+    found.write(folder, f"normfree interpret {' '.join(models)}")
     if json_:
-        rows = json.loads(table.to_json(orient="records", double_precision=9))
-        read = {"beginning": beginning.summary(), "quantization": weights}
-        print(json.dumps({"folder": str(folder), **read, "summary": rows}))
+        read = {"beginning": found.sequences.beginning.summary(), "quantization": found.quantization}
+        print_json(folder=str(folder), **read, summary=records(found.summary))
         return
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in table.columns:
-        shown.add_column(column.replace("_", " "), justify="left" if column == "model" else "right")
-    for row in table.to_dict("records"):
-        shown.add_row(*(value if isinstance(value, str) else f"{value:.3f}" for value in row.values()))
-    console.print(shown)
-    console.print(f"Read on {sequences_read}", highlight=False)
-    say_quantized(console, weights)
-    console.print(f"Report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+    columns = [str(column).replace("_", " ") for column in found.summary.columns]
+    rows = [
+        [value if isinstance(value, str) else f"{value:.3f}" for value in row.values()]
+        for row in found.summary.to_dict("records")
+    ]
+    console.print(table(columns, rows, n_left=1))
+    say(console, f"Read on {found.sequences}")
+    say_quantized(console, found.quantization)
+    say(console, f"Report: {folder / 'report.html'}")

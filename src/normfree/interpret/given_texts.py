@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from normfree.data import Beginning, load_tokenizer
 from normfree.errors import InputError
-from normfree.interpret.attention_entropy import (
+from normfree.interpret.sequences import (
     beginning_rule,
     default_sequence_length,
     named_tokenizer,

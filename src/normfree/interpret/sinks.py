@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from normfree.errors import InputError
-from normfree.interpret.attention_entropy import measure_attention_entropy
+from normfree.interpret.head_entropy import measure_attention_entropy
 from normfree.probes.residual_stream import decoder_blocks
 
 SINK_THRESHOLD = 0.3

@@ -22,6 +22,13 @@ EVAL_CURVE = (*SETTING, "configuration", "seed", "step", "tokens", "eval_loss")
 LAYER_ENTROPY = (*SETTING, "configuration", "seed", "step", "layer", "entropy_nats")
 DECAY_ONLY = ("configuration", "step", "negative_slope")
 SLOPES = (*SETTING, "configuration", "seed", "step", "layer", "negative_slope")
+SIGNAL_STATISTICS = (
+    "residual_rms",
+    "residual_kurtosis",
+    "residual_excess_kurtosis",
+    "residual_max_over_median",
+    "token_cosine_similarity",
+)
 NONFINITE_COUNTS = ("scores_nan_count", "scores_inf_count", "residual_nan_count", "residual_inf_count")
 NONFINITE = (*SETTING, "configuration", "seed", "step", "layer", *NONFINITE_COUNTS)
 THRESHOLDS = (*SETTING, "configuration", "seed", "step", "layer", "head", "entropy_nats", "entropy_threshold_nats")

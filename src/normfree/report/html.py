@@ -1,10 +1,12 @@
-"""The report as one HTML file: no script, no network, nothing beside it; it opens from disk."""
+"""A page as one HTML file: no script, no network, no other file; it opens from disk."""
 
 import base64
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date
+from importlib.metadata import version
 from math import isnan
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -24,7 +26,7 @@ _DASH = "\N{EN DASH}"
 class Paragraph:
     """Running text."""
 
-    block: ClassVar[str] = "paragraph"
+    tag: ClassVar[str] = "paragraph"
     text: str
 
 
@@ -33,13 +35,13 @@ class Table:
     """A data frame; its first column names the rows. Missing text is a dash, a missing number NaN.
 
     ``formats`` gives a format specification per column, such as ``{"eval_ppl": ".2f"}``; numbers without one
-    have four significant digits. ``notes`` stand beneath the table.
+    have four significant digits. ``notes`` are printed below the table.
 
     Raises:
         InputError: ``formats`` names a column the frame lacks.
     """
 
-    block: ClassVar[str] = "table"
+    tag: ClassVar[str] = "table"
     frame: pd.DataFrame
     caption: str
     formats: Mapping[str, str] = field(default_factory=dict)
@@ -71,10 +73,10 @@ class Table:
 
 
 @dataclass(frozen=True, slots=True)
-class FigureBlock:
+class FigureElement:
     """A figure: the bytes of a PNG file, what it shows for those who can't see it, and a caption."""
 
-    block: ClassVar[str] = "figure"
+    tag: ClassVar[str] = "figure"
     png_bytes: bytes
     alt: str
     caption: str
@@ -100,7 +102,7 @@ class FigureBlock:
 class Code:
     """Text in which every character counts, such as a command or a configuration."""
 
-    block: ClassVar[str] = "code"
+    tag: ClassVar[str] = "code"
     text: str
 
 
@@ -108,7 +110,7 @@ class Code:
 class KeyValues:
     """Short facts by name."""
 
-    block: ClassVar[str] = "key_values"
+    tag: ClassVar[str] = "key_values"
     items: Mapping[str, str]
 
 
@@ -116,12 +118,12 @@ class KeyValues:
 class Callout:
     """A remark set apart: a ``note``, a ``result``, or a ``warning`` about how far to trust the numbers."""
 
-    block: ClassVar[str] = "callout"
+    tag: ClassVar[str] = "callout"
     text: str
     kind: Literal["note", "result", "warning"] = "note"
 
 
-Block = Paragraph | Table | FigureBlock | Code | KeyValues | Callout
+Element = Paragraph | Table | FigureElement | Code | KeyValues | Callout
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,10 +131,10 @@ class Section:
     """A titled part of the report, listed in its contents."""
 
     title: str
-    blocks: Sequence[Block]
+    elements: Sequence[Element]
 
 
-def weights_entry(quantized: Mapping[str, str] | None) -> dict[str, str]:
+def weights_entry(quantized: Mapping[str, str]) -> dict[str, str]:
     """The entry of a page's ``meta`` for how the weights of models were quantized, by model; none if none were."""
     return {"Weights": "; ".join(f"{name}: {how}" for name, how in quantized.items())} if quantized else {}
 
@@ -164,8 +166,18 @@ def render_report(*, title: str, lead: str, sections: Sequence[Section], meta: M
     )
 
 
+def write_page(path: Path, *, title: str, lead: str, sections: Sequence[Section], meta: Mapping[str, str]) -> Path:
+    """Writes :func:`render_report` to ``path``; ``meta`` follows the version that made the page and the date.
+
+    Raises:
+        InputError: a figure is not a PNG image.
+    """
+    made = {"Made by": f"normfree {version('normfree')}", "Date": date.today().isoformat()}
+    return write_report(path, render_report(title=title, lead=lead, sections=sections, meta={**made, **meta}))
+
+
 def write_report(path: Path, html: str) -> Path:
-    """Writes ``html`` to ``path`` (UTF-8), whole or not at all; makes the folder if need be."""
+    """Writes ``html`` to ``path`` (UTF-8), whole or not at all; creates the folder."""
     with written_whole(path) as temporary:
         temporary.write_text(html, encoding="utf-8", newline="\n")
     return path

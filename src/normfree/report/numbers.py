@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from normfree.report.statistics import Estimate, mean_confidence_interval
+from normfree.report.intervals import Estimate, mean_confidence_interval
 
 
 def number(value: float, form: str) -> str:

@@ -1,4 +1,6 @@
-"""Perplexity and entropic overload side by side, as something of the model or of its training is changed in steps."""
+"""Perplexity and entropic overload as something of the model or of its training changes in steps."""
+
+from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,11 +10,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from normfree.report.frames import check_frame, in_order
-from normfree.report.style import INK, TWO_COLUMN, configuration_colours, paper_style
+from normfree.report.primitives import panel_grid
+from normfree.report.style import DASHED, Style, configuration_colours, paper_style
 
 CURVES = ("line", "place", "value", "eval_ppl", "eval_ppl_low", "eval_ppl_high", "top_band")
 
 
+@paper_style()
 def perplexity_and_overload(curves: pd.DataFrame, *, changed: str, level: Mapping[str, Any] | None = None) -> Figure:
     """Perplexity (log scale) and overload, a line a model, over what is changed.
 
@@ -28,31 +32,28 @@ def perplexity_and_overload(curves: pd.DataFrame, *, changed: str, level: Mappin
     """
     check_frame(curves, "curves", CURVES, CURVES[2:])
     ticks = curves.drop_duplicates("place").sort_values("place")
-    colours = configuration_colours(in_order(curves["line"]))
-    with paper_style():
-        figure = Figure(figsize=(TWO_COLUMN, 2.1), layout="constrained")
-        perplexity, overload = figure.subplots(1, 2)
-        for name, colour in colours.items():
-            line = curves[curves["line"] == name].sort_values("place")
-            reach = [line["eval_ppl"] - line["eval_ppl_low"], line["eval_ppl_high"] - line["eval_ppl"]]
-            bars = [each.fillna(0).clip(lower=0) for each in reach]
-            style = {"color": colour, "marker": "o", "markersize": 3}
-            perplexity.errorbar(line["place"], line["eval_ppl"], yerr=bars, elinewidth=0.8, label=name, **style)
-            overload.plot(line["place"], 100 * line["top_band"], **style)
-        if level is not None:
-            dashed = {"color": INK, "linewidth": 0.8, "linestyle": (0, (3, 1.5))}
-            perplexity.axhline(level["eval_ppl"], label=level["configuration"], **dashed)
-            overload.axhline(100 * level["top_band"], **dashed)
-        perplexity.set_yscale("log")
-        perplexity.yaxis.set_major_formatter("{x:g}")
-        # powers of ten are too far apart for most ranges of perplexity
-        perplexity.yaxis.set_major_locator(MaxNLocator(6))
-        perplexity.yaxis.set_minor_locator(NullLocator())
-        perplexity.set_ylabel("perplexity (log scale)")
-        overload.set_ylabel("heads in the top quarter (%)")
-        overload.set_ylim(0, 104)
-        for axes in (perplexity, overload):
-            axes.set_xticks(ticks["place"], ticks["value"])
-            axes.set_xlabel(changed)
-        perplexity.legend(loc="best")
+    figure, grid = panel_grid(2, 2, row_height=2.1)
+    perplexity, overload = grid.flat
+    for name, colour in configuration_colours(in_order(curves["line"])).items():
+        line = curves[curves["line"] == name].sort_values("place")
+        reach = [line["eval_ppl"] - line["eval_ppl_low"], line["eval_ppl_high"] - line["eval_ppl"]]
+        bars = [each.fillna(0).clip(lower=0) for each in reach]
+        style: Style = {"color": colour, "marker": "o", "markersize": 3}
+        perplexity.errorbar(line["place"], line["eval_ppl"], yerr=bars, elinewidth=0.8, label=name, **style)
+        overload.plot(line["place"], 100 * line["top_band"], **style)
+    if level is not None:
+        perplexity.axhline(level["eval_ppl"], label=level["configuration"], **DASHED)
+        overload.axhline(100 * level["top_band"], **DASHED)
+    perplexity.set_yscale("log")
+    perplexity.yaxis.set_major_formatter("{x:g}")
+    # powers of ten are too far apart for most ranges of perplexity
+    perplexity.yaxis.set_major_locator(MaxNLocator(6))
+    perplexity.yaxis.set_minor_locator(NullLocator())
+    perplexity.set_ylabel("perplexity (log scale)")
+    overload.set_ylabel("heads in the top quarter (%)")
+    overload.set_ylim(0, 104)
+    for axes in (perplexity, overload):
+        axes.set_xticks(ticks["place"], ticks["value"])
+        axes.set_xlabel(changed)
+    perplexity.legend(loc="best")
     return figure

@@ -3,17 +3,10 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import cycle
-from math import ceil
 from typing import Any
 
 import matplotlib
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import BoundaryNorm, Colormap, ListedColormap, to_rgb
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from numpy.typing import NDArray
+from matplotlib.colors import Colormap, ListedColormap, to_rgb
 
 # Widths of a column and of the text of a two-column conference paper, inches.
 ONE_COLUMN = 3.3
@@ -22,8 +15,12 @@ TWO_COLUMN = 6.9
 INK = "#1f2328"
 QUIET = "#6b7280"
 NAN_FACE = "#e5e7eb"
-NON_FINITE: dict[str, Any] = {"facecolor": NAN_FACE, "edgecolor": "#b6bcc6", "hatch": "////", "linewidth": 0}
+Style = dict[str, Any]
+"""Keyword arguments of a matplotlib artist."""
+NON_FINITE: Style = {"facecolor": NAN_FACE, "edgecolor": "#b6bcc6", "hatch": "////", "linewidth": 0}
 """A patch where a number is NaN or infinite."""
+DASHED: Style = {"color": INK, "linewidth": 0.8, "linestyle": (0, (4, 2))}
+"""A line to compare with, such as the entropy of uniform attention."""
 
 # Okabe and Ito's colours: blues have LayerNorm, reds and oranges have none; the lighter of each pair is ReLU.
 _FIXED_COLOURS = {
@@ -80,7 +77,7 @@ _RC: dict[Any, Any] = {
 
 @contextmanager
 def paper_style() -> Iterator[None]:
-    """The style of every figure, for the time of a ``with`` block; matplotlib's settings are restored."""
+    """The style of every figure, as a ``with`` block or decorator; restores matplotlib's settings on exit."""
     with matplotlib.rc_context(_RC):
         yield
 
@@ -117,30 +114,3 @@ def readable_on(colours: Colormap, position: float) -> str:
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colours(float(position)))]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
     return "white" if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05 else "black"
-
-
-def depth_bar(
-    figure: Figure, grid: NDArray[Any], colours: ListedColormap, numbers: Sequence[int], label: str, aspect: int = 22
-) -> None:
-    """The legend of :func:`depth_colours` beside the panels of ``grid``: a step a number, at most twelve written."""
-    norm = BoundaryNorm(np.arange(len(numbers) + 1) - 0.5, len(numbers))
-    bar = figure.colorbar(ScalarMappable(norm, colours), ax=grid, aspect=aspect, pad=0.012)
-    step = ceil(len(numbers) / 12)
-    bar.set_ticks(range(0, len(numbers), step), labels=[str(number) for number in numbers[::step]])
-    bar.ax.tick_params(which="both", length=0)
-    bar.outline.set_visible(False)
-    bar.set_label(label)
-
-
-def mark_non_finite(axes: Axes, grid: NDArray[Any]) -> None:
-    """Hatches the cells of ``grid``, as ``imshow`` draws them on ``axes``, whose number is NaN or infinite."""
-    for row, column in np.argwhere(~np.isfinite(grid)):
-        axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, **NON_FINITE))
-
-
-def hide_unused_panels(grid: NDArray[Any], n_used: int) -> None:
-    """Hides the panels of ``grid`` [n_row, n_column] after the first ``n_used``, and labels the steps above them."""
-    for axes in grid.flat[n_used:]:
-        axes.set_visible(False)
-    for axes in grid.flat[max(n_used - grid.shape[1], 0) : n_used]:
-        axes.tick_params(labelbottom=True)

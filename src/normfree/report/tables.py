@@ -12,8 +12,7 @@ from rich.text import Text
 
 from normfree.errors import InputError, unknown_name
 from normfree.report.frames import RESULTS, SETTING, check_frame, in_order
-from normfree.report.numbers import number, plus_minus
-from normfree.report.statistics import (
+from normfree.report.intervals import (
     BAND_LABELS,
     BANDS,
     Estimate,
@@ -22,6 +21,7 @@ from normfree.report.statistics import (
     mean_confidence_interval,
     paired_difference,
 )
+from normfree.report.numbers import number, plus_minus
 
 STATUSES = ("finished", "diverged")
 

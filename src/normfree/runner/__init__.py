@@ -8,7 +8,7 @@ from normfree.runner.driver import DEFAULT_RETRIES, Execution, failure_summary, 
 from normfree.runner.executors import EXECUTORS, make_executor
 from normfree.runner.listing import list_presets, list_studies
 from normfree.runner.opening import OpenCollection, OpenStudy, begin, open_folder
-from normfree.runner.page import FIGURES_FOLDER, Findings, StudyPage, saved_figure
+from normfree.runner.page import Findings, StudyPage
 from normfree.runner.presets import Preset, RemovalOptions, load_preset, preset_names
 from normfree.runner.result import StudyResult, load_study, run_study
 from normfree.runner.run_frames import (
@@ -30,7 +30,6 @@ from normfree.runner.study_folder import StudyFolder
 __all__ = [
     "DEFAULT_RETRIES",
     "EXECUTORS",
-    "FIGURES_FOLDER",
     "KEY",
     "Collection",
     "Configuration",
@@ -68,7 +67,6 @@ __all__ = [
     "run_config",
     "run_key",
     "run_study",
-    "saved_figure",
     "signal_dynamics_frame",
     "slope_frame",
     "threshold_frame",

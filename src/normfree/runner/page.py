@@ -12,12 +12,17 @@ from matplotlib.figure import Figure
 
 from normfree.entropy import uniform_entropy_bound
 from normfree.errors import InputError
-from normfree.report import FigureBlock, Section, load_published, perplexity_table, save_figure
+from normfree.report import (
+    FIGURES_FOLDER,
+    FigureElement,
+    Section,
+    load_published,
+    perplexity_table,
+    saved_figure,
+)
 from normfree.runner.run_frames import head_entropy_frame, results_frame, sequence_losses_frame
 from normfree.runner.study_folder import StudyFolder
 from normfree.training import RunResult
-
-FIGURES_FOLDER = "figures"
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,7 @@ class StudyPage:
         ]
         return pd.concat(frames, ignore_index=True)
 
-    def figure(self, name: str, figure: Figure, caption: str) -> FigureBlock:
+    def figure(self, name: str, figure: Figure, caption: str) -> FigureElement:
         """Saves ``figure`` in the study's folder, as PNG and PDF, and returns it for the report."""
         return saved_figure(self.path / self.figures, name, figure, caption)
 
@@ -121,9 +126,3 @@ class StudyPage:
         # The published Δ % refer to one configuration; next to differences from another they would mislead.
         is_baseline = table["configuration"] == self.baseline
         return table if table.loc[is_baseline, "delta_percent"].eq(0).any() else None
-
-
-def saved_figure(folder: Path, name: str, figure: Figure, caption: str) -> FigureBlock:
-    """Saves ``figure`` in ``folder``, as PNG and PDF, and returns it for a report."""
-    png = next(path for path in save_figure(figure, folder, name) if path.suffix == ".png")
-    return FigureBlock(png.read_bytes(), alt=caption.split(":")[0], caption=caption)

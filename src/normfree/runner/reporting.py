@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,19 +11,18 @@ import pandas as pd
 
 from normfree.files import write_text
 from normfree.report import (
-    Block,
     Callout,
     Code,
+    Element,
     KeyValues,
     Paragraph,
     Section,
     Table,
     formatted,
-    headwise_entropy_heatmaps,
-    render_report,
     table_notes,
-    write_report,
+    write_page,
 )
+from normfree.report.entropy_figures import headwise_entropy_heatmaps
 from normfree.runner.page import StudyPage
 from normfree.runner.run_frames import head_entropy_frame
 from normfree.runner.run_order import LEARNING_RATE_FACTORS, SWEEP_DECAY
@@ -46,12 +43,12 @@ def write_study_report(study: Study, page: StudyPage) -> Path:
     write_text(page.path / RESULTS_FILE, page.runs.to_csv(index=False, na_rep="nan"))
     findings = study.describe(page)
     sections = [_result_section(page), *([_tuned_section(page)] if page.tuned else []), *findings.sections]
-    return _write(
-        page.path,
-        study.title,
-        findings.lead,
-        [*sections, _method_section(page, findings.limits)],
-        {"Preset": page.folder.preset_name},
+    return write_page(
+        page.path / REPORT_FILE,
+        title=study.title,
+        lead=findings.lead,
+        sections=[*sections, _method_section(page, findings.limits)],
+        meta={"Preset": page.folder.preset_name},
     )
 
 
@@ -78,22 +75,14 @@ def write_collection_report(
         Section("How it was made", [Paragraph(how), Callout(findings.limits, "warning")]),
     ]
     presets = ", ".join(page.folder.preset_name for page in pages)
-    return _write(path, collection.title, findings.lead, sections, {"Presets": presets})
-
-
-def _write(path: Path, title: str, lead: str, sections: Sequence[Section], meta: dict[str, str]) -> Path:
-    made = {
-        "Made by": f"normfree {importlib.metadata.version('normfree')}",
-        "Date": datetime.date.today().isoformat(),
-    }
-    write_report(path / REPORT_FILE, render_report(title=title, lead=lead, sections=sections, meta=made | meta))
-    return path / REPORT_FILE
+    meta = {"Presets": presets}
+    return write_page(path / REPORT_FILE, title=collection.title, lead=findings.lead, sections=sections, meta=meta)
 
 
 def _result_section(page: StudyPage) -> Section:
     rate = f"{page.folder.preset.recipe.learning_rate:g}"
     caption = f"Evaluation loss and perplexity at the recipe's learning rate, {rate}."
-    blocks: list[Block] = [_table_block(page.table, caption)]
+    blocks: list[Element] = [_table_block(page.table, caption)]
     if (page.table["diverged"] > 0).any():
         told = "A diverged run has no perplexity. It is shown as NaN, and means that include it are NaN."
         blocks.append(Callout(told, "warning"))
@@ -105,7 +94,7 @@ def _tuned_section(page: StudyPage) -> Section:
     grid = [factor * page.folder.preset.recipe.learning_rate for factor in LEARNING_RATE_FACTORS]
     at_the_edge = [label for label, rate in rates.items() if rate in (min(grid), max(grid))]
     losses = _sweep_losses(page)
-    blocks: list[Block] = [
+    blocks: list[Element] = [
         Paragraph(
             f"Is a configuration worse, or only less tolerant of the learning rate? Each was trained at "
             f"{len(grid)} rates, with the whole run's warm-up and a decay over {100 * SWEEP_DECAY:.0f} % of the "

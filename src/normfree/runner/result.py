@@ -20,12 +20,11 @@ from normfree.errors import InputError, RunFailedError
 from normfree.files import DEFAULT_CACHE_DIR, check_output_folder
 from normfree.locks import locked
 from normfree.processes import check_alone
-from normfree.report import formatted, table_notes
+from normfree.report import FIGURES_FOLDER, formatted, table_notes
 from normfree.runner.catalog import Found, find_study
 from normfree.runner.driver import DEFAULT_RETRIES, Execution, failure_summary
 from normfree.runner.executors import Executor, make_executor
 from normfree.runner.opening import OpenCollection, OpenStudy, begin, open_folder
-from normfree.runner.page import FIGURES_FOLDER
 from normfree.runner.presets import Preset, load_preset
 from normfree.runner.reporting import REPORT_FILE
 from normfree.runner.run_frames import eval_curve_frame, head_entropy_frame, layer_entropy_frame

@@ -8,8 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from normfree.report.frames import NONFINITE_COUNTS, THRESHOLDS
-from normfree.report.signal_propagation import SIGNAL_STATISTICS
+from normfree.report.frames import NONFINITE_COUNTS, SIGNAL_STATISTICS, THRESHOLDS
 from normfree.training import RunResult, load_run_config
 from normfree.training.objectives.entropy_regularization import THRESHOLD
 from normfree.training.records import LAYERS_FILE, METRICS_FILE

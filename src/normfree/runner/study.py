@@ -16,7 +16,8 @@ from rich.console import Console
 
 from normfree.data import PackedData
 from normfree.errors import InputError
-from normfree.runner.page import FIGURES_FOLDER, Findings, StudyPage
+from normfree.report import FIGURES_FOLDER
+from normfree.runner.page import Findings, StudyPage
 from normfree.runner.presets import Preset
 from normfree.runner.study_folder import StudyFolder
 from normfree.training import Recipe, RunConfig, RunResult

@@ -16,9 +16,7 @@ from matplotlib.ticker import EngFormatter
 
 from normfree.report import Section, Table
 from normfree.report.style import TWO_COLUMN, depth_colours, paper_style
-from normfree.runner.page import Findings, StudyPage
-from normfree.runner.run_frames import run_key
-from normfree.runner.study import Configuration, Study
+from normfree.runner import Configuration, Findings, Study, StudyPage, run_key
 from normfree.studies.relu_revival import GELU, LAYERNORM_GELU
 from normfree.training import RunResult
 from normfree.training.records import LAYERS_FILE, read_parquet

@@ -12,20 +12,13 @@ from rich.console import Console
 from normfree.data import PackedData
 from normfree.errors import InputError
 from normfree.interpret import measure_depth, write_depth
-from normfree.report import (
-    Block,
-    Callout,
-    Section,
-    Table,
-    depth_table,
-    evaluation_loss_curves,
-    load_published,
-    signal_propagation_dynamics,
-    signal_propagation_over_depth,
-)
+from normfree.interpret.depth.comparison import depth_sections
+from normfree.report import FIGURES_FOLDER, Callout, Element, Section, Table, load_published
+from normfree.report.frames import check_frame, in_order
+from normfree.report.loss_curves import evaluation_loss_curves
 from normfree.report.numbers import mean_and_half
+from normfree.report.signal_curves import signal_propagation_dynamics, signal_propagation_over_depth
 from normfree.runner import (
-    FIGURES_FOLDER,
     Configuration,
     Findings,
     Measurement,
@@ -37,7 +30,6 @@ from normfree.runner import (
     run_key,
     signal_dynamics_frame,
 )
-from normfree.studies.depth import depth_sections
 from normfree.training import RunResult, load_pretrained
 
 DYNAMIC_TANH = {"norm": "dyt", "final_norm": "dyt", "dyt_alpha": 1.0, "scale_embeddings": True}
@@ -49,6 +41,26 @@ FOLDER = "depth"
 """In a run's folder: the frames of :class:`~normfree.interpret.DepthMeasurement` as CSV files."""
 SEQUENCES = 32
 """Evaluation sequences that the diagnostics are read on."""
+
+DEPTH_SUMMARY = (
+    "configuration",
+    "seed",
+    "n_layer",
+    "loss_nats",
+    "effective_depth",
+    "useful_layers",
+    "deep_half_share",
+    "deep_layer_nats",
+    "variance_growth",
+    "variance_ratio",
+)
+_MEANS = {
+    "effective_depth": "Effective depth",
+    "useful_layers": "Useful layers",
+    "deep_half_percent": "Deep half's share, %",
+    "deep_layer_millinats": "Deep layer, 10⁻³ nats",
+    "variance_ratio": "Variance, last over first",
+}
 
 
 def configurations(preset: Preset) -> tuple[Configuration, ...]:
@@ -123,7 +135,7 @@ def describe(page: StudyPage) -> Findings:
     lead = _lead(page)
     if measured:
         frames = _frames(measured)
-        blocks: list[Block] = [
+        blocks: list[Element] = [
             Table(
                 depth_table(frames["summary"]),
                 f"Diagnostics of the trained models on {SEQUENCES} evaluation sequences.",
@@ -144,7 +156,7 @@ def _signal_sections(page: StudyPage, dynamics: pd.DataFrame) -> list[Section]:
     if dynamics.empty:
         return []
     over_depth = signal_propagation_over_depth(dynamics[dynamics["step"] == 0])
-    blocks: list[Block] = [
+    blocks: list[Element] = [
         page.figure(
             "signal-at-initialization",
             over_depth,
@@ -220,6 +232,31 @@ def _deep_half(summary: pd.DataFrame) -> str:
             cost, share = mean_and_half(runs["deep_layer_nats"], digits=4), 100 * runs["deep_half_share"].mean()
             told.append(f"{cost} nats with {name} ({share:.0f} % of what all layers cost one by one)")
     return f"A skipped layer of the deeper half costs {' and '.join(told)}." if told else ""
+
+
+def depth_table(summary: pd.DataFrame) -> pd.DataFrame:
+    """The diagnostics of :func:`normfree.interpret.measure_depth`: ``mean ± half`` of a 95 % t-interval over seeds.
+
+    The law of the residual stream's variance is named with the number of seeds that have it, where they differ.
+
+    Args:
+        summary: the columns ``DEPTH_SUMMARY``, one row a run.
+
+    Raises:
+        InputError: a column is missing, or a run occurs twice.
+    """
+    check_frame(summary, "depth summary", DEPTH_SUMMARY, DEPTH_SUMMARY[2:])
+    rows = []
+    for configuration in in_order(summary["configuration"]):
+        runs = summary[summary["configuration"] == configuration]
+        runs = runs.assign(
+            deep_half_percent=100 * runs["deep_half_share"], deep_layer_millinats=1000 * runs["deep_layer_nats"]
+        )
+        laws = runs["variance_growth"].value_counts()
+        growth = laws.index[0] if len(laws) == 1 else ", ".join(f"{law} ({n})" for law, n in laws.items())
+        cells = {shown: mean_and_half(runs[name]) for name, shown in _MEANS.items()}
+        rows.append({"Configuration": configuration, "Seeds": len(runs), **cells, "Variance grows": growth})
+    return pd.DataFrame(rows)
 
 
 _NOTES = (

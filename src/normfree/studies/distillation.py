@@ -7,13 +7,9 @@ from dataclasses import replace
 
 import pandas as pd
 
-from normfree.report import (
-    Section,
-    Table,
-    evaluation_loss_curves,
-    headwise_entropy_heatmaps,
-    layerwise_entropy_dynamics,
-)
+from normfree.report import Section, Table
+from normfree.report.entropy_figures import headwise_entropy_heatmaps, layerwise_entropy_dynamics
+from normfree.report.loss_curves import evaluation_loss_curves
 from normfree.runner import (
     Configuration,
     Findings,

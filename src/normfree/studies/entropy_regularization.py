@@ -7,19 +7,18 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter
 
-from normfree.report import (
-    BANDS,
-    Block,
-    Callout,
-    Section,
-    Table,
-    entropy_threshold_trajectories,
-    evaluation_loss_curves,
-    headwise_entropy_heatmaps,
-    layerwise_entropy_dynamics,
-    perplexity_and_overload,
-)
+from normfree.errors import InputError
+from normfree.report import BANDS, Callout, Element, Section, Table, paper_style
+from normfree.report.entropy_figures import headwise_entropy_heatmaps, layerwise_entropy_dynamics
+from normfree.report.frames import THRESHOLDS, check_frame, check_one_setting, in_order
+from normfree.report.loss_curves import evaluation_loss_curves
+from normfree.report.overload import perplexity_and_overload
+from normfree.report.primitives import depth_bar, layer_curves, panel_grid, seeds_note
+from normfree.report.style import INK
 from normfree.runner import (
     Configuration,
     Findings,
@@ -98,8 +97,8 @@ _LIMITS = (
 )
 
 
-def _threshold_blocks(page: StudyPage, heads: pd.DataFrame) -> list[Block]:
-    figures: list[Block] = [
+def _threshold_blocks(page: StudyPage, heads: pd.DataFrame) -> list[Element]:
+    figures: list[Element] = [
         page.figure(
             f"thresholds-{configuration.slug}",
             entropy_threshold_trajectories(
@@ -203,6 +202,49 @@ def _lead(page: StudyPage, curves: pd.DataFrame) -> str:
         f"{baseline['eval_ppl']:.1f}."
     )
     return " ".join(sentences)
+
+
+@paper_style()
+def entropy_threshold_trajectories(heads: pd.DataFrame, *, bound: float) -> Figure:
+    """Attention entropy (solid) and learned threshold (dashed) of every head over training, a panel each layer.
+
+    A head has one colour for both lines, which are means over seeds. Where one of the seeds is NaN there is no line.
+
+    Args:
+        heads: columns model, context_length, configuration, seed, step, layer, head, entropy_nats,
+            entropy_threshold_nats, of one configuration; entropy may be missing at the last step, as NaN.
+        bound: the uniform bound in nats, drawn as a thin line.
+
+    Raises:
+        InputError: a column is missing, a head occurs twice at a step, or the frame mixes configurations, models or
+            context lengths.
+    """
+    check_frame(heads, "heads", THRESHOLDS, ("entropy_nats", "entropy_threshold_nats"))
+    check_one_setting(heads, "heads")
+    if heads["configuration"].nunique() > 1:
+        raise InputError("the heads frame has several configurations; select one, since a panel shows a layer")
+    layers, numbers = (sorted(in_order(heads[name])) for name in ("layer", "head"))
+    figure, grid = panel_grid(len(layers), 6, row_height=1.3, above=0.55, sharex=True, sharey=True)
+    lines = {"entropy_nats": "-", "entropy_threshold_nats": (0, (3, 1.5))}
+    for axes, layer in zip(grid.flat, layers, strict=False):
+        of_layer = heads[heads["layer"] == layer]
+        for name, dashes in lines.items():
+            layer_curves(axes, of_layer, name, numbers, by="head", linewidth=0.9, linestyle=dashes)
+        axes.axhline(bound, color=INK, linewidth=0.5)
+        axes.set_title(f"layer {layer}")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    learned = heads["entropy_threshold_nats"].dropna()
+    grid[0, 0].set_ylim(min([0.0, *learned]), 1.06 * max([bound, *learned]))
+    figure.supxlabel("training step" + seeds_note(heads), fontsize=7)
+    figure.supylabel("nats", fontsize=7)
+    keys = [
+        Line2D([], [], color=INK, linewidth=0.9, label="attention entropy"),
+        Line2D([], [], color=INK, linewidth=0.9, linestyle=(0, (3, 1.5)), label="learned threshold"),
+        Line2D([], [], color=INK, linewidth=0.5, label=f"uniform attention, {bound:.2f}"),
+    ]
+    figure.legend(handles=keys, loc="outside upper center", ncols=3, fontsize=6.5)
+    depth_bar(figure, grid, numbers, "head")
+    return figure
 
 
 STUDY = Study(

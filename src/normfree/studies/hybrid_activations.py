@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 import pandas as pd
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
 
-from normfree.report import (
-    BANDS,
-    Section,
-    evaluation_loss_curves,
-    layer_entropy_by_configuration,
-    perplexity_and_overload,
-)
+from normfree.report import BANDS, Section, paper_style
+from normfree.report.entropy_figures import nats
+from normfree.report.frames import HEAD_ENTROPY, check_frame, check_one_setting, in_order
+from normfree.report.loss_curves import evaluation_loss_curves
+from normfree.report.overload import perplexity_and_overload
+from normfree.report.primitives import annotated_heatmap, colour_bar
+from normfree.report.style import TWO_COLUMN, entropy_colours
 from normfree.runner import Configuration, Findings, Preset, Study, StudyPage, eval_curve_frame, head_entropy_frame
 from normfree.studies.relu_revival import GELU, RELU, scale_limits
 
@@ -126,6 +130,47 @@ def _lead(splits: pd.DataFrame) -> str:
             layer = int(np.abs(steps).argmax())
             sentences.append(f"With {words}, perplexity changes most ({steps[layer]:+.1f}) at layer {layer}.")
     return " ".join(sentences)
+
+
+_NARROWEST_TEXT = 0.34
+"""Width in inches of a cell that holds a number and a dot."""
+
+
+@paper_style()
+def layer_entropy_by_configuration(
+    head_entropy: pd.DataFrame, *, marked: Mapping[str, Sequence[int]], mark: str, maximum: float
+) -> Figure:
+    """Entropy by layer (columns) and configuration (rows), mean over heads and seeds, in nats; NaN is hatched.
+
+    Where the cells of a deep model are too narrow for numbers, they hold the dots alone.
+
+    Args:
+        head_entropy: columns model, context_length, configuration, seed, layer, head, entropy_nats.
+        marked: for each configuration the layers that get a dot.
+        mark: what the dot says, such as "GELU".
+        maximum: the top of the colour scale, such as the uniform bound.
+
+    Raises:
+        InputError: a column is missing, a head occurs twice, or the frame mixes models or context lengths.
+    """
+    check_frame(head_entropy, "head_entropy", HEAD_ENTROPY, ("entropy_nats",))
+    check_one_setting(head_entropy, "head_entropy")
+    configurations = in_order(head_entropy["configuration"])
+    layers = sorted(in_order(head_entropy["layer"]))
+    means = head_entropy.groupby(["configuration", "layer"])["entropy_nats"].agg(lambda x: x.mean(skipna=False))
+    values = means.unstack("layer").loc[configurations, layers].to_numpy(dtype=np.float64)
+    width = min(TWO_COLUMN, 1.6 + 0.48 * max(len(layers), 3))
+    figure = Figure(figsize=(width, 0.8 + max(0.22 * len(configurations), 1.0)), layout="constrained")
+    axes = figure.subplots()
+    is_wide = (width - 1.6) / len(layers) >= _NARROWEST_TEXT
+    dots = [["\N{BULLET} " * (layer in marked.get(name, ())) for layer in layers] for name in configurations]
+    numbers = [[nats(value) if is_wide else "" for value in row] for row in values]
+    text = np.strings.add(dots, numbers)
+    norm, colours = Normalize(0, maximum), entropy_colours()
+    annotated_heatmap(axes, values, norm, colours, rows=configurations, columns=layers, text=text, fontsize=5.5)
+    axes.set_xlabel(f"layer (dot: {mark})")
+    colour_bar(figure, axes, norm, colours, "attention entropy (nats)")
+    return figure
 
 
 STUDY = Study(

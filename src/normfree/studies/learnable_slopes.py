@@ -10,19 +10,26 @@ from __future__ import annotations
 import math
 from itertools import product
 
+import numpy as np
 import pandas as pd
+from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
-from normfree.report import (
-    Callout,
-    Paragraph,
-    Section,
-    Table,
-    entropy_trajectory_distance,
-    layerwise_entropy_dynamics,
-    negative_slope_trajectories,
-    slope_under_decay_only,
-    trajectory_distance_matrix,
+from normfree.errors import InputError
+from normfree.report import Callout, Paragraph, Section, Table, paper_style
+from normfree.report.entropy_figures import layerwise_entropy_dynamics
+from normfree.report.frames import (
+    DECAY_ONLY,
+    LAYER_ENTROPY,
+    SLOPES,
+    check_columns,
+    check_frame,
+    check_one_setting,
+    in_order,
 )
+from normfree.report.primitives import annotated_heatmap, colour_bar, depth_bar, layer_curves, panel_grid
+from normfree.report.style import DASHED, INK, ONE_COLUMN, entropy_colours
 from normfree.runner import Configuration, Findings, Study, StudyPage, layer_entropy_frame, slope_frame
 from normfree.studies.relu_revival import GELU, LAYERNORM_GELU, LAYERNORM_RELU, RELU, scale_limits
 from normfree.training.records import METRICS_FILE
@@ -187,6 +194,135 @@ def _near_identical(distances: pd.DataFrame) -> str:
         "The paper calls the entropy dynamics of ReLU and of the two learned slopes near-identical, by eye. Distance "
         f"from {relu} in nats: {apart}; {yardstick}."
     )
+
+
+@paper_style()
+def negative_slope_trajectories(slopes: pd.DataFrame, *, decay_only: pd.DataFrame, n_columns: int = 4) -> Figure:
+    """The learned slope of each layer over training, a panel each configuration (ReLU's Revival, Figure 3).
+
+    Lines go from light (first layer) to dark (last) and are means over seeds; a slope that all layers share is one
+    black line. The dashed line is where weight decay alone would have taken the initial slope.
+
+    Args:
+        slopes: columns model, context_length, configuration, seed, step, layer, negative_slope.
+        decay_only: columns configuration, step, negative_slope: see :func:`slope_under_decay_only`.
+        n_columns: panels in a row, filled row by row in the order of ``slopes``.
+
+    Raises:
+        InputError: a column is missing, a layer occurs twice at a step, or the frame mixes models or context lengths.
+    """
+    check_frame(slopes, "slopes", SLOPES, ("negative_slope",))
+    check_one_setting(slopes, "slopes")
+    check_columns(decay_only, "decay_only", DECAY_ONLY)  # without weight decay it has no row
+    configurations = in_order(slopes["configuration"])
+    layers = sorted(in_order(slopes["layer"]))
+    figure, grid = panel_grid(len(configurations), n_columns, row_height=1.35, above=0.35, sharex=True, sharey=True)
+    for axes, configuration in zip(grid.flat, configurations, strict=False):
+        runs = slopes[slopes["configuration"] == configuration]
+        shared = ListedColormap([INK] * len(layers)) if runs["layer"].nunique() == 1 else None
+        layer_curves(axes, runs, "negative_slope", layers, colours=shared)
+        alone = decay_only[decay_only["configuration"] == configuration]
+        axes.plot(alone["step"], alone["negative_slope"], **DASHED)
+        axes.axhline(0, color=INK, linewidth=0.5)
+        axes.set_title(configuration, fontsize=6.5)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    n_seeds = slopes["seed"].nunique()
+    note = f"mean over {n_seeds} seeds; " if n_seeds > 1 else ""
+    figure.supxlabel(f"training step ({note}dashed: weight decay alone)", fontsize=7)
+    figure.supylabel("negative slope of leaky ReLU", fontsize=7)
+    depth_bar(figure, grid, layers, "layer")
+    return figure
+
+
+def slope_under_decay_only(initial: float, learning_rates: pd.Series, weight_decay: float) -> pd.Series:
+    """Where AdamW's decoupled decay alone takes a slope: initial · Π (1 − η_t λ), indexed by step.
+
+    Args:
+        initial: the slope before the first step.
+        learning_rates: η by step, from 1, possibly with steps left out; each value stands for the steps since the one
+            before it.
+        weight_decay: λ (Loshchilov & Hutter 2019, Algorithm 2).
+    """
+    steps = learning_rates.index.to_numpy()
+    elapsed = np.diff(steps, prepend=0)
+    factors = (1 - weight_decay * learning_rates.to_numpy(dtype=np.float64)) ** elapsed
+    path = initial * np.cumprod(factors)
+    return pd.Series([initial, *path], index=[0, *steps], name="negative_slope")
+
+
+def entropy_trajectory_distance(layer_entropy: pd.DataFrame) -> pd.DataFrame:
+    """Distance between the layer-wise entropies of each two configurations over training, in nats.
+
+    d(a, b) = sqrt(mean over steps t and layers l of (Ē_a(l, t) − Ē_b(l, t))²), with Ē the mean over heads. Between two
+    configurations it is taken between runs of the same seed, which start from the same weights and see the same
+    batches, and averaged over seeds. On the diagonal it is the mean over all pairs of different seeds of one
+    configuration: the yardstick, for what differs by less than two seeds do cannot be told apart.
+
+    Args:
+        layer_entropy: columns model, context_length, configuration, seed, step, layer, entropy_nats.
+
+    Returns:
+        A square frame of distances, configurations as index and columns, in order of first appearance. NaN on the
+        diagonal with one seed, and wherever a trajectory holds a NaN.
+
+    Raises:
+        InputError: a column is missing, a layer occurs twice at a step, two configurations share no seed, or the
+            trajectories have different steps or layers.
+    """
+    check_frame(layer_entropy, "layer_entropy", LAYER_ENTROPY, ("entropy_nats",))
+    check_one_setting(layer_entropy, "layer_entropy")
+    configurations = in_order(layer_entropy["configuration"])
+    trajectories = {}
+    seeds: dict[str, list[int]] = {name: [] for name in configurations}
+    for name, runs in layer_entropy.groupby("configuration", sort=False):
+        for seed in in_order(runs["seed"]):
+            run = runs[runs["seed"] == seed]
+            seeds[str(name)].append(seed)
+            trajectories[str(name), seed] = run.set_index(["step", "layer"])["entropy_nats"].sort_index()
+    distances = pd.DataFrame(np.nan, index=configurations, columns=configurations)
+    for a, b in product(configurations, repeat=2):
+        if a == b:
+            pairs = [(first, second) for first, second in product(seeds[a], repeat=2) if first < second]
+        else:
+            pairs = [(seed, seed) for seed in seeds[a] if seed in seeds[b]]
+            if not pairs:
+                raise InputError(f"{a} and {b} have no seed in common, so their trajectories cannot be paired")
+        if pairs:
+            distances.loc[a, b] = np.mean([_distance(trajectories[a, i], trajectories[b, j]) for i, j in pairs])
+    return distances
+
+
+def _distance(a: pd.Series, b: pd.Series) -> float:
+    if not a.index.equals(b.index):
+        raise InputError("two runs have telemetry at different steps or layers; compare runs of one study")
+    return float(np.sqrt(np.mean((a.to_numpy() - b.to_numpy()) ** 2)))
+
+
+@paper_style()
+def trajectory_distance_matrix(distances: pd.DataFrame) -> Figure:
+    """The distances of :func:`entropy_trajectory_distance` as an annotated matrix; no distance is hatched."""
+    n = len(distances)
+    figure = Figure(figsize=(max(ONE_COLUMN, 0.45 * n + 1.2), 0.36 * n + 1.0), layout="constrained")
+    axes = figure.subplots()
+    values = distances.to_numpy(dtype=np.float64)
+    norm = Normalize(0, max(values[np.isfinite(values)], default=0.0) or 1.0)
+    colours, names = entropy_colours(), [str(name) for name in distances.index]
+    annotated_heatmap(
+        axes,
+        values,
+        norm,
+        colours,
+        rows=names,
+        columns=names,
+        text=lambda each: f"{each:.2f}" if np.isfinite(each) else "\N{EN DASH}",
+    )
+    axes.set_xticks(range(n), names, rotation=30, ha="right", rotation_mode="anchor")
+    colour_bar(figure, axes, norm, colours, "distance of trajectories (nats)")
+    return figure
+
+
+def _nats_or_dash(distance: float) -> str:
+    return f"{distance:.2f}" if np.isfinite(distance) else "\N{EN DASH}"
 
 
 STUDY = Study(

@@ -18,16 +18,12 @@ from normfree.interpret import (
     measure_signal_propagation,
     quantization_cost,
 )
-from normfree.report import (
-    PRECISION_NAMES,
-    SIGNAL_STATISTICS,
-    Block,
-    Callout,
-    Paragraph,
-    Section,
-    Table,
-    outlier_table,
-    quantization_table,
+from normfree.report import Callout, Element, Paragraph, Section, Table
+from normfree.report.frames import SETTING, SIGNAL_STATISTICS, check_frame, check_one_setting, in_order
+from normfree.report.numbers import mean_and_half
+from normfree.report.signal_curves import (
+    SIGNAL_PROPAGATION,
+    largest_over_layers,
     signal_propagation_dynamics,
     signal_propagation_over_depth,
 )
@@ -48,6 +44,18 @@ from normfree.training.records import write_parquet
 SIGNAL_FILE = "signal_propagation.parquet"
 QUANTIZATION_FILE = "quantization.parquet"
 BATCH_SIZE = 16
+QUANTIZATION = (*SETTING, "configuration", "seed", "precision", "eval_loss", "eval_ppl", "increase_percent")
+OUTLIER_COLUMNS = {
+    "RMS": "residual_rms",
+    "Kurtosis": "residual_kurtosis",
+    "Excess kurtosis": "residual_excess_kurtosis",
+    "Max/median": "residual_max_over_median",
+    "Token cosine": "token_cosine_similarity",
+}
+PRECISION_NAMES = {
+    "int8_weights": "int8 weights",
+    "int8_weights_activations": "int8 weights and activations",
+}
 
 
 def check() -> None:
@@ -104,7 +112,7 @@ def describe(page: StudyPage) -> Findings:
 
 
 def _signal_section(page: StudyPage, signal: pd.DataFrame, dynamics: pd.DataFrame) -> Section:
-    blocks: list[Block] = [
+    blocks: list[Element] = [
         Paragraph(
             "Residual stream after each block, before any final norm. Kurtosis is that of the channels' RMS (He et "
             "al., 2024): 1 if all d channels are equally large, d if one channel holds everything. Excess kurtosis is "
@@ -171,6 +179,57 @@ _LIMITS = (
     "lack them say nothing about large ones. int8 costs are those of plain rounding after training; methods that "
     "treat outliers apart would cost less."
 )
+
+
+def outlier_table(signal: pd.DataFrame, *, layer: str) -> pd.DataFrame:
+    """The statistics of the trained models as a reader sees them: ``mean ± half`` of a 95 % t-interval over seeds.
+
+    Args:
+        signal: the columns ``SIGNAL_PROPAGATION``.
+        layer: ``"last"``, or ``"largest"`` for the largest value over the layers.
+
+    Raises:
+        InputError: a column is missing, a layer occurs twice, or the frame mixes models or context lengths.
+    """
+    check_frame(signal, "signal propagation", SIGNAL_PROPAGATION, SIGNAL_STATISTICS)
+    check_one_setting(signal, "signal propagation")
+    if layer == "last":
+        runs = signal[signal["layer"] == signal["layer"].max()]
+    else:
+        runs = largest_over_layers(signal, ["configuration", "seed"])
+    rows = []
+    for configuration in in_order(runs["configuration"]):
+        chosen = runs[runs["configuration"] == configuration]
+        cells = {name: mean_and_half(chosen[statistic]) for name, statistic in OUTLIER_COLUMNS.items()}
+        rows.append({"Configuration": configuration, "Seeds": len(chosen), **cells})
+    return pd.DataFrame(rows)
+
+
+def quantization_table(quantization: pd.DataFrame) -> pd.DataFrame:
+    """Perplexity at full precision, and in int8 with its increase in %: ``mean ± half`` over seeds.
+
+    The increase is taken within a run and then averaged.
+
+    Args:
+        quantization: the columns ``QUANTIZATION``, one row a run and precision.
+
+    Raises:
+        InputError: a column is missing, a precision occurs twice, or the frame mixes models or context lengths.
+    """
+    check_frame(quantization, "quantization", QUANTIZATION, ("eval_loss", "eval_ppl", "increase_percent"))
+    check_one_setting(quantization, "quantization")
+    rows = []
+    for configuration in in_order(quantization["configuration"]):
+        runs = quantization[quantization["configuration"] == configuration]
+        full = runs.loc[runs["precision"] == "full_precision", "eval_ppl"]
+        row = {"Configuration": configuration, "Seeds": len(full), "Perplexity, full precision": mean_and_half(full)}
+        for precision, name in PRECISION_NAMES.items():
+            chosen = runs[runs["precision"] == precision]
+            row[name] = mean_and_half(chosen["eval_ppl"])
+            row[f"{name}, Δ %"] = mean_and_half(chosen["increase_percent"], signed=True)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
 
 STUDY = Study(
     name="outliers",

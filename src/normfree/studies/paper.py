@@ -8,24 +8,15 @@ from pathlib import Path
 import pandas as pd
 
 from normfree.errors import InputError
-from normfree.report import Section
+from normfree.report import FIGURES_FOLDER, Section
 from normfree.report.frames import SETTING
-from normfree.runner import (
-    FIGURES_FOLDER,
-    Collection,
-    Configuration,
-    Findings,
-    Member,
-    Preset,
-    Study,
-    StudyPage,
-    load_preset,
-)
-from normfree.studies import learnable_slopes, negative_slope, relu_revival
+from normfree.runner import Collection, Configuration, Findings, Member, Preset, Study, StudyPage, load_preset
+from normfree.studies import learnable_slopes, relu_revival
+from normfree.studies.negative_slope.study import STUDY as NEGATIVE_SLOPE
 
 COLUMN_PRESETS = ("cpu", "gpu", "paper-gpt2-128")
 """Presets that name the columns of Table 2 at their scale."""
-PARTS = (relu_revival.STUDY, learnable_slopes.STUDY, negative_slope.STUDY)
+PARTS = (relu_revival.STUDY, learnable_slopes.STUDY, NEGATIVE_SLOPE)
 
 
 def _configurations(preset: Preset) -> tuple[Configuration, ...]:
@@ -44,7 +35,7 @@ def _describe_figures(page: StudyPage) -> Findings:
     return Findings(
         lead=" ".join(each.lead for each in findings.values()),
         sections=[
-            Section(f"{name}: {section.title}", section.blocks)
+            Section(f"{name}: {section.title}", section.elements)
             for name, each in findings.items()
             for section in each.sections
         ],

@@ -5,15 +5,13 @@ from __future__ import annotations
 import pandas as pd
 
 from normfree.entropy import uniform_entropy_bound
-from normfree.report import (
-    BANDS,
-    Section,
-    evaluation_loss_curves,
+from normfree.report import BANDS, Section, published_head_entropy
+from normfree.report.entropy_figures import (
     headwise_entropy_distribution,
     headwise_entropy_heatmaps,
     layerwise_entropy_dynamics,
-    published_head_entropy,
 )
+from normfree.report.loss_curves import evaluation_loss_curves
 from normfree.runner import (
     Configuration,
     Findings,

@@ -12,28 +12,25 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.colors import CenteredNorm
+from matplotlib.figure import Figure
 
 from normfree.errors import InputError
 from normfree.modeling import NormfreeConfig
-from normfree.report import FigureBlock, Section, Table, loss_gap, loss_gap_heatmap
-from normfree.report.scaling import OWN_BEST
-from normfree.runner import (
-    FIGURES_FOLDER,
-    Collection,
-    Configuration,
-    Findings,
-    Member,
-    Preset,
-    Study,
-    StudyPage,
-    load_preset,
-    saved_figure,
-)
+from normfree.report import FIGURES_FOLDER, Section, Table, paper_style, saved_figure
+from normfree.report.frames import in_order
+from normfree.report.numbers import number
+from normfree.report.primitives import annotated_heatmap, colour_bar
+from normfree.report.style import TWO_COLUMN, difference_colours
+from normfree.runner import Collection, Configuration, Findings, Member, Preset, Study, StudyPage, load_preset
 from normfree.studies.relu_revival import GELU, RELU, scale_limits
 
 LEARNING_RATE_FACTORS = (0.5, 1.0, 2.0)
 SIZE_FACTORS = (0.5, 2.0)
 BASE = "base"
+OWN_BEST = "own best"
+"""The row of a gap table in which each activation has its own best learning rate."""
+GAP_COLUMNS = ("size", "activation", "learning_rate", "seed", "eval_loss")
 
 
 def _sizes(preset: Preset) -> dict[str, dict[str, int]]:
@@ -150,14 +147,14 @@ def _gap(pages: Sequence[StudyPage]) -> pd.DataFrame:
     return loss_gap(pd.concat(frames, ignore_index=True), GELU.label, RELU.label)
 
 
-def _heatmap(gap: pd.DataFrame) -> Any:
+def _heatmap(gap: pd.DataFrame) -> Figure:
     return loss_gap_heatmap(gap, first=GELU.label, second=RELU.label)
 
 
 def _describe(pages: Sequence[StudyPage], _: pd.DataFrame, path: Path) -> Findings:
     """The map of where the claim holds."""
     gap = _gap(pages)
-    figure: FigureBlock = saved_figure(path / FIGURES_FOLDER, "loss-gap", _heatmap(gap), _CAPTION)
+    figure = saved_figure(path / FIGURES_FOLDER, "loss-gap", _heatmap(gap), _CAPTION)
     shown = gap.reset_index(names="Learning rate")
     table = Table(
         shown,
@@ -175,6 +172,73 @@ def _lead(gap: pd.DataFrame) -> str:
         f"of runs at one size and learning rate (pairs with a diverged run: {np.isnan(at_rates).sum()}), and with each "
         f"activation at its own best rate at {(own_best > 0).sum()} of {np.isfinite(own_best).sum()} sizes."
     )
+
+
+def loss_gap(results: pd.DataFrame, first: str, second: str) -> pd.DataFrame:
+    """Loss of ``first`` less loss of ``second`` in nats per token, by learning rate (rows) and size (columns).
+
+    Mean over seeds. The last row, ``own best``, takes each activation at the learning rate where its
+    mean loss over seeds is lowest; a rate at which any seed diverged is no candidate. 100 (exp(gap) − 1) is by how many
+    percent the perplexity of ``first`` is higher.
+
+    Args:
+        results: columns size, activation, learning_rate, seed, eval_loss (NaN: diverged).
+        first: the activation whose excess is shown.
+        second: the activation it is compared with.
+
+    Returns:
+        Rows: learning rates in rising order as text, then ``own best``; columns: sizes in order of appearance. NaN
+        where a run diverged or is missing.
+
+    Raises:
+        InputError: a column is missing, or a run occurs twice.
+    """
+    missing = [name for name in GAP_COLUMNS if name not in results.columns]
+    if missing:
+        raise InputError(f"the results frame lacks {', '.join(missing)}; it needs {', '.join(GAP_COLUMNS)}")
+    key = list(GAP_COLUMNS[:-1])
+    if results.duplicated(key).any():
+        raise InputError("the results frame has a run twice; give one row for each size, activation, rate and seed")
+    runs: dict[tuple[str, str, float], list[float]] = {}
+    for size, activation, rate, _, loss in results[list(GAP_COLUMNS)].itertuples(index=False):
+        runs.setdefault((size, activation, rate), []).append(loss)
+    losses = {run: float(np.mean(each)) for run, each in runs.items()}
+    rates = sorted(in_order(results["learning_rate"]))
+    gap = pd.DataFrame(np.nan, index=[*(f"{rate:g}" for rate in rates), OWN_BEST], columns=in_order(results["size"]))
+    for size in in_order(results["size"]):
+        ours, theirs = (
+            np.array([losses.get((size, activation, rate), np.nan) for rate in rates]) for activation in (first, second)
+        )
+        gap[size] = [*(ours - theirs), _lowest(ours) - _lowest(theirs)]
+    return gap
+
+
+def _lowest(losses: np.ndarray) -> float:
+    return float(np.nanmin(losses)) if np.isfinite(losses).any() else float("nan")
+
+
+@paper_style()
+def loss_gap_heatmap(gap: pd.DataFrame, *, first: str, second: str) -> Figure:
+    """The gaps of :func:`loss_gap` on a scale centred at zero, written as percent of perplexity.
+
+    Red: ``first`` is worse; blue: ``second`` is. Hatched: a run diverged or is missing.
+    """
+    values = gap.to_numpy(dtype=np.float64)
+    norm, colours = CenteredNorm(0, max(np.abs(values[np.isfinite(values)]), default=0.0) or 1.0), difference_colours()
+    size = (min(TWO_COLUMN, 1.9 + 0.62 * values.shape[1]), 1.0 + max(0.3 * len(gap), 0.9))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    rows, columns = map(str, gap.index), map(str, gap.columns)
+    annotated_heatmap(axes, values, norm, colours, rows=list(rows), columns=list(columns), text=_percent)
+    axes.axhline(len(gap) - 1.5, color="white", linewidth=2.5)
+    axes.set_xticks(range(values.shape[1]), gap.columns, rotation=25, ha="right", rotation_mode="anchor")
+    axes.set_ylabel("learning rate")
+    colour_bar(figure, axes, norm, colours, f"loss of {first} less that of {second} (nats per token)")
+    return figure
+
+
+def _percent(gap: float) -> str:
+    return f"{number(100 * np.expm1(gap), '+.0f')} %" if np.isfinite(gap) else ""
 
 
 SCALING: Collection = Collection(

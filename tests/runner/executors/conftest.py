@@ -46,7 +46,7 @@ def whole(preset_path: Path, cache: Path, tmp_path_factory: pytest.TempPathFacto
     """The study's folder after a study in one process."""
     folder = tmp_path_factory.mktemp("whole") / "study"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("normfree.runner.page.save_figure", without_drawing)
+        patch.setattr("normfree.report.saving.save_figure", without_drawing)
         with locked(folder):
             begun = begin(find_study(STUDY), folder, str(preset_path), lambda preset: preset)
             assert begun.run(Execution(Console(stderr=True), cache)) == {}
@@ -63,7 +63,7 @@ def study(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., tuple[int, str, str]]:
     """The command that trains the study in ``study``, with more arguments."""
-    monkeypatch.setattr("normfree.runner.page.save_figure", without_drawing)
+    monkeypatch.setattr("normfree.report.saving.save_figure", without_drawing)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     # The fixture gives a folder that is gone with the test; workers need one that they find packed.
     (tmp_path / "cache").symlink_to(cache)

@@ -12,17 +12,18 @@ import pandas as pd
 
 from normfree.files import write_text
 from normfree.report import (
-    Block,
+    FIGURES_FOLDER,
     Callout,
     Code,
+    Element,
     Paragraph,
     Section,
     Table,
     render_report,
+    saved_figure,
     weights_entry,
     write_report,
 )
-from normfree.runner import FIGURES_FOLDER, saved_figure
 from normfree_private.costs import PrivateCosts
 from normfree_private.figures import alternatives_bytes, cost_by_operation, perplexity_against_bytes
 from normfree_private.operations import GROUPS
@@ -89,7 +90,7 @@ def _sections(costs: PrivateCosts, figures: Path) -> list[Section]:
     return [*found, Section("Checks", checks), Section("How to read it", _HOW_TO_READ)]
 
 
-_HOW_TO_READ: list[Block] = [
+_HOW_TO_READ: list[Element] = [
     Code(_FORMULA),
     Callout(
         "Bytes and messages are exact: they repeat from run to run. Seconds over loopback are the median of a few runs "
@@ -167,7 +168,7 @@ def _blocks_table(blocks: pd.DataFrame) -> Table:
     )
 
 
-def _end_to_end(end_to_end: pd.DataFrame | None) -> list[Block]:
+def _end_to_end(end_to_end: pd.DataFrame | None) -> list[Element]:
     if end_to_end is None:
         return []
     quality = {
@@ -209,7 +210,7 @@ def _against_sums(frame: pd.DataFrame) -> pd.DataFrame:
     return scaled[list(titles)].rename(columns=titles)
 
 
-def _pareto(totals: pd.DataFrame, figures: Path) -> list[Block]:
+def _pareto(totals: pd.DataFrame, figures: Path) -> list[Element]:
     whole = totals[totals["part"] != "block 0"]
     if whole["eval_ppl"].notna().sum() < 2:
         return []

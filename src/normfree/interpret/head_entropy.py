@@ -1,0 +1,203 @@
+"""The attention entropy of every head of a finished model, over sequences of a corpus (ReLU's Revival, Figure 1)."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from normfree.entropy import entropy_bands
+from normfree.files import write_text
+from normfree.probes import EntropyProbe
+
+
+@dataclass(frozen=True)
+class AttentionEntropy:
+    """What :func:`measure_attention_entropy` found.
+
+    heads:
+        layer, module, head, entropy_nats, uniform_nats, share_of_uniform, sink_share, nan_queries; one row a head.
+        ``uniform_nats`` is the entropy of uniform attention to the same keys, ``sink_share`` the mean attention
+        paid to the first token. A head with a NaN query has NaN means.
+    layers:
+        layer, module, mean_nats, min_nats, max_nats (over the heads), uniform_nats, share_of_uniform, sink_share
+        (means over the heads), top_band_heads (heads in the top quarter of the range up to the largest entropy of any
+        head of the model: ReLU's Revival calls it entropic overload), n_head. One row a layer that could be read.
+    unreadable: the attention modules that could not be read, and why.
+    n_sequences, n_tokens: what was measured on, padding left out.
+    sequence_length: tokens of the longest sequence.
+    uniform_bound: the largest ``uniform_nats`` of any head: what the model's own masks and windows allow; NaN without
+        a head that could be read.
+    """
+
+    heads: pd.DataFrame
+    layers: pd.DataFrame
+    unreadable: dict[str, str]
+    n_sequences: int
+    n_tokens: int
+    sequence_length: int
+    uniform_bound: float
+
+    def summary(self) -> dict[str, Any]:
+        """All of it, as JSON can hold it; NaN becomes null."""
+        return {
+            "n_sequences": self.n_sequences,
+            "n_tokens": self.n_tokens,
+            "sequence_length": self.sequence_length,
+            "uniform_bound_nats": self.uniform_bound,
+            "layers": json.loads(self.layers.to_json(orient="records", double_precision=9)),
+            "heads": json.loads(self.heads.to_json(orient="records", double_precision=9)),
+            "unreadable": self.unreadable,
+        }
+
+
+def measure_attention_entropy(
+    model: nn.Module, sequences: torch.Tensor | Sequence[torch.Tensor], batch_size: int = 8
+) -> AttentionEntropy:
+    """Runs ``model`` over ``sequences`` under an :class:`~normfree.EntropyProbe`.
+
+    The model runs in evaluation mode and without gradients; afterwards its modules are in the modes they were in, and
+    torch's random numbers are where they were. The head on top of the last layer of a transformers model is not
+    computed. Compiled models run uncompiled.
+
+    Sequences of different lengths are padded on the right, with an attention mask. Where padding cannot be told from
+    tokens in some layer (a model that ignores the mask, sparse masks), the model runs again on batches of equal
+    lengths, without padding.
+
+    Args:
+        model: any module that an :class:`~normfree.EntropyProbe` takes and that is called with ``input_ids``.
+        sequences: int64 [n, T], or n tensors, int64 [T_i]; no padding.
+        batch_size: sequences in one forward pass.
+
+    Raises:
+        InputError: no attention layer of the model can be read.
+    """
+    rows = list(sequences)
+    n_tokens, longest = sum(len(row) for row in rows), max(len(row) for row in rows)
+    probe = EntropyProbe(model)
+    _watch(probe, model, list(_batches(rows, batch_size)))
+    is_padded = any(len(row) < longest for row in rows)
+    if is_padded and (probe.unreadable or bool((probe.rows() != n_tokens).any())):
+        probe.reset()
+        of_length: dict[int, list[torch.Tensor]] = {}
+        for row in rows:
+            of_length.setdefault(len(row), []).append(row)
+        _watch(probe, model, [each for same in of_length.values() for each in _batches(same, batch_size)])
+    heads = _heads_frame(probe)
+    bound = float(heads["uniform_nats"].max())
+    return AttentionEntropy(heads, _layers_frame(heads), probe.unreadable, len(rows), n_tokens, longest, bound)
+
+
+def write_attention_entropy(result: AttentionEntropy, folder: Path) -> None:
+    """Writes ``heads.csv`` and ``layers.csv`` into ``folder``, made if need be; NaN is written as nan."""
+    write_text(folder / "heads.csv", result.heads.to_csv(index=False, na_rep="nan"))
+    write_text(folder / "layers.csv", result.layers.to_csv(index=False, na_rep="nan"))
+
+
+def _batches(rows: Sequence[torch.Tensor], batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Token ids [n, T] and attention mask [n, T], None where nothing is padded; sequences of like lengths together."""
+    by_length = sorted(rows, key=len, reverse=True)
+    for start in range(0, len(rows), batch_size):
+        batch = by_length[start : start + batch_size]
+        tokens = pad_sequence(list(batch), batch_first=True)
+        lengths = torch.tensor([len(row) for row in batch])
+        mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).long()
+        yield tokens, (None if bool(mask.all()) else mask)
+
+
+def _watch(probe: EntropyProbe, model: nn.Module, batches: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> None:
+    # the head on top would cost memory for logits that nobody reads
+    called = model.base_model if isinstance(model, PreTrainedModel) else model
+    parameters = inspect.signature(called.forward).parameters
+    takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
+    device = next((each.device for each in model.parameters()), torch.device("cpu"))
+    with evaluating(model), probe:
+        for tokens, mask in batches:
+            options: dict[str, Any] = {"use_cache": False}
+            if mask is not None:
+                options["attention_mask"] = mask.to(device)
+            taken = {name: value for name, value in options.items() if takes_any or name in parameters}
+            called(input_ids=tokens.to(device), **taken)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """While active, ``model`` is in evaluation mode, uncompiled and without gradients.
+
+    On exit every module is in the mode it was in, and torch's random number generators are in their former states.
+    """
+    modes = {module: module.training for module in model.modules()}
+    devices = {each.device for each in model.parameters() if each.device.type == "cuda"}
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.random.fork_rng(devices=sorted(devices, key=str)))
+        if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and the import would take a second
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+
+def _heads_frame(probe: EntropyProbe) -> pd.DataFrame:
+    columns = {
+        "entropy_nats": probe.per_head(),
+        "uniform_nats": probe.maximum(),
+        "share_of_uniform": probe.normalized(),
+        "sink_share": probe.sink_share(),
+        "nan_queries": probe.nan_rows(),
+    }
+    layers, heads = np.indices(columns["entropy_nats"].shape)
+    frame = pd.DataFrame(
+        {
+            "layer": layers.ravel(),
+            "module": [probe.layers[layer] for layer in layers.ravel()],
+            "head": heads.ravel(),
+            **{name: _numbers(value) for name, value in columns.items()},
+        }
+    )
+    return frame[~frame["module"].isin(probe.unreadable)].reset_index(drop=True)
+
+
+def _numbers(table: torch.Tensor) -> NDArray[Any]:
+    return (table.double() if table.is_floating_point() else table).numpy().ravel()
+
+
+def _layers_frame(heads: pd.DataFrame) -> pd.DataFrame:
+    finite = heads["entropy_nats"].dropna()
+    largest = float(finite.max()) if len(finite) else float("nan")
+    rows = []
+    for (layer, module), each in heads.groupby(["layer", "module"], sort=True):
+        entropy = each["entropy_nats"].to_numpy(dtype=np.float64)
+        # a model whose heads all attend to one key, or are all NaN, has no range to divide
+        top_band = entropy_bands(entropy, largest)[3] if largest > 0 else 0.0
+        rows.append(
+            {
+                "layer": layer,
+                "module": module,
+                "mean_nats": entropy.mean(),
+                "min_nats": entropy.min(),
+                "max_nats": entropy.max(),
+                "uniform_nats": each["uniform_nats"].to_numpy(dtype=np.float64).mean(),
+                "share_of_uniform": each["share_of_uniform"].to_numpy(dtype=np.float64).mean(),
+                "sink_share": each["sink_share"].to_numpy(dtype=np.float64).mean(),
+                "top_band_heads": round(top_band * len(each)),
+                "n_head": len(each),
+            }
+        )
+    return pd.DataFrame(rows)

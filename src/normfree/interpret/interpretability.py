@@ -1,0 +1,240 @@
+"""Every interpretability tool on models with and without norms: what ``normfree interpret`` measures and writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Unpack
+
+import pandas as pd
+import torch
+
+from normfree.errors import InputError
+from normfree.files import write_text
+from normfree.interpret.confidence_neurons import (
+    confidence_neuron_candidates,
+    neuron_ablation_effects,
+    neuron_output_weights,
+)
+from normfree.interpret.direct_logit_attribution import direct_attribution_errors
+from normfree.interpret.figures import attribution_error_heatmaps, confidence_neurons, patching_agreement
+from normfree.interpret.figures import residual_std_by_position as residual_std_figure
+from normfree.interpret.patching import PromptPairs, agreement, patch_heads
+from normfree.interpret.prompts import induction_pairs, read_prompts
+from normfree.interpret.sequences import (
+    SequenceOptions,
+    TokenSequences,
+    check_same_tokens,
+    named_sources,
+    token_sequences,
+    tokenizer_of,
+)
+from normfree.interpret.sinks import attention_sinks, residual_std_by_position
+from normfree.modeling import NormfreeForCausalLM
+from normfree.report import FIGURES_FOLDER, Callout, Section, Table, figure_section, weights_entry, write_page
+from normfree.training import load_pretrained
+
+FRAMES = ("attribution_errors", "patches", "neuron_weights", "neuron_effects", "sinks", "residual_stds")
+"""The CSV files, by name."""
+_COLUMNS = {
+    "model": "Model",
+    "attribution_nmae": "Error of attribution",
+    "patching_pearson": "Patching: correlation",
+    "patching_nmae": "Patching: error",
+    "norm_mediated_share": "Through the norm",
+    "sink_share": "Sink share",
+    "first_token_std_ratio": "First token's std, ratio",
+}
+_NOTES = (
+    "Error of attribution: mean |attribution - measured direct effect| over mean |effect| of a head, median over "
+    "heads.",
+    "Patching: attribution patching against activation patching of the heads.",
+    "Through the norm: share of a candidate neuron's effect on the loss that the final norm mediates.",
+)
+
+
+@dataclass(frozen=True)
+class InterpretabilityComparison:
+    """What :func:`compare_interpretability` found.
+
+    models: the frames of :func:`interpret_model`, by the model's name.
+    sequences: what all models read.
+    quantization: how weights were quantized, by model; without models whose weights were not.
+    """
+
+    models: Mapping[str, Mapping[str, pd.DataFrame]]
+    sequences: TokenSequences
+    quantization: Mapping[str, str]
+
+    @cached_property
+    def frames(self) -> dict[str, pd.DataFrame]:
+        """The frames of all models by the names of ``FRAMES``, with the column ``model``."""
+        found = self.models.items()
+        return {
+            name: pd.concat([frames[name].assign(model=model) for model, frames in found], ignore_index=True)
+            for name in FRAMES
+        }
+
+    @cached_property
+    def summary(self) -> pd.DataFrame:
+        """One row a model: model, attribution_nmae, patching_pearson, patching_nmae, norm_mediated_share, sink_share,
+        first_token_std_ratio.
+
+        attribution_nmae is the median over heads, norm_mediated_share the median over the candidate neurons that have
+        any effect, sink_share the mean over heads, and first_token_std_ratio the residual std after the last block: of
+        the first token, over the median of all other positions.
+        """
+        return pd.DataFrame([{"model": model, **_summary(frames)} for model, frames in self.models.items()])
+
+    def write(self, folder: Path, command: str) -> None:
+        """Writes CSV files, figures and ``report.html``, which names ``command``, into ``folder``, creating it."""
+        for name, frame in {**self.frames, "summary": self.summary}.items():
+            write_text(folder / f"{name}.csv", frame.to_csv(index=False, na_rep="nan"))
+        write_page(
+            folder / "report.html",
+            title="What the norms hide: interpretability of " + ", ".join(self.models),
+            lead=_lead(self.summary),
+            sections=self._sections(folder / FIGURES_FOLDER),
+            meta={"Command": command, "Read on": str(self.sequences), **weights_entry(self.quantization)},
+        )
+
+    def _sections(self, folder: Path) -> list[Section]:
+        frames = self.frames
+        formats = dict.fromkeys(list(_COLUMNS.values())[1:], ".3f")
+        table = Table(self.summary.rename(columns=_COLUMNS), "One row a model.", formats=formats, notes=_NOTES)
+        return [
+            Section("Result", [table]),
+            figure_section(
+                "Direct logit attribution",
+                folder,
+                "attribution-errors",
+                attribution_error_heatmaps(frames["attribution_errors"]),
+                "Error of direct logit attribution by head: the contribution with each token's std frozen, against "
+                "the change of the logit when the head's output is taken out before the final norm.",
+            ),
+            figure_section(
+                "Attribution patching",
+                folder,
+                "patching",
+                patching_agreement(frames["patches"]),
+                "Effect of patching each head's clean output into the corrupted run on the difference of logits: "
+                "measured, and guessed from one gradient. A point a head and prompt.",
+            ),
+            figure_section(
+                "Confidence neurons",
+                folder,
+                "confidence-neurons",
+                confidence_neurons(frames["neuron_weights"], frames["neuron_effects"]),
+                "Neurons of the last layer: norm of the output weight against its variance over the vocabulary; and "
+                "for the candidates, the effect of mean-ablation on the loss, in total and with the final norm's std "
+                "frozen.",
+                Callout("Candidates are chosen by a rule: large output weight, small variance over the vocabulary."),
+            ),
+            figure_section(
+                "Sinks and residual norms",
+                folder,
+                "residual-std",
+                residual_std_figure(frames["residual_stds"]),
+                "Standard deviation of the residual stream by position, a line a layer.",
+            ),
+        ]
+
+
+def compare_interpretability(
+    models: Sequence[str] | Mapping[str, str],
+    *,
+    prompts: Path | None = None,
+    n_neuron: int = 20,
+    status: Callable[[str], AbstractContextManager[object]] = nullcontext,
+    **sequences: Unpack[SequenceOptions],
+) -> InterpretabilityComparison:
+    """Runs every tool on each of ``models``, on the same sequences and prompts; what ``normfree interpret`` does.
+
+    Args:
+        models: Hub ids, model folders, GGUF files or runs; or these by the names to give them.
+        prompts: a file of prompt pairs (see :func:`~normfree.interpret.read_prompts`); default: induction prompts
+            made from the sequences, half as many.
+        n_neuron: candidate confidence neurons to ablate.
+        status: called with what is measured next, around the measurement, such as a rich console's ``status``.
+        sequences: as for :func:`~normfree.interpret.token_sequences`, for the first model; default: 64 sequences.
+
+    Raises:
+        InputError: a model cannot be loaded or is of a kind the tools cannot read, the models have different
+            vocabularies, or the sequences or prompts do not fit.
+    """
+    loaded = {name: load_pretrained(source) for name, source in named_sources(models).items()}
+    first = next(iter(loaded.values()))
+    for each in loaded.values():
+        check_same_tokens(first.checkpoint, each.checkpoint)
+    sequences.setdefault("n_sequences", 64)
+    read = token_sequences(first, **sequences)
+    beginning = read.beginning
+    if len(beginning) > 1:
+        raise InputError(
+            f"sequences of {first.source} begin with {' '.join(beginning.tokens)}, and the tools here predict all "
+            "tokens but the first; give --no-bos"
+        )
+    if prompts is not None:
+        pairs = read_prompts(prompts, tokenizer_of(first), beginning)
+    else:
+        pairs = induction_pairs(read.tokens, max(1, len(read.tokens) // 2), n_beginning=len(beginning))
+    found = {}
+    for name, each in loaded.items():
+        with status(f"{name}: {read}, {len(pairs.answers)} prompts, {n_neuron} neurons"):
+            found[name] = interpret_model(each.as_normfree(), read.tokens, pairs, n_neuron=n_neuron)
+    quantization = {name: each.quantization for name, each in loaded.items() if each.quantization is not None}
+    return InterpretabilityComparison(found, read, quantization)
+
+
+def interpret_model(
+    model: NormfreeForCausalLM, sequences: torch.Tensor, pairs: PromptPairs, *, n_neuron: int
+) -> dict[str, pd.DataFrame]:
+    """Every tool on one model, by the names of ``FRAMES``.
+
+    attribution_errors: :func:`~normfree.interpret.direct_attribution_errors` of the heads.
+    patches: :func:`~normfree.interpret.patch_heads`.
+    neuron_weights, neuron_effects: of the last layer's neurons, and of its ``n_neuron`` candidates for confidence
+        neurons.
+    sinks, residual_stds: :func:`~normfree.interpret.attention_sinks`,
+        :func:`~normfree.interpret.residual_std_by_position`.
+
+    Raises:
+        InputError: the model is of a kind the tools cannot read, or the sequences or pairs do not fit it.
+    """
+    weights = neuron_output_weights(model, [model.config.n_layer - 1])
+    return {
+        "attribution_errors": direct_attribution_errors(model, sequences).heads,
+        "patches": patch_heads(model, pairs),
+        "neuron_weights": weights,
+        "neuron_effects": neuron_ablation_effects(model, sequences, confidence_neuron_candidates(weights, n_neuron)),
+        "sinks": attention_sinks(model, sequences),
+        "residual_stds": residual_std_by_position(model, sequences),
+    }
+
+
+def _summary(frames: Mapping[str, pd.DataFrame]) -> dict[str, float]:
+    patched = agreement(frames["patches"])
+    stds = frames["residual_stds"]
+    last = stds[stds["layer"] == stds["layer"].max()].set_index("position")["residual_std"]
+    return {
+        "attribution_nmae": frames["attribution_errors"]["nmae"].median(skipna=False),
+        "patching_pearson": patched.pearson,
+        "patching_nmae": patched.nmae,
+        "norm_mediated_share": frames["neuron_effects"]["norm_mediated_share"].median(),
+        "sink_share": frames["sinks"]["sink_share"].mean(skipna=False),
+        "first_token_std_ratio": float(last.iloc[0] / last.iloc[1:].median()),
+    }
+
+
+def _lead(summary: pd.DataFrame) -> str:
+    """The summary in words that hold whatever the numbers are."""
+    return " ".join(
+        f"{row['model']}: direct logit attribution misses the measured direct effect of a head by "
+        f"{100 * row['attribution_nmae']:.1f} % (median); attribution patching correlates with activation patching at "
+        f"{row['patching_pearson']:.3f}; the final norm mediates {100 * row['norm_mediated_share']:.0f} % of what the "
+        "candidate confidence neurons do to the loss (median)."
+        for row in summary.to_dict("records")
+    )

@@ -1,0 +1,235 @@
+"""The token sequences that a finished model is measured on: a run's own, or those of a corpus."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from normfree.data import Beginning, DataConfig, PackedSequences, load_tokenizer, open_corpus, same_data
+from normfree.data.beginning import BeginningRule
+from normfree.data.packed_sequences import write_sequences
+from normfree.errors import InputError
+from normfree.files import DEFAULT_CACHE_DIR
+from normfree.modeling.gguf import is_gguf
+from normfree.training import LoadedModel
+
+DEFAULT_SEQUENCE_LENGTH = 512
+NEARLY_ALL = 1 - 1e-9
+"""Share of a corpus' documents to measure on: a finished model needs no others to be kept for training."""
+
+
+@dataclass(frozen=True)
+class TokenSequences:
+    """Sequences to measure on.
+
+    tokens: int64 [n, T], no padding; each begins with the tokens of ``beginning``.
+    beginning: what that is, by the rule that gave it.
+    """
+
+    tokens: torch.Tensor
+    beginning: Beginning
+
+    def __str__(self) -> str:
+        n, T = self.tokens.shape
+        return f"{n} sequences of {T} tokens ({self.beginning})"
+
+
+class SequenceOptions(TypedDict, total=False):
+    """The options of :func:`token_sequences`."""
+
+    corpus: str | None
+    tokenizer: str | None
+    sequence_length: int | None
+    n_sequences: int
+    cache_dir: Path
+    bos: bool | None
+
+
+class NoTokenizerError(InputError):
+    """No tokenizer is saved with a model."""
+
+
+def tokenizer_of(measured: LoadedModel) -> PreTrainedTokenizerBase:
+    """The tokenizer saved with the model, as every checkpoint of a run has it.
+
+    Raises:
+        NoTokenizerError: none is.
+        InputError: it has tokens that the model has no embedding for, or is in a GGUF file and cannot be read.
+    """
+    try:
+        tokenizer = load_tokenizer(measured.checkpoint)
+    except InputError as error:
+        if is_gguf(measured.checkpoint):
+            raise
+        missing = f"no tokenizer is saved with {measured.source}; name the one it was trained with"
+        raise NoTokenizerError(missing) from error
+    measured.check_tokenizer(tokenizer, "the tokenizer saved with it")
+    return tokenizer
+
+
+def named_sources(models: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
+    """Sources of models by name; a source without a name is its own.
+
+    Raises:
+        InputError: a model is named twice, or there is none.
+    """
+    if len(set(models)) < len(models) or not models:
+        raise InputError("a model is named twice; name each once" if models else "no model is named; name at least one")
+    return dict(models) if isinstance(models, Mapping) else {source: source for source in models}
+
+
+def check_same_tokens(first: str, other: str) -> None:
+    """Whether two models that are compared on one model's sequences read the same tokens, where both have a tokenizer.
+
+    Args:
+        first: what was loaded of the model whose tokenizer made the sequences (``LoadedModel.checkpoint``).
+        other: that of the model that reads them as well.
+
+    Raises:
+        InputError: their vocabularies differ, and the numbers of ``other`` would be those of another text.
+    """
+    try:
+        one, two = load_tokenizer(first), load_tokenizer(other)
+    except InputError:
+        return
+    if one.get_vocab() != two.get_vocab():
+        raise InputError(
+            f"{first} and {other} have tokenizers of other vocabularies ({len(one)} and {len(two)} "
+            "tokens), and models are compared on the same tokens; measure them apart"
+        )
+
+
+def named_tokenizer(measured: LoadedModel, name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of that name, once it agrees with the model and with the one saved with it."""
+    tokenizer = load_tokenizer(name)
+    measured.check_tokenizer(tokenizer, f"tokenizer {name!r}")
+    try:
+        own = load_tokenizer(measured.checkpoint)
+    except InputError:
+        return tokenizer
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise InputError(
+            f"tokenizer {name!r} has another vocabulary ({len(tokenizer)} tokens) than the one saved with "
+            f"{measured.source} ({len(own)}); leave --tokenizer out"
+        )
+    return tokenizer
+
+
+def token_sequences(
+    measured: LoadedModel,
+    *,
+    corpus: str | None = None,
+    tokenizer: str | None = None,
+    sequence_length: int | None = None,
+    n_sequences: int = 32,
+    cache_dir: Path = DEFAULT_CACHE_DIR,
+    bos: bool | None = None,
+) -> TokenSequences:
+    """The first ``n_sequences`` sequences to measure on: int64 [n_sequences, T], each from within one document.
+
+    Without ``corpus`` they are a run's own evaluation sequences. Otherwise the corpus is tokenized with
+    ``tokenizer``: by default the run's, or the one saved with the model. Sequences of a run begin as those that it was
+    trained on; those of any other model with what the tokenizer puts before a text, so that the model sees what it was
+    trained on.
+
+    Args:
+        measured: the model that will read them.
+        corpus: as in :class:`normfree.data.DataConfig`; may be None for a run.
+        tokenizer: a Hugging Face tokenizer's name or folder.
+        sequence_length: T; None means the run's, or 512, or what positions the model has if they are fewer.
+        n_sequences: at least 1.
+        cache_dir: where the data of runs are prepared.
+        bos: whether sequences begin with a beginning-of-text token, where that is not left to the model.
+
+    Raises:
+        InputError: no corpus or tokenizer, too long sequences, too few of them, or tokens that the model lacks.
+    """
+    T = sequence_length or default_sequence_length(measured)
+    if T < 2 or n_sequences < 1:
+        raise InputError(f"need at least 1 sequence of at least 2 tokens, got {n_sequences} of {T}")
+    if measured.n_positions is not None and measured.n_positions < T:
+        raise InputError(
+            f"sequence length {T} is more than the {measured.n_positions} positions of {measured.source}; "
+            f"give at most {measured.n_positions}"
+        )
+    if corpus is None:
+        tokens, beginning = _own_sequences(measured, tokenizer, T, cache_dir, bos)
+        where = f"the evaluation data of {measured.source}"
+    else:
+        reader = named_tokenizer(measured, tokenizer) if tokenizer is not None else tokenizer_of(measured)
+        beginning = Beginning.of(reader, beginning_rule(measured, bos))
+        tokens = _corpus_sequences(corpus, reader, T, n_sequences, beginning)
+        where = f"corpus {corpus!r}"
+    if len(tokens) < n_sequences:
+        raise InputError(
+            f"{where} has {len(tokens)} sequences of {T} tokens from within one document, {n_sequences} are asked "
+            "for; use a larger corpus, shorter sequences or fewer of them"
+        )
+    tokens = tokens[:n_sequences]
+    n_vocabulary = measured.model.config.get_text_config().vocab_size
+    if int(tokens.max()) >= n_vocabulary:
+        raise InputError(
+            f"the tokenizer gives token {int(tokens.max())}, the vocabulary of {measured.source} has {n_vocabulary}; "
+            "give the tokenizer that the model was trained with"
+        )
+    return TokenSequences(tokens, beginning)
+
+
+def beginning_rule(measured: LoadedModel, bos: bool | None) -> BeginningRule:
+    """How sequences for a model begin: as ``bos`` says, as a run's own do, or as the model's tokenizer has it."""
+    if bos is not None:
+        return "bos_token" if bos else "none"
+    return "tokenizer" if measured.data is None else measured.data.beginning
+
+
+def default_sequence_length(measured: LoadedModel) -> int:
+    """T of a run's own sequences; of other models 512, or what positions they have if they are fewer."""
+    if measured.data is not None:
+        return measured.data.sequence_length
+    return min(DEFAULT_SEQUENCE_LENGTH, measured.n_positions or DEFAULT_SEQUENCE_LENGTH)
+
+
+def _own_sequences(
+    measured: LoadedModel, tokenizer: str | None, sequence_length: int, cache_dir: Path, bos: bool | None
+) -> tuple[torch.Tensor, Beginning]:
+    if measured.data is None or measured.fingerprint is None:
+        raise InputError(f"{measured.source} is no run with data of its own; name a corpus to measure on")
+    if tokenizer is not None:
+        raise InputError("a run's own evaluation data have their tokenizer; name a corpus, or leave the tokenizer out")
+    if measured.data.sequence_length != sequence_length:
+        raise InputError(
+            f"the evaluation data of {measured.source} are sequences of {measured.data.sequence_length} tokens, "
+            f"not {sequence_length}; name a corpus to measure on other lengths"
+        )
+    if bos is not None:
+        raise InputError("a run's own evaluation sequences begin as they do; name a corpus, or leave --bos out")
+    data = same_data(measured.data, cache_dir, measured.fingerprint)
+    return _tensor(data.eval), Beginning.of(data.tokenizer, measured.data.beginning)
+
+
+def _corpus_sequences(
+    corpus: str, tokenizer: PreTrainedTokenizerBase, sequence_length: int, n_sequences: int, beginning: Beginning
+) -> torch.Tensor:
+    opened = open_corpus(DataConfig.model_validate({"corpus": corpus, "eval_fraction": NEARLY_ALL}))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tokens.npy"
+        write_sequences(
+            path,
+            opened.documents("eval"),
+            tokenizer,
+            sequence_length=sequence_length,
+            beginning=beginning.token_ids,
+            max_tokens=n_sequences * sequence_length,
+        )
+        return _tensor(PackedSequences(path))
+
+
+def _tensor(packed: PackedSequences) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(packed.tokens, dtype=np.int64))

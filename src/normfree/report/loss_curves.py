@@ -1,0 +1,83 @@
+"""Evaluation loss over training (ReLU's Revival, Figure 2b)."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from normfree.report.frames import EVAL_CURVE, check_frame, check_one_setting, in_order
+from normfree.report.primitives import configuration_curves
+from normfree.report.style import ONE_COLUMN, TWO_COLUMN, Style, configuration_colours, paper_style
+
+LONGEST_LEGEND = 5
+"""Configurations whose legend fits into the corner of the loss curves."""
+
+
+@paper_style()
+def evaluation_loss_curves(eval_curve: pd.DataFrame) -> Figure:
+    """Evaluation loss over training tokens, a line per configuration (ReLU's Revival, Figure 2b).
+
+    With several seeds the line is their mean and the band their range. A mean ends where one of its seeds diverges;
+    the seeds then are thin lines. A run whose loss stops being finite ends in a cross. The loss axis shows everything
+    after the first tenth of the training tokens and cuts off the steep start.
+
+    Args:
+        eval_curve: columns model, context_length, configuration, seed, step, tokens, eval_loss (nats per token).
+
+    Raises:
+        InputError: a column is missing, an evaluation occurs twice, or the frame mixes models or context lengths.
+    """
+    check_frame(eval_curve, "eval_curve", EVAL_CURVE, ("eval_loss", "tokens"))
+    check_one_setting(eval_curve, "eval_curve")
+    configurations = in_order(eval_curve["configuration"])
+    is_long = len(configurations) > LONGEST_LEGEND
+    figure = Figure(figsize=(TWO_COLUMN if is_long else ONE_COLUMN, 2.25), layout="constrained")
+    axes = figure.subplots()
+    configuration_curves(axes, eval_curve, "eval_loss", over="tokens", broken_word="diverged")
+    bottom, top = _loss_limits(eval_curve)
+    _mark_diverged_runs(axes, eval_curve, top)
+    axes.set_ylim(bottom, top)
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    several = bool((eval_curve.groupby("configuration")["seed"].nunique() > 1).any())
+    axes.set_xlabel("training tokens" + (" (line: mean, band: range over seeds)" if several else ""))
+    axes.set_ylabel("evaluation loss (nats per token)")
+    if is_long:
+        figure.legend(loc="outside right upper", handlelength=1.6, ncols=1 + len(configurations) // 12)
+    else:
+        axes.legend(loc="upper right", handlelength=1.6)
+    return figure
+
+
+def _loss_limits(eval_curve: pd.DataFrame) -> tuple[float, float]:
+    """Up to the largest loss after the first tenth of training, but no more than at the first evaluations.
+
+    Diverged runs do not stretch the axis, unless there are no others: their last losses can be of any size.
+    """
+    runs = [run for _, run in eval_curve.groupby(["configuration", "seed"])]
+    steady = [run for run in runs if np.isfinite(run["eval_loss"]).all()]
+    shown = pd.concat(steady or runs)
+    finite = shown[np.isfinite(shown["eval_loss"])]
+    if finite.empty:
+        return 0.0, 1.0
+    later = finite[finite["tokens"] >= 0.1 * eval_curve["tokens"].max()]
+    first = finite.loc[finite.groupby(["configuration", "seed"])["tokens"].idxmin(), "eval_loss"].max()
+    low, high = float(finite["eval_loss"].min()), min(float(later["eval_loss"].max()), float(first))
+    if later.empty or high <= low:
+        high = float(first) if first > low else low + 1.0
+    margin = 0.06 * (high - low)
+    return low - margin, high + margin
+
+
+def _mark_diverged_runs(axes: Axes, eval_curve: pd.DataFrame, top: float) -> None:
+    """A cross at the last finite loss of each diverged run, at most at ``top``."""
+    colours = configuration_colours(in_order(eval_curve["configuration"]))
+    for (configuration, _), run in eval_curve.sort_values("tokens").groupby(["configuration", "seed"]):
+        finite = run[np.isfinite(run["eval_loss"])]
+        if 0 < len(finite) < len(run):
+            end = (float(finite["tokens"].iloc[-1]), min(float(finite["eval_loss"].iloc[-1]), top))
+            style: Style = {"markersize": 6, "markeredgecolor": "white", "markeredgewidth": 0.6, "clip_on": False}
+            axes.plot(*end, "X", color=colours[str(configuration)], **style)

@@ -1,0 +1,1 @@
+"""Fixed negative slopes without LayerNorm (ReLU's Revival, Section 3, Figure 5): NaNs and entropy collapse."""

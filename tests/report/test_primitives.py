@@ -1,0 +1,133 @@
+"""What all figures rely on: panels, labels that fit, and axes with room, for models of any depth."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+from normfree.report.entropy_figures import headwise_entropy_heatmaps
+from normfree.report.primitives import (
+    annotated_heatmap,
+    colour_bar,
+    configuration_curves,
+    integer_axis,
+    layer_curves,
+    panel_grid,
+)
+from normfree.report.style import TWO_COLUMN, depth_colours, entropy_colours, paper_style
+from normfree.studies.hybrid_activations import layer_entropy_by_configuration
+
+from . import study
+
+DEPTHS = (1, 2, 6, 12, 30)
+
+
+def extents(figure, artists):
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)
+    return [each.get_window_extent(renderer) for each in artists]
+
+
+def apart(boxes):
+    return not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
+
+
+def on_the_page(figure, boxes):
+    return all(box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1 for box in boxes)
+
+
+@pytest.mark.parametrize("n_layer", DEPTHS)
+def test_the_labels_of_a_colour_bar_keep_apart_at_any_depth(n_layer):
+    frame = study.head_entropy(n_layer, 4)
+    figure = headwise_entropy_heatmaps(frame, maximum=3.878)
+    bar = next(axes for axes in figure.axes if axes.get_ylabel() == "attention entropy (nats)")
+    ticks = [label for label in bar.get_yticklabels() if label.get_text()]
+    boxes = extents(figure, [bar.texts[0], bar.yaxis.label, *ticks])
+    assert bar.texts[0].get_text() == "uniform 3.88"
+    assert on_the_page(figure, boxes)
+    low, high = bar.get_ylim()
+    shown = [box for box, tick in zip(boxes[2:], ticks, strict=True) if low <= tick.get_position()[1] <= high]
+    assert len(shown) > 1
+    assert apart([*boxes[:2], *shown])
+
+
+@pytest.mark.parametrize("n_layer", DEPTHS)
+def test_entropy_by_layer_fits_a_page_and_writes_numbers_where_there_is_room(n_layer):
+    frame = study.head_entropy(n_layer, 2)
+    figure = layer_entropy_by_configuration(frame, marked={"SM+G": range(n_layer)}, mark="GELU", maximum=3.9)
+    assert figure.get_figwidth() <= TWO_COLUMN
+    axes = figure.axes[0]
+    texts = [text for text in axes.texts if text.get_text().strip("\N{BULLET} ")]
+    assert len(texts) == (4 * n_layer if n_layer <= 12 else 0)
+    assert sum("\N{BULLET}" in text.get_text() for text in axes.texts) == n_layer
+    boxes = extents(figure, [*texts, axes.xaxis.label, figure.axes[1].yaxis.label])
+    assert on_the_page(figure, boxes)
+    assert apart(boxes)
+
+
+@pytest.mark.parametrize("height", [0.9, 1.4, 3.0])
+def test_a_colour_bar_breaks_a_label_that_is_longer_than_the_figure(height):
+    label = "angular distance, last token (units of π)"
+    with paper_style():
+        figure, grid = panel_grid(4, 4, row_height=height)
+        bar = colour_bar(figure, grid, Normalize(0, 1), entropy_colours(), label)
+    assert bar.ax.get_ylabel().replace("\n", " ") == label
+    (box,) = extents(figure, [bar.ax.yaxis.label])
+    assert on_the_page(figure, [box])
+    assert min(map(len, bar.ax.get_ylabel().split("\n"))) > 5
+
+
+def test_panels_without_use_are_hidden_and_the_ones_above_them_have_labels():
+    _, grid = panel_grid(5, 3, row_height=1.0, sharex=True)
+    assert grid.shape == (2, 3)
+    assert [axes.get_visible() for axes in grid.flat] == [True] * 5 + [False]
+    assert [axes.xaxis.get_tick_params()["labelbottom"] for axes in grid[0]] == [False, False, True]
+    _, single = panel_grid(1, 4, row_height=1.0)
+    assert single.shape == (1, 1)
+
+
+def test_a_single_layer_has_one_tick_and_room_around_it():
+    axes = Figure().subplots()
+    axes.plot([1], [0.3], "o")
+    integer_axis(axes)
+    assert axes.get_xlim() == (0.5, 1.5)
+    assert [tick for tick in axes.get_xticks() if 0.5 <= tick <= 1.5] == [1]
+
+
+def test_curves_of_configurations_are_means_with_a_range_and_count_broken_runs():
+    index = pd.MultiIndex.from_product([("a", "b"), (0, 1), range(3)], names=["configuration", "seed", "layer"])
+    frame = pd.DataFrame({"value": np.arange(12.0), "other": 1.0}, index=index).reset_index()
+    frame.loc[(frame["configuration"] == "b") & (frame["seed"] == 1) & (frame["layer"] == 2), "value"] = np.inf
+    axes = Figure().subplots()
+    configuration_curves(axes, frame, "value", over="layer")
+    lines = {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
+    assert list(lines) == ["a", "b (1 of 2 not finite)"]
+    np.testing.assert_array_equal(lines["a"].get_ydata(), [1.5, 2.5, 3.5])
+    np.testing.assert_array_equal(lines["b (1 of 2 not finite)"].get_ydata(), [7.5, 8.5, np.nan])
+    assert len(axes.collections) == 2
+    others = Figure().subplots()
+    configuration_curves(others, frame, "other", over="layer", broken=("value",), broken_word="diverged")
+    assert others.get_legend_handles_labels()[1] == ["a", "b (1 of 2 diverged)"]
+
+
+def test_curves_of_layers_are_broken_where_a_seed_is_and_go_from_light_to_dark():
+    index = pd.MultiIndex.from_product([(0, 1), range(2), (10, 20)], names=["seed", "layer", "step"])
+    frame = pd.DataFrame({"value": np.arange(8.0)}, index=index).reset_index()
+    frame.loc[7, "value"] = np.nan
+    axes = Figure().subplots()
+    layer_curves(axes, frame.sample(frac=1, random_state=0), "value", [0, 1])
+    assert [line.get_xdata().tolist() for line in axes.lines] == [[10, 20]] * 2
+    np.testing.assert_array_equal([line.get_ydata() for line in axes.lines], [[2, 3], [4, np.nan]])
+    assert [line.get_color() for line in axes.lines] == [depth_colours(2)(i) for i in range(2)]
+
+
+def test_cells_that_are_not_finite_are_hatched_and_empty_texts_left_out():
+    values = np.array([[0.0, np.nan], [np.inf, 1.0]])
+    axes = Figure().subplots()
+    cells = {"rows": ["above", "below"], "columns": range(2)}
+    annotated_heatmap(axes, values, Normalize(0, 1), entropy_colours(), text=lambda x: f"{x:g}" if x else "", **cells)
+    assert [(patch.get_x() + 0.5, patch.get_y() + 0.5) for patch in axes.patches] == [(1, 0), (0, 1)]
+    assert {text.get_position(): text.get_text() for text in axes.texts} == {(1, 0): "nan", (0, 1): "inf", (1, 1): "1"}
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["above", "below"]
