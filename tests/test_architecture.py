@@ -18,13 +18,9 @@ LONG = {
     # The training loop is one function, to be read from top to bottom.
     "normfree.training.loop.run",
     # To be shortened; this list only shrinks.
-    "normfree.cli.depth.depth",
     "normfree.cli.remove_norm.remove_norm",
     "normfree.data.packing._build",
     "normfree.exports.export_without_layers",
-    "normfree.interpret.confidence_neurons.neuron_ablation_effects",
-    "normfree.interpret.depth.measurement.measure_depth",
-    "normfree.report.tables.perplexity_table",
     "normfree.training.finetuning.finetuning_run",
     "normfree.training.loop.__init__",
 }

@@ -22,6 +22,17 @@ from normfree.cli.options import (
 )
 from normfree.errors import InputError
 
+_COLUMNS = {
+    "model": "{model}",
+    "layers": "{n_layer}",
+    "loss, nats": "{loss_nats:.3f}",
+    "effective depth": "{effective_depth:.2f} ± {effective_depth_standard_error:.2f}",
+    "deep half": "{deep_half_share:.1%}",
+    "deep layer, nats": "{deep_layer_nats:.4f}",
+    "variance grows": "{variance_growth}",
+    "last / first": "{variance_ratio:.3g}",
+}
+
 
 def depth(
     models: Compared,
@@ -74,21 +85,8 @@ def depth(
         read = {"beginning": found.sequences.beginning.summary(), "quantization": found.quantization}
         print_json(folder=str(folder), **read, models=rows)
         return
-    columns = {
-        "model": "{model}",
-        "layers": "{n_layer}",
-        "loss, nats": "{loss_nats:.3f}",
-        "effective depth": "{effective_depth:.2f} ± {effective_depth_standard_error:.2f}",
-        "deep half": "{deep_half_share:.1%}",
-        "deep layer, nats": "{deep_layer_nats:.4f}",
-        "variance grows": "{variance_growth}",
-        "last / first": "{variance_ratio:.3g}",
-    }
-    rows_of_table = [
-        [form.format(**{str(key): value for key, value in row.items()}) for form in columns.values()]
-        for row in found.summary.to_dict("records")
-    ]
-    console.print(table(columns, rows_of_table, n_left=1))
+    shown = [[form.format_map(row) for form in _COLUMNS.values()] for row in found.summary.to_dict("records")]
+    console.print(table(_COLUMNS, shown, n_left=1))
     say(console, f"Read on {found.sequences}")
     say_quantized(console, found.quantization)
     for row in found.summary[found.summary["nonfinite_entries"] > 0].to_dict("records"):

@@ -135,21 +135,21 @@ def neuron_ablation_effects(
                 (final,) = read_inputs(model, batch, [model.model.final_norm])
             total.append(_losses(model, readout, final, readout.std(final), batch) - loss)
             frozen.append(_losses(model, readout, final, std, batch) - loss)
-        changes, frozen_changes = torch.cat(total), torch.cat(frozen)
-        effect, frozen_effect = changes.abs().mean(), frozen_changes.abs().mean()
-        rows.append(
-            {
-                "layer": layer,
-                "neuron": neuron,
-                "mean_activation": mean.item(),
-                "total_effect_nats": effect.item(),
-                "frozen_effect_nats": frozen_effect.item(),
-                "total_change_nats": changes.mean().item(),
-                "frozen_change_nats": frozen_changes.mean().item(),
-                "norm_mediated_share": (1 - frozen_effect / effect).item(),
-            }
-        )
+        effects = _effects(torch.cat(total), torch.cat(frozen))
+        rows.append({"layer": layer, "neuron": neuron, "mean_activation": mean.item(), **effects})
     return pd.DataFrame(rows)
+
+
+def _effects(total: torch.Tensor, frozen: torch.Tensor) -> dict[str, float]:
+    """From the changes of the loss of every predicted token, nats."""
+    effect, frozen_effect = total.abs().mean(), frozen.abs().mean()
+    return {
+        "total_effect_nats": effect.item(),
+        "frozen_effect_nats": frozen_effect.item(),
+        "total_change_nats": total.mean().item(),
+        "frozen_change_nats": frozen.mean().item(),
+        "norm_mediated_share": (1 - frozen_effect / effect).item(),
+    }
 
 
 def _chosen_layers(model: NormfreeForCausalLM, layers: Sequence[int] | None) -> list[int]:

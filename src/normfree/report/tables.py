@@ -81,16 +81,21 @@ def perplexity_table(
                 **_interval("eval_loss", runs["eval_loss"].tolist()),
                 **_interval("eval_ppl", runs["eval_ppl"].tolist()),
             }
-            if configuration == baseline:
-                row |= _exactly_zero("delta_percent") | _exactly_zero("loss_difference")
-                row["loss_difference_over"] = "baseline"
-            else:
-                baseline_runs = comparison[comparison["configuration"] == baseline]
-                row |= _interval("delta_percent", _delta_percent(runs, baseline_runs))
-                row |= _loss_difference(differences.get(configuration), runs, baseline_runs)
+            baseline_runs = comparison[comparison["configuration"] == baseline]
+            row |= _to_baseline(runs, baseline_runs, differences.get(configuration), configuration == baseline)
             row |= _bands(shares, setting, configuration) | _published(published, configuration)
             rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _to_baseline(
+    runs: pd.DataFrame, baseline_runs: pd.DataFrame, difference: PairedDifference | None, is_baseline: bool
+) -> dict[str, Any]:
+    if is_baseline:
+        zero = _exactly_zero("delta_percent") | _exactly_zero("loss_difference")
+        return {**zero, "loss_difference_over": "baseline"}
+    percent = _interval("delta_percent", _delta_percent(runs, baseline_runs))
+    return percent | _loss_difference(difference, runs, baseline_runs)
 
 
 def _of_setting(losses: pd.DataFrame, setting: Sequence[Any], results: pd.DataFrame) -> pd.DataFrame:

@@ -93,38 +93,53 @@ def measure_depth(
     if n_probe < 2:
         raise InputError(f"need at least 2 probes of the Jacobians for a standard error, got {n_probe}")
     generator = torch.Generator().manual_seed(seed)
-    plain: list[torch.Tensor] = []
-    variances: list[torch.Tensor] = []
-    angles: list[tuple[torch.Tensor, torch.Tensor]] = []
-    without_each: list[torch.Tensor] = []
-    without_last: list[torch.Tensor] = []
-    squared: list[torch.Tensor] = []
-    nonfinite = torch.zeros((), dtype=torch.int64)
-    for batch in tokens.split(batch_size):
-        with torch.no_grad():
-            recorded = record(model, batch, n_beginning)
-        check_independence(recorded)
-        plain.append(recorded.losses(recorded.logits).double().cpu())
-        variances.append(token_variances(recorded.streams))
-        nonfinite = nonfinite + nonfinite_entries(recorded.streams)
-        angles.append(angular_distances(recorded.streams))
-        without_each.append(losses_without_each(recorded))
-        without_last.append(losses_without_last(recorded))
-        squared.append(squared_jacobian_distances(recorded, n_probe, generator))
-    losses = torch.cat(plain)
-    residual_variance, variance_growth = variance_frames(torch.cat(variances, dim=1), nonfinite)
-    n_layer = len(nonfinite) - 1
-    skipped_losses = torch.cat(without_each, dim=1)
-    dropped = loss_increase_frame("n_dropped", range(1, n_layer), torch.cat(without_last, dim=1), losses)
+    batches = [_measure_batch(model, batch, n_beginning, n_probe, generator) for batch in tokens.split(batch_size)]
+    losses = torch.cat([each.losses for each in batches])
+    without_each = torch.cat([each.without_each for each in batches], dim=1)
+    without_last = torch.cat([each.without_last for each in batches], dim=1)
+    nonfinite = torch.stack([each.nonfinite for each in batches]).sum(dim=0)
+    variances = torch.cat([each.variances for each in batches], dim=1)
+    residual_variance, variance_growth = variance_frames(variances, nonfinite)
+    n_layer = len(without_each)
     return DepthMeasurement(
         residual_variance,
         variance_growth,
-        _angular_distance(angles),
-        loss_increase_frame("layer", range(n_layer), skipped_losses, losses),
-        dropped,
-        jacobian_frame(torch.cat(squared, dim=-1)),
+        _angular_distance([each.angles for each in batches]),
+        loss_increase_frame("layer", range(n_layer), without_each, losses),
+        loss_increase_frame("n_dropped", range(1, n_layer), without_last, losses),
+        jacobian_frame(torch.cat([each.squared_jacobian_distances for each in batches], dim=-1)),
         measure_gradient_norms(model, tokens, batch_size, n_beginning),
-        _summary(tokens, losses, skipped_losses - losses, residual_variance, variance_growth),
+        _summary(tokens, losses, without_each - losses, residual_variance, variance_growth),
+    )
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What was read of one batch, by the functions of these names."""
+
+    losses: torch.Tensor
+    variances: torch.Tensor
+    nonfinite: torch.Tensor
+    angles: tuple[torch.Tensor, torch.Tensor]
+    without_each: torch.Tensor
+    without_last: torch.Tensor
+    squared_jacobian_distances: torch.Tensor
+
+
+def _measure_batch(
+    model: PreTrainedModel, batch: torch.Tensor, n_beginning: int, n_probe: int, generator: torch.Generator
+) -> _Batch:
+    with torch.no_grad():
+        recorded = record(model, batch, n_beginning)
+    check_independence(recorded)
+    return _Batch(
+        recorded.losses(recorded.logits).double().cpu(),
+        token_variances(recorded.streams),
+        nonfinite_entries(recorded.streams),
+        angular_distances(recorded.streams),
+        losses_without_each(recorded),
+        losses_without_last(recorded),
+        squared_jacobian_distances(recorded, n_probe, generator),
     )
 
 
