@@ -9,7 +9,7 @@ from normfree.errors import InputError
 from normfree.report import save_figure
 from normfree.studies.negative_slope.figures import instability_dynamics
 
-from .test_instability import entropies, layers
+from .test_negative_slope_events import entropies, layers
 
 NAN = float("nan")
 
