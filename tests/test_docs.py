@@ -46,6 +46,15 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 @of_each_page
+def test_rows_of_a_table_have_as_many_cells(page: Path) -> None:
+    torn = []
+    for table in re.findall(r"^\|.*\n\|[-:| ]+\n(?:\|.*\n?)+", _without_code(page), re.MULTILINE):
+        head, *rows = [re.sub(r"\\\|", "", line).strip() for line in table.splitlines()]
+        torn += [row for row in rows if row.count("|") != head.count("|")]
+    assert torn == []
+
+
+@of_each_page
 def test_names_can_be_imported(page: Path) -> None:
     names = set(re.findall(r"(?<![\w/.-])normfree(?:\.[A-Za-z_]\w*)+", page.read_text(encoding="utf-8")))
     assert [name for name in sorted(names - ENTRY_POINT_GROUPS) if not _exists(name)] == []
