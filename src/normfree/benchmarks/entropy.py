@@ -1,8 +1,5 @@
 """Time and memory of exact attention entropy, against materialised scores and against flash attention alone.
 
-    normfree bench entropy --out entropy.json
-    normfree bench entropy --tokens 512,4096 --rounds 3
-
 Variants of a length alternate within each round, and ratios are taken per round, which cancels machine drift. Memory is
 the peak above what was held before the call, results included: the least of three fresh processes on the CPU, that of
 torch's allocator on CUDA. Attention is causal.

@@ -1,7 +1,5 @@
 """Hours of training with telemetry in every step: does the process stay as it was, and do its tables grow as predicted?
 
-    normfree bench long-run --hours 2 --out long-run.json
-
 Trains the preset's baseline (SM+LN+G, seed 0) with ``normfree train``, reads the process from outside every few
 seconds, and ends it with SIGTERM as a cluster would. The first tenth of the time predicts the rest: constant memory and
 open files, and as many rows of telemetry a step and bytes a row.

@@ -1,8 +1,5 @@
 """Prefill and decode of a model without norms, against the LayerNorm model it was made from.
 
-    normfree bench norm-free-inference --out norm-free-inference.json
-    normfree bench norm-free-inference --compile
-
 GPT-2's shape with random weights; the norms' stds are 1 and folded with ``normfree.remove_norms``, which changes the
 output and not the cost. Variants alternate within each round, and ratios are taken per round.
 

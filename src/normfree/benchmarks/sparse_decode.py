@@ -1,8 +1,5 @@
 """Sparse decode against dense: the FFN alone, and tokens a second of a whole model, at Gemma-2 2B's shapes.
 
-    normfree bench sparse-decode ffn --dtype fp32 --threads 1
-    normfree bench sparse-decode model --dtype bf16 --threads 2 --layers 26
-
 Random weights; several layers alternate, so that none stays in a CPU cache; every call has new inputs. Variants
 alternate within each round; ratios are per round: their median and the middle 80 %. "ideal" is the ratio of the bytes
 that have to be read. On a CPU every dense variant runs twice: by torch, and by kernels written like the sparse ones

@@ -1,8 +1,5 @@
 """Time of a training step with each norm and placement, and with sparse layers, against the usual model.
 
-    normfree bench step-cost norms --compile --out step-cost-norms.json
-    normfree bench step-cost spark --compile --layers 12 --heads 12 --tokens 256 --batch 8 --dtype bf16
-
 A step is a forward pass, a backward pass and AdamW's update (in float32; autocast with --dtype bf16). Weights are
 random. Variants alternate within each round; a ratio is the median of the rounds' ratios, its interval the middle half.
 

@@ -1,7 +1,5 @@
 """Training speed of Normfree's decoder, with and without telemetry, against Hugging Face's GPT-2 of the same size.
 
-    normfree bench training --preset cpu --rounds 7
-
 Variants alternate within each round, in a new random order, and ratios are taken per round, which cancels machine
 drift.
 
