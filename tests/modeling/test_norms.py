@@ -144,7 +144,7 @@ def test_derf_starts_at_the_configured_alpha_and_shift(
         assert each.item() == pytest.approx(alpha if name.endswith("alpha") else shift), name
     with torch.no_grad():
         for each in numbers.values():
-            each += 1
+            each.add_(1)
     model.save_pretrained(tmp_path)
     loaded = dict(NormfreeForCausalLM.from_pretrained(tmp_path).named_parameters())
     assert all(torch.equal(loaded[name], each) for name, each in numbers.items())
@@ -159,7 +159,7 @@ def test_derf_has_the_gradients_of_its_equation(seed: int, scale: float) -> None
     upstream = torch.randn(5, 12, generator=generator, dtype=torch.float64)
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter += torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
     (module(x) * upstream).sum().backward()
     values, g = x.detach().numpy(), upstream.numpy()
     alpha, shift, gain, _ = (each.detach().numpy() for each in module.parameters())
