@@ -14,15 +14,16 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from normfree.report import Section, Table
-from normfree.report.style import TWO_COLUMN, depth_colours, paper_style
+from normfree.probes.optional.qk_logit_max import QK_LOGIT_MAX
+from normfree.report import Section, Table, paper_style
+from normfree.report.frames import in_order
+from normfree.report.primitives import depth_bar, layer_curves, panel_grid
 from normfree.runner import Configuration, Findings, Study, StudyPage, run_key
 from normfree.studies.relu_revival import GELU, LAYERNORM_GELU
 from normfree.training import RunResult
 from normfree.training.records import LAYERS_FILE, read_parquet
 
-LOGIT = "qk_logit_max"
-RECIPE = {"probes": [LOGIT]}
+RECIPE = {"probes": [QK_LOGIT_MAX]}
 
 CONFIGURATIONS = tuple(
     Configuration(each.label + suffix, {**each.model, **extra}, RECIPE)
@@ -39,39 +40,36 @@ def logit_frame(results: Iterable[RunResult]) -> pd.DataFrame:
     frames = []
     for result in results:
         layers = read_parquet(result.folder / LAYERS_FILE)
-        heads = layers[layers["name"] == LOGIT].rename(columns={"value": LOGIT})
+        heads = layers[layers["name"] == QK_LOGIT_MAX].rename(columns={"value": QK_LOGIT_MAX})
         frames.append(largest_by(heads, "step", "layer").reset_index().assign(**run_key(result)))
     return pd.concat(frames, ignore_index=True)
 
 
 def largest_by(logits: pd.DataFrame, *columns: str) -> pd.Series:
     """The largest logit of each group; NaN for a group with a NaN."""
-    return logits.groupby(list(columns), sort=False)[LOGIT].agg(lambda values: values.max(skipna=False))
+    return logits.groupby(list(columns), sort=False)[QK_LOGIT_MAX].agg(lambda values: values.max(skipna=False))
 
 
+@paper_style()
 def attention_logits(logits: pd.DataFrame) -> Figure:
     """The largest attention logit of each layer over training, a panel each configuration; the largest of all seeds.
 
     Args:
         logits: as :func:`logit_frame` returns it.
     """
-    configurations = list(dict.fromkeys(logits["configuration"]))
-    colours = depth_colours(logits["layer"].nunique())
-    with paper_style():
-        figure = Figure(figsize=(TWO_COLUMN, 1.9), layout="constrained")
-        grid = figure.subplots(1, len(configurations), sharex=True, sharey=True, squeeze=False)
-        for axes, configuration in zip(grid.flat, configurations, strict=True):
-            of_seeds = logits[logits["configuration"] == configuration]
-            layers = largest_by(of_seeds, "step", "layer").unstack("layer")
-            for place, (layer, values) in enumerate(layers.items()):
-                axes.plot(values.index, values, color=colours(place), linewidth=1.0, label=f"layer {layer}")
-            axes.set_yscale("symlog", linthresh=1.0)
-            axes.set_title(configuration)
-            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        figure.supxlabel("training step", fontsize=7)
-        grid[0, 0].set_ylabel("largest attention logit")
-        handles, labels = grid[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=min(6, len(labels)))
+    configurations = in_order(logits["configuration"])
+    layers = sorted(in_order(logits["layer"]))
+    figure, grid = panel_grid(len(configurations), len(configurations), row_height=1.9, sharex=True, sharey=True)
+    for axes, configuration in zip(grid.flat, configurations, strict=True):
+        of_seeds = logits[logits["configuration"] == configuration]
+        largest = largest_by(of_seeds, "step", "layer").reset_index().assign(seed=0)
+        layer_curves(axes, largest, QK_LOGIT_MAX, layers)
+        axes.set_yscale("symlog", linthresh=1.0)
+        axes.set_title(configuration)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    figure.supxlabel("training step", fontsize=7)
+    grid[0, 0].set_ylabel("largest attention logit")
+    depth_bar(figure, grid, layers, "layer")
     return figure
 
 

@@ -17,6 +17,8 @@ from normfree.probes.probe import LayerRow, rows_by_head
 from normfree.probes.reading import UnreadableCallError
 from normfree.probes.watching import Attending, Row
 
+QK_LOGIT_MAX = "qk_logit_max"
+
 
 class QKLogitMaxProbe(AttentionProbe[Tensor]):
     """``qk_logit_max`` of each head: the largest logit that entered its softmax, over all queries and visible keys.
@@ -39,7 +41,7 @@ class QKLogitMaxProbe(AttentionProbe[Tensor]):
         return self._stack(lambda layer: layer).float()
 
     def layer_rows(self) -> Iterator[LayerRow]:
-        return rows_by_head("qk_logit_max", self.per_head())
+        return rows_by_head(QK_LOGIT_MAX, self.per_head())
 
     def _read(self, row: Row, attending: Attending) -> None:
         for part in self._parts.of(attending):
