@@ -27,6 +27,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from normfree import NormfreeForCausalLM
 from normfree.benchmarks.machine import DTYPES, check_at_least, surroundings, usual_device
+from normfree.columns import TOKENS_PER_SECOND
 from normfree.runner import Preset, load_preset, run_config
 from normfree.studies.relu_revival import LAYERNORM_GELU
 from normfree.timing import median_ratio
@@ -78,7 +79,7 @@ def benchmark_training(
         **surroundings(device),
         "precision": recipe.precision,
         "our_attn_implementation": recipe.attn_implementation,
-        "tokens_per_second": {name: round(tokens / statistics.median(each)) for name, each in seconds.items()},
+        TOKENS_PER_SECOND: {name: round(tokens / statistics.median(each)) for name, each in seconds.items()},
         "ours_against_hugging_face_sdpa": against("ours", "Hugging Face sdpa"),
         "ours_sdpa_against_hugging_face_sdpa": against("ours sdpa", "Hugging Face sdpa"),
         "ours_with_telemetry_every_step_against_eager_entropy": against(

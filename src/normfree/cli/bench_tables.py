@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from normfree.cli.console import table
+from normfree.columns import TOKENS_PER_SECOND
 
 Result = dict[str, Any]
 NONE = "–"
@@ -33,7 +34,7 @@ def entropy_table(length: Result) -> Table:
 
 
 def _training(result: Result) -> list[Table]:
-    speeds = ((name, f"{tokens:,}") for name, tokens in result["tokens_per_second"].items())
+    speeds = ((name, f"{tokens:,}") for name, tokens in result[TOKENS_PER_SECOND].items())
     ratios = (
         (name.replace("_", " "), f"{value:.2%}" if name.startswith(("telemetry", "share")) else f"{value:.3f} times")
         for name, value in result.items()

@@ -21,6 +21,7 @@ from normfree.cli.options import (
     checked_corpus,
     checked_folder,
 )
+from normfree.columns import SHARE_OF_UNIFORM, SINK_SHARE, UNIFORM_NATS
 
 if TYPE_CHECKING:
     from normfree.measurement import Measurement
@@ -85,7 +86,7 @@ def _layers_table(result: Measurement) -> Table:
     columns = ("layer", "mean", "min", "max", "uniform", "share of uniform", "sink share", "heads in top band")
     rows = []
     for row in result.layers.to_dict("records"):
-        nats = (f"{row[column]:.3f}" for column in ("mean_nats", "min_nats", "max_nats", "uniform_nats"))
-        shares = (f"{100 * row[column]:.1f} %" for column in ("share_of_uniform", "sink_share"))
+        nats = (f"{row[column]:.3f}" for column in ("mean_nats", "min_nats", "max_nats", UNIFORM_NATS))
+        shares = (f"{100 * row[column]:.1f} %" for column in (SHARE_OF_UNIFORM, SINK_SHARE))
         rows.append((str(row["layer"]), *nats, *shares, f"{row['top_band_heads']} of {row['n_head']}"))
     return table(columns, rows)

@@ -23,6 +23,7 @@ from normfree.cli.options import (
     checked_corpus,
     checked_folder,
 )
+from normfree.columns import EVAL_LOSS, EVAL_PPL
 from normfree.processes import check_alone
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def remove_norm(
 
 def _show(removal: PretrainedRemoval, name: str, console: Console) -> None:
     result = removal.result
-    form = {"finetuning_tokens": ",", "eval_loss": ".4f", "eval_ppl": ".2f", "delta_loss": "+.4f"}
+    form = {"finetuning_tokens": ",", EVAL_LOSS: ".4f", EVAL_PPL: ".2f", "delta_loss": "+.4f"}
     rows = (
         (row["variant"], *(format(row[column], how) for column, how in form.items()))
         for row in result.table.to_dict("records")

@@ -13,6 +13,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from normfree.columns import SINK_SHARE
 from normfree.errors import InputError
 from normfree.report.frames import FloatArray, check_columns, check_frame, in_order
 from normfree.report.primitives import (
@@ -34,7 +35,7 @@ NEURON_WEIGHTS = ("model", "layer", "neuron", "weight_norm", "logit_variance")
 NEURON_EFFECTS = ("model", "layer", "neuron", "total_effect_nats", "frozen_effect_nats")
 RESIDUAL_STDS = ("model", "layer", "position", "residual_std")
 RESIDUAL_STD_RANGES = ("model", "layer", "first", "others_median", "others_min", "others_max")
-SINKS = ("model", "layer", "head", "sink_share")
+SINKS = ("model", "layer", "head", SINK_SHARE)
 
 _MOST_COLUMNS = 3
 _ACCENT, _OTHERS = "#D55E00", "#0072B2"
@@ -197,7 +198,7 @@ def first_token_over_depth(stds: pd.DataFrame, sinks: pd.DataFrame) -> Figure:
         InputError: a column is missing, a layer or a head occurs twice, or a model has no sinks.
     """
     check_frame(stds, "residual stds", RESIDUAL_STD_RANGES, RESIDUAL_STD_RANGES[2:])
-    check_frame(sinks, "sinks", SINKS, ("sink_share",))
+    check_frame(sinks, "sinks", SINKS, (SINK_SHARE,))
     models = list(_by_model(stds))
     missing = [model for model, _ in models if model not in set(sinks["model"])]
     if missing:
@@ -212,9 +213,9 @@ def first_token_over_depth(stds: pd.DataFrame, sinks: pd.DataFrame) -> Figure:
         above.plot(finite.index, finite["others_median"], color=_OTHERS, label="all other tokens: median, range")
         above.plot(finite.index, finite["first"], color=_ACCENT, label="first token")
         above.set_title(model)
-        heads = sinks.loc[sinks["model"] == model, ["layer", "sink_share"]].where(np.isfinite)
-        below.plot(heads["layer"], heads["sink_share"], "o", markersize=1.8, color=QUIET, label="a head", linewidth=0)
-        mean = heads.groupby("layer")["sink_share"].mean()
+        heads = sinks.loc[sinks["model"] == model, ["layer", SINK_SHARE]].where(np.isfinite)
+        below.plot(heads["layer"], heads[SINK_SHARE], "o", markersize=1.8, color=QUIET, label="a head", linewidth=0)
+        mean = heads.groupby("layer")[SINK_SHARE].mean()
         below.plot(mean.index, mean, color=INK, linewidth=1.0, label="mean over heads")
         integer_axis(below)
     logarithmic_axis(grid[0, 0])

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from normfree.columns import ENTROPY_NATS, SHARE_OF_UNIFORM, SINK_SHARE, UNIFORM_NATS
 from normfree.entropy import entropy_bands
 from normfree.files import write_text
 from normfree.probes import EntropyProbe
@@ -97,7 +98,7 @@ def measure_attention_entropy(
             of_length.setdefault(len(row), []).append(row)
         _watch(probe, model, [each for same in of_length.values() for each in _batches(same, batch_size)])
     heads = _heads_frame(probe)
-    bound = float(heads["uniform_nats"].max())
+    bound = float(heads[UNIFORM_NATS].max())
     return AttentionEntropy(heads, _layers_frame(heads), probe.unreadable, len(rows), n_tokens, longest, bound)
 
 
@@ -156,13 +157,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def _heads_frame(probe: EntropyProbe) -> pd.DataFrame:
     columns = {
-        "entropy_nats": probe.per_head(),
-        "uniform_nats": probe.maximum(),
-        "share_of_uniform": probe.normalized(),
-        "sink_share": probe.sink_share(),
+        ENTROPY_NATS: probe.per_head(),
+        UNIFORM_NATS: probe.maximum(),
+        SHARE_OF_UNIFORM: probe.normalized(),
+        SINK_SHARE: probe.sink_share(),
         "nan_queries": probe.nan_rows(),
     }
-    layers, heads = np.indices(columns["entropy_nats"].shape)
+    layers, heads = np.indices(columns[ENTROPY_NATS].shape)
     frame = pd.DataFrame(
         {
             "layer": layers.ravel(),
@@ -179,11 +180,11 @@ def _numbers(table: torch.Tensor) -> NDArray[Any]:
 
 
 def _layers_frame(heads: pd.DataFrame) -> pd.DataFrame:
-    finite = heads["entropy_nats"].dropna()
+    finite = heads[ENTROPY_NATS].dropna()
     largest = float(finite.max()) if len(finite) else float("nan")
     rows = []
     for (layer, module), each in heads.groupby(["layer", "module"], sort=True):
-        entropy = each["entropy_nats"].to_numpy(dtype=np.float64)
+        entropy = each[ENTROPY_NATS].to_numpy(dtype=np.float64)
         # a model whose heads all attend to one key, or are all NaN, has no range to divide
         top_band = entropy_bands(entropy, largest)[3] if largest > 0 else 0.0
         rows.append(
@@ -193,9 +194,9 @@ def _layers_frame(heads: pd.DataFrame) -> pd.DataFrame:
                 "mean_nats": entropy.mean(),
                 "min_nats": entropy.min(),
                 "max_nats": entropy.max(),
-                "uniform_nats": each["uniform_nats"].to_numpy(dtype=np.float64).mean(),
-                "share_of_uniform": each["share_of_uniform"].to_numpy(dtype=np.float64).mean(),
-                "sink_share": each["sink_share"].to_numpy(dtype=np.float64).mean(),
+                UNIFORM_NATS: each[UNIFORM_NATS].to_numpy(dtype=np.float64).mean(),
+                SHARE_OF_UNIFORM: each[SHARE_OF_UNIFORM].to_numpy(dtype=np.float64).mean(),
+                SINK_SHARE: each[SINK_SHARE].to_numpy(dtype=np.float64).mean(),
                 "top_band_heads": round(top_band * len(each)),
                 "n_head": len(each),
             }

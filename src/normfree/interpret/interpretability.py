@@ -12,6 +12,7 @@ from typing import Unpack
 import pandas as pd
 import torch
 
+from normfree.columns import SINK_SHARE
 from normfree.errors import InputError
 from normfree.files import write_text
 from normfree.interpret.confidence_neurons import (
@@ -45,7 +46,7 @@ _COLUMNS = {
     "patching_pearson": "Patching: correlation",
     "patching_nmae": "Patching: error",
     "norm_mediated_share": "Through the norm",
-    "sink_share": "Sink share",
+    SINK_SHARE: "Sink share",
     "first_token_std_ratio": "First token's std, ratio",
 }
 _NOTES = (
@@ -224,7 +225,7 @@ def _summary(frames: Mapping[str, pd.DataFrame]) -> dict[str, float]:
         "patching_pearson": patched.pearson,
         "patching_nmae": patched.nmae,
         "norm_mediated_share": frames["neuron_effects"]["norm_mediated_share"].median(),
-        "sink_share": frames["sinks"]["sink_share"].mean(skipna=False),
+        SINK_SHARE: frames["sinks"][SINK_SHARE].mean(skipna=False),
         "first_token_std_ratio": float(last.iloc[0] / last.iloc[1:].median()),
     }
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from normfree.columns import EVAL_LOSS, EVAL_PPL
 from normfree.errors import InputError, unknown_name
 from normfree.probes.residual_stream import decoder_blocks
 from normfree.training.evaluation import evaluation_losses, perplexity
@@ -92,8 +93,8 @@ def quantization_cost(model: PreTrainedModel, sequences: torch.Tensor, batch_siz
     return pd.DataFrame(
         {
             "precision": list(losses),
-            "eval_loss": list(losses.values()),
-            "eval_ppl": [perplexity(loss) for loss in losses.values()],
+            EVAL_LOSS: list(losses.values()),
+            EVAL_PPL: [perplexity(loss) for loss in losses.values()],
             # exp of the difference: perplexities of their own may overflow
             "increase_percent": [100 * (perplexity(loss - full) - 1) for loss in losses.values()],
         }

@@ -6,6 +6,7 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
+from normfree.columns import SINK_SHARE
 from normfree.errors import InputError
 from normfree.interpret.head_entropy import measure_attention_entropy
 from normfree.probes.residual_stream import decoder_blocks
@@ -28,7 +29,7 @@ def attention_sinks(model: PreTrainedModel, sequences: torch.Tensor, batch_size:
     """
     _check(sequences)
     heads = measure_attention_entropy(model, sequences, batch_size).heads
-    return heads[["layer", "head", "sink_share"]].assign(is_sink=heads["sink_share"] > SINK_THRESHOLD)
+    return heads[["layer", "head", SINK_SHARE]].assign(is_sink=heads[SINK_SHARE] > SINK_THRESHOLD)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import torch
 import yaml
 from transformers import PreTrainedModel
 
+from normfree.columns import EVAL_LOSS, EVAL_PPL
 from normfree.data import PackedData, PackedSequences
 from normfree.errors import InputError
 from normfree.files import folder_written_whole, write_text
@@ -144,8 +145,8 @@ def _write_table(losses: dict[str, float], tokens: int, folder: Path) -> pd.Data
         {
             "variant": variant,
             "finetuning_tokens": 0 if variant == ORIGINAL else tokens,
-            "eval_loss": loss,
-            "eval_ppl": perplexity(loss),
+            EVAL_LOSS: loss,
+            EVAL_PPL: perplexity(loss),
             "delta_loss": loss - losses[ORIGINAL],
         }
         for variant, loss in losses.items()

@@ -17,6 +17,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from normfree.columns import ENTROPY_NATS
 from normfree.errors import unknown_name
 from normfree.report.frames import (
     HEAD_ENTROPY,
@@ -112,7 +113,7 @@ def headwise_entropy_heatmaps(
     """
     if annotate not in (True, False, "auto"):
         raise unknown_name("value of annotate", annotate, ("auto", "True", "False"))
-    check_frame(head_entropy, "head_entropy", HEAD_ENTROPY, ("entropy_nats",))
+    check_frame(head_entropy, "head_entropy", HEAD_ENTROPY, (ENTROPY_NATS,))
     heatmaps = [_Heatmap.of(run) for _, run in head_entropy.groupby([*SETTING, "configuration"], sort=False)]
     largest = [float(each.entropy[~np.isnan(each.entropy)].max(initial=0.0)) for each in heatmaps]
     norm = Normalize(0.0, max([*largest, maximum or 0.0]) or 1.0)
@@ -216,7 +217,7 @@ def headwise_entropy_distribution(head_entropy: pd.DataFrame) -> Figure:
     Raises:
         InputError: a column is missing, a head occurs twice, or the frame mixes models or context lengths.
     """
-    check_frame(head_entropy, "head_entropy", HEAD_ENTROPY, ("entropy_nats",))
+    check_frame(head_entropy, "head_entropy", HEAD_ENTROPY, (ENTROPY_NATS,))
     check_one_setting(head_entropy, "head_entropy")
     shares = band_shares(head_entropy)
     colours = configuration_colours(in_order(shares["configuration"]))
@@ -276,20 +277,20 @@ def layerwise_entropy_dynamics(layer_entropy: pd.DataFrame, *, bound: float | No
     Raises:
         InputError: a column is missing, a layer occurs twice at a step, or the frame mixes models or context lengths.
     """
-    check_frame(layer_entropy, "layer_entropy", LAYER_ENTROPY, ("entropy_nats",))
+    check_frame(layer_entropy, "layer_entropy", LAYER_ENTROPY, (ENTROPY_NATS,))
     check_one_setting(layer_entropy, "layer_entropy")
     configurations = in_order(layer_entropy["configuration"])
     layers = sorted(in_order(layer_entropy["layer"]))
     figure, grid = panel_grid(len(configurations), 4, row_height=1.55, above=0.35, sharex=True, sharey=True)
     for axes, configuration in zip(grid.flat, configurations, strict=False):
         runs = layer_entropy[layer_entropy["configuration"] == configuration]
-        layer_curves(axes, runs, "entropy_nats", layers)
+        layer_curves(axes, runs, ENTROPY_NATS, layers)
         _hatch_nan(axes, runs)
         axes.set_title(configuration)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         if bound is not None:
             axes.axhline(bound, zorder=1.5, **DASHED)
-    finite = layer_entropy.loc[np.isfinite(layer_entropy["entropy_nats"]), "entropy_nats"]
+    finite = layer_entropy.loc[np.isfinite(layer_entropy[ENTROPY_NATS]), ENTROPY_NATS]
     grid[0, 0].set_ylim(0, 1.06 * max([bound or 0.0, *finite]) or 1.0)
     if bound is not None:
         place: Style = {
@@ -308,7 +309,7 @@ def layerwise_entropy_dynamics(layer_entropy: pd.DataFrame, *, bound: float | No
 
 def _hatch_nan(axes: Axes, runs: pd.DataFrame) -> None:
     """Hatches the steps from the first entropy that is not finite, and says in how many runs there is one."""
-    broken = runs[~np.isfinite(runs["entropy_nats"])]
+    broken = runs[~np.isfinite(runs[ENTROPY_NATS])]
     if broken.empty:
         return
     first = broken["step"].min()

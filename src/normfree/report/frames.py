@@ -11,28 +11,45 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from normfree.columns import (
+    ENTROPY_NATS,
+    ENTROPY_THRESHOLD_NATS,
+    EVAL_LOSS,
+    EVAL_PPL,
+    LOSS_NATS,
+    NEGATIVE_SLOPE,
+    RESIDUAL_EXCESS_KURTOSIS,
+    RESIDUAL_INF_COUNT,
+    RESIDUAL_KURTOSIS,
+    RESIDUAL_MAX_OVER_MEDIAN,
+    RESIDUAL_NAN_COUNT,
+    RESIDUAL_RMS,
+    SCORES_INF_COUNT,
+    SCORES_NAN_COUNT,
+    TOKEN_COSINE_SIMILARITY,
+)
 from normfree.errors import InputError
 
 FloatArray = npt.NDArray[np.float64]
 
 SETTING = ("model", "context_length")
-RESULTS = (*SETTING, "configuration", "seed", "eval_loss", "eval_ppl", "status")
-HEAD_ENTROPY = (*SETTING, "configuration", "seed", "layer", "head", "entropy_nats")
-EVAL_CURVE = (*SETTING, "configuration", "seed", "step", "tokens", "eval_loss")
-LAYER_ENTROPY = (*SETTING, "configuration", "seed", "step", "layer", "entropy_nats")
-DECAY_ONLY = ("configuration", "step", "negative_slope")
-SLOPES = (*SETTING, "configuration", "seed", "step", "layer", "negative_slope")
+RESULTS = (*SETTING, "configuration", "seed", EVAL_LOSS, EVAL_PPL, "status")
+HEAD_ENTROPY = (*SETTING, "configuration", "seed", "layer", "head", ENTROPY_NATS)
+EVAL_CURVE = (*SETTING, "configuration", "seed", "step", "tokens", EVAL_LOSS)
+LAYER_ENTROPY = (*SETTING, "configuration", "seed", "step", "layer", ENTROPY_NATS)
+DECAY_ONLY = ("configuration", "step", NEGATIVE_SLOPE)
+SLOPES = (*SETTING, "configuration", "seed", "step", "layer", NEGATIVE_SLOPE)
 SIGNAL_STATISTICS = (
-    "residual_rms",
-    "residual_kurtosis",
-    "residual_excess_kurtosis",
-    "residual_max_over_median",
-    "token_cosine_similarity",
+    RESIDUAL_RMS,
+    RESIDUAL_KURTOSIS,
+    RESIDUAL_EXCESS_KURTOSIS,
+    RESIDUAL_MAX_OVER_MEDIAN,
+    TOKEN_COSINE_SIMILARITY,
 )
-NONFINITE_COUNTS = ("scores_nan_count", "scores_inf_count", "residual_nan_count", "residual_inf_count")
+NONFINITE_COUNTS = (SCORES_NAN_COUNT, SCORES_INF_COUNT, RESIDUAL_NAN_COUNT, RESIDUAL_INF_COUNT)
 NONFINITE = (*SETTING, "configuration", "seed", "step", "layer", *NONFINITE_COUNTS)
-THRESHOLDS = (*SETTING, "configuration", "seed", "step", "layer", "head", "entropy_nats", "entropy_threshold_nats")
-SEQUENCE_LOSSES = ("configuration", "seed", "sequence", "loss_nats")
+THRESHOLDS = (*SETTING, "configuration", "seed", "step", "layer", "head", ENTROPY_NATS, ENTROPY_THRESHOLD_NATS)
+SEQUENCE_LOSSES = ("configuration", "seed", "sequence", LOSS_NATS)
 
 
 def check_frame(frame: pd.DataFrame, name: str, columns: Sequence[str], values: Sequence[str]) -> None:
@@ -91,7 +108,7 @@ def head_grid(frame: pd.DataFrame) -> tuple[FloatArray, list[int], list[int], li
         InputError: a cell is missing; a head without a value is a row with NaN.
     """
     axes = [sorted(in_order(frame[column])) for column in ("seed", "layer", "head")]
-    entropy = frame.set_index(["seed", "layer", "head"])["entropy_nats"]
+    entropy = frame.set_index(["seed", "layer", "head"])[ENTROPY_NATS]
     full = pd.MultiIndex.from_product(axes)
     missing = [cell for cell in full if cell not in entropy.index]
     if missing:

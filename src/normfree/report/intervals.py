@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from normfree.columns import ENTROPY_NATS, LOSS_NATS
 from normfree.entropy import entropy_bands
 from normfree.errors import InputError, unknown_name
 from normfree.report.frames import HEAD_ENTROPY, SEQUENCE_LOSSES, SETTING, FloatArray, check_frame, in_order
@@ -82,7 +83,7 @@ def paired_difference(sequence_losses: pd.DataFrame, baseline: str, level: float
         InputError: ``baseline`` is not in the frame, runs cover different sequences, or a configuration has
             no seed in common with the baseline.
     """
-    check_frame(sequence_losses, "sequence_losses", SEQUENCE_LOSSES, ("loss_nats",))
+    check_frame(sequence_losses, "sequence_losses", SEQUENCE_LOSSES, (LOSS_NATS,))
     configurations = in_order(sequence_losses["configuration"])
     if baseline not in configurations:
         raise unknown_name("baseline configuration", baseline, configurations)
@@ -96,7 +97,7 @@ def paired_difference(sequence_losses: pd.DataFrame, baseline: str, level: float
             )
     losses = {
         configuration: sequence_losses[sequence_losses["configuration"] == configuration].pivot(
-            index="sequence", columns="seed", values="loss_nats"
+            index="sequence", columns="seed", values=LOSS_NATS
         )
         for configuration in configurations
     }
@@ -132,13 +133,13 @@ def band_shares(head_entropy: pd.DataFrame) -> pd.DataFrame:
         Columns model, context_length, configuration, seed, band_1 ... band_4 (shares that sum to 1),
         nan_heads and maximum_nats.
     """
-    check_frame(head_entropy, "head_entropy", HEAD_ENTROPY, ("entropy_nats",))
+    check_frame(head_entropy, "head_entropy", HEAD_ENTROPY, (ENTROPY_NATS,))
     rows = []
     for _, comparison in head_entropy.groupby([*SETTING, "seed"], sort=False):
-        entropy = comparison["entropy_nats"]
+        entropy = comparison[ENTROPY_NATS]
         maximum = float(entropy[np.isfinite(entropy)].max())
         for _, run in comparison.groupby("configuration", sort=False):
-            values = run["entropy_nats"].to_numpy(dtype=np.float64)
+            values = run[ENTROPY_NATS].to_numpy(dtype=np.float64)
             nan_heads = int(np.count_nonzero(~np.isfinite(values)))
             shares = [float("nan")] * 4 if nan_heads else entropy_bands(values, maximum).tolist()
             rows.append(

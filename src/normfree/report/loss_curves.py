@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from normfree.columns import EVAL_LOSS
 from normfree.report.frames import EVAL_CURVE, check_frame, check_one_setting, in_order
 from normfree.report.primitives import configuration_curves
 from normfree.report.style import ONE_COLUMN, TWO_COLUMN, Style, configuration_colours, paper_style
@@ -30,13 +31,13 @@ def evaluation_loss_curves(eval_curve: pd.DataFrame) -> Figure:
     Raises:
         InputError: a column is missing, an evaluation occurs twice, or the frame mixes models or context lengths.
     """
-    check_frame(eval_curve, "eval_curve", EVAL_CURVE, ("eval_loss", "tokens"))
+    check_frame(eval_curve, "eval_curve", EVAL_CURVE, (EVAL_LOSS, "tokens"))
     check_one_setting(eval_curve, "eval_curve")
     configurations = in_order(eval_curve["configuration"])
     is_long = len(configurations) > LONGEST_LEGEND
     figure = Figure(figsize=(TWO_COLUMN if is_long else ONE_COLUMN, 2.25), layout="constrained")
     axes = figure.subplots()
-    configuration_curves(axes, eval_curve, "eval_loss", over="tokens", broken_word="diverged")
+    configuration_curves(axes, eval_curve, EVAL_LOSS, over="tokens", broken_word="diverged")
     bottom, top = _loss_limits(eval_curve)
     _mark_diverged_runs(axes, eval_curve, top)
     axes.set_ylim(bottom, top)
@@ -58,14 +59,14 @@ def _loss_limits(eval_curve: pd.DataFrame) -> tuple[float, float]:
     Diverged runs do not stretch the axis, unless there are no others: their last losses can be of any size.
     """
     runs = [run for _, run in eval_curve.groupby(["configuration", "seed"])]
-    steady = [run for run in runs if np.isfinite(run["eval_loss"]).all()]
+    steady = [run for run in runs if np.isfinite(run[EVAL_LOSS]).all()]
     shown = pd.concat(steady or runs)
-    finite = shown[np.isfinite(shown["eval_loss"])]
+    finite = shown[np.isfinite(shown[EVAL_LOSS])]
     if finite.empty:
         return 0.0, 1.0
     later = finite[finite["tokens"] >= 0.1 * eval_curve["tokens"].max()]
-    first = finite.loc[finite.groupby(["configuration", "seed"])["tokens"].idxmin(), "eval_loss"].max()
-    low, high = float(finite["eval_loss"].min()), min(float(later["eval_loss"].max()), float(first))
+    first = finite.loc[finite.groupby(["configuration", "seed"])["tokens"].idxmin(), EVAL_LOSS].max()
+    low, high = float(finite[EVAL_LOSS].min()), min(float(later[EVAL_LOSS].max()), float(first))
     if later.empty or high <= low:
         high = float(first) if first > low else low + 1.0
     margin = 0.06 * (high - low)
@@ -76,8 +77,8 @@ def _mark_diverged_runs(axes: Axes, eval_curve: pd.DataFrame, top: float) -> Non
     """A cross at the last finite loss of each diverged run, at most at ``top``."""
     colours = configuration_colours(in_order(eval_curve["configuration"]))
     for (configuration, _), run in eval_curve.sort_values("tokens").groupby(["configuration", "seed"]):
-        finite = run[np.isfinite(run["eval_loss"])]
+        finite = run[np.isfinite(run[EVAL_LOSS])]
         if 0 < len(finite) < len(run):
-            end = (float(finite["tokens"].iloc[-1]), min(float(finite["eval_loss"].iloc[-1]), top))
+            end = (float(finite["tokens"].iloc[-1]), min(float(finite[EVAL_LOSS].iloc[-1]), top))
             style: Style = {"markersize": 6, "markeredgecolor": "white", "markeredgewidth": 0.6, "clip_on": False}
             axes.plot(*end, "X", color=colours[str(configuration)], **style)

@@ -9,11 +9,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
+from normfree.columns import EVAL_PPL, EVAL_PPL_HIGH, EVAL_PPL_LOW
 from normfree.report.frames import check_frame, in_order
 from normfree.report.primitives import panel_grid
 from normfree.report.style import DASHED, Style, configuration_colours, paper_style
 
-CURVES = ("line", "place", "value", "eval_ppl", "eval_ppl_low", "eval_ppl_high", "top_band")
+CURVES = ("line", "place", "value", EVAL_PPL, EVAL_PPL_LOW, EVAL_PPL_HIGH, "top_band")
 
 
 @paper_style()
@@ -36,13 +37,13 @@ def perplexity_and_overload(curves: pd.DataFrame, *, changed: str, level: Mappin
     perplexity, overload = grid.flat
     for name, colour in configuration_colours(in_order(curves["line"])).items():
         line = curves[curves["line"] == name].sort_values("place")
-        reach = [line["eval_ppl"] - line["eval_ppl_low"], line["eval_ppl_high"] - line["eval_ppl"]]
+        reach = [line[EVAL_PPL] - line[EVAL_PPL_LOW], line[EVAL_PPL_HIGH] - line[EVAL_PPL]]
         bars = [each.fillna(0).clip(lower=0) for each in reach]
         style: Style = {"color": colour, "marker": "o", "markersize": 3}
-        perplexity.errorbar(line["place"], line["eval_ppl"], yerr=bars, elinewidth=0.8, label=name, **style)
+        perplexity.errorbar(line["place"], line[EVAL_PPL], yerr=bars, elinewidth=0.8, label=name, **style)
         overload.plot(line["place"], 100 * line["top_band"], **style)
     if level is not None:
-        perplexity.axhline(level["eval_ppl"], label=level["configuration"], **DASHED)
+        perplexity.axhline(level[EVAL_PPL], label=level["configuration"], **DASHED)
         overload.axhline(100 * level["top_band"], **DASHED)
     perplexity.set_yscale("log")
     perplexity.yaxis.set_major_formatter("{x:g}")

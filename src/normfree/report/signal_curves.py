@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from normfree.columns import RESIDUAL_KURTOSIS, RESIDUAL_MAX_OVER_MEDIAN, RESIDUAL_RMS, TOKEN_COSINE_SIMILARITY
 from normfree.report.frames import SETTING, SIGNAL_STATISTICS, check_frame, check_one_setting
 from normfree.report.primitives import (
     configuration_curves,
@@ -24,10 +25,10 @@ SIGNAL_PROPAGATION = (*SETTING, "configuration", "seed", "layer", *SIGNAL_STATIS
 SIGNAL_DYNAMICS = (*SETTING, "configuration", "seed", "step", "layer", *SIGNAL_STATISTICS)
 
 _PANELS = {
-    "residual_rms": ("Residual RMS", "RMS (activation units)"),
-    "residual_kurtosis": ("Channel kurtosis", "kurtosis (ratio, 1 to d)"),
-    "residual_max_over_median": ("Max over median", "max / median (ratio)"),
-    "token_cosine_similarity": ("Token similarity", "cosine (\N{MINUS SIGN}1 to 1)"),
+    RESIDUAL_RMS: ("Residual RMS", "RMS (activation units)"),
+    RESIDUAL_KURTOSIS: ("Channel kurtosis", "kurtosis (ratio, 1 to d)"),
+    RESIDUAL_MAX_OVER_MEDIAN: ("Max over median", "max / median (ratio)"),
+    TOKEN_COSINE_SIMILARITY: ("Token similarity", "cosine (\N{MINUS SIGN}1 to 1)"),
 }
 """Title and axis label by statistic."""
 _LINEAR = "token_cosine_similarity"

@@ -10,6 +10,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from normfree.columns import DELTA_PERCENT, EVAL_LOSS, EVAL_PPL
 from normfree.errors import InputError, unknown_name
 from normfree.report.frames import RESULTS, SETTING, check_frame, in_order
 from normfree.report.intervals import (
@@ -60,7 +61,7 @@ def perplexity_table(
     Raises:
         InputError: a frame lacks columns, rows or the baseline, or repeats a run.
     """
-    check_frame(results, "results", RESULTS, ("eval_loss", "eval_ppl", "status"))
+    check_frame(results, "results", RESULTS, (EVAL_LOSS, EVAL_PPL, "status"))
     for status in in_order(results["status"]):
         if status not in STATUSES:
             raise unknown_name("status in the results frame", status, STATUSES)
@@ -78,8 +79,8 @@ def perplexity_table(
                 "configuration": configuration,
                 "seeds": len(runs),
                 "diverged": int((runs["status"] == "diverged").sum()),
-                **_interval("eval_loss", runs["eval_loss"].tolist()),
-                **_interval("eval_ppl", runs["eval_ppl"].tolist()),
+                **_interval(EVAL_LOSS, runs[EVAL_LOSS].tolist()),
+                **_interval(EVAL_PPL, runs[EVAL_PPL].tolist()),
             }
             baseline_runs = comparison[comparison["configuration"] == baseline]
             row |= _to_baseline(runs, baseline_runs, differences.get(configuration), configuration == baseline)
@@ -92,9 +93,9 @@ def _to_baseline(
     runs: pd.DataFrame, baseline_runs: pd.DataFrame, difference: PairedDifference | None, is_baseline: bool
 ) -> dict[str, Any]:
     if is_baseline:
-        zero = _exactly_zero("delta_percent") | _exactly_zero("loss_difference")
+        zero = _exactly_zero(DELTA_PERCENT) | _exactly_zero("loss_difference")
         return {**zero, "loss_difference_over": "baseline"}
-    percent = _interval("delta_percent", _delta_percent(runs, baseline_runs))
+    percent = _interval(DELTA_PERCENT, _delta_percent(runs, baseline_runs))
     return percent | _loss_difference(difference, runs, baseline_runs)
 
 
@@ -119,8 +120,8 @@ def _exactly_zero(name: str) -> dict[str, float]:
 
 
 def _delta_percent(runs: pd.DataFrame, baseline_runs: pd.DataFrame) -> list[float]:
-    perplexity = runs.set_index("seed")["eval_ppl"]
-    reference = baseline_runs.set_index("seed")["eval_ppl"]
+    perplexity = runs.set_index("seed")[EVAL_PPL]
+    reference = baseline_runs.set_index("seed")[EVAL_PPL]
     seeds = [seed for seed in perplexity.index if seed in reference.index]
     if not seeds:
         raise InputError(
@@ -134,7 +135,7 @@ def _loss_difference(
     difference: PairedDifference | None, runs: pd.DataFrame, baseline_runs: pd.DataFrame
 ) -> dict[str, Any]:
     """NaN also where a diverged run left no sequence losses: its pair may not vanish from the mean."""
-    all_finite = np.isfinite(runs["eval_loss"]).all() and np.isfinite(baseline_runs["eval_loss"]).all()
+    all_finite = np.isfinite(runs[EVAL_LOSS]).all() and np.isfinite(baseline_runs[EVAL_LOSS]).all()
     if difference is None and all_finite:
         raise InputError(
             f"the sequence_losses frame has no rows for {runs['configuration'].iloc[0]!r}; "
@@ -164,7 +165,7 @@ def _bands(shares: pd.DataFrame, setting: Sequence[Any], configuration: str) -> 
 
 
 def _published(published: pd.DataFrame | None, configuration: str) -> dict[str, float]:
-    names = {"published_ppl": "eval_ppl", "published_delta_percent": "delta_percent"}
+    names = {"published_ppl": EVAL_PPL, "published_delta_percent": DELTA_PERCENT}
     if published is None:
         return dict.fromkeys(names, float("nan"))
     check_frame(published, "published", ("configuration", *names.values()), tuple(names.values()))
@@ -187,9 +188,9 @@ def formatted(table: pd.DataFrame) -> pd.DataFrame:
     columns["Seeds"] = [
         f"{row['seeds'] - row['diverged']} of {row['seeds']}" if row["diverged"] else str(row["seeds"]) for row in rows
     ]
-    columns["Loss, nats"] = [number(row["eval_loss"], ".3f") for row in rows]
-    columns["Perplexity"] = [_plus_minus(row, "eval_ppl", _perplexity_format(row["eval_ppl"])) for row in rows]
-    columns["Δ ppl, %"] = [_plus_minus(row, "delta_percent", "+.1f") for row in rows]
+    columns["Loss, nats"] = [number(row[EVAL_LOSS], ".3f") for row in rows]
+    columns["Perplexity"] = [_plus_minus(row, EVAL_PPL, _perplexity_format(row[EVAL_PPL])) for row in rows]
+    columns["Δ ppl, %"] = [_plus_minus(row, DELTA_PERCENT, "+.1f") for row in rows]
     columns["Δ loss, nats"] = [
         _plus_minus(row, "loss_difference", "+.3f") + (" †" if row["loss_difference_over"] == "sequences" else "")
         for row in rows

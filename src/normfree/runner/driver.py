@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from normfree.columns import EVAL_LOSS
 from normfree.locks import sweep
 from normfree.runner.executors import Executor, Job, Task, ThisProcess
 from normfree.runner.run_order import PlannedRun, is_finished, planned_runs, to_train
@@ -254,7 +255,7 @@ class Driver:
             return
         where = "" if report is None else f" on {report.host}"
         run = to_train(planned, self._work.folder)
-        loss = None if run is None else load_result(self._work.folder.path / planned.place).row["eval_loss"]
+        loss = None if run is None else load_result(self._work.folder.path / planned.place).row[EVAL_LOSS]
         ending = "" if loss is None else f", evaluation loss {loss:.4f}"
         n_done, n = len(self._queue.finished), len(self._queue.runs)
         self._say(f"{planned.label}: finished{where}{ending} ({n_done} of {n})")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
+from normfree.columns import DELTA_PERCENT
 from normfree.entropy import uniform_entropy_bound
 from normfree.errors import InputError
 from normfree.report import (
@@ -125,4 +126,4 @@ class StudyPage:
         table = table[(table["model"] == column.model) & (table["context_length"] == column.context_length)]
         # The published Δ % refer to one configuration; next to differences from another they would mislead.
         is_baseline = table["configuration"] == self.baseline
-        return table if table.loc[is_baseline, "delta_percent"].eq(0).any() else None
+        return table if table.loc[is_baseline, DELTA_PERCENT].eq(0).any() else None

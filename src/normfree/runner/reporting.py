@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from normfree.columns import EVAL_LOSS
 from normfree.files import write_text
 from normfree.report import (
     Callout,
@@ -124,7 +125,7 @@ def _sweep_losses(page: StudyPage) -> pd.DataFrame:
     """Configuration, and a column for each learning rate: evaluation loss in nats, NaN for a run that diverged."""
     sweep = pd.DataFrame([result.row for result in page.folder.results("sweep")])
     losses = sweep.pivot_table(
-        index="configuration", columns="learning_rate", values="eval_loss", sort=False, dropna=False
+        index="configuration", columns="learning_rate", values=EVAL_LOSS, sort=False, dropna=False
     )
     losses = losses.reindex(list(page.labels))[sorted(losses.columns)]
     losses.columns = [f"{rate:g}" for rate in losses.columns]

@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from transformers.utils import logging
 
+from normfree.columns import EVAL_LOSS
 from normfree.errors import InputError, RunFailedError
 from normfree.files import DEFAULT_CACHE_DIR, check_output_folder
 from normfree.locks import locked
@@ -117,7 +118,7 @@ class StudyResult:
     def __repr__(self) -> str:
         presets = dict.fromkeys(page.folder.preset_name for page in self._pages)
         n_runs = sum(len(page.results) for page in self._pages)
-        best = self.table.loc[self.table["eval_loss"].notna()].nsmallest(1, "eval_loss")
+        best = self.table.loc[self.table[EVAL_LOSS].notna()].nsmallest(1, EVAL_LOSS)
         parts = [f"preset {', '.join(presets)}", f"{len(self.table)} configurations, {n_runs} runs"]
         parts += [f"lowest loss {row['eval_loss']:.3f} nats ({row['configuration']})" for _, row in best.iterrows()]
         parts += [f"failed runs: {len(self.failures)}"] if self.failures else []

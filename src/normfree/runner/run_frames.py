@@ -8,9 +8,9 @@ from typing import Any
 
 import pandas as pd
 
+from normfree.columns import DELTA_PERCENT, ENTROPY_NATS, ENTROPY_THRESHOLD_NATS, EVAL_LOSS, EVAL_PPL, NEGATIVE_SLOPE
 from normfree.report.frames import NONFINITE_COUNTS, SIGNAL_STATISTICS, THRESHOLDS
 from normfree.training import RunResult, load_run_config
-from normfree.training.objectives.entropy_regularization import THRESHOLD
 from normfree.training.records import LAYERS_FILE, METRICS_FILE
 from normfree.training.run_folder import CONFIG_FILE, last_checkpoint
 
@@ -28,8 +28,8 @@ def results_frame(results: Iterable[RunResult], labels: Sequence[str], baseline:
         ["seed", "configuration"],
         key=lambda column: column.map(order) if column.name == "configuration" else column,
     ).reset_index(drop=True)
-    reference = frame[frame["configuration"] == baseline].set_index("seed")["eval_ppl"]
-    frame["delta_percent"] = 100 * (frame["eval_ppl"] / frame["seed"].map(reference) - 1)
+    reference = frame[frame["configuration"] == baseline].set_index("seed")[EVAL_PPL]
+    frame[DELTA_PERCENT] = 100 * (frame[EVAL_PPL] / frame["seed"].map(reference) - 1)
     return frame
 
 
@@ -48,7 +48,7 @@ def eval_curve_frame(results: Iterable[RunResult]) -> pd.DataFrame:
     curves = []
     for result in results:
         metrics = pd.read_parquet(result.folder / METRICS_FILE)
-        curve = metrics[metrics["name"] == "eval_loss"]
+        curve = metrics[metrics["name"] == EVAL_LOSS]
         curves.append(curve[["step", "tokens"]].assign(eval_loss=curve["value"], **run_key(result)))
     return pd.concat(curves, ignore_index=True)
 
@@ -61,9 +61,9 @@ def layer_entropy_frame(results: Iterable[RunResult]) -> pd.DataFrame:
     frames = []
     for result in results:
         layers = pd.read_parquet(result.folder / LAYERS_FILE)
-        heads = layers[layers["name"] == "entropy_nats"]
+        heads = layers[layers["name"] == ENTROPY_NATS]
         means = heads.groupby(["step", "layer"])["value"].agg(lambda values: values.mean(skipna=False))
-        frames.append(means.rename("entropy_nats").reset_index().assign(**run_key(result)))
+        frames.append(means.rename(ENTROPY_NATS).reset_index().assign(**run_key(result)))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -87,11 +87,11 @@ def threshold_frame(results: Iterable[RunResult]) -> pd.DataFrame:
 
     Training batches; the last step has thresholds alone. Runs that learn none have no rows.
     """
-    names = ["entropy_nats", THRESHOLD]
+    names = [ENTROPY_NATS, ENTROPY_THRESHOLD_NATS]
     frames = []
     for result in results:
         layers = pd.read_parquet(result.folder / LAYERS_FILE)
-        if THRESHOLD in layers["name"].array:
+        if ENTROPY_THRESHOLD_NATS in layers["name"].array:
             heads = layers[layers["name"].isin(names)]
             table = heads.pivot(index=["step", "layer", "head"], columns="name", values="value")
             frames.append(table[names].reset_index().assign(**run_key(result)))
@@ -106,10 +106,10 @@ def slope_frame(results: Iterable[RunResult]) -> pd.DataFrame:
     frames = []
     for result in results:
         layers = pd.read_parquet(result.folder / LAYERS_FILE)
-        slopes = layers.loc[layers["name"] == "negative_slope", ["step", "layer", "value"]]
+        slopes = layers.loc[layers["name"] == NEGATIVE_SLOPE, ["step", "layer", "value"]]
         if load_run_config(result.folder / CONFIG_FILE).model.get("slope_sharing") == "global":
             slopes = slopes[slopes["layer"] == slopes["layer"].min()]
-        frames.append(slopes.rename(columns={"value": "negative_slope"}).assign(**run_key(result)))
+        frames.append(slopes.rename(columns={"value": NEGATIVE_SLOPE}).assign(**run_key(result)))
     return pd.concat(frames, ignore_index=True)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from normfree.columns import EVAL_LOSS
 from normfree.data import PackedData, prepare_data, same_data
 from normfree.errors import InputError
 from normfree.files import write_text
@@ -119,7 +120,7 @@ class StudyFolder:
         """
         best: dict[str, tuple[float, float]] = {}
         for result in self.results("sweep"):
-            label, loss, rate = (result.row[name] for name in ("configuration", "eval_loss", "learning_rate"))
+            label, loss, rate = (result.row[name] for name in ("configuration", EVAL_LOSS, "learning_rate"))
             fallback = (float("inf"), self.preset.recipe.learning_rate)
             best[label] = min(best.get(label, fallback), (loss, rate) if loss == loss else fallback)
         return {label: rate for label, (_, rate) in best.items()}

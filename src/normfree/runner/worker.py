@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
+from normfree.columns import EVAL_LOSS
 from normfree.errors import InputError, RunFailedError
 from normfree.files import write_text
 from normfree.runner.work import WORKERS_FOLDER, Report, State, open_work
@@ -75,8 +76,8 @@ class Reporting(Callback):
             self._write(step=run.step)
 
     def log(self, run: RunState, entries: Mapping[str, float]) -> None:
-        if "eval_loss" in entries:
-            self._write(step=run.step, eval_loss=entries["eval_loss"])
+        if EVAL_LOSS in entries:
+            self._write(step=run.step, eval_loss=entries[EVAL_LOSS])
 
     def _write(self, **changes: Any) -> None:
         self._report = Report(**{**asdict(self._report), **changes})

@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from rich.console import Console
 
+from normfree.columns import EVAL_PPL, LOSS_NATS
 from normfree.data import PackedData
 from normfree.errors import InputError
 from normfree.interpret import measure_depth, write_depth
@@ -46,7 +47,7 @@ DEPTH_SUMMARY = (
     "configuration",
     "seed",
     "n_layer",
-    "loss_nats",
+    LOSS_NATS,
     "effective_depth",
     "useful_layers",
     "deep_half_share",
@@ -193,7 +194,7 @@ def _frames(results: list[RunResult]) -> dict[str, pd.DataFrame]:
 def _published_table() -> Table:
     published = load_published("curse_of_depth_table1")
     shown = published.pivot_table(
-        index=["model", "training_tokens_billion"], columns="method", values="eval_ppl", sort=False
+        index=["model", "training_tokens_billion"], columns="method", values=EVAL_PPL, sort=False
     ).reset_index()
     shown = shown.rename(columns={"model": "Model", "training_tokens_billion": "Tokens, billions"})
     return Table(
@@ -215,8 +216,8 @@ def _limits(page: StudyPage) -> str:
 
 def _lead(page: StudyPage) -> str:
     """The order of the methods, whatever it is."""
-    table = page.table[["configuration", "eval_ppl"]]
-    finite = table.dropna().sort_values("eval_ppl")
+    table = page.table[["configuration", EVAL_PPL]]
+    finite = table.dropna().sort_values(EVAL_PPL)
     ranked = ", ".join(f"{row['configuration']} {row['eval_ppl']:.1f}" for _, row in finite.iterrows())
     diverged = [label for label in table["configuration"] if label not in set(finite["configuration"])]
     ending = f" Diverged: {', '.join(diverged)}." if diverged else ""

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pandas as pd
 
+from normfree.columns import EVAL_LOSS, EVAL_PPL
 from normfree.report import Section, Table
 from normfree.report.entropy_figures import headwise_entropy_heatmaps, layerwise_entropy_dynamics
 from normfree.report.loss_curves import evaluation_loss_curves
@@ -90,7 +91,7 @@ _LIMITS = (
 
 def _gaps(page: StudyPage) -> pd.DataFrame:
     """One row a student and way of training: Configuration, Loss, Gap (both nats), Closed (share, NaN for alone)."""
-    losses = page.table.set_index("configuration")["eval_loss"].to_dict()
+    losses = page.table.set_index("configuration")[EVAL_LOSS].to_dict()
     teacher = losses[TEACHER.label]
     rows = []
     for student in STUDENTS:
@@ -109,7 +110,7 @@ def _lead(page: StudyPage, gaps: pd.DataFrame) -> str:
     """What part of each student's gap is closed, in words that hold whatever the numbers are."""
     gap_of = gaps.set_index("Configuration")["Gap"].to_dict()
     closed_of = gaps.set_index("Configuration")["Closed"].to_dict()
-    perplexity = page.table.set_index("configuration")["eval_ppl"].to_dict()
+    perplexity = page.table.set_index("configuration")[EVAL_PPL].to_dict()
     sentences = [f"The teacher, {TEACHER.label}, has a perplexity of {perplexity[TEACHER.label]:.2f}."]
     for student in STUDENTS:
         if student.label not in gap_of:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 
+from normfree.columns import ENTROPY_NATS, ENTROPY_THRESHOLD_NATS, EVAL_PPL, EVAL_PPL_HIGH, EVAL_PPL_LOW
 from normfree.errors import InputError
 from normfree.report import BANDS, Callout, Element, Section, Table, paper_style
 from normfree.report.entropy_figures import headwise_entropy_heatmaps, layerwise_entropy_dynamics
@@ -31,7 +32,7 @@ from normfree.runner import (
 )
 from normfree.studies.relu_revival import GELU, LAYERNORM_GELU, RELU, scale_limits
 from normfree.training.objectives import EntropyRegularizationOptions
-from normfree.training.objectives.entropy_regularization import PENALTY, THRESHOLD
+from normfree.training.objectives.entropy_regularization import PENALTY
 from normfree.training.records import METRICS_FILE
 
 WEIGHTS = (0.001, 0.01, 0.1)
@@ -121,7 +122,7 @@ def _moves(page: StudyPage, heads: pd.DataFrame) -> Table:
         # The thresholds of the final weights have no entropy beside them: no training step reads it there.
         readings = of_label[of_label["step"] < of_label["step"].max()].sort_values(["seed", "layer", "head"])
         first, last = (
-            readings.loc[readings["step"] == step, ["entropy_nats", THRESHOLD]].to_numpy(dtype=np.float64)
+            readings.loc[readings["step"] == step, [ENTROPY_NATS, ENTROPY_THRESHOLD_NATS]].to_numpy(dtype=np.float64)
             for step in (readings["step"].min(), readings["step"].max())
         )
         entropy_moved, threshold_moved = np.abs(last - first).mean(axis=0)
@@ -175,7 +176,7 @@ def _overload(page: StudyPage) -> dict[str, dict[str, Any]]:
     """By configuration: eval_ppl, eval_ppl_low, eval_ppl_high, and top_band, the share of heads in the top band."""
     return {
         str(row["configuration"]): {
-            **{name: row[name] for name in ("configuration", "eval_ppl", "eval_ppl_low", "eval_ppl_high")},
+            **{name: row[name] for name in ("configuration", EVAL_PPL, EVAL_PPL_LOW, EVAL_PPL_HIGH)},
             "top_band": row[BANDS[-1]],
         }
         for row in page.table.to_dict("records")
@@ -188,7 +189,7 @@ def _lead(page: StudyPage, curves: pd.DataFrame) -> str:
     for model, rows in curves.groupby("line", sort=False):
         readings = [
             f"{row['value']}: {100 * row['top_band']:.0f} %, {row['eval_ppl']:.1f}"
-            if np.isfinite(row["eval_ppl"])
+            if np.isfinite(row[EVAL_PPL])
             else f"{row['value']}: diverged"
             for _, row in rows.iterrows()
         ]
@@ -219,13 +220,13 @@ def entropy_threshold_trajectories(heads: pd.DataFrame, *, bound: float) -> Figu
         InputError: a column is missing, a head occurs twice at a step, or the frame mixes configurations, models or
             context lengths.
     """
-    check_frame(heads, "heads", THRESHOLDS, ("entropy_nats", "entropy_threshold_nats"))
+    check_frame(heads, "heads", THRESHOLDS, (ENTROPY_NATS, ENTROPY_THRESHOLD_NATS))
     check_one_setting(heads, "heads")
     if heads["configuration"].nunique() > 1:
         raise InputError("the heads frame has several configurations; select one, since a panel shows a layer")
     layers, numbers = (sorted(in_order(heads[name])) for name in ("layer", "head"))
     figure, grid = panel_grid(len(layers), 6, row_height=1.3, above=0.55, sharex=True, sharey=True)
-    lines = {"entropy_nats": "-", "entropy_threshold_nats": (0, (3, 1.5))}
+    lines = {ENTROPY_NATS: "-", ENTROPY_THRESHOLD_NATS: (0, (3, 1.5))}
     for axes, layer in zip(grid.flat, layers, strict=False):
         of_layer = heads[heads["layer"] == layer]
         for name, dashes in lines.items():
@@ -233,7 +234,7 @@ def entropy_threshold_trajectories(heads: pd.DataFrame, *, bound: float) -> Figu
         axes.axhline(bound, color=INK, linewidth=0.5)
         axes.set_title(f"layer {layer}")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    learned = heads["entropy_threshold_nats"].dropna()
+    learned = heads[ENTROPY_THRESHOLD_NATS].dropna()
     grid[0, 0].set_ylim(min([0.0, *learned]), 1.06 * max([bound, *learned]))
     figure.supxlabel("training step" + seeds_note(heads), fontsize=7)
     figure.supylabel("nats", fontsize=7)

@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from normfree.columns import ENTROPY_NATS, EVAL_PPL, EVAL_PPL_HIGH, EVAL_PPL_LOW
 from normfree.report import BANDS, Section, paper_style
 from normfree.report.entropy_figures import nats
 from normfree.report.frames import HEAD_ENTROPY, check_frame, check_one_setting, in_order
@@ -100,9 +101,9 @@ def _splits(page: StudyPage) -> pd.DataFrame:
                         "place": split,
                         "value": str(split),
                         "configuration": labels[split],
-                        "eval_ppl": row["eval_ppl"],
-                        "eval_ppl_low": row["eval_ppl_low"],
-                        "eval_ppl_high": row["eval_ppl_high"],
+                        EVAL_PPL: row[EVAL_PPL],
+                        EVAL_PPL_LOW: row[EVAL_PPL_LOW],
+                        EVAL_PPL_HIGH: row[EVAL_PPL_HIGH],
                         "top_band": row[BANDS[-1]],
                     }
                 )
@@ -111,7 +112,7 @@ def _splits(page: StudyPage) -> pd.DataFrame:
 
 def _lead(splits: pd.DataFrame) -> str:
     """The best split, and what each first or last layer's activation costs, whatever the numbers are."""
-    finite = splits.dropna(subset=["eval_ppl"]).drop_duplicates("configuration").sort_values("eval_ppl")
+    finite = splits.dropna(subset=[EVAL_PPL]).drop_duplicates("configuration").sort_values(EVAL_PPL)
     if finite.empty:
         return "Every run diverged."
     best, worst = finite.iloc[0], finite.iloc[-1]
@@ -124,7 +125,7 @@ def _lead(splits: pd.DataFrame) -> str:
         ("ReLU first", "ReLU in place of GELU from the first layer on"),
     ):
         path = splits[splits["line"] == order].sort_values("place")
-        steps = np.diff(path["eval_ppl"].to_numpy())
+        steps = np.diff(path[EVAL_PPL].to_numpy())
         is_whole = (np.diff(path["place"]) == 1).all()
         if len(steps) and is_whole and np.isfinite(steps).all():
             layer = int(np.abs(steps).argmax())
@@ -153,11 +154,11 @@ def layer_entropy_by_configuration(
     Raises:
         InputError: a column is missing, a head occurs twice, or the frame mixes models or context lengths.
     """
-    check_frame(head_entropy, "head_entropy", HEAD_ENTROPY, ("entropy_nats",))
+    check_frame(head_entropy, "head_entropy", HEAD_ENTROPY, (ENTROPY_NATS,))
     check_one_setting(head_entropy, "head_entropy")
     configurations = in_order(head_entropy["configuration"])
     layers = sorted(in_order(head_entropy["layer"]))
-    means = head_entropy.groupby(["configuration", "layer"])["entropy_nats"].agg(lambda x: x.mean(skipna=False))
+    means = head_entropy.groupby(["configuration", "layer"])[ENTROPY_NATS].agg(lambda x: x.mean(skipna=False))
     values = means.unstack("layer").loc[configurations, layers].to_numpy(dtype=np.float64)
     width = min(TWO_COLUMN, 1.6 + 0.48 * max(len(layers), 3))
     figure = Figure(figsize=(width, 0.8 + max(0.22 * len(configurations), 1.0)), layout="constrained")

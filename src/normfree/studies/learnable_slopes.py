@@ -16,6 +16,7 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from normfree.columns import ENTROPY_NATS
 from normfree.errors import InputError
 from normfree.report import Callout, Paragraph, Section, Table, paper_style
 from normfree.report.entropy_figures import layerwise_entropy_dynamics
@@ -269,7 +270,7 @@ def entropy_trajectory_distance(layer_entropy: pd.DataFrame) -> pd.DataFrame:
         InputError: a column is missing, a layer occurs twice at a step, two configurations share no seed, or the
             trajectories have different steps or layers.
     """
-    check_frame(layer_entropy, "layer_entropy", LAYER_ENTROPY, ("entropy_nats",))
+    check_frame(layer_entropy, "layer_entropy", LAYER_ENTROPY, (ENTROPY_NATS,))
     check_one_setting(layer_entropy, "layer_entropy")
     configurations = in_order(layer_entropy["configuration"])
     trajectories = {}
@@ -278,7 +279,7 @@ def entropy_trajectory_distance(layer_entropy: pd.DataFrame) -> pd.DataFrame:
         for seed in in_order(runs["seed"]):
             run = runs[runs["seed"] == seed]
             seeds[str(name)].append(seed)
-            trajectories[str(name), seed] = run.set_index(["step", "layer"])["entropy_nats"].sort_index()
+            trajectories[str(name), seed] = run.set_index(["step", "layer"])[ENTROPY_NATS].sort_index()
     distances = pd.DataFrame(np.nan, index=configurations, columns=configurations)
     for a, b in product(configurations, repeat=2):
         if a == b:

@@ -11,6 +11,15 @@ import pandas as pd
 import torch
 from rich.console import Console
 
+from normfree.columns import (
+    EVAL_LOSS,
+    EVAL_PPL,
+    RESIDUAL_EXCESS_KURTOSIS,
+    RESIDUAL_KURTOSIS,
+    RESIDUAL_MAX_OVER_MEDIAN,
+    RESIDUAL_RMS,
+    TOKEN_COSINE_SIMILARITY,
+)
 from normfree.data import PackedData
 from normfree.interpret import (
     PRECISIONS,
@@ -44,13 +53,13 @@ from normfree.training.records import write_parquet
 SIGNAL_FILE = "signal_propagation.parquet"
 QUANTIZATION_FILE = "quantization.parquet"
 BATCH_SIZE = 16
-QUANTIZATION = (*SETTING, "configuration", "seed", "precision", "eval_loss", "eval_ppl", "increase_percent")
+QUANTIZATION = (*SETTING, "configuration", "seed", "precision", EVAL_LOSS, EVAL_PPL, "increase_percent")
 OUTLIER_COLUMNS = {
-    "RMS": "residual_rms",
-    "Kurtosis": "residual_kurtosis",
-    "Excess kurtosis": "residual_excess_kurtosis",
-    "Max/median": "residual_max_over_median",
-    "Token cosine": "token_cosine_similarity",
+    "RMS": RESIDUAL_RMS,
+    "Kurtosis": RESIDUAL_KURTOSIS,
+    "Excess kurtosis": RESIDUAL_EXCESS_KURTOSIS,
+    "Max/median": RESIDUAL_MAX_OVER_MEDIAN,
+    "Token cosine": TOKEN_COSINE_SIMILARITY,
 }
 PRECISION_NAMES = {
     "int8_weights": "int8 weights",
@@ -81,7 +90,7 @@ def measure(result: RunResult, data: PackedData, console: Console) -> None:
     if checkpoint is None:
         layers = sorted(result.head_entropy["layer"].unique())
         signal = pd.DataFrame({"layer": layers, **dict.fromkeys(SIGNAL_STATISTICS, np.nan)})
-        columns = ("eval_loss", "eval_ppl", "increase_percent")
+        columns = (EVAL_LOSS, EVAL_PPL, "increase_percent")
         quantization = pd.DataFrame({"precision": PRECISIONS, **dict.fromkeys(columns, np.nan)})
     else:
         model = load_pretrained(str(checkpoint)).model
@@ -216,16 +225,16 @@ def quantization_table(quantization: pd.DataFrame) -> pd.DataFrame:
     Raises:
         InputError: a column is missing, a precision occurs twice, or the frame mixes models or context lengths.
     """
-    check_frame(quantization, "quantization", QUANTIZATION, ("eval_loss", "eval_ppl", "increase_percent"))
+    check_frame(quantization, "quantization", QUANTIZATION, (EVAL_LOSS, EVAL_PPL, "increase_percent"))
     check_one_setting(quantization, "quantization")
     rows = []
     for configuration in in_order(quantization["configuration"]):
         runs = quantization[quantization["configuration"] == configuration]
-        full = runs.loc[runs["precision"] == "full_precision", "eval_ppl"]
+        full = runs.loc[runs["precision"] == "full_precision", EVAL_PPL]
         row = {"Configuration": configuration, "Seeds": len(full), "Perplexity, full precision": mean_and_half(full)}
         for precision, name in PRECISION_NAMES.items():
             chosen = runs[runs["precision"] == precision]
-            row[name] = mean_and_half(chosen["eval_ppl"])
+            row[name] = mean_and_half(chosen[EVAL_PPL])
             row[f"{name}, Δ %"] = mean_and_half(chosen["increase_percent"], signed=True)
         rows.append(row)
     return pd.DataFrame(rows)

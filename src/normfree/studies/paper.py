@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from normfree.columns import EVAL_PPL
 from normfree.errors import InputError
 from normfree.report import FIGURES_FOLDER, Section
 from normfree.report.frames import SETTING
@@ -79,7 +80,7 @@ def _describe(pages: Sequence[StudyPage], table: pd.DataFrame, _: Path) -> Findi
     """The order of the configurations in each column, ours and the published one."""
     verdicts = []
     for (model, context_length), rows in table.groupby(list(SETTING), sort=False):
-        ranked = rows.dropna(subset=["eval_ppl"]).sort_values("eval_ppl")["configuration"]
+        ranked = rows.dropna(subset=[EVAL_PPL]).sort_values(EVAL_PPL)["configuration"]
         published = rows.dropna(subset=["published_ppl"]).sort_values("published_ppl")["configuration"]
         verdict = f"{model}, T = {context_length}: {' < '.join(ranked)}"
         verdicts.append(verdict + (f" (published: {' < '.join(published)})." if len(published) else "."))

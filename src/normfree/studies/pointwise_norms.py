@@ -12,6 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from normfree.columns import ENTROPY_NATS, EVAL_LOSS
 from normfree.data import PackedData
 from normfree.report import Callout, Section
 from normfree.report.style import QUIET, TWO_COLUMN, configuration_colours, paper_style
@@ -71,7 +72,7 @@ def entropy_and_alpha(heads: pd.DataFrame, alphas: pd.DataFrame, *, bound: float
         left, right = figure.subplots(1, 2)
         for label, colour in colours.items():
             # A mean with a head that is NaN is NaN: it leaves a gap.
-            entropy = heads[heads["configuration"] == label].groupby("layer")["entropy_nats"]
+            entropy = heads[heads["configuration"] == label].groupby("layer")[ENTROPY_NATS]
             means = entropy.agg(lambda values: values.mean(skipna=False))
             left.plot(means.index, means, color=colour, marker="o", markersize=2.2, label=label)
         left.axhline(bound, color=QUIET, linestyle=":", label="uniform attention")
@@ -115,7 +116,7 @@ _LIMITS = (
 
 def _lead(table: pd.DataFrame, alphas: pd.DataFrame) -> str:
     """Loss against LayerNorm, and whether α falls with depth, whatever the numbers are."""
-    losses = table.set_index("configuration")["eval_loss"]
+    losses = table.set_index("configuration")[EVAL_LOSS]
     against = losses.drop(LAYERNORM.label) - losses[LAYERNORM.label]
     listed = [f"{label} {gap:+.3f}" if gap == gap else f"{label} diverged" for label, gap in against.items()]
     sentences = [f"Evaluation loss minus that of {LAYERNORM.label}, nats: {', '.join(listed)}."] if listed else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
+from normfree.columns import EVAL_PPL
 from normfree.entropy import uniform_entropy_bound
 from normfree.report import BANDS, Section, published_head_entropy
 from normfree.report.entropy_figures import (
@@ -92,7 +93,7 @@ def scale_limits(page: StudyPage) -> str:
 
 def _lead(table: pd.DataFrame) -> str:
     """What the table says, in words that hold whatever the numbers are."""
-    ranked = table.dropna(subset=["eval_ppl"]).sort_values("eval_ppl")
+    ranked = table.dropna(subset=[EVAL_PPL]).sort_values(EVAL_PPL)
     sentences = [f"Perplexity, best first: {' < '.join(ranked['configuration'])}."]
     diverged = table.loc[table["diverged"] > 0, "configuration"].tolist()
     if diverged:
@@ -102,9 +103,9 @@ def _lead(table: pd.DataFrame) -> str:
         verdict = "the same order" if published == ranked["configuration"].tolist() else "another order"
         sentences.append(f"The paper reports {' < '.join(published)}: {verdict}.")
     rows = table.set_index("configuration")
-    if {"SM+G", "SM+R"} <= set(rows.index) and rows.loc[["SM+G", "SM+R"], "eval_ppl"].notna().all():
+    if {"SM+G", "SM+R"} <= set(rows.index) and rows.loc[["SM+G", "SM+R"], EVAL_PPL].notna().all():
         gelu, relu = rows.loc["SM+G"], rows.loc["SM+R"]
-        gain = 100 * (1 - relu["eval_ppl"] / gelu["eval_ppl"])
+        gain = 100 * (1 - relu[EVAL_PPL] / gelu[EVAL_PPL])
         comparison = "lower" if gain > 0 else "higher"
         sentences.append(
             f"Without LayerNorm, ReLU's perplexity is {abs(gain):.1f} % {comparison} than GELU's, and "

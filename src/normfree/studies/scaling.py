@@ -15,6 +15,7 @@ import pandas as pd
 from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
 
+from normfree.columns import EVAL_LOSS
 from normfree.errors import InputError
 from normfree.modeling import NormfreeConfig
 from normfree.report import FIGURES_FOLDER, Section, Table, paper_style, saved_figure
@@ -30,7 +31,7 @@ SIZE_FACTORS = (0.5, 2.0)
 BASE = "base"
 OWN_BEST = "own best"
 """The row of a gap table in which each activation has its own best learning rate."""
-GAP_COLUMNS = ("size", "activation", "learning_rate", "seed", "eval_loss")
+GAP_COLUMNS = ("size", "activation", "learning_rate", "seed", EVAL_LOSS)
 
 
 def _sizes(preset: Preset) -> dict[str, dict[str, int]]:
@@ -69,7 +70,7 @@ def _losses(page: StudyPage, base_name: str) -> pd.DataFrame:
     sizes = _sizes(page.folder.preset) if page.folder.study_name == SIZES.name else {BASE: {}}
     what = {configuration.label: known for known, configuration in _grid(page.folder.preset, sizes)}
     rows = [
-        {**what[each.row["configuration"]], "seed": each.row["seed"], "eval_loss": each.row["eval_loss"]}
+        {**what[each.row["configuration"]], "seed": each.row["seed"], EVAL_LOSS: each.row[EVAL_LOSS]}
         for each in page.results
     ]
     return pd.DataFrame(rows).replace({"size": {BASE: base_name}})

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import pandas as pd
 import torch
 
+from normfree.columns import STANDARD_ERROR
 from normfree.errors import InputError
 from normfree.interpret.depth.averages import mean_and_standard_error
 
@@ -49,7 +50,7 @@ def angular_distance_frame(last: torch.Tensor, mean: torch.Tensor) -> pd.DataFra
                 "layer": layer,
                 "n_apart": n_apart,
                 "angular_distance": of_last[layer, layer + n_apart],
-                "standard_error": error[layer, layer + n_apart],
+                STANDARD_ERROR: error[layer, layer + n_apart],
                 "angular_distance_all_tokens": of_mean[layer, layer + n_apart],
             }
             for n_apart in range(1, n)

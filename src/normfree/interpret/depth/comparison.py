@@ -12,6 +12,7 @@ from typing import Unpack
 import numpy as np
 import pandas as pd
 
+from normfree.columns import LOSS_NATS
 from normfree.interpret.depth.figures import (
     angular_distance_heatmaps,
     jacobian_distance_and_gradient_norms,
@@ -41,7 +42,7 @@ from normfree.training import load_pretrained
 
 _NAMES = {
     "n_layer": "Layers",
-    "loss_nats": "Loss, nats",
+    LOSS_NATS: "Loss, nats",
     "effective_depth": "Effective depth",
     "effective_depth_standard_error": "± (s.e.)",
     "effective_depth_share": "of layers",

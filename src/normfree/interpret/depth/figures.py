@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter, SymmetricalLogLocator
 
+from normfree.columns import STANDARD_ERROR
 from normfree.errors import InputError
 from normfree.report.frames import FloatArray, check_columns, check_frame, in_order
 from normfree.report.primitives import (
@@ -32,14 +33,14 @@ from normfree.report.primitives import (
 from normfree.report.style import NON_FINITE, QUIET, TWO_COLUMN, Style, configuration_colours, paper_style, readable_on
 
 RUN = ("configuration", "seed")
-RESIDUAL_VARIANCE = (*RUN, "tokens", "layer", "residual_variance", "standard_error", "fitted_variance")
+RESIDUAL_VARIANCE = (*RUN, "tokens", "layer", "residual_variance", STANDARD_ERROR, "fitted_variance")
 VARIANCE_GROWTH = (*RUN, "tokens", "law", "is_best")
 ANGULAR_DISTANCE = (*RUN, "layer", "n_apart", "angular_distance")
-LOSS_INCREASE = ("loss_increase_nats", "standard_error")
+LOSS_INCREASE = ("loss_increase_nats", STANDARD_ERROR)
 SKIPPED_LAYERS = (*RUN, "layer", *LOSS_INCREASE)
 DROPPED_LAST = (*RUN, "n_dropped", *LOSS_INCREASE)
-JACOBIAN_DISTANCE = (*RUN, "layer", "jacobian_distance", "standard_error")
-GRADIENT_NORMS = (*RUN, "layer", "parameter_gradient_norm", "residual_gradient_norm", "standard_error")
+JACOBIAN_DISTANCE = (*RUN, "layer", "jacobian_distance", STANDARD_ERROR)
+GRADIENT_NORMS = (*RUN, "layer", "parameter_gradient_norm", "residual_gradient_norm", STANDARD_ERROR)
 PRUNED_LOSSES = ("model", "order", "n_dropped", *LOSS_INCREASE)
 
 _TOKENS = {"all": "all tokens", "without first": "all tokens but the first"}
@@ -75,7 +76,7 @@ def residual_variance_over_depth(variance: pd.DataFrame, growth: pd.DataFrame) -
     figure, grid = panel_grid(len(_TOKENS), len(_TOKENS), row_height=2.5, sharey=True)
     for axes, (tokens, title) in zip(grid.flat, _TOKENS.items(), strict=True):
         rows = variance[variance["tokens"] == tokens]
-        configuration_curves(axes, rows, "residual_variance", over="layer", error="standard_error")
+        configuration_curves(axes, rows, "residual_variance", over="layer", error=STANDARD_ERROR)
         best = growth[(growth["tokens"] == tokens) & growth["is_best"].astype(bool)]
         laws = {}
         for configuration, colour in colours.items():
@@ -153,7 +154,7 @@ def skipped_layer_losses(skipped: pd.DataFrame, dropped: pd.DataFrame) -> Figure
     increases = pd.concat([skipped, dropped])["loss_increase_nats"].to_numpy(dtype=np.float64)
     finite = increases[np.isfinite(increases)]
     for axes, frame, over in zip(grid.flat, (skipped, dropped), ("layer", "n_dropped"), strict=True):
-        configuration_curves(axes, frame, "loss_increase_nats", over=over, error="standard_error")
+        configuration_curves(axes, frame, "loss_increase_nats", over=over, error=STANDARD_ERROR)
         axes.axhline(0, color=QUIET, linewidth=0.6, zorder=1)
         axes.set_yscale("symlog", linthresh=_LINEAR_NATS, linscale=0.6)
         axes.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=_LINEAR_NATS))
@@ -189,7 +190,7 @@ def jacobian_distance_and_gradient_norms(jacobian: pd.DataFrame, gradients: pd.D
     """
     check_frame(jacobian, "Jacobian distances", JACOBIAN_DISTANCE, JACOBIAN_DISTANCE[-2:])
     check_frame(gradients, "gradient norms", GRADIENT_NORMS, GRADIENT_NORMS[-3:])
-    error, norm = "standard_error", "norm (nats per unit)"
+    error, norm = STANDARD_ERROR, "norm (nats per unit)"
     panels = (
         (jacobian, "jacobian_distance", error, "Jacobian against identity", "‖J − I‖ / √(T d)"),
         (gradients, "parameter_gradient_norm", None, "Gradient, parameters", norm),

@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
+from normfree.columns import STANDARD_ERROR
 from normfree.interpret.depth.averages import mean_and_standard_error
 from normfree.interpret.depth.block_calls import record
 from normfree.probes.residual_stream import decoder_blocks
@@ -54,7 +55,7 @@ def measure_gradient_norms(
             "layer": range(len(blocks)),
             "parameter_gradient_norm": [sum(squares[id(each)] for each in block) ** 0.5 for block in blocks],
             "residual_gradient_norm": norm,
-            "standard_error": error,
+            STANDARD_ERROR: error,
         }
     )
 

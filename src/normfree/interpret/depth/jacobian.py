@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from normfree.columns import STANDARD_ERROR
 from normfree.interpret.depth.averages import mean_and_standard_error
 from normfree.interpret.depth.block_calls import BlockCall, RecordedPass
 
@@ -32,7 +33,7 @@ def jacobian_frame(squared: torch.Tensor) -> pd.DataFrame:
     distance = np.sqrt(mean)
     with np.errstate(divide="ignore", invalid="ignore"):
         of_distance = np.where(distance > 0, error / (2 * distance), error)
-    return pd.DataFrame({"layer": range(len(mean)), "jacobian_distance": distance, "standard_error": of_distance})
+    return pd.DataFrame({"layer": range(len(mean)), "jacobian_distance": distance, STANDARD_ERROR: of_distance})
 
 
 def _of_block(call: BlockCall, n_probe: int, generator: torch.Generator) -> torch.Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import pandas as pd
 import torch
 
+from normfree.columns import LOSS_NATS, STANDARD_ERROR
 from normfree.interpret.depth.averages import mean_and_standard_error
 from normfree.interpret.depth.block_calls import RecordedPass
 
@@ -63,9 +64,9 @@ def loss_increase_frame(name: str, numbers: Iterable[int], losses: torch.Tensor,
     return pd.DataFrame(
         {
             name: list(numbers),
-            "loss_nats": loss,
+            LOSS_NATS: loss,
             "loss_increase_nats": increase,
-            "standard_error": error,
+            STANDARD_ERROR: error,
             "nonfinite_sequences": (~losses.isfinite()).sum(dim=1).numpy(),
         }
     )

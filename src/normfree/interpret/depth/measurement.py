@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
+from normfree.columns import LOSS_NATS, STANDARD_ERROR
 from normfree.errors import InputError
 from normfree.files import write_text
 from normfree.interpret.depth.angular_distance import angular_distance_frame, angular_distances
@@ -202,8 +203,8 @@ def _summary(
         "n_layer": n_layer,
         "n_sequences": tokens.shape[0],
         "sequence_length": tokens.shape[1],
-        "loss_nats": float(loss),
-        "standard_error": float(error),
+        LOSS_NATS: float(loss),
+        STANDARD_ERROR: float(error),
         "effective_depth": depth.effective_depth,
         "effective_depth_standard_error": depth.standard_error,
         "effective_depth_share": depth.effective_depth / n_layer,

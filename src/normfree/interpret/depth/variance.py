@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pandas as pd
 import torch
 
+from normfree.columns import STANDARD_ERROR
 from normfree.interpret.depth.averages import mean_and_standard_error
 from normfree.interpret.depth.growth import fit_growth
 
@@ -44,7 +45,7 @@ def variance_frames(variances: torch.Tensor, nonfinite: torch.Tensor) -> tuple[p
         fits, fitted = fit_growth(mean[1:])
         columns = {
             "residual_variance": mean,
-            "standard_error": error,
+            STANDARD_ERROR: error,
             "fitted_variance": [float("nan"), *fitted],
             "nonfinite_entries": nonfinite.numpy(),
         }

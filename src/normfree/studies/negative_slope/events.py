@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from normfree.columns import ENTROPY_NATS, RESIDUAL_INF_COUNT, RESIDUAL_NAN_COUNT, SCORES_INF_COUNT, SCORES_NAN_COUNT
 from normfree.errors import InputError
 from normfree.report.frames import LAYER_ENTROPY, NONFINITE, NONFINITE_COUNTS, SETTING, check_frame
 
 RUN = (*SETTING, "configuration", "seed")
 PLACES = {
-    "attention scores": ("scores_nan_count", "scores_inf_count"),
-    "residual stream": ("residual_nan_count", "residual_inf_count"),
+    "attention scores": (SCORES_NAN_COUNT, SCORES_INF_COUNT),
+    "residual stream": (RESIDUAL_NAN_COUNT, RESIDUAL_INF_COUNT),
 }
 """Where values are counted, in the order of the forward pass through a block, and the columns that count them."""
 
@@ -82,14 +83,14 @@ def entropy_collapse(layer_entropy: pd.DataFrame, bound: float, *, share: float 
         InputError: a column is missing, a layer occurs twice at a step, ``bound`` is not positive, or ``share`` does
             not lie between 0 and 1.
     """
-    check_frame(layer_entropy, "layer_entropy", LAYER_ENTROPY, ("entropy_nats",))
+    check_frame(layer_entropy, "layer_entropy", LAYER_ENTROPY, (ENTROPY_NATS,))
     if not (np.isfinite(bound) and bound > 0):
         raise InputError(f"the uniform bound is {bound} nats; give a positive number, such as 3.878 for T = 128")
     if not 0 < share < 1:
         raise InputError(f"the share of the uniform bound is {share}; it lies between 0 and 1, as in 0.1")
     rows = []
     for key, readings in layer_entropy.groupby([*RUN, "layer"], sort=False):
-        entropy = readings.set_index("step")["entropy_nats"].sort_index()
+        entropy = readings.set_index("step")[ENTROPY_NATS].sort_index()
         known = entropy[np.isfinite(entropy)]
         above = known.index[known >= share * bound]
         since = known.index[known.index > above[-1]] if len(above) else known.index

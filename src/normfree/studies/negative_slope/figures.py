@@ -13,6 +13,7 @@ from matplotlib.colors import Colormap, ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from normfree.columns import ENTROPY_NATS
 from normfree.errors import InputError
 from normfree.report.frames import (
     LAYER_ENTROPY,
@@ -47,7 +48,7 @@ def instability_dynamics(layers: pd.DataFrame, layer_entropy: pd.DataFrame, *, b
             the two frames are not about the same configurations.
     """
     check_frame(layers, "layers", NONFINITE, NONFINITE_COUNTS)
-    check_frame(layer_entropy, "layer_entropy", LAYER_ENTROPY, ("entropy_nats",))
+    check_frame(layer_entropy, "layer_entropy", LAYER_ENTROPY, (ENTROPY_NATS,))
     check_one_setting(layers, "layers")
     check_one_setting(layer_entropy, "layer_entropy")
     configurations = in_order(layers["configuration"])
@@ -65,7 +66,7 @@ def instability_dynamics(layers: pd.DataFrame, layer_entropy: pd.DataFrame, *, b
         _name_row(left, configuration)
         _draw_entropy(right, layer_entropy[layer_entropy["configuration"] == configuration], names, edges)
         right.axhline(bound, zorder=1.5, **DASHED)
-    finite = layer_entropy.loc[np.isfinite(layer_entropy["entropy_nats"]), "entropy_nats"]
+    finite = layer_entropy.loc[np.isfinite(layer_entropy[ENTROPY_NATS]), ENTROPY_NATS]
     grid[0, 1].set_ylim(0, 1.06 * max([bound, *finite]))
     grid[0, 0].set_title("NaN and Inf values")
     grid[0, 1].set_title(f"Attention entropy (dashed: uniform, {bound:.2f})")
@@ -114,8 +115,8 @@ def _draw_counts(axes: Axes, counts: FloatArray, layers: Sequence[int], edges: F
 
 def _draw_entropy(axes: Axes, runs: pd.DataFrame, layers: Sequence[int], edges: FloatArray) -> None:
     # between two NaNs there is no line to draw, so each reading has a dot as well
-    layer_curves(axes, runs, "entropy_nats", layers, marker="o", markersize=1.2)
+    layer_curves(axes, runs, ENTROPY_NATS, layers, marker="o", markersize=1.2)
     axes.set_ylabel("entropy (nats)")
-    broken = (~np.isfinite(runs["entropy_nats"])).groupby(runs["step"]).any()
+    broken = (~np.isfinite(runs[ENTROPY_NATS])).groupby(runs["step"]).any()
     for place in np.flatnonzero(broken):
         axes.axvspan(edges[place], edges[place + 1], zorder=0, **NON_FINITE)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from normfree.columns import ENTROPY_NATS
 from normfree.report import Callout, Section, Table
 from normfree.report.loss_curves import evaluation_loss_curves
 from normfree.runner import (
@@ -103,9 +104,7 @@ def _runs(page: StudyPage, counts: pd.DataFrame, entropy: pd.DataFrame) -> pd.Da
             {f"collapse_{share:g}": collapsed["step"].min(), f"layers_{share:g}": collapsed["layer"].agg(sorted)}
         )
         runs = runs.merge(by_run, on=run, how="left")
-    readings = entropy.groupby(run)["entropy_nats"].agg(
-        nan_readings=lambda values: values.isna().sum(), readings="size"
-    )
+    readings = entropy.groupby(run)[ENTROPY_NATS].agg(nan_readings=lambda values: values.isna().sum(), readings="size")
     return runs.merge(readings, on=run)
 
 

@@ -9,13 +9,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from normfree.columns import LOSS_NATS
 from normfree.errors import InputError
 from normfree.report.frames import check_frame, in_order
 from normfree.report.primitives import panel_grid
 from normfree.report.style import DASHED, INK, QUIET, TWO_COLUMN, Style, depth_colours, paper_style
 from normfree.studies.norm_removal.tables import NORM_FREE, VANILLA, PowerLaw
 
-CURVES = ("configuration", "variant", "step", "loss_nats")
+CURVES = ("configuration", "variant", "step", LOSS_NATS)
 REMOVED = ("configuration", "step", "part", "layer")
 EXCESS = ("size", "parameters", "seed", "finetuning_tokens", "excess_nats")
 REACHED = ("size", "parameters", "seed", "tokens", "bound")
@@ -53,7 +54,7 @@ def removal_loss_curves(curves: pd.DataFrame, removed: pd.DataFrame) -> Figure:
     Raises:
         InputError: a column is missing, or a step of a run occurs twice.
     """
-    check_frame(curves, "curves", CURVES, ("loss_nats",))
+    check_frame(curves, "curves", CURVES, (LOSS_NATS,))
     check_frame(removed, "removed", REMOVED, ())
     configurations = in_order(curves["configuration"])
     n = len(configurations)
@@ -61,7 +62,7 @@ def removal_loss_curves(curves: pd.DataFrame, removed: pd.DataFrame) -> Figure:
     grid = figure.subplots(3, n, sharex="col", sharey="row", squeeze=False, height_ratios=(0.5, 1.5, 1))
     for (when, above, below), configuration in zip(grid.T, configurations, strict=True):
         own = curves[curves["configuration"] == configuration]
-        losses = own.pivot(index="step", columns="variant", values="loss_nats")
+        losses = own.pivot(index="step", columns="variant", values=LOSS_NATS)
         window = max(1, len(losses) // _SMOOTHED_STEPS)
         shown = [variant for variant in (VANILLA, NORM_FREE) if variant in losses]
         for variant in shown:

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from normfree.columns import EVAL_LOSS
 from normfree.errors import InputError
 from normfree.files import write_text
 from normfree.modeling import NormfreeConfig, NormfreeForCausalLM
@@ -105,9 +106,9 @@ def _excess(page: StudyPage, removals: pd.DataFrame) -> pd.DataFrame:
     parameters = {each.label: _parameters(page.folder.preset, each) for each in configurations(page.folder.preset)}
     best = at_best_rates(removals)
     key = ["configuration", "share", "seed"]
-    original = best[best["variant"] == ORIGINAL].set_index(key)["eval_loss"]
+    original = best[best["variant"] == ORIGINAL].set_index(key)[EVAL_LOSS]
     rows = best[best["variant"] == NORM_FREE].set_index(key)
-    excess = (rows["eval_loss"] - original).rename("excess_nats")
+    excess = (rows[EVAL_LOSS] - original).rename("excess_nats")
     frame = rows[["finetuning_tokens"]].join(excess).reset_index().rename(columns={"configuration": "size"})
     return frame.assign(parameters=frame["size"].map(parameters)).drop(columns="share")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 from rich.console import Console
 
+from normfree.columns import EVAL_LOSS, LOSS_NATS, TRAIN_LOSS
 from normfree.data import PackedData
 from normfree.errors import InputError
 from normfree.files import write_text
@@ -44,7 +45,7 @@ from normfree.training.records import METRICS_FILE
 
 Configurations = Callable[[Preset], tuple[Configuration, ...]]
 REMOVALS_FILE = "removals.csv"
-TRAIN_LOSS = {VANILLA: "train_loss", NORM_FREE: CROSS_ENTROPY}
+CURVE = {VANILLA: TRAIN_LOSS, NORM_FREE: CROSS_ENTROPY}
 """The names of the training loss in a run's metrics."""
 FOLDERS = {VANILLA: VANILLA, NORM_FREE: REMOVAL_FOLDER}
 
@@ -141,7 +142,7 @@ def removals_frame(results: Iterable[RunResult], grid: RemovalOptions) -> pd.Dat
                 tokens = table["finetuning_tokens"].max()
                 key = {"configuration": result.row["configuration"], "seed": result.row["seed"]}
                 budget = {"share": share, "learning_rate": rate, "finetuning_tokens": tokens}
-                frames.append(table[["variant", "eval_loss"]].assign(**key, **budget))
+                frames.append(table[["variant", EVAL_LOSS]].assign(**key, **budget))
     return pd.concat(frames, ignore_index=True)[list(REMOVALS)] if frames else pd.DataFrame(columns=list(REMOVALS))
 
 
@@ -265,9 +266,9 @@ def _curves(page: StudyPage, removals: pd.DataFrame) -> tuple[pd.DataFrame, pd.D
         for variant, share, rate in own.loc[own["seed"] == seed, ["variant", "share", "learning_rate"]].to_numpy():
             folder = place(result.folder, share, rate) / FOLDERS[variant]
             metrics = pd.read_parquet(folder / METRICS_FILE)
-            loss = metrics.loc[metrics["name"] == TRAIN_LOSS[variant], ["step", "value"]]
+            loss = metrics.loc[metrics["name"] == CURVE[variant], ["step", "value"]]
             curves.append(
-                loss.rename(columns={"value": "loss_nats"}).assign(configuration=configuration, variant=variant)
+                loss.rename(columns={"value": LOSS_NATS}).assign(configuration=configuration, variant=variant)
             )
             if variant == NORM_FREE:
                 steps = pd.DataFrame(json.loads((folder / REMOVAL_FILE).read_text())["removals"])

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from normfree.columns import EVAL_LOSS
 from normfree.errors import InputError
 from normfree.report.frames import check_frame, in_order
 from normfree.report.intervals import Estimate, mean_confidence_interval
@@ -22,7 +23,7 @@ REMOVALS = (
     "seed",
     "variant",
     "finetuning_tokens",
-    "eval_loss",
+    EVAL_LOSS,
 )
 VARIANTS = ("original", "vanilla", "norm-free")
 ORIGINAL, VANILLA, NORM_FREE = VARIANTS
@@ -46,7 +47,7 @@ def at_best_rates(removals: pd.DataFrame) -> pd.DataFrame:
     Raises:
         InputError: a column is missing, or a run occurs twice.
     """
-    check_frame(removals, "removals", REMOVALS, ("finetuning_tokens", "eval_loss"))
+    check_frame(removals, "removals", REMOVALS, ("finetuning_tokens", EVAL_LOSS))
     kept = []
     for _, budget in removals.groupby(_BUDGET, sort=False):
         n_seed = budget["seed"].nunique()
@@ -56,7 +57,7 @@ def at_best_rates(removals: pd.DataFrame) -> pd.DataFrame:
                 kept.append(rows.drop_duplicates("seed").assign(learning_rate=np.nan))
                 continue
             means = {
-                rate: float(each["eval_loss"].mean(skipna=False))
+                rate: float(each[EVAL_LOSS].mean(skipna=False))
                 for rate, each in rows.groupby("learning_rate")
                 if len(each) == n_seed
             }
@@ -82,7 +83,7 @@ def removal_table(removals: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for (configuration, share), budget in at_best_rates(removals).groupby(_BUDGET, sort=False):
-        losses = budget.pivot(index="seed", columns="variant", values="eval_loss").reindex(columns=list(VARIANTS))
+        losses = budget.pivot(index="seed", columns="variant", values=EVAL_LOSS).reindex(columns=list(VARIANTS))
         rates = budget.groupby("variant")["learning_rate"].first()
         row: dict[str, Any] = {
             "configuration": configuration,

@@ -6,13 +6,14 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator
 
+from normfree.columns import ACTIVE_SHARE, ATTENDED_KEYS
 from normfree.report.frames import SETTING, check_frame, check_one_setting, in_order
 from normfree.report.numbers import mean_and_half
 from normfree.report.primitives import configuration_curves, integer_axis, legend_above, panel_grid
 from normfree.report.style import DASHED, QUIET, configuration_colours, paper_style
 
-SPARSITY = (*SETTING, "configuration", "seed", "layer", "active_share", "attended_keys")
-SPARSITY_DYNAMICS = (*SETTING, "configuration", "seed", "step", "tokens", "layer", "active_share")
+SPARSITY = (*SETTING, "configuration", "seed", "layer", ACTIVE_SHARE, ATTENDED_KEYS)
+SPARSITY_DYNAMICS = (*SETTING, "configuration", "seed", "step", "tokens", "layer", ACTIVE_SHARE)
 SAVINGS = (*SETTING, "configuration", "seed", "flops")
 DECODE = (*SETTING, "configuration", "seed", "round", "dense_seconds", "sparse_seconds")
 
@@ -40,12 +41,12 @@ def active_neurons(sparsity: pd.DataFrame, dynamics: pd.DataFrame, *, nominal: f
     Raises:
         InputError: a column is missing, a layer occurs twice, or a frame mixes models or context lengths.
     """
-    check_frame(sparsity, "sparsity", SPARSITY, ("active_share", "attended_keys"))
-    check_frame(dynamics, "sparsity dynamics", SPARSITY_DYNAMICS, ("active_share", "tokens"))
+    check_frame(sparsity, "sparsity", SPARSITY, (ACTIVE_SHARE, ATTENDED_KEYS))
+    check_frame(dynamics, "sparsity dynamics", SPARSITY_DYNAMICS, (ACTIVE_SHARE, "tokens"))
     for frame, name in ((sparsity, "sparsity"), (dynamics, "sparsity dynamics")):
         check_one_setting(frame, name)
-    over_layers = dynamics.groupby(["configuration", "seed", "tokens"], sort=False)["active_share"].agg(_mean)
-    lowest_shares = pd.concat([sparsity, dynamics]).groupby("configuration")["active_share"].min()
+    over_layers = dynamics.groupby(["configuration", "seed", "tokens"], sort=False)[ACTIVE_SHARE].agg(_mean)
+    lowest_shares = pd.concat([sparsity, dynamics]).groupby("configuration")[ACTIVE_SHARE].min()
     colours = configuration_colours(in_order(sparsity["configuration"]))
     dense = [name for name in colours if lowest_shares[name] >= DENSE]
     drawn = {name: colour for name, colour in colours.items() if name not in dense}
@@ -53,8 +54,8 @@ def active_neurons(sparsity: pd.DataFrame, dynamics: pd.DataFrame, *, nominal: f
     lowest = 100.0
     for axes, frame, over in zip(grid.flat, (sparsity, over_layers.reset_index()), ("layer", "tokens"), strict=True):
         # zero has no place on a log scale, as when a run's neurons have all died
-        percent = frame.assign(percent=100 * frame["active_share"].where(frame["active_share"] > 0))
-        configuration_curves(axes, percent, "percent", over=over, broken=("active_share",), colours=drawn)
+        percent = frame.assign(percent=100 * frame[ACTIVE_SHARE].where(frame[ACTIVE_SHARE] > 0))
+        configuration_curves(axes, percent, "percent", over=over, broken=(ACTIVE_SHARE,), colours=drawn)
         lowest = min([lowest, *percent.loc[percent["configuration"].isin(drawn), "percent"].dropna()])
         if nominal is not None:
             axes.axhline(100 * nominal, zorder=1, **DASHED)
@@ -89,7 +90,7 @@ def sparsity_table(
     Raises:
         InputError: a column is missing, a row occurs twice, or a frame mixes models or context lengths.
     """
-    check_frame(sparsity, "sparsity", SPARSITY, ("active_share", "attended_keys"))
+    check_frame(sparsity, "sparsity", SPARSITY, (ACTIVE_SHARE, ATTENDED_KEYS))
     check_frame(savings, "savings", SAVINGS, ("flops",))
     for frame, name in ((sparsity, "sparsity"), (savings, "savings")):
         check_one_setting(frame, name)
@@ -98,21 +99,21 @@ def sparsity_table(
     if decode is not None:
         check_frame(decode, "decode", DECODE, ("dense_seconds", "sparse_seconds"))
         speed = (decode["dense_seconds"] / decode["sparse_seconds"]).groupby([decode[each] for each in key]).median()
-    runs = sparsity.groupby(key, sort=False)[["active_share", "attended_keys"]].agg(_mean)
+    runs = sparsity.groupby(key, sort=False)[[ACTIVE_SHARE, ATTENDED_KEYS]].agg(_mean)
     dense = savings.loc[savings["configuration"] == baseline, "flops"].mean()
     rows = []
     for configuration in in_order(sparsity["configuration"]):
         of_layers = sparsity[sparsity["configuration"] == configuration]
-        shares, keys = (runs.loc[configuration, column] for column in ("active_share", "attended_keys"))
+        shares, keys = (runs.loc[configuration, column] for column in (ACTIVE_SHARE, ATTENDED_KEYS))
         flops = savings.loc[savings["configuration"] == configuration, "flops"]
-        layers = 100 * of_layers.groupby("layer")["active_share"].agg(_mean)
+        layers = 100 * of_layers.groupby("layer")[ACTIVE_SHARE].agg(_mean)
         rows.append(
             {
                 "Configuration": configuration,
                 "Seeds": len(shares),
                 "Active neurons, %": mean_and_half(100 * shares),
                 "By layer, %": f"{layers.min():.1f} to {layers.max():.1f}" if layers.notna().all() else "NaN",
-                "Keys attended": _DASH if of_layers["attended_keys"].isna().all() else mean_and_half(keys),
+                "Keys attended": _DASH if of_layers[ATTENDED_KEYS].isna().all() else mean_and_half(keys),
                 "MFLOPs a token": mean_and_half(flops / 1e6),
                 "× fewer": mean_and_half(dense / flops),
                 "Decode, × as fast": mean_and_half(speed[configuration]) if configuration in speed else _DASH,

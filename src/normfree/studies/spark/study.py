@@ -11,6 +11,15 @@ import pandas as pd
 import torch
 from rich.console import Console
 
+from normfree.columns import (
+    ACTIVE_SHARE,
+    ATTENDED_KEYS,
+    DELTA_PERCENT,
+    EVAL_LOSS,
+    EVAL_PPL,
+    EVAL_PPL_HIGH,
+    EVAL_PPL_LOW,
+)
 from normfree.data import PackedData
 from normfree.modeling import NormfreeConfig
 from normfree.probes.sparsity_probe import SparsityProbe
@@ -100,7 +109,7 @@ def _measure_sparsity(result: RunResult, data: PackedData, console: Console) -> 
     checkpoint = final_checkpoint(result)
     if checkpoint is None:
         layers = sorted(result.head_entropy["layer"].unique())
-        write_parquet(pd.DataFrame({"layer": layers, "active_share": np.nan, "attended_keys": np.nan}), path)
+        write_parquet(pd.DataFrame({"layer": layers, ACTIVE_SHARE: np.nan, ATTENDED_KEYS: np.nan}), path)
         return
     model = load_pretrained(str(checkpoint)).as_normfree()
     sequences = torch.from_numpy(np.asarray(data.eval.tokens, dtype=np.int64))
@@ -109,7 +118,7 @@ def _measure_sparsity(result: RunResult, data: PackedData, console: Console) -> 
         for batch in sequences.split(BATCH_SIZE):
             model(batch.to(model.device), use_cache=False)
     shares, keys = probe.active_share().numpy(), probe.attended_keys().numpy()
-    write_parquet(pd.DataFrame({"layer": range(len(shares)), "active_share": shares, "attended_keys": keys}), path)
+    write_parquet(pd.DataFrame({"layer": range(len(shares)), ACTIVE_SHARE: shares, ATTENDED_KEYS: keys}), path)
 
 
 def _measure_decode(result: RunResult, console: Console) -> None:
@@ -129,10 +138,10 @@ def dynamics_frame(results: Iterable[RunResult]) -> pd.DataFrame:
     frames = []
     for result in results:
         layers, metrics = (pd.read_parquet(result.folder / name) for name in (LAYERS_FILE, METRICS_FILE))
-        shares = layers.loc[layers["name"] == "active_share", ["step", "layer", "value"]]
+        shares = layers.loc[layers["name"] == ACTIVE_SHARE, ["step", "layer", "value"]]
         tokens_per_step = int((metrics["tokens"] / metrics["step"]).max())
         frames.append(
-            shares.rename(columns={"value": "active_share"}).assign(
+            shares.rename(columns={"value": ACTIVE_SHARE}).assign(
                 tokens=shares["step"] * tokens_per_step, **run_key(result)
             )
         )
@@ -154,13 +163,13 @@ def savings_frame(results: Iterable[RunResult], sparsity: pd.DataFrame) -> pd.Da
 
 
 def _flops(config: NormfreeConfig, sequence_length: int, layers: pd.DataFrame) -> float:
-    if layers["active_share"].isna().any():
+    if layers[ACTIVE_SHARE].isna().any():
         return float("nan")
     costs = decode_cost(
         config,
         context_length=(sequence_length + 1) / 2,
-        active_share=layers["active_share"].tolist(),
-        attended_keys=layers["attended_keys"].tolist() if config.attention == "spark" else None,
+        active_share=layers[ACTIVE_SHARE].tolist(),
+        attended_keys=layers[ATTENDED_KEYS].tolist() if config.attention == "spark" else None,
     )
     return total_flops(costs, unembedding=False)
 
@@ -190,7 +199,7 @@ def describe_curve(page: StudyPage) -> Findings:
     """Perplexity by the share of neurons that top-k aims at, and what is measured."""
     table = page.table.set_index("configuration")
     places = [(place, share) for place, share in enumerate(ACTIVE_SHARES) if active(share).label in table.index]
-    columns = ["eval_ppl", "eval_ppl_low", "eval_ppl_high"]
+    columns = [EVAL_PPL, EVAL_PPL_LOW, EVAL_PPL_HIGH]
     rows: list[dict[str, Any]] = []
     for place, share in places:
         row = table.loc[active(share).label]
@@ -199,7 +208,7 @@ def describe_curve(page: StudyPage) -> Findings:
     sections = _sparsity_sections(page, nominal=None)
     if rows:
         dense = table.loc[LAYERNORM_GELU.label]
-        level = {"configuration": f"{LAYERNORM_GELU.label}, dense", "eval_ppl": dense["eval_ppl"]}
+        level = {"configuration": f"{LAYERNORM_GELU.label}, dense", EVAL_PPL: dense[EVAL_PPL]}
         figure = page.figure(
             "perplexity-by-share",
             perplexity_and_overload(
@@ -263,8 +272,7 @@ def costs_frame(losses: pd.DataFrame) -> pd.DataFrame:
         seed).
     """
     by_seed = {
-        label: dict(zip(runs["seed"], runs["eval_loss"], strict=True))
-        for label, runs in losses.groupby("configuration")
+        label: dict(zip(runs["seed"], runs[EVAL_LOSS], strict=True)) for label, runs in losses.groupby("configuration")
     }
     rows = []
     for network in [name for name in _NETWORKS if name]:
@@ -354,8 +362,8 @@ _LIMITS = (
 
 def _lead(table: pd.DataFrame, baseline: str) -> str:
     """Perplexity against the dense baseline, in words that hold whatever the numbers are."""
-    finite = table.dropna(subset=["delta_percent"])
-    others = finite[finite["loss_difference_over"] != "baseline"].sort_values("delta_percent")
+    finite = table.dropna(subset=[DELTA_PERCENT])
+    others = finite[finite["loss_difference_over"] != "baseline"].sort_values(DELTA_PERCENT)
     listed = ", ".join(f"{row['configuration']} {row['delta_percent']:+.1f} %" for _, row in others.iterrows())
     diverged = table.loc[table["diverged"] > 0, "configuration"].tolist()
     told = f"Perplexity against dense {baseline}: {listed}." if len(others) else "Every other run diverged."

@@ -9,13 +9,13 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from normfree.columns import ENTROPY_THRESHOLD_NATS
 from normfree.entropy import uniform_entropy_bound
 from normfree.errors import InputError
 from normfree.modeling import NormfreeConfig
 from normfree.training.objectives.objective import Objective, ObjectiveOptions, Term
 
 PENALTY = "entropy_penalty"
-THRESHOLD = "entropy_threshold_nats"
 _THRESHOLDS = "entropy_thresholds"
 
 
@@ -81,7 +81,7 @@ class EntropyRegularization(Objective):
         return {PENALTY: Term(penalty, self.options.weight)}
 
     def head_values(self) -> dict[str, Tensor]:
-        return {THRESHOLD: self.learned[_THRESHOLDS].detach() * self.maximum}
+        return {ENTROPY_THRESHOLD_NATS: self.learned[_THRESHOLDS].detach() * self.maximum}
 
 
 def entropy_penalty(entropy: Tensor, thresholds: Tensor, *, maximum: float, tolerance: float) -> Tensor:
