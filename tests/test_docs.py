@@ -32,7 +32,7 @@ _OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 of_each_page = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 
 
-@of_each_page
+@pytest.mark.parametrize("page", [*PAGES, *sorted(ROOT.glob("CONTRIBUTING.md"))], ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     lost = []
     for link in _LINK.findall(_without_code(page)):
