@@ -18,11 +18,8 @@ LONG = {
     # The training loop is one function, to be read from top to bottom.
     "normfree.training.loop.run",
     # To be shortened; this list only shrinks.
-    "normfree.cli.remove_norm.remove_norm",
-    "normfree.data.packing._build",
     "normfree.exports.export_without_layers",
     "normfree.training.finetuning.finetuning_run",
-    "normfree.training.loop.__init__",
 }
 """Functions that may be longer."""
 
