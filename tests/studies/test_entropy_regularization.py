@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from normfree.runner import StudyFolder, load_preset, run_config, threshold_frame
+from normfree.runner import StudyFolder, load_preset, run_config, telemetry_frame
 from normfree.studies.entropy_regularization import OPTIONS, STUDY
 
 Command = Callable[..., tuple[int, str, str]]
@@ -40,7 +40,9 @@ def test_the_study_leaves_its_tables_and_figures(normfree: Command, preset_file:
     assert "SM+G by the weight of the penalty" in page
     assert "Thresholds moved" in page
 
-    heads = threshold_frame(StudyFolder.open(folder).results("runs"))
+    heads = telemetry_frame(
+        StudyFolder.open(folder).results("runs"), ("entropy_nats", "entropy_threshold_nats"), ("step", "layer", "head")
+    )
     assert set(heads["configuration"]) == {label for labels in PENALISED.values() for label in labels}
     start = heads[heads["step"] == 0]["entropy_threshold_nats"]
     np.testing.assert_allclose(start, 0.5 * np.log(np.arange(1, 17)).mean(), rtol=1e-6)

@@ -96,10 +96,10 @@ def test_a_stopped_study_goes_on_to_the_same_result(
     command = ("study", "relu-revival", "--preset", preset_file)
     assert normfree(*command, "--out", "whole")[0] == 0
     with monkeypatch.context() as patch:
-        from transformers import Trainer
+        from normfree.training.loop import Training
 
         steps = iter(range(10))
-        step = Trainer.training_step
+        step = Training.micro_step
 
         def interrupted(*arguments: Any, **options: Any) -> object:
             if next(steps) == 7:  # the last step of the second run; its checkpoint is of step 2
@@ -107,7 +107,7 @@ def test_a_stopped_study_goes_on_to_the_same_result(
                 signal.raise_signal(signal.SIGINT)  # a second one stops at once
             return step(*arguments, **options)
 
-        patch.setattr(Trainer, "training_step", interrupted)
+        patch.setattr(Training, "micro_step", interrupted)
         code, _, err = normfree(*command, "--out", "stopped")
     assert code == 130
     assert "resumes from the last checkpoint" in err

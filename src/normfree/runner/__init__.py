@@ -18,11 +18,8 @@ from normfree.runner.run_frames import (
     head_entropy_frame,
     layer_entropy_frame,
     measured_frame,
-    nonfinite_frame,
     run_key,
-    signal_dynamics_frame,
-    slope_frame,
-    threshold_frame,
+    telemetry_frame,
 )
 from normfree.runner.study import Collection, Configuration, Measurement, Member, Study, run_config
 from normfree.runner.study_folder import StudyFolder
@@ -61,13 +58,10 @@ __all__ = [
     "load_study",
     "make_executor",
     "measured_frame",
-    "nonfinite_frame",
     "open_folder",
     "preset_names",
     "run_config",
     "run_key",
     "run_study",
-    "signal_dynamics_frame",
-    "slope_frame",
-    "threshold_frame",
+    "telemetry_frame",
 ]

@@ -13,15 +13,16 @@ from matplotlib.figure import Figure
 from normfree.columns import DELTA_PERCENT
 from normfree.entropy import uniform_entropy_bound
 from normfree.errors import InputError
-from normfree.report import (
-    FIGURES_FOLDER,
-    FigureElement,
-    Section,
-    load_published,
-    perplexity_table,
-    saved_figure,
+from normfree.report import FIGURES_FOLDER, FigureElement, Section, load_published, perplexity_table, saved_figure
+from normfree.report.entropy_figures import headwise_entropy_heatmaps, layerwise_entropy_dynamics
+from normfree.report.loss_curves import evaluation_loss_curves
+from normfree.runner.run_frames import (
+    eval_curve_frame,
+    head_entropy_frame,
+    layer_entropy_frame,
+    results_frame,
+    sequence_losses_frame,
 )
-from normfree.runner.run_frames import head_entropy_frame, results_frame, sequence_losses_frame
 from normfree.runner.study_folder import StudyFolder
 from normfree.training import RunResult
 
@@ -104,6 +105,26 @@ class StudyPage:
     def figure(self, name: str, figure: Figure, caption: str) -> FigureElement:
         """Saves ``figure`` in the study's folder, as PNG and PDF, and returns it for the report."""
         return saved_figure(self.path / self.figures, name, figure, caption)
+
+    def loss_figure(self, caption: str = "Evaluation loss over training.") -> FigureElement:
+        """The figure ``evaluation-loss``: a curve for each configuration."""
+        return self.figure("evaluation-loss", evaluation_loss_curves(eval_curve_frame(self.results)), caption)
+
+    def head_entropy_figure(self, caption: str | None = None) -> FigureElement:
+        """The figure ``headwise-entropy``: attention entropy of every head after training, a panel each configuration.
+
+        ``caption`` continues what is measured and where; default: what the mark on the scale is.
+        """
+        heatmaps = headwise_entropy_heatmaps(head_entropy_frame(self.results), maximum=self.uniform_bound)
+        mark = f"The mark on the scale is the entropy of uniform attention, {self.uniform_bound:.3f} nats."
+        what = "Attention entropy of every head in nats: final weights, evaluation tokens, one colour scale."
+        return self.figure("headwise-entropy", heatmaps, f"{what} {caption or mark}")
+
+    def layer_entropy_figure(self, compared: str = "") -> FigureElement:
+        """The figure ``layerwise-entropy``: entropy of each layer over training; ``compared`` ends the caption."""
+        curves = layerwise_entropy_dynamics(layer_entropy_frame(self.results), bound=self.uniform_bound)
+        caption = f"Entropy of each layer over training, mean over its heads, on training batches{compared}."
+        return self.figure("layerwise-entropy", curves, caption)
 
     def _in_order(self, results: Sequence[RunResult]) -> list[RunResult]:
         known = [each for each in results if each.row["configuration"] in self.labels]

@@ -8,11 +8,10 @@ from typing import Any
 
 import pandas as pd
 
-from normfree.columns import DELTA_PERCENT, ENTROPY_NATS, ENTROPY_THRESHOLD_NATS, EVAL_LOSS, EVAL_PPL, NEGATIVE_SLOPE
-from normfree.report.frames import NONFINITE_COUNTS, SIGNAL_STATISTICS, THRESHOLDS
-from normfree.training import RunResult, load_run_config
+from normfree.columns import DELTA_PERCENT, ENTROPY_NATS, EVAL_LOSS, EVAL_PPL
+from normfree.training import RunResult
 from normfree.training.records import LAYERS_FILE, METRICS_FILE
-from normfree.training.run_folder import CONFIG_FILE, last_checkpoint
+from normfree.training.run_folder import last_checkpoint
 
 KEY = ("model", "context_length", "configuration", "seed")
 
@@ -53,64 +52,32 @@ def eval_curve_frame(results: Iterable[RunResult]) -> pd.DataFrame:
     return pd.concat(curves, ignore_index=True)
 
 
+def telemetry_frame(
+    results: Iterable[RunResult], names: Sequence[str], by: Sequence[str] = ("step", "layer")
+) -> pd.DataFrame:
+    """model, context_length, configuration, seed, the columns ``by``, and a column for each of ``names``.
+
+    Values of ``layers.parquet``, read on training batches; ``by`` has "head" too for what is recorded of each head.
+    Runs whose telemetry lacks one of ``names`` have no rows.
+    """
+    frames = [pd.DataFrame(columns=[*KEY, *by, *names])]
+    for result in results:
+        layers = pd.read_parquet(result.folder / LAYERS_FILE)
+        recorded = layers[layers["name"].isin(names)]
+        if set(recorded["name"]) == set(names):
+            table = recorded.pivot(index=list(by), columns="name", values="value")
+            frames.append(table[list(names)].reset_index().assign(**run_key(result)))
+    return pd.concat(frames[1:] or frames, ignore_index=True)
+
+
 def layer_entropy_frame(results: Iterable[RunResult]) -> pd.DataFrame:
     """model, context_length, configuration, seed, step, layer, entropy_nats: mean over heads, training batches.
 
     A layer with a NaN head is NaN.
     """
-    frames = []
-    for result in results:
-        layers = pd.read_parquet(result.folder / LAYERS_FILE)
-        heads = layers[layers["name"] == ENTROPY_NATS]
-        means = heads.groupby(["step", "layer"])["value"].agg(lambda values: values.mean(skipna=False))
-        frames.append(means.rename(ENTROPY_NATS).reset_index().assign(**run_key(result)))
-    return pd.concat(frames, ignore_index=True)
-
-
-def nonfinite_frame(results: Iterable[RunResult]) -> pd.DataFrame:
-    """model, context_length, configuration, seed, step, layer, and the four NaN and Inf counts of the layer.
-
-    See :data:`normfree.report.frames.NONFINITE`; training batches.
-    """
-    frames = []
-    for result in results:
-        layers = pd.read_parquet(result.folder / LAYERS_FILE)
-        counts = layers[layers["name"].isin(NONFINITE_COUNTS)].pivot(
-            index=["step", "layer"], columns="name", values="value"
-        )
-        frames.append(counts.astype("int64").reset_index().assign(**run_key(result)))
-    return pd.concat(frames, ignore_index=True)
-
-
-def threshold_frame(results: Iterable[RunResult]) -> pd.DataFrame:
-    """model, context_length, configuration, seed, step, layer, head, entropy_nats, entropy_threshold_nats.
-
-    Training batches; the last step has thresholds alone. Runs that learn none have no rows.
-    """
-    names = [ENTROPY_NATS, ENTROPY_THRESHOLD_NATS]
-    frames = []
-    for result in results:
-        layers = pd.read_parquet(result.folder / LAYERS_FILE)
-        if ENTROPY_THRESHOLD_NATS in layers["name"].array:
-            heads = layers[layers["name"].isin(names)]
-            table = heads.pivot(index=["step", "layer", "head"], columns="name", values="value")
-            frames.append(table[names].reset_index().assign(**run_key(result)))
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(THRESHOLDS))
-
-
-def slope_frame(results: Iterable[RunResult]) -> pd.DataFrame:
-    """model, context_length, configuration, seed, step, layer, negative_slope: where it is learned; no row elsewhere.
-
-    A slope that all layers share is that of the first of them.
-    """
-    frames = []
-    for result in results:
-        layers = pd.read_parquet(result.folder / LAYERS_FILE)
-        slopes = layers.loc[layers["name"] == NEGATIVE_SLOPE, ["step", "layer", "value"]]
-        if load_run_config(result.folder / CONFIG_FILE).model.get("slope_sharing") == "global":
-            slopes = slopes[slopes["layer"] == slopes["layer"].min()]
-        frames.append(slopes.rename(columns={"value": NEGATIVE_SLOPE}).assign(**run_key(result)))
-    return pd.concat(frames, ignore_index=True)
+    heads = telemetry_frame(results, [ENTROPY_NATS], ("step", "layer", "head"))
+    means = heads.groupby([*KEY, "step", "layer"], sort=False)[ENTROPY_NATS]
+    return means.agg(lambda values: values.mean(skipna=False)).reset_index()
 
 
 def measured_frame(results: Iterable[RunResult], file: str) -> pd.DataFrame:
@@ -118,21 +85,6 @@ def measured_frame(results: Iterable[RunResult], file: str) -> pd.DataFrame:
     return pd.concat(
         [pd.read_parquet(each.folder / file).assign(**run_key(each)) for each in results], ignore_index=True
     )
-
-
-def signal_dynamics_frame(results: Iterable[RunResult]) -> pd.DataFrame:
-    """model, context_length, configuration, seed, step, layer and each of SIGNAL_STATISTICS: training batches.
-
-    Runs without these statistics in their telemetry have no rows.
-    """
-    frames = []
-    for result in results:
-        layers = pd.read_parquet(result.folder / LAYERS_FILE)
-        recorded = layers[layers["name"].isin(SIGNAL_STATISTICS)]
-        if set(recorded["name"]) == set(SIGNAL_STATISTICS):
-            table = recorded.pivot(index=["step", "layer"], columns="name", values="value").reset_index()
-            frames.append(table.assign(**run_key(result)))
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[*KEY, "step", "layer"])
 
 
 def run_key(result: RunResult) -> dict[str, Any]:

@@ -7,8 +7,6 @@ large-scale Transformer training instabilities", 2023).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -18,10 +16,8 @@ from normfree.probes.optional.qk_logit_max import QK_LOGIT_MAX
 from normfree.report import Section, Table, paper_style
 from normfree.report.frames import in_order
 from normfree.report.primitives import depth_bar, layer_curves, panel_grid
-from normfree.runner import Configuration, Findings, Study, StudyPage, run_key
+from normfree.runner import KEY, Configuration, Findings, Study, StudyPage, telemetry_frame
 from normfree.studies.relu_revival import GELU, LAYERNORM_GELU
-from normfree.training import RunResult
-from normfree.training.records import LAYERS_FILE, read_parquet
 
 RECIPE = {"probes": [QK_LOGIT_MAX]}
 
@@ -30,19 +26,6 @@ CONFIGURATIONS = tuple(
     for each in (LAYERNORM_GELU, GELU)
     for suffix, extra in (("", {}), ("+QK", {"qk_norm": "layernorm"}))
 )
-
-
-def logit_frame(results: Iterable[RunResult]) -> pd.DataFrame:
-    """model, context_length, configuration, seed, step, layer, qk_logit_max: the largest of the layer's heads.
-
-    Training batches; NaN for a layer with a NaN head.
-    """
-    frames = []
-    for result in results:
-        layers = read_parquet(result.folder / LAYERS_FILE)
-        heads = layers[layers["name"] == QK_LOGIT_MAX].rename(columns={"value": QK_LOGIT_MAX})
-        frames.append(largest_by(heads, "step", "layer").reset_index().assign(**run_key(result)))
-    return pd.concat(frames, ignore_index=True)
 
 
 def largest_by(logits: pd.DataFrame, *columns: str) -> pd.Series:
@@ -55,7 +38,7 @@ def attention_logits(logits: pd.DataFrame) -> Figure:
     """The largest attention logit of each layer over training, a panel each configuration; the largest of all seeds.
 
     Args:
-        logits: as :func:`logit_frame` returns it.
+        logits: the columns of a run, step, layer, qk_logit_max: the largest of the layer's heads.
     """
     configurations = in_order(logits["configuration"])
     layers = sorted(in_order(logits["layer"]))
@@ -75,7 +58,8 @@ def attention_logits(logits: pd.DataFrame) -> Figure:
 
 def describe(page: StudyPage) -> Findings:
     """Logits over training, and the largest of each run."""
-    logits = logit_frame(page.results)
+    heads = telemetry_frame(page.results, [QK_LOGIT_MAX], ("step", "layer", "head"))
+    logits = largest_by(heads, *KEY, "step", "layer").reset_index()
     run = ("configuration", "seed")
     last = logits[logits["step"] == logits.groupby(list(run))["step"].transform("max")]
     largest = {"Largest": largest_by(logits, *run), "At the last reading": largest_by(last, *run)}

@@ -15,8 +15,7 @@ from normfree.errors import InputError
 from normfree.interpret import measure_depth, write_depth
 from normfree.interpret.depth.comparison import depth_sections
 from normfree.report import FIGURES_FOLDER, Callout, Element, Section, Table, load_published
-from normfree.report.frames import check_frame, in_order
-from normfree.report.loss_curves import evaluation_loss_curves
+from normfree.report.frames import SIGNAL_STATISTICS, check_frame, in_order
 from normfree.report.numbers import mean_and_half
 from normfree.report.signal_curves import signal_propagation_dynamics, signal_propagation_over_depth
 from normfree.runner import (
@@ -26,10 +25,9 @@ from normfree.runner import (
     Preset,
     Study,
     StudyPage,
-    eval_curve_frame,
     final_checkpoint,
     run_key,
-    signal_dynamics_frame,
+    telemetry_frame,
 )
 from normfree.training import RunResult, load_pretrained
 
@@ -117,17 +115,13 @@ def measure(result: RunResult, data: PackedData, console: Console) -> None:
 def describe(page: StudyPage) -> Findings:
     """The published table, the diagnostics, and whether the deep half of the layers matters more with the scaling."""
     measured = [each for each in page.results if (each.folder / FOLDER / "summary.csv").exists()]
-    dynamics = signal_dynamics_frame(page.results)
+    dynamics = telemetry_frame(page.results, SIGNAL_STATISTICS)
     without = [each for each in page.results if each not in measured]
     sections = [
         Section(
             "Training",
             [
-                page.figure(
-                    "evaluation-loss",
-                    evaluation_loss_curves(eval_curve_frame(page.results)),
-                    "Evaluation loss over training.",
-                ),
+                page.loss_figure(),
                 _published_table(),
             ],
         ),

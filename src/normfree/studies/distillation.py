@@ -9,17 +9,7 @@ import pandas as pd
 
 from normfree.columns import EVAL_LOSS, EVAL_PPL
 from normfree.report import Section, Table
-from normfree.report.entropy_figures import headwise_entropy_heatmaps, layerwise_entropy_dynamics
-from normfree.report.loss_curves import evaluation_loss_curves
-from normfree.runner import (
-    Configuration,
-    Findings,
-    Study,
-    StudyPage,
-    eval_curve_frame,
-    head_entropy_frame,
-    layer_entropy_frame,
-)
+from normfree.runner import Configuration, Findings, Study, StudyPage
 from normfree.studies.relu_revival import GELU, LAYERNORM_GELU, RELU, scale_limits
 from normfree.training.objectives import DistillationOptions
 
@@ -55,27 +45,14 @@ def describe(page: StudyPage) -> Findings:
                         "where teaching made it worse, NaN where there was no gap or a run diverged."
                     ],
                 ),
-                page.figure(
-                    "evaluation-loss",
-                    evaluation_loss_curves(eval_curve_frame(page.results)),
-                    "Evaluation loss over training: plain cross-entropy for all.",
-                ),
+                page.loss_figure("Evaluation loss over training: plain cross-entropy for all."),
             ],
         ),
         Section(
             "Attention entropy of teacher and students",
             [
-                page.figure(
-                    "headwise-entropy",
-                    headwise_entropy_heatmaps(head_entropy_frame(page.results), maximum=page.uniform_bound),
-                    "Attention entropy of every head in nats: final weights, evaluation tokens, one colour scale. The "
-                    f"mark on the scale is the entropy of uniform attention, {page.uniform_bound:.3f} nats.",
-                ),
-                page.figure(
-                    "layerwise-entropy",
-                    layerwise_entropy_dynamics(layer_entropy_frame(page.results), bound=page.uniform_bound),
-                    "Entropy of each layer over training, mean over its heads, on training batches.",
-                ),
+                page.head_entropy_figure(),
+                page.layer_entropy_figure(),
             ],
         ),
     ]

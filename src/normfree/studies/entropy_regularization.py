@@ -14,22 +14,11 @@ from matplotlib.ticker import EngFormatter
 from normfree.columns import ENTROPY_NATS, ENTROPY_THRESHOLD_NATS, EVAL_PPL, EVAL_PPL_HIGH, EVAL_PPL_LOW
 from normfree.errors import InputError
 from normfree.report import BANDS, Callout, Element, Section, Table, paper_style
-from normfree.report.entropy_figures import headwise_entropy_heatmaps, layerwise_entropy_dynamics
 from normfree.report.frames import THRESHOLDS, check_frame, check_one_setting, in_order
-from normfree.report.loss_curves import evaluation_loss_curves
 from normfree.report.overload import perplexity_and_overload
 from normfree.report.primitives import depth_bar, layer_curves, panel_grid, seeds_note
 from normfree.report.style import INK
-from normfree.runner import (
-    Configuration,
-    Findings,
-    Study,
-    StudyPage,
-    eval_curve_frame,
-    head_entropy_frame,
-    layer_entropy_frame,
-    threshold_frame,
-)
+from normfree.runner import Configuration, Findings, Study, StudyPage, telemetry_frame
 from normfree.studies.relu_revival import GELU, LAYERNORM_GELU, RELU, scale_limits
 from normfree.training.objectives import EntropyRegularizationOptions
 from normfree.training.objectives.entropy_regularization import PENALTY
@@ -62,26 +51,13 @@ def describe(page: StudyPage) -> Findings:
                     "Perplexity and share of heads in the top quarter of the entropy range (the overload of the paper) "
                     "by the weight of the penalty.",
                 ),
-                page.figure(
-                    "headwise-entropy",
-                    headwise_entropy_heatmaps(head_entropy_frame(page.results), maximum=page.uniform_bound),
-                    "Attention entropy of every head in nats: final weights, evaluation tokens, one colour scale. The "
-                    f"mark on the scale is the entropy of uniform attention, {page.uniform_bound:.3f} nats.",
-                ),
-                page.figure(
-                    "layerwise-entropy",
-                    layerwise_entropy_dynamics(layer_entropy_frame(page.results), bound=page.uniform_bound),
-                    "Entropy of each layer over training, mean over its heads, on training batches.",
-                ),
-                page.figure(
-                    "evaluation-loss",
-                    evaluation_loss_curves(eval_curve_frame(page.results)),
-                    "Evaluation loss over training: plain cross-entropy for all.",
-                ),
+                page.head_entropy_figure(),
+                page.layer_entropy_figure(),
+                page.loss_figure("Evaluation loss over training: plain cross-entropy for all."),
             ],
         ),
     ]
-    heads = threshold_frame(page.results)
+    heads = telemetry_frame(page.results, (ENTROPY_NATS, ENTROPY_THRESHOLD_NATS), ("step", "layer", "head"))
     if len(heads):
         sections.append(Section("Thresholds over training", _threshold_blocks(page, heads)))
     return Findings(_lead(page, curves), sections, scale_limits(page) + _LIMITS)

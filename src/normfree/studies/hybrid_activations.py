@@ -13,11 +13,10 @@ from normfree.columns import ENTROPY_NATS, EVAL_PPL, EVAL_PPL_HIGH, EVAL_PPL_LOW
 from normfree.report import BANDS, Section, paper_style
 from normfree.report.entropy_figures import nats
 from normfree.report.frames import HEAD_ENTROPY, check_frame, check_one_setting, in_order
-from normfree.report.loss_curves import evaluation_loss_curves
 from normfree.report.overload import perplexity_and_overload
 from normfree.report.primitives import annotated_heatmap, colour_bar
 from normfree.report.style import TWO_COLUMN, entropy_colours
-from normfree.runner import Configuration, Findings, Preset, Study, StudyPage, eval_curve_frame, head_entropy_frame
+from normfree.runner import Configuration, Findings, Preset, Study, StudyPage, head_entropy_frame
 from normfree.studies.relu_revival import GELU, RELU, scale_limits
 
 LETTERS = {"gelu": "G", "relu": "R"}
@@ -67,11 +66,7 @@ def describe(page: StudyPage) -> Findings:
                     "Attention entropy by layer, mean over heads: final weights, evaluation tokens. A dot marks the "
                     "layers whose feed-forward network has GELU.",
                 ),
-                page.figure(
-                    "evaluation-loss",
-                    evaluation_loss_curves(eval_curve_frame(page.results)),
-                    "Evaluation loss over training.",
-                ),
+                page.loss_figure(),
             ],
         )
     ]

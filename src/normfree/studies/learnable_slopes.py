@@ -16,7 +16,7 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from normfree.columns import ENTROPY_NATS
+from normfree.columns import ENTROPY_NATS, NEGATIVE_SLOPE
 from normfree.errors import InputError
 from normfree.report import Callout, Paragraph, Section, Table, paper_style
 from normfree.report.entropy_figures import layerwise_entropy_dynamics
@@ -31,7 +31,7 @@ from normfree.report.frames import (
 )
 from normfree.report.primitives import annotated_heatmap, colour_bar, depth_bar, layer_curves, panel_grid
 from normfree.report.style import DASHED, INK, ONE_COLUMN, entropy_colours
-from normfree.runner import Configuration, Findings, Study, StudyPage, layer_entropy_frame, slope_frame
+from normfree.runner import Configuration, Findings, Study, StudyPage, layer_entropy_frame, telemetry_frame
 from normfree.studies.relu_revival import GELU, LAYERNORM_GELU, LAYERNORM_RELU, RELU, scale_limits
 from normfree.training.records import METRICS_FILE
 
@@ -76,7 +76,7 @@ def describe(page: StudyPage) -> Findings:
             [
                 page.figure(
                     "negative-slopes",
-                    negative_slope_trajectories(slope_frame(finished), decay_only=_decay_only(page)),
+                    negative_slope_trajectories(_slopes(page), decay_only=_decay_only(page)),
                     "Learned negative slope of each layer over training (compare Figure 3 of the paper, which has the "
                     "two panels that start at 0.01 with decay): rows share the sharing and the decay, columns the "
                     "initial slope. Dashed: where weight decay alone would have taken it.",
@@ -118,9 +118,17 @@ _LIMITS = (
 )
 
 
+def _slopes(page: StudyPage) -> pd.DataFrame:
+    """The columns of a run, step, layer, negative_slope. A slope that all layers share is that of the first of them."""
+    slopes = telemetry_frame(page.results, [NEGATIVE_SLOPE])
+    slopes = slopes[slopes["configuration"].isin(LEARNABLE)]
+    is_global = slopes["configuration"].map(lambda label: LEARNABLE[label][0] == "global")
+    return slopes[~is_global | (slopes["layer"] == slopes["layer"].min())]
+
+
 def _ends(page: StudyPage) -> pd.DataFrame:
     """One row a configuration: sharing, initial slope, decay; final slopes (mean, min, max); under decay alone."""
-    slopes = slope_frame(each for each in page.results if each.row["configuration"] in LEARNABLE)
+    slopes = _slopes(page)
     final = slopes[slopes["step"] == slopes["step"].max()]
     alone = _decay_only(page).groupby("configuration", sort=False)["negative_slope"].last()
     rows = []

@@ -21,12 +21,7 @@ from normfree.columns import (
     TOKEN_COSINE_SIMILARITY,
 )
 from normfree.data import PackedData
-from normfree.interpret import (
-    PRECISIONS,
-    check_quantization,
-    measure_signal_propagation,
-    quantization_cost,
-)
+from normfree.interpret import PRECISIONS, check_quantization, measure_signal_propagation, quantization_cost
 from normfree.report import Callout, Element, Paragraph, Section, Table
 from normfree.report.frames import SETTING, SIGNAL_STATISTICS, check_frame, check_one_setting, in_order
 from normfree.report.numbers import mean_and_half
@@ -44,7 +39,7 @@ from normfree.runner import (
     StudyPage,
     final_checkpoint,
     measured_frame,
-    signal_dynamics_frame,
+    telemetry_frame,
 )
 from normfree.studies.relu_revival import GELU, LAYERNORM_GELU, LAYERNORM_RELU, RELU, scale_limits
 from normfree.training import RunResult, load_pretrained
@@ -112,7 +107,10 @@ def describe(page: StudyPage) -> Findings:
         signal = measured_frame(measured, SIGNAL_FILE)
         quantization = measured_frame(measured, QUANTIZATION_FILE)
         lead = _lead(signal, quantization)
-        sections = [_signal_section(page, signal, signal_dynamics_frame(measured)), _quantization_section(quantization)]
+        sections = [
+            _signal_section(page, signal, telemetry_frame(measured, SIGNAL_STATISTICS)),
+            _quantization_section(quantization),
+        ]
     if missing:
         names = ", ".join(f"{each.row['configuration']} seed {each.row['seed']}" for each in missing)
         told = f"Not measured yet, and not in these sections: {names}. `normfree study {STUDY.name}` goes on with them."

@@ -7,21 +7,8 @@ import pandas as pd
 from normfree.columns import EVAL_PPL
 from normfree.entropy import uniform_entropy_bound
 from normfree.report import BANDS, Section, published_head_entropy
-from normfree.report.entropy_figures import (
-    headwise_entropy_distribution,
-    headwise_entropy_heatmaps,
-    layerwise_entropy_dynamics,
-)
-from normfree.report.loss_curves import evaluation_loss_curves
-from normfree.runner import (
-    Configuration,
-    Findings,
-    Study,
-    StudyPage,
-    eval_curve_frame,
-    head_entropy_frame,
-    layer_entropy_frame,
-)
+from normfree.report.entropy_figures import headwise_entropy_distribution, headwise_entropy_heatmaps
+from normfree.runner import Configuration, Findings, Study, StudyPage, head_entropy_frame
 
 PAPER_TOKENS = 2.1e9
 PAPER_SEQUENCE_LENGTH = 128
@@ -50,16 +37,8 @@ def describe(page: StudyPage) -> Findings:
             "Share of heads in each quarter of the entropy range (compare Figure 2a); max is the largest entropy "
             "over the heads of all configurations.",
         ),
-        page.figure(
-            "evaluation-loss",
-            evaluation_loss_curves(eval_curve_frame(page.results)),
-            "Evaluation loss over training (compare Figure 2b).",
-        ),
-        page.figure(
-            "layerwise-entropy",
-            layerwise_entropy_dynamics(layer_entropy_frame(page.results), bound=page.uniform_bound),
-            "Entropy of each layer over training, mean over its heads, on training batches (compare Figure 4).",
-        ),
+        page.loss_figure("Evaluation loss over training (compare Figure 2b)."),
+        page.layer_entropy_figure(" (compare Figure 4)"),
     ]
     published = page.figure(
         "headwise-entropy-published",

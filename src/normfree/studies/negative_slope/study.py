@@ -10,16 +10,8 @@ import pandas as pd
 
 from normfree.columns import ENTROPY_NATS
 from normfree.report import Callout, Section, Table
-from normfree.report.loss_curves import evaluation_loss_curves
-from normfree.runner import (
-    Configuration,
-    Findings,
-    Study,
-    StudyPage,
-    eval_curve_frame,
-    layer_entropy_frame,
-    nonfinite_frame,
-)
+from normfree.report.frames import NONFINITE_COUNTS
+from normfree.runner import Configuration, Findings, Study, StudyPage, layer_entropy_frame, telemetry_frame
 from normfree.studies.negative_slope.events import entropy_collapse, first_nonfinite
 from normfree.studies.negative_slope.figures import instability_dynamics
 from normfree.studies.relu_revival import RELU, scale_limits
@@ -38,7 +30,7 @@ LEAKY = tuple(
 
 def describe(page: StudyPage) -> Findings:
     """The paper's Figure 5 from our runs, and the steps at which each of them became unstable."""
-    counts = nonfinite_frame(page.results)
+    counts = telemetry_frame(page.results, NONFINITE_COUNTS).astype(dict.fromkeys(NONFINITE_COUNTS, "int64"))
     entropy = layer_entropy_frame(page.results)
     runs = _runs(page, counts, entropy)
     section = Section(
@@ -53,11 +45,7 @@ def describe(page: StudyPage) -> Findings:
             ),
             _table(page, runs),
             Callout(what_nan_means(page.folder.preset.recipe)),
-            page.figure(
-                "evaluation-loss",
-                evaluation_loss_curves(eval_curve_frame(page.results)),
-                "Evaluation loss over training.",
-            ),
+            page.loss_figure(),
         ],
     )
     return Findings(_lead(runs), [section], scale_limits(page) + _LIMITS)

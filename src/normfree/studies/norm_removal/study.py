@@ -21,14 +21,7 @@ from normfree.removal.midway import check_removable
 from normfree.removal.plan import plan
 from normfree.removal.removal import NORM_FREE, REMOVAL_FOLDER, TABLE_FILE, VANILLA, remove
 from normfree.removal.schedule import automatic_schedule
-from normfree.report import (
-    Callout,
-    Element,
-    Estimate,
-    Section,
-    Table,
-    load_published,
-)
+from normfree.report import Callout, Element, Estimate, Section, Table, load_published
 from normfree.report.numbers import plus_minus
 from normfree.runner import Configuration, Findings, Measurement, Preset, RemovalOptions, Study, StudyPage, run_config
 from normfree.studies.norm_removal.figures import removal_loss_curves

@@ -24,8 +24,6 @@ from normfree.data import PackedData
 from normfree.modeling import NormfreeConfig
 from normfree.probes.sparsity_probe import SparsityProbe
 from normfree.report import BANDS, Callout, Element, Paragraph, Section, Table, load_published, mean_confidence_interval
-from normfree.report.entropy_figures import headwise_entropy_heatmaps
-from normfree.report.loss_curves import evaluation_loss_curves
 from normfree.report.overload import perplexity_and_overload
 from normfree.runner import (
     Configuration,
@@ -34,9 +32,7 @@ from normfree.runner import (
     Preset,
     Study,
     StudyPage,
-    eval_curve_frame,
     final_checkpoint,
-    head_entropy_frame,
     measured_frame,
     run_config,
     run_key,
@@ -314,18 +310,11 @@ def _overload_section(page: StudyPage) -> Section:
     return Section(
         "Heads",
         [
-            page.figure(
-                "headwise-entropy",
-                headwise_entropy_heatmaps(head_entropy_frame(page.results), maximum=page.uniform_bound),
-                "Attention entropy of every head in nats: final weights, evaluation tokens, one colour scale. Of "
-                "sparse attention it is that of the softmax over the attended keys, before the gates, and k keys allow "
-                "no more than ln k.",
+            page.head_entropy_figure(
+                "Of sparse attention it is that of the softmax over the attended keys, before the gates, and k keys "
+                "allow no more than ln k."
             ),
-            page.figure(
-                "evaluation-loss",
-                evaluation_loss_curves(eval_curve_frame(page.results)),
-                "Evaluation loss over training.",
-            ),
+            page.loss_figure(),
         ],
     )
 
