@@ -18,7 +18,6 @@ LONG = {
     # The training loop is one function, to be read from top to bottom.
     "normfree.training.loop.run",
     # To be shortened; this list only shrinks.
-    "normfree.exports.export_without_layers",
     "normfree.training.finetuning.finetuning_run",
 }
 """Functions that may be longer."""

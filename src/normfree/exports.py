@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from normfree.errors import InputError
-from normfree.files import DEFAULT_CACHE_DIR, folder_written_whole
+from normfree.files import folder_written_whole
 from normfree.interpret import (
     NoTokenizerError,
     TokenSequences,
@@ -18,6 +18,7 @@ from normfree.interpret import (
     token_sequences,
     tokenizer_of,
 )
+from normfree.interpret.sequences import SequenceOptions
 from normfree.probes.residual_stream import decoder_blocks
 from normfree.spark import to_spark
 from normfree.training import LoadedModel, load_pretrained
@@ -58,12 +59,7 @@ def export_without_layers(
     drop: Sequence[int] | None = None,
     drop_last: int | None = None,
     drop_similar: int | None = None,
-    corpus: str | None = None,
-    tokenizer: str | None = None,
-    sequence_length: int | None = None,
-    n_sequences: int = 32,
-    bos: bool | None = None,
-    cache_dir: Path = DEFAULT_CACHE_DIR,
+    **sequences: Unpack[SequenceOptions],
 ) -> PrunedModel:
     """Writes the model ``source`` without some of its layers to ``folder``, whole or not at all.
 
@@ -72,9 +68,7 @@ def export_without_layers(
         folder: must not hold anything.
         drop, drop_last, drop_similar: exactly one of: layers from 0; how many of the last; how many consecutive ones,
             those across which the angular distance is smallest (:func:`~normfree.interpret.most_similar_block`).
-        corpus, tokenizer, sequence_length, n_sequences, bos: what ``drop_similar`` is measured on; see
-            :func:`~normfree.interpret.token_sequences`.
-        cache_dir: where tokenized corpora are kept and found again.
+        sequences: what ``drop_similar`` is measured on; see :func:`~normfree.interpret.token_sequences`.
 
     Raises:
         InputError: not exactly one choice is given, the layers cannot be dropped (see
@@ -82,11 +76,11 @@ def export_without_layers(
     """
     if sum(choice is not None for choice in (drop, drop_last, drop_similar)) != 1:
         raise InputError("give exactly one of --drop, --drop-last and --drop-similar")
-    if drop_similar is None and (corpus, sequence_length, bos) != (None, None, None):
+    if drop_similar is None and any(sequences.get(name) is not None for name in ("corpus", "sequence_length", "bos")):
         raise InputError("--corpus, --sequence-length and --bos are for --drop-similar; leave them out")
     loaded = load_pretrained(source)
     n_layer = len(decoder_blocks(loaded.model))
-    sequences = None
+    read = None
     if drop is not None:
         chosen = list(drop)
     elif drop_last is not None:
@@ -95,16 +89,8 @@ def export_without_layers(
         chosen = list(range(n_layer - drop_last, n_layer))
     else:
         assert drop_similar is not None
-        sequences = token_sequences(
-            loaded,
-            corpus=corpus,
-            tokenizer=tokenizer,
-            sequence_length=sequence_length,
-            n_sequences=n_sequences,
-            cache_dir=cache_dir,
-            bos=bos,
-        )
-        chosen = most_similar_block(measure_angular_distance(loaded.model, sequences.tokens), drop_similar)
+        read = token_sequences(loaded, **sequences)
+        chosen = most_similar_block(measure_angular_distance(loaded.model, read.tokens), drop_similar)
     saved_tokenizer = _tokenizer_or_none(loaded)
     pruned = export_pruned(loaded.model, chosen, folder, source=source, tokenizer=saved_tokenizer)
     return PrunedModel(
@@ -115,7 +101,7 @@ def export_without_layers(
         dropped_layers=sorted(chosen),
         n_layer=n_layer - len(chosen),
         has_tokenizer=saved_tokenizer is not None,
-        sequences=sequences,
+        sequences=read,
     )
 
 

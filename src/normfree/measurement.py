@@ -6,7 +6,7 @@ import base64
 import html
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -16,10 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from normfree.columns import SHARE_OF_UNIFORM, SINK_SHARE, UNIFORM_NATS
 from normfree.data import Beginning
 from normfree.errors import InputError
-from normfree.files import DEFAULT_CACHE_DIR, write_text
+from normfree.files import write_text
 from normfree.interpret.given_texts import given_sequences
 from normfree.interpret.head_entropy import AttentionEntropy, measure_attention_entropy, write_attention_entropy
-from normfree.interpret.sequences import token_sequences
+from normfree.interpret.sequences import SequenceOptions, token_sequences
 from normfree.report import paper_style, save_figure
 from normfree.report.entropy_figures import headwise_entropy_heatmaps
 from normfree.report.notebook import draw_figures_in_notebooks, figure_png
@@ -184,40 +184,20 @@ def measure(
     return Measurement.of(entropy, name or loaded.source, beginning, loaded.quantization)
 
 
-def measure_on_corpus(
-    source: str,
-    *,
-    corpus: str | None = None,
-    tokenizer: str | None = None,
-    sequence_length: int | None = None,
-    n_sequences: int = 32,
-    bos: bool | None = None,
-    name: str | None = None,
-    cache_dir: Path = DEFAULT_CACHE_DIR,
-) -> Measurement:
+def measure_on_corpus(source: str, *, name: str | None = None, **sequences: Unpack[SequenceOptions]) -> Measurement:
     """As :func:`measure`, on sequences of a corpus, or of a run's own evaluation data: ``normfree entropy``.
 
     Args:
         source: a Hub id, a model folder, a ``.gguf`` file, or a run or checkpoint folder.
-        corpus, tokenizer, sequence_length, n_sequences, bos: see :func:`~normfree.interpret.token_sequences`.
         name: the model's name in figures; default: ``source``.
-        cache_dir: where tokenized corpora are kept and found again.
+        sequences: see :func:`~normfree.interpret.token_sequences`.
 
     Raises:
         InputError: the model or the corpus cannot be used, or no attention layer can be read.
     """
     loaded = load_pretrained(source)
-    sequences = token_sequences(
-        loaded,
-        corpus=corpus,
-        tokenizer=tokenizer,
-        sequence_length=sequence_length,
-        n_sequences=n_sequences,
-        cache_dir=cache_dir,
-        bos=bos,
-    )
-    result = measure(loaded, sequences.tokens, name=name)
-    return replace(result, beginning=sequences.beginning)
+    read = token_sequences(loaded, **sequences)
+    return replace(measure(loaded, read.tokens, name=name), beginning=read.beginning)
 
 
 def _model(model: PreTrainedModel | nn.Module | LoadedModel | str | Path) -> tuple[LoadedModel, nn.Module]:

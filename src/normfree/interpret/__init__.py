@@ -1,99 +1,49 @@
 """Reading finished models: what heads attend to and write, how signals propagate, what low precision costs."""
 
-from normfree.interpret.confidence_neurons import (
-    confidence_neuron_candidates,
-    neuron_ablation_effects,
-    neuron_output_weights,
-)
-from normfree.interpret.depth import (
-    DepthComparison,
-    DepthMeasurement,
-    EffectiveDepth,
-    compare_depth,
-    effective_depth,
-    fit_growth,
-    measure_angular_distance,
-    measure_depth,
-    most_similar_block,
-    write_depth,
-)
-from normfree.interpret.direct_logit_attribution import (
-    DirectAttributionErrors,
-    LogitAttribution,
-    direct_attribution_errors,
-    direct_effects,
-    direct_logit_attribution,
-    mean_final_std,
-)
-from normfree.interpret.head_entropy import AttentionEntropy, measure_attention_entropy, write_attention_entropy
-from normfree.interpret.interpretability import InterpretabilityComparison, compare_interpretability, interpret_model
-from normfree.interpret.patching import (
-    PatchingAgreement,
-    PromptPairs,
-    agreement,
-    logit_difference,
-    patch_heads,
-    patch_residual_stream,
-)
-from normfree.interpret.prompts import induction_pairs, read_prompts
-from normfree.interpret.pruning import export_pruned, prune_layers
-from normfree.interpret.quantization import PRECISIONS, check_quantization, quantization_cost, quantized
-from normfree.interpret.sequences import (
-    NoTokenizerError,
-    TokenSequences,
-    check_same_tokens,
-    token_sequences,
-    tokenizer_of,
-)
-from normfree.interpret.signal_propagation import measure_signal_propagation
-from normfree.interpret.sinks import attention_sinks, residual_std_by_position
-
-__all__ = [
-    "PRECISIONS",
-    "AttentionEntropy",
-    "DepthComparison",
-    "DepthMeasurement",
-    "DirectAttributionErrors",
-    "EffectiveDepth",
-    "InterpretabilityComparison",
-    "LogitAttribution",
-    "NoTokenizerError",
-    "PatchingAgreement",
-    "PromptPairs",
-    "TokenSequences",
-    "agreement",
-    "attention_sinks",
-    "check_quantization",
-    "check_same_tokens",
-    "compare_depth",
-    "compare_interpretability",
-    "confidence_neuron_candidates",
-    "direct_attribution_errors",
-    "direct_effects",
-    "direct_logit_attribution",
-    "effective_depth",
-    "export_pruned",
-    "fit_growth",
-    "induction_pairs",
-    "interpret_model",
-    "logit_difference",
-    "mean_final_std",
-    "measure_angular_distance",
-    "measure_attention_entropy",
-    "measure_depth",
-    "measure_signal_propagation",
-    "most_similar_block",
-    "neuron_ablation_effects",
-    "neuron_output_weights",
-    "patch_heads",
-    "patch_residual_stream",
-    "prune_layers",
-    "quantization_cost",
-    "quantized",
-    "read_prompts",
-    "residual_std_by_position",
-    "token_sequences",
-    "tokenizer_of",
-    "write_attention_entropy",
-    "write_depth",
-]
+from normfree.interpret.confidence_neurons import confidence_neuron_candidates as confidence_neuron_candidates
+from normfree.interpret.confidence_neurons import neuron_ablation_effects as neuron_ablation_effects
+from normfree.interpret.confidence_neurons import neuron_output_weights as neuron_output_weights
+from normfree.interpret.depth import DepthComparison as DepthComparison
+from normfree.interpret.depth import DepthMeasurement as DepthMeasurement
+from normfree.interpret.depth import EffectiveDepth as EffectiveDepth
+from normfree.interpret.depth import compare_depth as compare_depth
+from normfree.interpret.depth import effective_depth as effective_depth
+from normfree.interpret.depth import fit_growth as fit_growth
+from normfree.interpret.depth import measure_angular_distance as measure_angular_distance
+from normfree.interpret.depth import measure_depth as measure_depth
+from normfree.interpret.depth import most_similar_block as most_similar_block
+from normfree.interpret.depth import write_depth as write_depth
+from normfree.interpret.direct_logit_attribution import DirectAttributionErrors as DirectAttributionErrors
+from normfree.interpret.direct_logit_attribution import LogitAttribution as LogitAttribution
+from normfree.interpret.direct_logit_attribution import direct_attribution_errors as direct_attribution_errors
+from normfree.interpret.direct_logit_attribution import direct_effects as direct_effects
+from normfree.interpret.direct_logit_attribution import direct_logit_attribution as direct_logit_attribution
+from normfree.interpret.direct_logit_attribution import mean_final_std as mean_final_std
+from normfree.interpret.head_entropy import AttentionEntropy as AttentionEntropy
+from normfree.interpret.head_entropy import measure_attention_entropy as measure_attention_entropy
+from normfree.interpret.head_entropy import write_attention_entropy as write_attention_entropy
+from normfree.interpret.interpretability import InterpretabilityComparison as InterpretabilityComparison
+from normfree.interpret.interpretability import compare_interpretability as compare_interpretability
+from normfree.interpret.interpretability import interpret_model as interpret_model
+from normfree.interpret.patching import PatchingAgreement as PatchingAgreement
+from normfree.interpret.patching import PromptPairs as PromptPairs
+from normfree.interpret.patching import agreement as agreement
+from normfree.interpret.patching import logit_difference as logit_difference
+from normfree.interpret.patching import patch_heads as patch_heads
+from normfree.interpret.patching import patch_residual_stream as patch_residual_stream
+from normfree.interpret.prompts import induction_pairs as induction_pairs
+from normfree.interpret.prompts import read_prompts as read_prompts
+from normfree.interpret.pruning import export_pruned as export_pruned
+from normfree.interpret.pruning import prune_layers as prune_layers
+from normfree.interpret.quantization import PRECISIONS as PRECISIONS
+from normfree.interpret.quantization import check_quantization as check_quantization
+from normfree.interpret.quantization import quantization_cost as quantization_cost
+from normfree.interpret.quantization import quantized as quantized
+from normfree.interpret.sequences import NoTokenizerError as NoTokenizerError
+from normfree.interpret.sequences import TokenSequences as TokenSequences
+from normfree.interpret.sequences import check_same_tokens as check_same_tokens
+from normfree.interpret.sequences import token_sequences as token_sequences
+from normfree.interpret.sequences import tokenizer_of as tokenizer_of
+from normfree.interpret.signal_propagation import measure_signal_propagation as measure_signal_propagation
+from normfree.interpret.sinks import attention_sinks as attention_sinks
+from normfree.interpret.sinks import residual_std_by_position as residual_std_by_position

@@ -3,71 +3,36 @@
 Each figure is a function from data frames to a matplotlib ``Figure``; :mod:`normfree.plot` lists all of them.
 """
 
-from normfree.report.html import (
-    Callout,
-    Code,
-    Element,
-    FigureElement,
-    KeyValues,
-    Paragraph,
-    Section,
-    Table,
-    render_report,
-    weights_entry,
-    write_page,
-    write_report,
-)
-from normfree.report.intervals import (
-    BAND_LABELS,
-    BANDS,
-    Estimate,
-    PairedDifference,
-    band_shares,
-    mean_confidence_interval,
-    paired_difference,
-)
-from normfree.report.published import (
-    PUBLISHED_NAMES,
-    PublishedName,
-    load_published,
-    published_head_entropy,
-)
-from normfree.report.saving import FIGURES_FOLDER, figure_section, save_figure, saved_figure
-from normfree.report.style import paper_style
-from normfree.report.tables import formatted, perplexity_table, table_notes, to_console, to_markdown
-
-__all__ = [
-    "BANDS",
-    "BAND_LABELS",
-    "FIGURES_FOLDER",
-    "PUBLISHED_NAMES",
-    "Callout",
-    "Code",
-    "Element",
-    "Estimate",
-    "FigureElement",
-    "KeyValues",
-    "PairedDifference",
-    "Paragraph",
-    "PublishedName",
-    "Section",
-    "Table",
-    "band_shares",
-    "figure_section",
-    "formatted",
-    "load_published",
-    "mean_confidence_interval",
-    "paired_difference",
-    "paper_style",
-    "perplexity_table",
-    "published_head_entropy",
-    "render_report",
-    "save_figure",
-    "saved_figure",
-    "table_notes",
-    "to_console",
-    "to_markdown",
-    "weights_entry",
-    "write_page",
-    "write_report",
-]
+from normfree.report.html import Callout as Callout
+from normfree.report.html import Code as Code
+from normfree.report.html import Element as Element
+from normfree.report.html import FigureElement as FigureElement
+from normfree.report.html import KeyValues as KeyValues
+from normfree.report.html import Paragraph as Paragraph
+from normfree.report.html import Section as Section
+from normfree.report.html import Table as Table
+from normfree.report.html import render_report as render_report
+from normfree.report.html import weights_entry as weights_entry
+from normfree.report.html import write_page as write_page
+from normfree.report.html import write_report as write_report
+from normfree.report.intervals import BAND_LABELS as BAND_LABELS
+from normfree.report.intervals import BANDS as BANDS
+from normfree.report.intervals import Estimate as Estimate
+from normfree.report.intervals import PairedDifference as PairedDifference
+from normfree.report.intervals import band_shares as band_shares
+from normfree.report.intervals import mean_confidence_interval as mean_confidence_interval
+from normfree.report.intervals import paired_difference as paired_difference
+from normfree.report.published import PUBLISHED_NAMES as PUBLISHED_NAMES
+from normfree.report.published import PublishedName as PublishedName
+from normfree.report.published import load_published as load_published
+from normfree.report.published import published_head_entropy as published_head_entropy
+from normfree.report.saving import FIGURES_FOLDER as FIGURES_FOLDER
+from normfree.report.saving import figure_section as figure_section
+from normfree.report.saving import save_figure as save_figure
+from normfree.report.saving import saved_figure as saved_figure
+from normfree.report.style import paper_style as paper_style
+from normfree.report.tables import formatted as formatted
+from normfree.report.tables import perplexity_table as perplexity_table
+from normfree.report.tables import table_notes as table_notes
+from normfree.report.tables import to_console as to_console
+from normfree.report.tables import to_markdown as to_markdown

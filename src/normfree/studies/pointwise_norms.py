@@ -15,7 +15,9 @@ from rich.console import Console
 from normfree.columns import ENTROPY_NATS, EVAL_LOSS
 from normfree.data import PackedData
 from normfree.report import Callout, Section
-from normfree.report.style import QUIET, TWO_COLUMN, configuration_colours, paper_style
+from normfree.report.frames import in_order
+from normfree.report.primitives import integer_axis, panel_grid
+from normfree.report.style import QUIET, Style, configuration_colours, paper_style
 from normfree.runner import (
     Configuration,
     Findings,
@@ -57,6 +59,7 @@ def measure(result: RunResult, data: PackedData, console: Console) -> None:
     write_parquet(pd.DataFrame(rows), path)
 
 
+@paper_style()
 def entropy_and_alpha(heads: pd.DataFrame, alphas: pd.DataFrame, *, bound: float) -> Figure:
     """Attention entropy by layer with each norm, and the α that point-wise functions learned; means over seeds.
 
@@ -65,28 +68,27 @@ def entropy_and_alpha(heads: pd.DataFrame, alphas: pd.DataFrame, *, bound: float
         alphas: configuration, seed, layer, place, alpha; may be empty.
         bound: entropy of uniform attention, in nats.
     """
-    colours = configuration_colours(list(dict.fromkeys(heads["configuration"])))
+    colours = configuration_colours(in_order(heads["configuration"]))
     lines = {"attention_norm": "-", "ffn_norm": "--"}
-    with paper_style():
-        figure = Figure(figsize=(TWO_COLUMN, 2.3), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        for label, colour in colours.items():
-            # A mean with a head that is NaN is NaN: it leaves a gap.
-            entropy = heads[heads["configuration"] == label].groupby("layer")[ENTROPY_NATS]
-            means = entropy.agg(lambda values: values.mean(skipna=False))
-            left.plot(means.index, means, color=colour, marker="o", markersize=2.2, label=label)
-        left.axhline(bound, color=QUIET, linestyle=":", label="uniform attention")
-        left.set(xlabel="layer", ylabel="attention entropy (nats)", ylim=(0, 1.08 * bound))
-        for (name, place), of_place in alphas.groupby(["configuration", "place"], sort=False):
-            means = of_place.groupby("layer")["alpha"].mean()
-            told = f"{name}, {str(place).replace('_', ' ')}"
-            style = lines.get(str(place), ":")
-            right.plot(means.index, means, style, color=colours[str(name)], marker="o", markersize=2.2, label=told)
-        right.set(xlabel="layer", ylabel="learned α")
-        for axes in (left, right):
-            if axes.get_legend_handles_labels()[0]:
-                axes.legend()
-            axes.xaxis.get_major_locator().set_params(integer=True)
+    figure, grid = panel_grid(2, 2, row_height=2.3)
+    left, right = grid.flat
+    dots: Style = {"marker": "o", "markersize": 2.2}
+    for label, colour in colours.items():
+        # A mean with a head that is NaN is NaN: it leaves a gap.
+        entropy = heads[heads["configuration"] == label].groupby("layer")[ENTROPY_NATS]
+        means = entropy.agg(lambda values: values.mean(skipna=False))
+        left.plot(means.index, means, color=colour, label=label, **dots)
+    left.axhline(bound, color=QUIET, linestyle=":", label="uniform attention")
+    left.set(xlabel="layer", ylabel="attention entropy (nats)", ylim=(0, 1.08 * bound))
+    for (name, place), of_place in alphas.groupby(["configuration", "place"], sort=False):
+        means = of_place.groupby("layer")["alpha"].mean()
+        label = f"{name}, {str(place).replace('_', ' ')}"
+        right.plot(means.index, means, lines.get(str(place), ":"), color=colours[str(name)], label=label, **dots)
+    right.set(xlabel="layer", ylabel="learned α")
+    for axes in (left, right):
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
+        integer_axis(axes)
     return figure
 
 
