@@ -7,7 +7,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from normfree.report.entropy_figures import headwise_entropy_heatmaps
+from normfree.report.entropy_figures import headwise_entropy_distribution, headwise_entropy_heatmaps
 from normfree.report.primitives import (
     annotated_heatmap,
     colour_bar,
@@ -77,6 +77,17 @@ def test_a_colour_bar_breaks_a_label_that_is_longer_than_the_figure(height):
     (box,) = extents(figure, [bar.ax.yaxis.label])
     assert on_the_page(figure, [box])
     assert min(map(len, bar.ax.get_ylabel().split("\n"))) > 5
+
+
+@pytest.mark.parametrize("n_configuration", [2, 4, 5, 9, 14])
+@pytest.mark.parametrize("seeds", [(0,), (0, 1)])
+def test_the_numbers_above_bars_keep_apart_where_all_heads_are_in_one_band(n_configuration, seeds):
+    index = [(f"norm {i}", seed, head) for i in range(n_configuration) for seed in seeds for head in range(3)]
+    frame = pd.DataFrame(index, columns=["configuration", "seed", "head"])
+    figure = headwise_entropy_distribution(frame.assign(**study.SETTING, layer=0, entropy_nats=2.5))
+    texts = figure.axes[0].texts
+    assert [text.get_text() for text in texts].count("100") == n_configuration
+    assert apart(extents(figure, texts))
 
 
 def test_panels_without_use_are_hidden_and_the_ones_above_them_have_labels():

@@ -52,9 +52,9 @@ _BAR_WIDTH, _BAR_GAP = 0.10, 0.12
 _MAX_CELL_HEIGHT, _CELL_ASPECT = 0.24, 0.72  # height of a cell, at most; height over width
 _MIN_HEIGHT = 1.35  # of a heatmap: the label of the colour bar next to it is that long
 
-# A digit of DejaVu Sans is 0.64 em wide; four characters ("3.88") and some air have to fit into a cell.
-_ANNOTATION_EM = 4 * 0.64 + 0.35
-_SMALLEST_FONT, _LARGEST_FONT = 4.8, 6.5  # points
+_DIGIT_EM = 0.64  # width of a digit of DejaVu Sans
+_ANNOTATION_EM = 4 * _DIGIT_EM + 0.35  # four characters ("3.88") and some air have to fit into a cell
+_SMALLEST_FONT, _LARGEST_FONT, _SMALLEST_BAR_FONT = 4.8, 6.5, 4.2  # points
 _BOUND = "#c81e1e"
 
 Annotate = bool | Literal["auto"]
@@ -225,13 +225,14 @@ def headwise_entropy_distribution(head_entropy: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(TWO_COLUMN if len(colours) > 4 else ONE_COLUMN, 2.25), layout="constrained")
     axes = figure.subplots()
     bar_width = 0.84 / len(colours)
+    font = _bar_font(72 * bar_width * (figure.get_figwidth() - 0.5) / 4.2)
     for i, (configuration, colour) in enumerate(colours.items()):
         runs = 100 * shares.loc[shares["configuration"] == configuration, list(BANDS)].to_numpy(dtype=np.float64)
         places = np.arange(len(BANDS)) + (i - (len(colours) - 1) / 2) * bar_width
         estimates = [mean_confidence_interval(runs[:, band]) for band in range(len(BANDS))]
         axes.bar(places, [each.mean for each in estimates], 0.92 * bar_width, color=colour, label=configuration)
         for place, estimate, values in zip(places, estimates, runs.T, strict=True):
-            _annotate_bar(axes, place, estimate, values, colour)
+            _annotate_bar(axes, place, estimate, values, {"color": colour, "fontweight": "bold"}, font)
     axes.set_xticks(range(len(BANDS)), BAND_LABELS, fontsize=5.6)
     axes.tick_params(axis="x", length=0)
     axes.grid(visible=False, axis="x")
@@ -246,7 +247,15 @@ def headwise_entropy_distribution(head_entropy: pd.DataFrame) -> Figure:
     return figure
 
 
-def _annotate_bar(axes: Axes, place: float, estimate: Estimate, values: FloatArray, colour: str) -> None:
+def _bar_font(width: float) -> Style:
+    """Of a number of up to three digits above a bar ``width`` points wide; where it would be too small, upright."""
+    size = width / (3 * _DIGIT_EM + 0.25)
+    return {"fontsize": min(size, 5.2)} if size >= _SMALLEST_BAR_FONT else {"fontsize": 5.0, "rotation": 90}
+
+
+def _annotate_bar(
+    axes: Axes, place: float, estimate: Estimate, values: FloatArray, nan_style: Style, font: Style
+) -> None:
     """The mean above a bar; seeds and interval of several runs; NaN in place of a bar that has no height."""
     is_nan = bool(np.isnan(estimate.mean))
     top = 0.0 if is_nan else estimate.mean
@@ -256,9 +265,9 @@ def _annotate_bar(axes: Axes, place: float, estimate: Estimate, values: FloatArr
         dots: Style = {"color": "white", "markersize": 2, "markeredgecolor": INK, "markeredgewidth": 0.4}
         axes.plot([place] * len(values), values, "o", **dots)
         top = max(high, *values)
-    style: Style = {"fontsize": 5.2, "color": INK}
+    style: Style = {"color": INK, **font}
     if is_nan:
-        style = {"fontsize": 5.5, "color": colour, "fontweight": "bold", "rotation": 90}
+        style = {"fontsize": 5.5, "rotation": 90, **nan_style}
     text, offset = ("NaN", 3.0) if is_nan else (f"{estimate.mean:.0f}", 1.5)
     axes.annotate(text, (place, top), xytext=(0, offset), textcoords="offset points", ha="center", **style)
 

@@ -28,7 +28,7 @@ def describe(page: StudyPage) -> Findings:
             "headwise-entropy",
             headwise_entropy_heatmaps(heads, maximum=page.uniform_bound),
             "Attention entropy of every head in nats (compare Figure 1 of the paper): final weights, evaluation "
-            "tokens, one colour scale. Yellow heads look everywhere alike; the mark on the scale is the entropy of "
+            "tokens, one colour scale. Yellow: near-uniform attention; the mark on the scale is the entropy of "
             f"uniform attention, {page.uniform_bound:.3f} nats.",
         ),
         page.figure(
