@@ -8,8 +8,7 @@
 //
 // Both terms of H are at least 0: nothing cancels. Where m rises by d, l becomes e^-d l and t becomes e^-d (t - d l).
 //
-// The vectors are those of GCC and Clang, as wide as the CPU's own, so one source serves AVX-512, AVX2, NEON and machines
-// without any. Plain C functions on plain pointers, float32: the library depends on neither Python nor torch.
+// Plain C functions on plain pointers, float32: the library depends on neither Python nor torch.
 
 #include <cmath>
 #include <cstdint>
@@ -18,80 +17,22 @@
 #include <vector>
 
 #include "elements.h"
+#include "vectors.h"
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int VECTOR_BYTES = 64, QUERIES = 8;
-#elif defined(__AVX__)
-constexpr int VECTOR_BYTES = 32, QUERIES = 4;
-#elif defined(__aarch64__)
-constexpr int VECTOR_BYTES = 16, QUERIES = 8;
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int QUERIES = 8;
 #else
-constexpr int VECTOR_BYTES = 16, QUERIES = 4;
+constexpr int QUERIES = 4;
 #endif
 
-typedef float Floats __attribute__((vector_size(VECTOR_BYTES)));
-typedef int32_t Ints __attribute__((vector_size(VECTOR_BYTES)));
-
-constexpr int64_t LANES = VECTOR_BYTES / sizeof(float);
 constexpr int64_t KEYS = 2 * LANES;    // keys of a tile, whose scores with QUERIES queries stay in registers
 constexpr int64_t SPAN = 256 / KEYS;   // tiles whose scores are written down together
 constexpr int64_t QUERY_BLOCK = 64;    // queries that one thread takes at a time
 constexpr int64_t FETCH_AHEAD = 2, CACHE_LINE = 64 / sizeof(float);  // rows of weights, and the numbers in a line
 constexpr float HIDDEN = -std::numeric_limits<float>::max();
-constexpr float SMALLEST_EXPONENT = -87.0f;  // e^x below is no normal number, and nothing beside the largest term, 1
 
-inline Floats load(const float* from) {
-    Floats vector;
-    std::memcpy(&vector, from, sizeof vector);
-    return vector;
-}
-
-inline void store(float* to, Floats vector) { std::memcpy(to, &vector, sizeof vector); }
-
-inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
-
-// A vector folded onto one half of itself again and again, until one number is left.
-template <int BYTES>
-struct Vector {
-    typedef float Type __attribute__((vector_size(BYTES)));
-};
-
-template <int BYTES, class Fold>
-inline float folded(typename Vector<BYTES>::Type x, Fold fold) {
-    if constexpr (BYTES == 2 * sizeof(float)) {
-        return fold(x[0], x[1]);
-    } else {
-        typename Vector<BYTES / 2>::Type halves[2];
-        std::memcpy(halves, &x, sizeof x);
-        return folded<BYTES / 2>(fold(halves[0], halves[1]), fold);
-    }
-}
-
-inline float sum(Floats x) {
-    return folded<VECTOR_BYTES>(x, [](auto a, auto b) { return a + b; });
-}
-
-inline float largest(Floats x) {
-    return folded<VECTOR_BYTES>(x, [](auto a, auto b) { return a > b ? a : b; });
-}
-
-// e^x for x in [-87, 0], within 2 units in the last place: 2^n times a polynomial in x - n ln 2 (of Cephes).
-inline Floats exponential(Floats x) {
-    constexpr float ROUNDS = 12582912.0f;  // 1.5 · 2²³: what is added to it is rounded to a whole number
-    const Floats shifted = x * 1.44269504088896341f + ROUNDS;
-    const Floats n = shifted - ROUNDS;
-    const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    const Ints exponent = ((Ints)shifted << 23);  // the last bits of `shifted` are those of n
-    return (Floats)((Ints)p + exponent);
-}
 
 // ln x for normal positive x, within 2 units in the last place of the larger of |ln x| and 1 (of Cephes).
 inline Floats logarithm(Floats x) {

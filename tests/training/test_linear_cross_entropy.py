@@ -1,0 +1,238 @@
+"""Linear cross-entropy in blocks against the definition in float64, with and without the compiled kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from normfree.compiled import library_refuses
+from normfree.training import linear_cross_entropy as module
+from normfree.training.linear_cross_entropy import linear_cross_entropy, next_token_losses
+
+WIDTH = 24
+
+
+@pytest.fixture(params=["kernel", "plain"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Losses by the compiled kernel, and by torch; both in several blocks."""
+    monkeypatch.setitem(module.BLOCK_BYTES, "cpu", 1)
+    monkeypatch.setattr(module, "FEWEST_ROWS", 7)
+    if request.param == "plain":
+        monkeypatch.setattr(module, "library_refuses", lambda *_: "not here")
+    elif library_refuses(module.NAME, module.INTERFACE) is not None:
+        pytest.skip("the kernels are not compiled")
+    return str(request.param)
+
+
+def made_up(vocab_size: int, *, bias: bool = False, seed: int = 0) -> tuple[Tensor, nn.Linear, Tensor]:
+    """hidden [3, 13, WIDTH], an unembedding, and labels of which some are not predicted."""
+    torch.manual_seed(seed)
+    unembedding = nn.Linear(WIDTH, vocab_size, bias=bias)
+    nn.init.normal_(unembedding.weight)
+    labels = torch.randint(0, vocab_size, (3, 13))
+    labels[0, 4:9] = -100
+    return torch.randn(3, 13, WIDTH, requires_grad=True), unembedding, labels
+
+
+def oracle(
+    hidden: Tensor, unembedding: nn.Linear, labels: Tensor, softcap: float | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """Losses [batch, T - 1] and the gradients of their sum (hidden, weight, bias), in float64 with whole logits."""
+    wide = nn.Linear(WIDTH, unembedding.out_features, bias=unembedding.bias is not None).double()
+    wide.load_state_dict(unembedding.state_dict())
+    x = hidden.detach().double().requires_grad_()
+    logits = wide(x)[:, :-1]
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none", ignore_index=-100)
+    losses.sum().backward()
+    gradients = [x.grad, *(each.grad for each in wide.parameters())]
+    return losses.detach(), [each for each in gradients if each is not None]
+
+
+def gradients_of(hidden: Tensor, unembedding: nn.Linear) -> list[Tensor]:
+    return [each for each in (hidden.grad, *(p.grad for p in unembedding.parameters())) if each is not None]
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("vocab_size", [5, 16, 1003])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("bias", [False, True])
+def test_float32_is_exact_to_rounding(way: str, vocab_size: int, softcap: float | None, bias: bool) -> None:
+    hidden, unembedding, labels = made_up(vocab_size, bias=bias)
+    expected, expected_gradients = oracle(hidden, unembedding, labels, softcap)
+    total = linear_cross_entropy(hidden, unembedding, labels, softcap)
+    total.backward()
+    assert total.item() == pytest.approx(expected.sum().item(), rel=1e-6)
+    assert all(map(lambda *pair: distance(*pair) < 2e-6, gradients_of(hidden, unembedding), expected_gradients))
+    losses = next_token_losses(hidden, unembedding, labels, softcap)
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
+def test_half_precision_is_as_near_as_whole_logits_are(way: str, dtype: torch.dtype, tolerance: float) -> None:
+    hidden, unembedding, labels = made_up(1003, bias=True)
+    expected, expected_gradients = oracle(hidden, unembedding, labels)
+    with torch.autocast("cpu", dtype=dtype):
+        total = linear_cross_entropy(hidden, unembedding, labels)
+    total.backward()
+    assert total.dtype == torch.float32
+    assert total.item() == pytest.approx(expected.sum().item(), rel=1e-3)
+    found = gradients_of(hidden, unembedding)
+    assert all(each.dtype == torch.float32 for each in found)
+    assert all(map(lambda *pair: distance(*pair) < tolerance, found, expected_gradients))
+
+
+def test_fp16_gradients_survive_a_small_factor(way: str) -> None:
+    """A mean over many tokens, and a loss scale, multiply gradients that are float32 by then."""
+    hidden, unembedding, labels = made_up(1003)
+    _, (of_hidden, of_weight) = oracle(hidden, unembedding, labels)
+    with torch.autocast("cpu", dtype=torch.float16):
+        total = linear_cross_entropy(hidden, unembedding, labels)
+    (total * 1e-12).backward()
+    assert hidden.grad is not None
+    assert unembedding.weight.grad is not None
+    assert distance(hidden.grad, of_hidden * 1e-12) < 2e-3
+    assert distance(unembedding.weight.grad, of_weight * 1e-12) < 2e-3
+
+
+def test_tied_weights_add_up(way: str) -> None:
+    _, unembedding, labels = made_up(50)
+    embedding = nn.Embedding(50, WIDTH)
+    embedding.weight = unembedding.weight
+    tokens = labels.clamp(min=0)
+    linear_cross_entropy(embedding(tokens), unembedding, labels).backward()
+    found = unembedding.weight.grad
+    assert found is not None
+    wide = unembedding.weight.detach().double().requires_grad_()
+    logits = (wide[tokens] @ wide.T)[:, :-1]
+    nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum").backward()
+    assert wide.grad is not None
+    assert distance(found, wide.grad) < 2e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("place", "value"), [(3, float("nan")), (40, float("inf")), (49, float("nan"))])
+def test_nonfinite_logits_are_nonfinite_losses_of_their_tokens_only(
+    way: str, dtype: torch.dtype, place: int, value: float
+) -> None:
+    hidden, unembedding, labels = made_up(50)
+    with torch.no_grad():
+        hidden[1, 2] = value if place % 2 else hidden[1, 2]
+        unembedding.weight[place, 0] = 1.0
+        hidden[1, 2, 0] = value
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        losses = next_token_losses(hidden, unembedding, labels)
+        total = linear_cross_entropy(hidden, unembedding, labels)
+    assert not losses[1, 2].isfinite()
+    losses[1, 2] = 0
+    assert losses.isfinite().all()
+    assert not total.isfinite()
+    total.backward()
+    assert hidden.grad is not None
+    assert not hidden.grad[1, 2].isfinite().any()
+    assert hidden.grad[0].isfinite().all()
+
+
+def test_minus_infinity_has_probability_zero(way: str) -> None:
+    """A bias of −∞ takes a token out of the vocabulary."""
+    hidden, unembedding, labels = made_up(50, bias=True)
+    with torch.no_grad():
+        unembedding.bias[7] = float("-inf")
+    labels[labels == 7] = 8
+    expected, (of_hidden, *_) = oracle(hidden, unembedding, labels)
+    total = linear_cross_entropy(hidden, unembedding, labels)
+    total.backward()
+    assert total.item() == pytest.approx(expected.sum().item(), rel=1e-6)
+    assert hidden.grad is not None
+    assert distance(hidden.grad, of_hidden) < 2e-6
+
+
+def test_nothing_to_predict(way: str) -> None:
+    hidden, unembedding, labels = made_up(50)
+    total = linear_cross_entropy(hidden, unembedding, torch.full_like(labels, -100))
+    total.backward()
+    assert total.item() == 0
+    assert all((each == 0).all() for each in gradients_of(hidden, unembedding))
+
+
+def test_frozen_weights_without_gradient(way: str) -> None:
+    hidden, unembedding, labels = made_up(50)
+    unembedding.requires_grad_(False)
+    linear_cross_entropy(hidden, unembedding, labels).backward()
+    assert hidden.grad is not None
+    assert unembedding.weight.grad is None
+    with torch.no_grad():
+        assert not linear_cross_entropy(hidden, unembedding, labels).requires_grad
+
+
+def test_extreme_logits(way: str) -> None:
+    """The largest logit is taken off first: neither 1e4 nor -1e4 overflows."""
+    hidden, unembedding, labels = made_up(50)
+    with torch.no_grad():
+        unembedding.weight.mul_(1e4)
+    expected, _ = oracle(hidden, unembedding, labels)
+    losses = next_token_losses(hidden, unembedding, labels)
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-2)
+
+
+@pytest.mark.skipif(library_refuses(module.NAME, module.INTERFACE) is not None, reason="the kernels are not compiled")
+@settings(max_examples=60, deadline=None)
+@given(
+    n_row=st.integers(1, 5),
+    vocab_size=st.integers(1, 200),
+    scale=st.floats(0.01, 30),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 2**16),
+)
+def test_kernel_is_the_plain_way(n_row: int, vocab_size: int, scale: float, dtype: torch.dtype, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(n_row, vocab_size, generator=generator) * scale).to(dtype)
+    targets = torch.randint(-1, vocab_size, (n_row,), generator=generator)
+    by_kernel, by_torch = logits.clone(), logits.clone()
+    losses = module._losses(by_kernel, targets, with_gradient=True)
+    expected = module._plain_losses(by_torch, targets, with_gradient=True)
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
+    # One unit in the last place of bfloat16, where the two round to either side.
+    torch.testing.assert_close(
+        by_kernel.float(), by_torch.float(), rtol=2**-7 if dtype == torch.bfloat16 else 2e-6, atol=1e-7
+    )
+
+
+def test_threads_change_nothing() -> None:
+    hidden, unembedding, labels = made_up(1003)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(next_token_losses(hidden, unembedding, labels))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(*pair) for pair in pairwise(found))
+
+
+def test_logits_are_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No block has more tokens than BLOCK_BYTES of logits hold."""
+    sizes: list[int] = []
+    plain: Callable[..., Tensor] = module._losses
+
+    def seen(logits: Tensor, targets: Tensor, *, with_gradient: bool) -> Tensor:
+        sizes.append(logits.numel() * logits.element_size())
+        return plain(logits, targets, with_gradient=with_gradient)
+
+    monkeypatch.setattr(module, "_losses", seen)
+    unembedding = nn.Linear(WIDTH, 4096)
+    hidden, labels = torch.randn(4, 129, WIDTH, requires_grad=True), torch.randint(0, 4096, (4, 129))
+    linear_cross_entropy(hidden, unembedding, labels).backward()
+    assert max(sizes) <= module.BLOCK_BYTES["cpu"]
+    assert sum(sizes) == 4 * 128 * 4096 * 4
