@@ -8,13 +8,12 @@ final residual stream and of the unembedding are made in the same pass, and only
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from normfree.compiled import address, library, library_refuses, sizes
-from normfree.data.blocks import NOT_PREDICTED
 
 NAME, INTERFACE = "cross_entropy", 1
 KERNEL_TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -24,33 +23,40 @@ OTHER_BLOCK_BYTES = 1 << 26
 FEWEST_ROWS = 32
 
 
-def next_token_losses(hidden: Tensor, unembedding: nn.Linear, labels: Tensor, softcap: float | None = None) -> Tensor:
-    """The next-token loss of each token but the last, in nats: float32 [batch, T - 1], without a gradient.
+class CrossEntropy(NamedTuple):
+    """What :func:`linear_cross_entropy` returns.
+
+    total: the sum over predicted tokens, nats: a float32 scalar with gradients.
+    losses: of each token but the last, nats: float32 [batch, T - 1] without gradients, 0 where it is not predicted.
+    """
+
+    total: Tensor
+    losses: Tensor
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    unembedding: nn.Linear,
+    labels: Tensor,
+    *,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+) -> CrossEntropy:
+    """Next-token losses in nats: to rounding ``cross_entropy(unembedding(hidden)[:, :-1].float(), labels[:, 1:])``.
+
+    Products are made in the dtype of autocast; losses, softmax and the sums over blocks in float32.
 
     Args:
         hidden: the normalized final residual stream [batch, T, n_embd].
         unembedding: to [vocab_size].
-        labels: int64 [batch, T]; -100 marks a token that is not predicted, whose loss is 0.
-        softcap: logits x are soft-capped to softcap · tanh(x / softcap).
+        labels: int64 [batch, T], shifted in here.
+        softcap: logits x become softcap · tanh(x / softcap).
+        ignore_index: the label of a token that is not predicted.
     """
-    with torch.no_grad():
-        losses = _Blocks(hidden[:, :-1], unembedding.weight, unembedding.bias, labels[:, 1:], softcap).losses()
-    return losses.view(labels.shape[0], -1)
-
-
-def linear_cross_entropy(
-    hidden: Tensor, unembedding: nn.Linear, labels: Tensor, softcap: float | None = None
-) -> Tensor:
-    """The sum over predicted tokens of the next-token loss in nats, a float32 scalar with gradients.
-
-    To rounding, ``cross_entropy(unembedding(hidden)[:, :-1].float(), labels[:, 1:], reduction="sum")``, without the
-    logits [batch, T, vocab_size]. Products are made in the dtype of autocast; losses, softmax and the sums over blocks
-    in float32. Arguments as in :func:`next_token_losses`.
-    """
-    total: Tensor = _LinearCrossEntropy.apply(
-        hidden[:, :-1], unembedding.weight, unembedding.bias, labels[:, 1:], softcap
-    )
-    return total
+    targets = labels[:, 1:]
+    targets = targets.where(targets != ignore_index, -1)
+    total, losses = _LinearCrossEntropy.apply(hidden[:, :-1], unembedding.weight, unembedding.bias, targets, softcap)
+    return CrossEntropy(total, losses.view(targets.shape))
 
 
 class _Blocks:
@@ -65,8 +71,7 @@ class _Blocks:
         self.hidden = hidden.detach().reshape(-1, hidden.shape[-1]).to(dtype)
         self.weight = weight.detach().to(dtype)
         self.bias = None if bias is None else bias.detach().to(dtype)
-        targets = targets.reshape(-1)
-        self.targets = targets.where(targets != NOT_PREDICTED, -1)
+        self.targets = targets.reshape(-1)
         self.softcap = softcap
         block_bytes = BLOCK_BYTES.get(device, OTHER_BLOCK_BYTES)
         self.n_row = max(FEWEST_ROWS, block_bytes // (self.weight.shape[0] * dtype.itemsize))
@@ -113,21 +118,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float | None
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         blocks = _Blocks(hidden, weight, bias, targets, softcap)
-        if not (hidden.requires_grad or weight.requires_grad):
-            return blocks.losses().sum()
+        if not any(ctx.needs_input_grad):
+            losses = blocks.losses()
+            return losses.sum(), losses
         losses, *gradients = blocks.losses_and_gradients()
         ctx.save_for_backward(*gradients)
         ctx.hidden_shape, ctx.dtypes = (
             hidden.shape,
             [hidden.dtype, weight.dtype, bias.dtype if bias is not None else None],
         )
-        return losses.sum()
+        ctx.mark_non_differentiable(losses)
+        return losses.sum(), losses
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (factor,) = gradients
+        factor, _ = gradients
         of_hidden, of_weight, of_bias = (
             None if each is None else (each.to(dtype) * factor).to(dtype)
             for each, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)

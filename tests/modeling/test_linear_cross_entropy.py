@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from normfree.compiled import library_refuses
-from normfree.training import linear_cross_entropy as module
-from normfree.training.linear_cross_entropy import linear_cross_entropy, next_token_losses
+from normfree.modeling import linear_cross_entropy as module
+from normfree.modeling.linear_cross_entropy import linear_cross_entropy
 
 WIDTH = 24
 
@@ -70,11 +70,11 @@ def distance(found: Tensor, expected: Tensor) -> float:
 def test_float32_is_exact_to_rounding(way: str, vocab_size: int, softcap: float | None, bias: bool) -> None:
     hidden, unembedding, labels = made_up(vocab_size, bias=bias)
     expected, expected_gradients = oracle(hidden, unembedding, labels, softcap)
-    total = linear_cross_entropy(hidden, unembedding, labels, softcap)
+    total, losses = linear_cross_entropy(hidden, unembedding, labels, softcap=softcap)
     total.backward()
     assert total.item() == pytest.approx(expected.sum().item(), rel=1e-6)
     assert all(map(lambda *pair: distance(*pair) < 2e-6, gradients_of(hidden, unembedding), expected_gradients))
-    losses = next_token_losses(hidden, unembedding, labels, softcap)
+
     torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=2e-6)
 
 
@@ -83,7 +83,7 @@ def test_half_precision_is_as_near_as_whole_logits_are(way: str, dtype: torch.dt
     hidden, unembedding, labels = made_up(1003, bias=True)
     expected, expected_gradients = oracle(hidden, unembedding, labels)
     with torch.autocast("cpu", dtype=dtype):
-        total = linear_cross_entropy(hidden, unembedding, labels)
+        total, _ = linear_cross_entropy(hidden, unembedding, labels)
     total.backward()
     assert total.dtype == torch.float32
     assert total.item() == pytest.approx(expected.sum().item(), rel=1e-3)
@@ -97,7 +97,7 @@ def test_fp16_gradients_survive_a_small_factor(way: str) -> None:
     hidden, unembedding, labels = made_up(1003)
     _, (of_hidden, of_weight) = oracle(hidden, unembedding, labels)
     with torch.autocast("cpu", dtype=torch.float16):
-        total = linear_cross_entropy(hidden, unembedding, labels)
+        total, _ = linear_cross_entropy(hidden, unembedding, labels)
     (total * 1e-12).backward()
     assert hidden.grad is not None
     assert unembedding.weight.grad is not None
@@ -110,7 +110,7 @@ def test_tied_weights_add_up(way: str) -> None:
     embedding = nn.Embedding(50, WIDTH)
     embedding.weight = unembedding.weight
     tokens = labels.clamp(min=0)
-    linear_cross_entropy(embedding(tokens), unembedding, labels).backward()
+    linear_cross_entropy(embedding(tokens), unembedding, labels).total.backward()
     found = unembedding.weight.grad
     assert found is not None
     wide = unembedding.weight.detach().double().requires_grad_()
@@ -131,8 +131,7 @@ def test_nonfinite_logits_are_nonfinite_losses_of_their_tokens_only(
         unembedding.weight[place, 0] = 1.0
         hidden[1, 2, 0] = value
     with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-        losses = next_token_losses(hidden, unembedding, labels)
-        total = linear_cross_entropy(hidden, unembedding, labels)
+        total, losses = linear_cross_entropy(hidden, unembedding, labels)
     assert not losses[1, 2].isfinite()
     losses[1, 2] = 0
     assert losses.isfinite().all()
@@ -150,7 +149,7 @@ def test_minus_infinity_has_probability_zero(way: str) -> None:
         unembedding.bias[7] = float("-inf")
     labels[labels == 7] = 8
     expected, (of_hidden, *_) = oracle(hidden, unembedding, labels)
-    total = linear_cross_entropy(hidden, unembedding, labels)
+    total, _ = linear_cross_entropy(hidden, unembedding, labels)
     total.backward()
     assert total.item() == pytest.approx(expected.sum().item(), rel=1e-6)
     assert hidden.grad is not None
@@ -159,7 +158,7 @@ def test_minus_infinity_has_probability_zero(way: str) -> None:
 
 def test_nothing_to_predict(way: str) -> None:
     hidden, unembedding, labels = made_up(50)
-    total = linear_cross_entropy(hidden, unembedding, torch.full_like(labels, -100))
+    total, _ = linear_cross_entropy(hidden, unembedding, torch.full_like(labels, -100))
     total.backward()
     assert total.item() == 0
     assert all((each == 0).all() for each in gradients_of(hidden, unembedding))
@@ -168,11 +167,11 @@ def test_nothing_to_predict(way: str) -> None:
 def test_frozen_weights_without_gradient(way: str) -> None:
     hidden, unembedding, labels = made_up(50)
     unembedding.requires_grad_(False)
-    linear_cross_entropy(hidden, unembedding, labels).backward()
+    linear_cross_entropy(hidden, unembedding, labels).total.backward()
     assert hidden.grad is not None
     assert unembedding.weight.grad is None
     with torch.no_grad():
-        assert not linear_cross_entropy(hidden, unembedding, labels).requires_grad
+        assert not linear_cross_entropy(hidden, unembedding, labels).total.requires_grad
 
 
 def test_extreme_logits(way: str) -> None:
@@ -181,7 +180,7 @@ def test_extreme_logits(way: str) -> None:
     with torch.no_grad():
         unembedding.weight.mul_(1e4)
     expected, _ = oracle(hidden, unembedding, labels)
-    losses = next_token_losses(hidden, unembedding, labels)
+    losses = linear_cross_entropy(hidden, unembedding, labels).losses
     torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-2)
 
 
@@ -215,7 +214,7 @@ def test_threads_change_nothing() -> None:
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            found.append(next_token_losses(hidden, unembedding, labels))
+            found.append(linear_cross_entropy(hidden, unembedding, labels).losses)
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(*pair) for pair in pairwise(found))
@@ -233,6 +232,6 @@ def test_logits_are_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_losses", seen)
     unembedding = nn.Linear(WIDTH, 4096)
     hidden, labels = torch.randn(4, 129, WIDTH, requires_grad=True), torch.randint(0, 4096, (4, 129))
-    linear_cross_entropy(hidden, unembedding, labels).backward()
+    linear_cross_entropy(hidden, unembedding, labels).total.backward()
     assert max(sizes) <= module.BLOCK_BYTES["cpu"]
     assert sum(sizes) == 4 * 128 * 4096 * 4
