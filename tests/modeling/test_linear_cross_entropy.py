@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from normfree import NormfreeConfig, NormfreeForCausalLM
 from normfree.compiled import library_refuses
 from normfree.modeling import linear_cross_entropy as module
 from normfree.modeling.linear_cross_entropy import linear_cross_entropy
@@ -235,3 +236,39 @@ def test_logits_are_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     linear_cross_entropy(hidden, unembedding, labels).total.backward()
     assert max(sizes) <= module.BLOCK_BYTES["cpu"]
     assert sum(sizes) == 4 * 128 * 4096 * 4
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("tied", [False, True])
+def test_model_without_logits_has_the_loss_of_the_model_with_them(tied: bool, softcap: float | None) -> None:
+    torch.manual_seed(0)
+    config = NormfreeConfig(
+        vocab_size=90, n_positions=16, n_layer=2, n_head=2, n_embd=16, tie_word_embeddings=tied,
+        final_logit_softcapping=softcap,
+    )  # fmt: skip
+    model = NormfreeForCausalLM(config)
+    tokens = torch.randint(0, 90, (3, 16))
+    labels = tokens.clone()
+    labels[1, 3:9] = -100
+    found: list[tuple[float, dict[str, Tensor]]] = []
+    for return_logits in (True, False):
+        model.zero_grad()
+        output = model(input_ids=tokens, labels=labels, return_logits=return_logits)
+        output.loss.backward()
+        assert (output.logits is not None) == return_logits
+        gradients = {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
+        found.append((output.loss.item(), gradients))
+    (loss, gradients), (loss_in_blocks, gradients_in_blocks) = found
+    assert loss_in_blocks == pytest.approx(loss, rel=1e-6)
+    assert gradients.keys() == gradients_in_blocks.keys()
+    for name, expected in gradients.items():
+        torch.testing.assert_close(gradients_in_blocks[name], expected, rtol=1e-4, atol=1e-7)
+    output = model(input_ids=tokens, labels=labels, return_logits=False, num_items_in_batch=7)
+    assert output.token_losses.sum().item() == pytest.approx(7 * output.loss.item(), rel=1e-6)
+    assert output.token_losses[1, 2:8].eq(0).all()
+
+
+def test_no_logits_and_no_labels_is_refused() -> None:
+    model = NormfreeForCausalLM(NormfreeConfig(vocab_size=9, n_positions=4, n_layer=1, n_head=1, n_embd=4))
+    with pytest.raises(ValueError, match="needs labels"):
+        model(input_ids=torch.zeros(1, 4, dtype=torch.long), return_logits=False)

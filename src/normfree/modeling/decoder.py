@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from normfree.modeling.configuration import NormfreeConfig
 from normfree.modeling.embedding import build_embedding, positions_after, positions_among_tokens
 from normfree.modeling.initialization import INITIAL_SCALE, InitializesItself, ResidualProjection
 from normfree.modeling.layer_types import attention_masks
+from normfree.modeling.linear_cross_entropy import IGNORED, linear_cross_entropy
 from normfree.modeling.norms import build_final_norm
 from normfree.modeling.rotary import build_rotary, outgrows_cached_keys, rotations
 
@@ -174,6 +176,13 @@ class NormfreeModel(NormfreePreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.final_norm(x), **named_cache)
 
 
+@dataclass
+class CausalLMOutput(CausalLMOutputWithPast):
+    """transformers' output, and ``token_losses`` [batch, T - 1] in nats where logits were not asked for."""
+
+    token_losses: torch.Tensor | None = None
+
+
 class NormfreeForCausalLM(NormfreePreTrainedModel, GenerationMixin):
     """The decoder with its unembedding: next-token logits, loss and generation."""
 
@@ -198,12 +207,21 @@ class NormfreeForCausalLM(NormfreePreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        return_logits: bool = True,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutput:
         """Logits [batch, T, vocab_size] and, given ``labels`` [batch, T], the mean next-token loss in nats.
 
-        Labels are shifted inside, as everywhere in transformers; -100 marks a position that does not count.
+        Labels are shifted inside, as everywhere in transformers; -100 marks a position that does not count. With
+        ``num_items_in_batch`` the loss is the sum over tokens divided by that number. Without ``return_logits`` there
+        are no logits: the loss is made in blocks of tokens (:func:`linear_cross_entropy`), in a fraction of the time
+        and memory, and the output has ``token_losses``, float32 [batch, T - 1], without gradients.
+
+        Raises:
+            ValueError: neither logits nor, by ``labels``, a loss is asked for.
         """
+        if labels is None and not return_logits:
+            raise ValueError("return_logits=False needs labels")
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -213,18 +231,25 @@ class NormfreeForCausalLM(NormfreePreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        assert outputs.last_hidden_state is not None
-        logits = soft_capped(self.lm_head(outputs.last_hidden_state[:, keep, :]), self.config.final_logit_softcapping)
-        loss = None
-        if labels is not None:
+        hidden, softcap = outputs.last_hidden_state, self.config.final_logit_softcapping
+        assert hidden is not None
+        logits = loss = token_losses = None
+        if return_logits:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = soft_capped(self.lm_head(hidden[:, keep, :]), softcap)
+        if labels is not None and return_logits:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        elif labels is not None:
+            total, token_losses = linear_cross_entropy(hidden, self.lm_head, labels, softcap=softcap)
+            n_predicted = kwargs.get("num_items_in_batch")
+            loss = total / ((labels[:, 1:] != IGNORED).sum() if n_predicted is None else n_predicted)
         named_cache: dict[str, Any] = {CACHE: outputs.get(CACHE)}
-        return CausalLMOutputWithPast(
+        return CausalLMOutput(
             loss=loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            token_losses=token_losses,
             **named_cache,
         )
 

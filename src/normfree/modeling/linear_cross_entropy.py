@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from normfree.compiled import address, library, library_refuses, sizes
 
+IGNORED = -100
+"""The label of a token that is not predicted, as everywhere in transformers."""
 NAME, INTERFACE = "cross_entropy", 1
 KERNEL_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}
@@ -40,7 +42,6 @@ def linear_cross_entropy(
     labels: Tensor,
     *,
     softcap: float | None = None,
-    ignore_index: int = -100,
 ) -> CrossEntropy:
     """Next-token losses in nats: to rounding ``cross_entropy(unembedding(hidden)[:, :-1].float(), labels[:, 1:])``.
 
@@ -49,12 +50,11 @@ def linear_cross_entropy(
     Args:
         hidden: the normalized final residual stream [batch, T, n_embd].
         unembedding: to [vocab_size].
-        labels: int64 [batch, T], shifted in here.
+        labels: int64 [batch, T], shifted in here; -100 marks a token that is not predicted.
         softcap: logits x become softcap · tanh(x / softcap).
-        ignore_index: the label of a token that is not predicted.
     """
     targets = labels[:, 1:]
-    targets = targets.where(targets != ignore_index, -1)
+    targets = targets.where(targets != IGNORED, -1)
     total, losses = _LinearCrossEntropy.apply(hidden[:, :-1], unembedding.weight, unembedding.bias, targets, softcap)
     return CrossEntropy(total, losses.view(targets.shape))
 

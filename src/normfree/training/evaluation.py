@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, default_data_collator
 
 from normfree.data.packed_sequences import NOT_PREDICTED, PackedSequences
+from normfree.modeling import NormfreeForCausalLM
 from normfree.probes import EntropyProbe
 from normfree.processes import n_processes, process_index
 from normfree.training.half_precision import autocast
@@ -39,9 +40,19 @@ def sequence_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
     Tokens whose label is -100 are not predicted; NaN for a sequence of nothing else.
     """
-    losses = token_losses(logits, labels)
-    is_predicted = labels[:, 1:] != NOT_PREDICTED
-    return losses.mean(dim=1) if is_predicted.all() else losses.sum(dim=1) / is_predicted.sum(dim=1)
+    return _means(token_losses(logits, labels), labels)
+
+
+@torch.no_grad()
+def losses_of(model: PreTrainedModel, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The mean next-token loss of each sequence in nats, float32 [batch], of ``tokens`` [batch, T] without padding.
+
+    As :func:`sequence_losses`; the logits of a Normfree model are made in blocks.
+    """
+    if not isinstance(model, NormfreeForCausalLM):
+        return sequence_losses(model(input_ids=tokens, use_cache=False).logits, labels)
+    output = model(input_ids=tokens, labels=labels, use_cache=False, return_logits=False)
+    return _means(output.token_losses, labels)
 
 
 @torch.no_grad()
@@ -56,8 +67,7 @@ def evaluation_losses(
     labels = sequences if labels is None else labels
     losses = []
     for tokens, targets in zip(sequences.split(batch_size), labels.split(batch_size), strict=True):
-        logits = model(input_ids=tokens.to(model.device), use_cache=False).logits
-        losses.append(sequence_losses(logits, targets.to(model.device)).cpu())
+        losses.append(losses_of(model, tokens.to(model.device), targets.to(model.device)).cpu())
     return torch.cat(losses).double().numpy()
 
 
@@ -83,8 +93,7 @@ def shared_losses(
     def measured(batch: dict[str, torch.Tensor], watched: AbstractContextManager[object]) -> torch.Tensor:
         tokens, labels = (batch[name].to(accelerator.device) for name in ("input_ids", "labels"))
         with watched, autocast(recipe.precision, accelerator.device, cache=not recipe.is_sharded):
-            logits = model(input_ids=tokens, use_cache=False).logits
-        return sequence_losses(logits, labels)
+            return losses_of(model, tokens, labels)
 
     batches = DataLoader(data, batch_sampler=[list(each) for each in own], collate_fn=default_data_collator)
     for sequences, batch in zip(own, batches, strict=True):
@@ -108,3 +117,8 @@ def perplexity(loss: float) -> float:
         return math.exp(loss)
     except OverflowError:
         return math.inf
+
+
+def _means(losses: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    is_predicted = labels[:, 1:] != NOT_PREDICTED
+    return losses.mean(dim=1) if is_predicted.all() else losses.sum(dim=1) / is_predicted.sum(dim=1)

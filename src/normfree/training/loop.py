@@ -281,7 +281,7 @@ class Training:
         inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
         recorder = EntropyRecorder(self.model) if objective is not None and objective.reads_entropy else None
         with recorder or contextlib.nullcontext(), self.autocast():
-            outputs = self.forward(**inputs, num_items_in_batch=n_predicted)
+            outputs = self.forward(**inputs, num_items_in_batch=n_predicted, return_logits=objective is not None)
         # DDP takes the mean of the gradients of all processes, where the sum is meant.
         loss = cross_entropy = outputs.loss * n_processes()
         if objective is not None:
