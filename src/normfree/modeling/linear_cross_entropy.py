@@ -36,6 +36,7 @@ class CrossEntropy(NamedTuple):
     losses: Tensor
 
 
+@torch.compiler.disable  # its products and kernels are compiled already
 def linear_cross_entropy(
     hidden: Tensor,
     unembedding: nn.Linear,

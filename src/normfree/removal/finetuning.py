@@ -62,7 +62,7 @@ class StdLoss(Objective):
             self.final.keeps_own_std = True
         self.term_names = (STD_LOSS,) if self.final is not None else ()
 
-    def terms(self, input_ids: Tensor, logits: Tensor, entropy: Tensor | None) -> dict[str, Term]:
+    def terms(self, input_ids: Tensor, logits: Tensor | None, entropy: Tensor | None) -> dict[str, Term]:
         if self.final is None:
             return {}
         own_std, left_out = self.final.own_std, self.midway.tokens.left_out

@@ -280,14 +280,16 @@ class Training:
         objective = self.objective
         inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
         recorder = EntropyRecorder(self.model) if objective is not None and objective.reads_entropy else None
+        reads_logits = objective is not None and objective.reads_logits
         with recorder or contextlib.nullcontext(), self.autocast():
-            outputs = self.forward(**inputs, num_items_in_batch=n_predicted, return_logits=objective is not None)
+            outputs = self.forward(**inputs, num_items_in_batch=n_predicted, return_logits=reads_logits)
         # DDP takes the mean of the gradients of all processes, where the sum is meant.
         loss = cross_entropy = outputs.loss * n_processes()
         if objective is not None:
             with self.autocast():
                 entropy = recorder.per_head() if recorder is not None else None
-                terms = objective.terms(inputs["input_ids"], outputs.logits.float(), entropy)
+                logits = outputs.logits.float() if reads_logits else None
+                terms = objective.terms(inputs["input_ids"], logits, entropy)
             share = (inputs["labels"][:, 1:] != NOT_PREDICTED).sum() * n_processes() / n_predicted
             loss = objective.cross_entropy_weight * cross_entropy
             self._add(CROSS_ENTROPY, cross_entropy)

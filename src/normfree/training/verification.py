@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from normfree.columns import ENTROPY_NATS, EVAL_LOSS, EVAL_PPL, LOSS_NATS, TRAIN_LOSS
 from normfree.data import PackedData, same_data
 from normfree.errors import InputError
-from normfree.training.evaluation import sequence_losses
+from normfree.training.evaluation import losses_of
 from normfree.training.half_precision import autocast, float32_accumulation
 from normfree.training.pretrained import load_pretrained
 from normfree.training.records import LAYERS_FILE, METRICS_FILE, read_parquet
@@ -222,8 +222,7 @@ def _losses(run: RunConfig, data: PackedData, checkpoint: Path) -> NDArray[np.fl
         for start in range(0, len(data.eval), run.recipe.micro_batch_size):
             rows = data.eval.__getitems__(list(range(start, min(start + run.recipe.micro_batch_size, len(data.eval)))))
             batch = {name: torch.stack([row[name] for row in rows]).to(model.device) for name in rows[0]}
-            logits = model(input_ids=batch["input_ids"], use_cache=False).logits
-            losses.append(sequence_losses(logits, batch["labels"]).cpu())
+            losses.append(losses_of(model, batch["input_ids"], batch["labels"]).cpu())
     return torch.cat(losses).double().numpy()
 
 

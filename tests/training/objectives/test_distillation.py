@@ -121,7 +121,8 @@ def test_the_student_starts_and_evaluates_like_one_trained_alone(
     student = train(distilled(still, teacher.folder), data, tmp_path / "student")
     assert student.row["eval_loss"] == alone.row["eval_loss"]
     assert metric(student, "eval_loss") == metric(alone, "eval_loss")
-    assert metric(student, "cross_entropy_nats") == metric(alone, "train_loss")
+    # To rounding: a model that trains alone never has all its logits at once.
+    assert metric(student, "cross_entropy_nats") == pytest.approx(metric(alone, "train_loss"), rel=1e-6)
 
 
 def test_a_student_of_the_teachers_kind_comes_to_resemble_it(

@@ -82,14 +82,15 @@ class Distillation(Objective):
         self.options = options
         self.teacher: nn.Module = teacher
         self.cross_entropy_weight = 1 - options.weight
-        self.reads_entropy = options.reads_entropy
+        self.reads_logits, self.reads_entropy = True, options.reads_entropy
         self.term_names = (KL, ENTROPY_MISMATCH) if options.reads_entropy else (KL,)
 
     def to(self, device: torch.device) -> None:
         super().to(device)
         self.teacher.to(device)
 
-    def terms(self, input_ids: Tensor, logits: Tensor, entropy: Tensor | None) -> dict[str, Term]:
+    def terms(self, input_ids: Tensor, logits: Tensor | None, entropy: Tensor | None) -> dict[str, Term]:
+        assert logits is not None, "reads_logits asks for them"
         teacher_logits, teacher_entropy = self._ask_teacher(input_ids)
         temperature = self.options.temperature
         divergence = forward_kl(logits[:, :-1], teacher_logits[:, :-1], temperature)

@@ -73,7 +73,7 @@ class EntropyRegularization(Objective):
         start = torch.full((model.n_layer, model.n_head), options.initial_threshold)
         self.learned[_THRESHOLDS] = nn.Parameter(start)
 
-    def terms(self, input_ids: Tensor, logits: Tensor, entropy: Tensor | None) -> dict[str, Term]:
+    def terms(self, input_ids: Tensor, logits: Tensor | None, entropy: Tensor | None) -> dict[str, Term]:
         assert entropy is not None, "reads_entropy asks for it"
         penalty = entropy_penalty(
             entropy, self.learned[_THRESHOLDS], maximum=self.maximum, tolerance=self.options.tolerance

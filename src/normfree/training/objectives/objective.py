@@ -38,13 +38,15 @@ class Objective(ABC):
     A new one is a subclass, its :class:`ObjectiveOptions`, and a line in ``OBJECTIVES``.
 
     cross_entropy_weight: 1 unless the objective shares it out.
-    reads_entropy: whether ``terms`` is given the model's attention entropy.
+    reads_logits: whether ``terms`` receives the model's logits, which are otherwise never all in memory.
+    reads_entropy: whether ``terms`` receives the model's attention entropy.
     term_names: the names under which ``metrics.parquet`` has the values of ``terms``, with their units.
     learned: parameters trained with the model's, without weight decay and outside of gradient clipping. Checkpoints
         hold them in a file of their own.
     """
 
     cross_entropy_weight: float = 1.0
+    reads_logits: bool = False
     reads_entropy: bool
     term_names: tuple[str, ...]
 
@@ -67,12 +69,12 @@ class Objective(ABC):
             self.learned.load_state_dict(load_file(checkpoint / OBJECTIVE_FILE))
 
     @abstractmethod
-    def terms(self, input_ids: Tensor, logits: Tensor, entropy: Tensor | None) -> dict[str, Term]:
+    def terms(self, input_ids: Tensor, logits: Tensor | None, entropy: Tensor | None) -> dict[str, Term]:
         """The terms of one micro-batch, by name.
 
         Args:
             input_ids: int64 [batch, T], blocks without padding.
-            logits: float32 [batch, T, vocab_size], the model's.
+            logits: float32 [batch, T, vocab_size], the model's; given where ``reads_logits`` says so.
             entropy: float32 [batch, n_layer, n_head] in nats, from :class:`normfree.probes.EntropyRecorder`; given
                 where ``reads_entropy`` says so.
         """
