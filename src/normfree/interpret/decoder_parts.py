@@ -22,14 +22,14 @@ def check_decoder(model: NormfreeForCausalLM) -> None:
     """Checks that what the blocks of ``model`` write adds up to the input of the final norm.
 
     Raises:
-        InputError: it is no :class:`~normfree.NormfreeForCausalLM`, its norms do not stand before attention and
+        InputError: it is no :class:`~normfree.NormfreeForCausalLM`, its norms are not before attention and
             feed-forward network, or it is in training mode, where dropout makes every pass another.
     """
     if not isinstance(model, NormfreeForCausalLM):
         raise InputError(f"cannot take a {type(model).__name__} apart; convert it with normfree.from_hf first")
     if model.config.norm_placement != "pre":
         raise InputError(
-            f"norm_placement is {model.config.norm_placement!r}: its norms stand on the residual stream or on what is "
+            f"norm_placement is {model.config.norm_placement!r}: its norms are on the residual stream or on what is "
             "written into it, which is then no sum of what heads and neurons write; use a model with norm_placement "
             "'pre'"
         )

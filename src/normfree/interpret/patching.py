@@ -57,7 +57,7 @@ class PromptPairs:
 
 @dataclass(frozen=True)
 class PatchingAgreement:
-    """How well attribution patching stands for activation patching, over ``n`` patches.
+    """How well attribution patching approximates activation patching, over ``n`` patches.
 
     pearson: the correlation of the two; NaN where one of them does not vary.
     nmae: mean |attribution − activation| / mean |activation|.

@@ -24,7 +24,7 @@ NO_BEGINNING = Beginning()
 def induction_pairs(sequences: torch.Tensor, n: int, *, n_beginning: int = 0, seed: int = 0) -> PromptPairs:
     """``n`` prompts that end as an earlier part of them went on: ... A B ... A, whose answer is B.
 
-    Half of a sequence, and behind it one of its tokens A that stands there once; the answer is the token B behind A.
+    A prompt is half of a sequence followed by one of its tokens A that occurs there once; the answer is the B after A.
     In the corrupted prompt the first B is another token C of the vocabulary in use, the wrong answer (the induction
     task of Olsson et al., "In-context Learning and Induction Heads", 2022, on text).
 
@@ -35,7 +35,7 @@ def induction_pairs(sequences: torch.Tensor, n: int, *, n_beginning: int = 0, se
         seed: of the choices of A and C.
 
     Raises:
-        InputError: fewer than ``n`` sequences have a token that stands once in their first half.
+        InputError: fewer than ``n`` sequences have a token that occurs once in their first half.
     """
     generator = np.random.default_rng(seed)
     vocabulary = np.unique(sequences.numpy())

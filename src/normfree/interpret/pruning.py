@@ -35,7 +35,7 @@ _N_DECODER_LAYER = ("decoder_layers", "num_decoder_layers", "num_layers")
 """What configurations that count other layers as well call it: encoder-decoders; LongCat, whose layers attend twice."""
 _CHECK_TOKENS = 16
 _LONGEST = 150
-"""Characters of another library's message within one of ours."""
+"""Longest quote of another library's message, in characters."""
 
 
 def check_layers(layers: Sequence[int], n_layer: int) -> list[int]:

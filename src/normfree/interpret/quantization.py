@@ -130,7 +130,7 @@ def _check_all_linear(model: PreTrainedModel) -> None:
 def _quantize(module: nn.Module, scheme: str) -> None:
     """Quantizes the linear layers of ``module`` in place."""
     torchao = _torchao()
-    # The settings of torch.compile are the whole process's: not ours to change.
+    # The settings of torch.compile are those of the whole process.
     configs: dict[str, Any] = {
         INT8_WEIGHTS: torchao.Int8WeightOnlyConfig,
         INT8_WEIGHTS_ACTIVATIONS: torchao.Int8DynamicActivationInt8WeightConfig,

@@ -77,7 +77,7 @@ class Readout:
             ones = torch.ones_like(x[..., :1], dtype=torch.float64)
             return ones * self.norm.std if isinstance(self.norm, ConstantStdNorm) else ones
         eps = self.norm.eps
-        assert isinstance(eps, float), "ours have a number there"
+        assert isinstance(eps, float), "norms of Normfree have a number there"
         return (self.centred(x.double()).square().mean(dim=-1, keepdim=True) + eps).sqrt()
 
     def normalized(self, x: torch.Tensor, std: torch.Tensor) -> torch.Tensor:

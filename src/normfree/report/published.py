@@ -1,4 +1,4 @@
-"""Numbers from the papers, shipped with the package so that a report can stand them beside its own."""
+"""Numbers from the papers, shipped with the package for reports to show next to their own."""
 
 from importlib.resources import files
 from typing import Literal, get_args

@@ -95,7 +95,7 @@ def _moves(page: StudyPage, heads: pd.DataFrame) -> Table:
     """One row a penalised configuration: the penalty, first and last, and how far heads and thresholds went."""
     rows = []
     for label, of_label in heads.groupby("configuration", sort=False):
-        # The thresholds of the final weights have no entropy beside them: no training step reads it there.
+        # The thresholds of the final weights come without an entropy: no training step reads it there.
         readings = of_label[of_label["step"] < of_label["step"].max()].sort_values(["seed", "layer", "head"])
         first, last = (
             readings.loc[readings["step"] == step, [ENTROPY_NATS, ENTROPY_THRESHOLD_NATS]].to_numpy(dtype=np.float64)

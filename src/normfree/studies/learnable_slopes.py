@@ -248,7 +248,7 @@ def slope_under_decay_only(initial: float, learning_rates: pd.Series, weight_dec
 
     Args:
         initial: the slope before the first step.
-        learning_rates: η by step, from 1, possibly with steps left out; each value stands for the steps since the one
+        learning_rates: η by step, from 1, possibly with steps left out; each value is that of the steps since the one
             before it.
         weight_decay: λ (Loshchilov & Hutter 2019, Algorithm 2).
     """

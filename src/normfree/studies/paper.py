@@ -59,8 +59,8 @@ def _columns(preset_name: str, changed: Callable[[Preset], Preset]) -> list[Memb
     names = load_preset(preset_name).columns
     if not names:
         raise InputError(f"preset {preset_name} names no columns of Table 2; add `columns: [PRESET, ...]` to it")
-    beside = Path(preset_name).parent
-    paths = {Path(name).stem: str(beside / name) if name.endswith((".yaml", ".yml")) else name for name in names}
+    folder = Path(preset_name).parent
+    paths = {Path(name).stem: str(folder / name) if name.endswith((".yaml", ".yml")) else name for name in names}
     return [Member(stem, relu_revival.STUDY, stem, changed(load_preset(path))) for stem, path in paths.items()]
 
 
@@ -77,7 +77,7 @@ def _table(pages: Sequence[StudyPage]) -> pd.DataFrame:
 
 
 def _describe(pages: Sequence[StudyPage], table: pd.DataFrame, _: Path) -> Findings:
-    """The order of the configurations in each column, ours and the published one."""
+    """The order of the configurations in each column, measured and published."""
     verdicts = []
     for (model, context_length), rows in table.groupby(list(SETTING), sort=False):
         ranked = rows.dropna(subset=[EVAL_PPL]).sort_values(EVAL_PPL)["configuration"]

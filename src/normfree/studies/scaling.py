@@ -207,10 +207,10 @@ def loss_gap(results: pd.DataFrame, first: str, second: str) -> pd.DataFrame:
     rates = sorted(in_order(results["learning_rate"]))
     gap = pd.DataFrame(np.nan, index=[*(f"{rate:g}" for rate in rates), OWN_BEST], columns=in_order(results["size"]))
     for size in in_order(results["size"]):
-        ours, theirs = (
+        of_first, of_second = (
             np.array([losses.get((size, activation, rate), np.nan) for rate in rates]) for activation in (first, second)
         )
-        gap[size] = [*(ours - theirs), _lowest(ours) - _lowest(theirs)]
+        gap[size] = [*(of_first - of_second), _lowest(of_first) - _lowest(of_second)]
     return gap
 
 

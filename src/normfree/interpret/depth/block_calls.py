@@ -80,7 +80,7 @@ class RecordedPass:
         return [*(call.stream for call in self.calls), self.calls[-1].output_stream]
 
     def logits_with(self, outputs: Mapping[int, Any]) -> torch.Tensor:
-        """The logits if each block in ``outputs`` put out what stands there, without being computed."""
+        """The logits with the outputs of the blocks in ``outputs`` replaced by these; the blocks are not run."""
         with self._replaced(_constants(outputs)):
             return self.model(input_ids=self.tokens, use_cache=False).logits
 
@@ -90,7 +90,7 @@ class RecordedPass:
             return self.model(input_ids=self.tokens, use_cache=False).logits
 
     def stream_after(self, layer: int, outputs: Mapping[int, Any]) -> torch.Tensor:
-        """The residual stream after block ``layer`` if each block in ``outputs`` put out what stands there."""
+        """The residual stream after block ``layer`` with the outputs of the blocks in ``outputs`` replaced."""
         found: list[Any] = []
         hook = self.calls[layer].block.register_forward_hook(lambda module, inputs, output: found.append(output))
         with hook, self._replaced(_constants(outputs)):

@@ -2,7 +2,7 @@
 
 Csordás et al. ("Do Language Models Use Their Depth Efficiently?", 2025) and Hu et al. ("What Affects the Effective
 Depth of Large Language Models?", 2025) read effective depth off where curves change along the layers. The number here
-is ours.
+is defined by Normfree.
 """
 
 from __future__ import annotations

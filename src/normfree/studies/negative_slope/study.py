@@ -19,7 +19,7 @@ from normfree.training import Recipe
 
 SLOPES = (0.01, 0.05, 0.1, 0.2)
 COLLAPSE_SHARES = (0.1, 0.25)
-"""Entropy has collapsed below this share of uniform attention's: the strict one first, then a lenient one beside it."""
+"""Entropy has collapsed below this share of uniform attention's: the strict one first, then a lenient one."""
 NEVER = "\N{EN DASH}"
 
 LEAKY = tuple(

@@ -101,7 +101,7 @@ def measurement(study_configurations: Configurations, *, vanilla: bool) -> Calla
     """Takes the norms out of each finished run, at every budget and learning rate of the preset.
 
     Each removal has a folder of its own in the run's folder (see :func:`place` and :func:`normfree.removal.remove`);
-    one that has its table is not done again. With ``vanilla`` the control is trained beside each. A run that diverged
+    one that has its table is not repeated. With ``vanilla`` each comes with its control. A run that diverged
     keeps its norms.
     """
 

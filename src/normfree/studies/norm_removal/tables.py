@@ -123,7 +123,7 @@ def formatted_removals(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def published_removals(published: pd.DataFrame) -> pd.DataFrame:
-    """The published losses on OpenWebText beside each other as :func:`formatted_removals` has ours.
+    """The published losses on OpenWebText, in the columns of :func:`formatted_removals`.
 
     Args:
         published: ``load_published("ln_removal_gpt2_cross_entropy")``.

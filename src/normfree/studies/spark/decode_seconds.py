@@ -1,4 +1,4 @@
-"""What a generated token takes: a sparse model beside the dense one of its shape, in turns."""
+"""Seconds per generated token of a sparse model and of the dense one of its shape, timed in turns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sparse layers beside dense ones ("Spark Transformer", 2025), with norms and, which the paper has not, without."""
+"""Sparse layers against dense ones ("Spark Transformer", 2025), with norms and, which the paper has not, without."""
 
 from __future__ import annotations
 
@@ -263,7 +263,7 @@ def costs_frame(losses: pd.DataFrame) -> pd.DataFrame:
         losses: configuration, seed, eval_loss.
 
     Returns:
-        A row for each network that was trained beside its dense one: network, norms (bool), seeds, nats (mean over the
+        A row for each network whose dense counterpart was trained: network, norms (bool), seeds, nats (mean over the
         seeds that both have of the difference in evaluation loss), nats_half_width (of a 95 % t-interval; NaN for one
         seed).
     """
