@@ -88,7 +88,7 @@ def test_command_agrees_with_the_models_own_attention_weights(name, models, corp
     assert printed["unreadable"] == {}
     np.testing.assert_allclose([row["entropy_nats"] for row in printed["heads"]], heads["entropy_nats"], atol=1e-8)
     for ending in ("png", "pdf"):
-        assert (tmp_path / "out" / f"headwise_entropy.{ending}").stat().st_size > 1000
+        assert (tmp_path / "out" / f"headwise-entropy.{ending}").stat().st_size > 1000
 
 
 BOUNDS = {
