@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from normfree.exports import export_spark, export_without_layers
 def dense(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("models") / "dense"
     torch.manual_seed(0)
-    sizes = {"n_layer": 4, "n_head": 2, "n_embd": 16, "n_positions": 16, "vocab_size": 280}
+    sizes: dict[str, Any] = {"n_layer": 4, "n_head": 2, "n_embd": 16, "n_positions": 16, "vocab_size": 280}
     NormfreeForCausalLM(NormfreeConfig(**sizes, initializer_range=0.2)).save_pretrained(folder)
     train_tokenizer(iter(["the words of a text, and the words of another one; " * 9] * 3), 270).save_pretrained(folder)
     return str(folder)

@@ -53,7 +53,7 @@ def test_columns_are_documented_and_missing_ones_are_named(name):
 
 def test_what_is_no_frame_is_refused():
     with pytest.raises(InputError, match="the head_entropy frame is a dict; give a DataFrame with model, "):
-        plot.headwise_entropy_heatmaps({"layer": [0]})  # type: ignore[arg-type]
+        plot.headwise_entropy_heatmaps({"layer": [0]})
 
 
 def test_all_figures_of_the_reports_are_there():

@@ -39,17 +39,17 @@ def assert_same_run(folder: Path, reference: Path, tolerance: float = 1e-4) -> d
     for name, value in differences.items():
         if name.endswith("_count"):
             assert value == 0, name
-    pd.testing.assert_frame_equal(*(measured(each, "sequence_losses") for each in (folder, reference)), atol=tolerance)
-    pd.testing.assert_frame_equal(*(measured(each, "head_entropy") for each in (folder, reference)), atol=tolerance)
-    ours, theirs = (pd.read_csv(each / "results.csv") for each in (folder, reference))
-    pd.testing.assert_frame_equal(ours, theirs, rtol=tolerance)
+    for name in ("sequence_losses", "head_entropy"):
+        pd.testing.assert_frame_equal(measured(folder, name), measured(reference, name), atol=tolerance)
+    results, expected = (pd.read_csv(each / "results.csv") for each in (folder, reference))
+    pd.testing.assert_frame_equal(results, expected, rtol=tolerance)
     ours, theirs = (load_pretrained(str(each)).model.state_dict() for each in (folder, reference))
     assert ours.keys() == theirs.keys()
-    for name, weight in ours.items():
+    for key, weight in ours.items():
         # A bias that all keys share changes no attention: its gradient is rounding, which Adam makes as large as any.
-        if name.endswith("k_proj.bias"):
+        if key.endswith("k_proj.bias"):
             continue
-        torch.testing.assert_close(weight, theirs[name], atol=10 * tolerance, rtol=10 * tolerance)
+        torch.testing.assert_close(weight, theirs[key], atol=10 * tolerance, rtol=10 * tolerance)
     return differences
 
 

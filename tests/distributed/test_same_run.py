@@ -67,11 +67,11 @@ def test_a_stopped_run_of_as_many_processes_ends_as_the_whole_one(command: Comma
     (tmp_path / "run" / "results.csv").unlink()
     shutil.rmtree(tmp_path / "run" / "checkpoint-10")
     assert together(2, normfree(*command("run", **options)), tmp_path).codes == [0, 0]
-    kept = (
+    kept, again = (
         each[each["name"] != OF_THE_CLOCK].drop(columns="wall_seconds").reset_index(drop=True)
         for each in (whole, measured(tmp_path / "run", "metrics"))
     )
-    pd.testing.assert_frame_equal(*kept, check_exact=True)
+    pd.testing.assert_frame_equal(kept, again, check_exact=True)
     assert (tmp_path / "run" / "checkpoint-10" / "model.safetensors").read_bytes() == weights
 
 

@@ -80,9 +80,7 @@ def compare() -> None:
         torch.testing.assert_close(sharded_losses, losses)
         weights = dict(plain.named_parameters())
         for name, weight in sharded.named_parameters():
-            torch.testing.assert_close(
-                whole(weight), weights[name], msg=lambda text, at=(options, name): f"{at} {text}"
-            )
+            torch.testing.assert_close(whole(weight), weights[name], msg=f"{options} {name}: {{}}".format)
         expected = optimizer.state_dict()["state"]
         state = whole_optimizer_state(sharded_optimizer)
         saved = whole_model_state(sharded)

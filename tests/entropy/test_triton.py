@@ -209,7 +209,7 @@ def test_sink_share_is_the_weight_of_the_first_visible_key(dtype):
     padding = torch.ones(2, 33, dtype=torch.bool)
     padding[1, :4] = False
     visibility = visibility_of(*on_device(q, k), is_causal=True, attention_mask=padding, sliding_window=None)
-    _, share = attention_entropy_and_sink(*on_device(q, k), 0.25, visibility, "triton")  # type: ignore[arg-type, call-arg]
+    _, share = attention_entropy_and_sink(*on_device(q, k), 0.25, visibility, "triton")
     seen = visible(33, 33, True, None) & padding.numpy()[:, None, None]
     scores = np.where(seen, scores_of(q, k, 0.25), -np.inf)
     with np.errstate(all="ignore"):

@@ -135,7 +135,9 @@ def paths_in(content: Any, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]
 @given(data=st.data())
 def test_configurations(data: st.DataObject, run_content: dict[str, Any], place: Path) -> None:
     content = yaml.safe_load(yaml.safe_dump(run_content))
-    extra = [("model", name) for name in ("norm", "activation", "ffn", "attention", "norm_placement", "qk_norm", "x")]
+    extra: list[tuple[str, ...]] = [
+        ("model", name) for name in ("norm", "activation", "ffn", "attention", "norm_placement", "qk_norm", "x")
+    ]
     extra += [("recipe", "tokens"), ("recipe", "on_nonfinite"), ("objective",), ("lora",), ("start_from",), ("y",)]
     for _ in range(data.draw(st.integers(1, 3))):
         *sections, name = data.draw(st.sampled_from([*paths_in(content), *extra]))

@@ -10,7 +10,17 @@ from normfree.cli.names import model_name, output_folder
 from normfree.errors import InputError
 from normfree.files import check_output_folder
 
-PLACES = ("file", "file/below", "file/far/below", "loop/x", "loop", "x" * 300, "a/" + "x" * 300, "/proc/x", "/proc/x/y")
+PLACES: tuple[str, ...] = (
+    "file",
+    "file/below",
+    "file/far/below",
+    "loop/x",
+    "loop",
+    "x" * 300,
+    "a/" + "x" * 300,
+    "/proc/x",
+    "/proc/x/y",
+)
 PLACES += ("/dev/null/x", "nul\0name", "/sys/x")
 COMMANDS = {
     "entropy": ("nowhere",),

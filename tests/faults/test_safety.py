@@ -37,7 +37,8 @@ def calls(tree: ast.AST) -> list[tuple[str, dict[str, Any]]]:
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
-            constants = {each.arg: each.value.value for each in node.keywords if isinstance(each.value, ast.Constant)}
+            given = [(str(each.arg), each.value) for each in node.keywords]
+            constants: dict[str, Any] = {name: value.value for name, value in given if isinstance(value, ast.Constant)}
             found.append((ast.unparse(node.func), constants))
     return found
 

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,7 +24,7 @@ from normfree.training.records import LAYERS_FILE
 
 from .small_models import ARCHITECTURES, batch_of, build
 
-GEMMA2 = {
+GEMMA2: dict[str, Any] = {
     "vocab_size": 50,
     "hidden_size": 32,
     "intermediate_size": 32,

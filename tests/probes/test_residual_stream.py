@@ -282,9 +282,9 @@ def test_a_block_that_was_not_called_is_named() -> None:
 def test_models_without_one_list_of_blocks_are_refused() -> None:
     with pytest.raises(InputError, match="Linear has none"):
         decoder_blocks(nn.Linear(2, 2))
-    t5 = T5ForConditionalGeneration(
-        T5Config(vocab_size=9, d_model=4, d_kv=2, d_ff=4, num_layers=1, num_heads=2, decoder_start_token_id=0)
-    )
+    sizes: dict[str, Any] = {"vocab_size": 9, "d_model": 4, "d_kv": 2, "d_ff": 4, "num_layers": 1, "num_heads": 2}
+    sizes["decoder_start_token_id"] = 0
+    t5 = T5ForConditionalGeneration(T5Config(**sizes))
     with pytest.raises(InputError, match=r"has 2 \(encoder.block, decoder.block\)"):
         decoder_blocks(t5)
 

@@ -44,7 +44,7 @@ SHARED = {
         **GROUPED, vocab_size_per_layer_input=50, hidden_size_per_layer_input=8, laurel_rank=4,
         layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=5, activation_sparsity_pattern=[0.0] * 4
     ),
-    "gemma4": Gemma4TextConfig(
+    "gemma4": Gemma4TextConfig(  # type: ignore[call-arg]
         **GROUPED, vocab_size_per_layer_input=50, hidden_size_per_layer_input=8, global_head_dim=8,
         layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=5
     ),

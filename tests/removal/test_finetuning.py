@@ -200,15 +200,15 @@ def watch(
 
     midway: Any = Gone()
     callback = RemoveNorms(midway, [Removal(step, "ffn", layer) for layer, step in enumerate(removals)])
-    history = history or []
+    earlier = list(enumerate(history or [], start=1))
 
     class Records:
         def metric(self, name: str) -> list[tuple[int, float]]:
             assert name == CROSS_ENTROPY
-            return list(enumerate(history, start=1))
+            return earlier
 
     records: Any = Records()
-    state = RunState(midway, records, n_steps=max_steps, step=len(history))
+    state = RunState(midway, records, n_steps=max_steps, step=len(earlier))
     try:
         callback.begin(state)
         for loss in losses:

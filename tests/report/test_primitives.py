@@ -1,5 +1,7 @@
 """What all figures rely on: panels, labels that fit, and axes with room, for models of any depth."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -113,7 +115,7 @@ def test_curves_of_configurations_are_means_with_a_range_and_count_broken_runs()
     frame.loc[(frame["configuration"] == "b") & (frame["seed"] == 1) & (frame["layer"] == 2), "value"] = np.inf
     axes = Figure().subplots()
     configuration_curves(axes, frame, "value", over="layer")
-    lines = {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
+    lines = {label: line for line in axes.lines if not (label := str(line.get_label())).startswith("_")}
     assert list(lines) == ["a", "b (1 of 2 not finite)"]
     np.testing.assert_array_equal(lines["a"].get_ydata(), [1.5, 2.5, 3.5])
     np.testing.assert_array_equal(lines["b (1 of 2 not finite)"].get_ydata(), [7.5, 8.5, np.nan])
@@ -137,8 +139,9 @@ def test_curves_of_layers_are_broken_where_a_seed_is_and_go_from_light_to_dark()
 def test_cells_that_are_not_finite_are_hatched_and_empty_texts_left_out():
     values = np.array([[0.0, np.nan], [np.inf, 1.0]])
     axes = Figure().subplots()
-    cells = {"rows": ["above", "below"], "columns": range(2)}
+    cells: dict[str, Any] = {"rows": ["above", "below"], "columns": range(2)}
     annotated_heatmap(axes, values, Normalize(0, 1), entropy_colours(), text=lambda x: f"{x:g}" if x else "", **cells)
-    assert [(patch.get_x() + 0.5, patch.get_y() + 0.5) for patch in axes.patches] == [(1, 0), (0, 1)]
+    patches: Any = axes.patches
+    assert [(patch.get_x() + 0.5, patch.get_y() + 0.5) for patch in patches] == [(1, 0), (0, 1)]
     assert {text.get_position(): text.get_text() for text in axes.texts} == {(1, 0): "nan", (0, 1): "inf", (1, 1): "1"}
     assert [label.get_text() for label in axes.get_yticklabels()] == ["above", "below"]

@@ -179,7 +179,7 @@ def test_a_stopped_run_goes_on_with_the_scale_it_had(
     assert checkpoint.name == "checkpoint-3"
     assert torch.load(checkpoint / "scaler.pt", weights_only=True)["scale"] == 65536.0 / 4
     assert_same(whole, train(run, data, tmp_path / "stopped", callbacks=(Overflowing(1, 2, 4),)))
-    finished = [torch.load(last_checkpoint(tmp_path / name) / "scaler.pt") for name in ("whole", "stopped")]  # type: ignore[operator]
+    finished = [torch.load(last_checkpoint(tmp_path / name) / "scaler.pt") for name in ("whole", "stopped")]
     assert finished[0] == finished[1]
 
 

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,9 +36,9 @@ def test_a_budget_smaller_than_a_step_is_refused() -> None:
         ({"steps": 1, "sharding": "half"}, "'none' or 'full'"),
     ],
 )
-def test_bad_recipes_are_refused(options: dict[str, object], message: str) -> None:
+def test_bad_recipes_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
-        Recipe(**options)  # type: ignore[arg-type]
+        Recipe(**options)
 
 
 @pytest.mark.parametrize(("batch", "micro"), [(4, 4), (512, 128), (130, 65), (131, 1), (96, 96), (256, 128)])
@@ -143,7 +144,7 @@ def test_norms_and_biases_are_not_decayed() -> None:
         {"norm": "none", "activation": "learnable_leaky_relu", "slope_sharing": "global"},
     ],
 )
-def test_weight_decay_is_that_of_transformers_trainer(options: dict[str, object], tmp_path: Path) -> None:
+def test_weight_decay_is_that_of_transformers_trainer(options: dict[str, Any], tmp_path: Path) -> None:
     model = NormfreeForCausalLM(NormfreeConfig(vocab_size=11, n_layer=2, n_head=2, n_embd=8, n_positions=8, **options))
     trainer = Trainer(model=model, args=TrainingArguments(str(tmp_path), report_to="none"), eval_dataset=[])
     assert decayed_names(model) == set(trainer.get_decay_parameter_names(model))
@@ -162,9 +163,9 @@ def test_weight_decay_is_that_of_transformers_trainer(options: dict[str, object]
     ],
 )
 def test_learning_rates_are_those_of_transformers(
-    kind: str, options: dict[str, object], specific: dict[str, float]
+    kind: str, options: dict[str, Any], specific: dict[str, float]
 ) -> None:
-    recipe = Recipe(steps=12, decay_steps=15, precision="fp32", **options)  # type: ignore[arg-type]
+    recipe = Recipe(steps=12, decay_steps=15, precision="fp32", **options)
     weight = torch.nn.Parameter(torch.zeros(1))
     ours = learning_rates(torch.optim.AdamW([weight], lr=recipe.learning_rate), recipe, 16)
     theirs = get_scheduler(

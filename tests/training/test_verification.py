@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -45,7 +46,7 @@ def test_whole_runs_hold(
     assert (found.problems, found.unchecked) == ([], [])
 
 
-def edit_row(run: Path, **changes: object) -> None:
+def edit_row(run: Path, **changes: Any) -> None:
     table = pd.read_csv(run / "results.csv")
     table.assign(**changes).to_csv(run / "results.csv", index=False)
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -178,9 +178,12 @@ def test_bad_models_to_measure(normfree: Command, run_folder: Path, tmp_path: Pa
 def test_what_the_commands_do_is_a_function_that_returns_data(run_folder: Path, tmp_path: Path) -> None:
     options: SequenceOptions = {"n_sequences": 4, "cache_dir": tmp_path / "cache"}
     said: list[str] = []
-    found = compare_depth(
-        {"mine": str(run_folder)}, n_probe=2, status=lambda text: nullcontext(said.append(text)), **options
-    )
+
+    def status(text: str) -> AbstractContextManager[None]:
+        said.append(text)
+        return nullcontext()
+
+    found = compare_depth({"mine": str(run_folder)}, n_probe=2, status=status, **options)
     assert found.summary["model"].tolist() == ["mine"]
     assert found.summary["n_layer"].tolist() == [5]
     assert said == [f"mine: {found.sequences}"]

@@ -222,7 +222,9 @@ def test_a_helper_shares_the_runs_with_the_study_and_a_second_study_is_refused(
     begin = normfree_job("study", STUDY, "--preset", preset_path, *out)
 
     def counted(job: Callable[[], object]) -> Callable[[], object]:
-        from normfree.runner import work
+        from normfree.runner import work as module
+
+        work: Any = module
 
         train = work.train
 
@@ -241,7 +243,7 @@ def test_a_helper_shares_the_runs_with_the_study_and_a_second_study_is_refused(
             return train(run, *arguments, **options)
 
         def job_with_count() -> None:
-            work.train = noted  # type: ignore[assignment]
+            work.train = noted
             job()
 
         return job_with_count

@@ -51,7 +51,7 @@ def check_case(backend, data):
         visible = torch.rand(batch, n_key, generator=torch.Generator().manual_seed(seed)) < 0.7
         visible[:, -1] = True
     scales: dict[str, Any] = {"predictor_scale": r**-0.5, "rest_scale": rest**-0.5}
-    expected, _, margin = numpy_spark.attention(*tensors, k, visible=visible, **scales)  # type: ignore[misc, call-arg]
+    expected, _, margin = numpy_spark.attention(*tensors, k, visible=visible, **scales)
     # a score nearer to the threshold than rounding falls on either side of it, and takes its whole weight along
     assume(margin > (1e-12 if dtype == torch.float64 else 2e-5))
     if dtype in (torch.bfloat16, torch.float16) and backend == "torch":

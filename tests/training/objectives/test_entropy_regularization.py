@@ -88,8 +88,8 @@ def test_a_nan_entropy_is_not_hidden_by_the_margin() -> None:
 def test_the_gradient_of_the_query_and_key_weights_is_that_of_a_materialised_softmax() -> None:
     """One attention layer written out in float64: scores, softmax, entropy, penalty, all by autograd."""
     torch.manual_seed(0)
-    options = {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 16, "vocab_size": 40, "norm": "layernorm"}
-    model = NormfreeForCausalLM.config_class(**options, activation="gelu", initializer_range=0.3)
+    sizes: dict[str, Any] = {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 16, "vocab_size": 40}
+    model = NormfreeForCausalLM.config_class(**sizes, norm="layernorm", activation="gelu", initializer_range=0.3)
     student = NormfreeForCausalLM(model)
     tokens = torch.randint(0, 40, (4, 16))
     shares = torch.tensor([[0.2, 0.9]])
