@@ -55,26 +55,7 @@ def finetuning_run(
     Raises:
         InputError: no corpus is named, it cannot be used, or a name or value is wrong.
     """
-    trained = loaded.run
-    length = trained.data.sequence_length if trained is not None else min(LONGEST_SEQUENCE, loaded.n_positions or 512)
-    recipe = RECIPE if trained is None else RECIPE | {name: getattr(trained.recipe, name) for name in FROM_THE_RUN}
-    sections: dict[str, Any] = {
-        "data": {"tokenizer": str(Path(loaded.checkpoint).resolve()), "sequence_length": length, "cut": "packed"},
-        "recipe": recipe,
-    }
-    if not Path(loaded.checkpoint).exists():
-        sections["data"]["tokenizer"] = loaded.checkpoint
-    if lora_rank is not None:
-        sections["lora"] = {"rank": lora_rank}
-    for name in changes:
-        if name.partition(".")[0] not in sections:
-            raise unknown_option(name, sections)
-    sections = with_changes(sections, changes)
-    if "corpus" not in sections["data"]:
-        raise InputError("name what to fine-tune on with --corpus, such as pairs:FILE.jsonl")
-    if "beginning" not in sections["data"]:
-        rule = natural_rule(sections["data"]["tokenizer"]) if trained is None else trained.data.beginning
-        sections["data"]["beginning"] = rule
+    sections = _sections(loaded, changes, lora_rank)
     has_budget = bool({"steps", "tokens"} & sections["recipe"].keys())
     content = {
         "model_name": loaded.source,
@@ -97,3 +78,32 @@ def finetuning_run(
     except ValidationError as error:
         raise invalid_fields("finetune", error, RunConfig) from error
     return run, data
+
+
+def _sections(loaded: LoadedModel, changes: Mapping[str, Any], lora_rank: int | None) -> dict[str, Any]:
+    """The sections of a run's configuration (data, recipe, lora) that ``changes`` change.
+
+    Raises:
+        InputError: no corpus is named, or a name is wrong.
+    """
+    trained = loaded.run
+    length = trained.data.sequence_length if trained is not None else min(LONGEST_SEQUENCE, loaded.n_positions or 512)
+    recipe = RECIPE if trained is None else RECIPE | {name: getattr(trained.recipe, name) for name in FROM_THE_RUN}
+    sections: dict[str, Any] = {
+        "data": {"tokenizer": str(Path(loaded.checkpoint).resolve()), "sequence_length": length, "cut": "packed"},
+        "recipe": recipe,
+    }
+    if not Path(loaded.checkpoint).exists():
+        sections["data"]["tokenizer"] = loaded.checkpoint
+    if lora_rank is not None:
+        sections["lora"] = {"rank": lora_rank}
+    for name in changes:
+        if name.partition(".")[0] not in sections:
+            raise unknown_option(name, sections)
+    sections = with_changes(sections, changes)
+    if "corpus" not in sections["data"]:
+        raise InputError("name what to fine-tune on with --corpus, such as pairs:FILE.jsonl")
+    if "beginning" not in sections["data"]:
+        rule = natural_rule(sections["data"]["tokenizer"]) if trained is None else trained.data.beginning
+        sections["data"]["beginning"] = rule
+    return sections
