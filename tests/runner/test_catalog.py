@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -70,6 +71,13 @@ def test_every_module_of_the_package_that_declares_a_study_is_found() -> None:
     assert {id(each) for each in installed_studies().values()} == declared
     assert find_study("relu-revival") == catalog.Found(RELU_REVIVAL)
     assert {"spark", "spark-norms", "table-2", "relu-revival-all", "scaling"} <= installed_studies().keys()
+
+
+def test_built_in_studies_use_what_a_study_of_a_users_own_can_use() -> None:
+    inside = re.compile(r"^\s*(from|import) normfree\.runner\.", re.MULTILINE)
+    sources = [*Path(normfree.studies.__file__).parent.rglob("*.py")]
+    assert len(sources) > 15
+    assert [path.name for path in sources if inside.search(path.read_text())] == []
 
 
 def test_a_package_adds_studies_by_an_entry_point(

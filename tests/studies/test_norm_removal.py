@@ -72,7 +72,7 @@ def test_norms_are_removed_from_every_base_and_shown(normfree: Command, preset_f
 
     page = (folder / "report.html").read_text()
     assert "GPT-2 style, 100 % of the training tokens: without norms" in page
-    assert "Published, not ours" in page
+    assert "Published, not measured here" in page
     assert "2.4799" in page, "GPT-2 XL, vanilla"
     assert "The best rate is the smallest or the largest of those that were tried" in page
     assert (folder / "figures" / "removal-loss.pdf").exists()

@@ -52,7 +52,7 @@ def test_the_study_measures_sparsity_once_and_shows_it(normfree: Command, preset
     names = {path.name for path in (folder / "figures").glob("*.png")}
     assert names == {"active-neurons.png", "headwise-entropy.png", "evaluation-loss.png"}
     page = (folder / "report.html").read_text()
-    assert "Published, not ours: the abstract of Spark Transformer" in page
+    assert "Published, not measured here: the abstract of Spark Transformer" in page
     assert "1.79 times at most" in page
     assert "SM+R, Spark-FFN" in out
 

@@ -114,7 +114,7 @@ def _chosen(configurations: Sequence[Configuration], labels: Collection[str]) ->
         if label not in names:
             raise unknown_name("configuration", label, names)
     chosen = set(labels)
-    for configuration in reversed(configurations):  # a teacher stands before its students
+    for configuration in reversed(configurations):  # a teacher comes before its students
         if configuration.label in chosen and configuration.teacher is not None:
             chosen.add(configuration.teacher)
     return tuple(each for each in configurations if each.label in chosen)
@@ -159,7 +159,7 @@ def _check_teachers(
     """Whether every teacher will have been trained when its student needs it.
 
     Raises:
-        InputError: it stands behind its student, or the sweep's seed is not trained.
+        InputError: it comes after its student, or the sweep's seed is not trained.
     """
     for place, configuration in enumerate(configurations):
         if configuration.teacher is None:

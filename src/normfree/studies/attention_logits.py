@@ -86,7 +86,7 @@ def _number(value: float) -> str:
 
 
 def _lead(largest: pd.Series) -> str:
-    """The largest logit of each configuration, and what QK normalization does to it, whatever the numbers are."""
+    """The largest logit of each configuration, and what QK normalization does to it."""
     shown = ", ".join(f"{label} {_number(value)}" for label, value in largest.items())
     sentences = [f"Largest attention logit: {shown}."]
     for label in (LAYERNORM_GELU.label, GELU.label):

@@ -209,7 +209,7 @@ def _limits(page: StudyPage) -> str:
 
 
 def _lead(page: StudyPage) -> str:
-    """The order of the methods, whatever it is."""
+    """The order of the methods."""
     table = page.table[["configuration", EVAL_PPL]]
     finite = table.dropna().sort_values(EVAL_PPL)
     ranked = ", ".join(f"{row['configuration']} {row['eval_ppl']:.1f}" for _, row in finite.iterrows())

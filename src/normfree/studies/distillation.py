@@ -84,7 +84,7 @@ def _gaps(page: StudyPage) -> pd.DataFrame:
 
 
 def _lead(page: StudyPage, gaps: pd.DataFrame) -> str:
-    """What part of each student's gap is closed, in words that hold whatever the numbers are."""
+    """The part of each student's gap that is closed."""
     gap_of = gaps.set_index("Configuration")["Gap"].to_dict()
     closed_of = gaps.set_index("Configuration")["Closed"].to_dict()
     perplexity = page.table.set_index("configuration")[EVAL_PPL].to_dict()

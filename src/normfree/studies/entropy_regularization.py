@@ -160,7 +160,7 @@ def _overload(page: StudyPage) -> dict[str, dict[str, Any]]:
 
 
 def _lead(page: StudyPage, curves: pd.DataFrame) -> str:
-    """Each model's overload and perplexity without the penalty and at each weight, whatever the numbers are."""
+    """Each model's overload and perplexity without the penalty and at each weight."""
     sentences = []
     for model, rows in curves.groupby("line", sort=False):
         readings = [

@@ -106,7 +106,7 @@ def _splits(page: StudyPage) -> pd.DataFrame:
 
 
 def _lead(splits: pd.DataFrame) -> str:
-    """The best split, and what each first or last layer's activation costs, whatever the numbers are."""
+    """The best split, and the layer whose activation matters most."""
     finite = splits.dropna(subset=[EVAL_PPL]).drop_duplicates("configuration").sort_values(EVAL_PPL)
     if finite.empty:
         return "Every run diverged."

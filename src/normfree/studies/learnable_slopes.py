@@ -166,7 +166,7 @@ def _decay_only(page: StudyPage) -> pd.DataFrame:
 
 
 def _lead(ends: pd.DataFrame) -> str:
-    """Which part of "all slopes go to zero" is left without decay, in words that hold whatever the numbers are."""
+    """The part of "all slopes go to zero" that is left without decay."""
     sentences = []
     for decay, words in (("yes", "With weight decay on the slopes"), ("no", "Without it")):
         rows = ends[(ends["Decay"] == decay) & ends["Final, mean"].notna()]

@@ -113,7 +113,7 @@ def describe(page: StudyPage) -> Findings:
         ]
     if missing:
         names = ", ".join(f"{each.row['configuration']} seed {each.row['seed']}" for each in missing)
-        told = f"Not measured yet, and not in these sections: {names}. `normfree study {STUDY.name}` goes on with them."
+        told = f"Not measured yet, and not in these sections: {names}. `normfree study {STUDY.name}` measures them."
         sections.append(Section("Missing", [Callout(told, "warning")]))
     return Findings(lead, sections, scale_limits(page) + _LIMITS)
 
@@ -161,7 +161,7 @@ def _quantization_section(quantization: pd.DataFrame) -> Section:
 
 
 def _lead(signal: pd.DataFrame, quantization: pd.DataFrame) -> str:
-    """What the measurements say, in words that hold whatever the numbers are."""
+    """What the measurements say."""
     kurtosis = outlier_table(signal, layer="largest").set_index("Configuration")["Kurtosis"]
     costs = quantization_table(quantization).set_index("Configuration")[
         f"{PRECISION_NAMES['int8_weights_activations']}, Δ %"

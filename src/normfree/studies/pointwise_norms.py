@@ -117,7 +117,7 @@ _LIMITS = (
 
 
 def _lead(table: pd.DataFrame, alphas: pd.DataFrame) -> str:
-    """Loss against LayerNorm, and whether α falls with depth, whatever the numbers are."""
+    """Loss against LayerNorm, and α of the first and the last layer."""
     losses = table.set_index("configuration")[EVAL_LOSS]
     against = losses.drop(LAYERNORM.label) - losses[LAYERNORM.label]
     listed = [f"{label} {gap:+.3f}" if gap == gap else f"{label} diverged" for label, gap in against.items()]

@@ -21,7 +21,7 @@ RELU = Configuration("SM+R", {"norm": "none", "activation": "relu"})
 
 
 def describe(page: StudyPage) -> Findings:
-    """The paper's Figures 1, 2 and 4 from our runs, and its Figure 1 redrawn from its published values."""
+    """The paper's Figures 1, 2 and 4 from the study's runs, and its Figure 1 redrawn from its published values."""
     heads = head_entropy_frame(page.results)
     figures = [
         page.figure(
@@ -43,7 +43,7 @@ def describe(page: StudyPage) -> Findings:
     published = page.figure(
         "headwise-entropy-published",
         headwise_entropy_heatmaps(published_head_entropy(), maximum=uniform_entropy_bound(PAPER_SEQUENCE_LENGTH)),
-        "Published, not ours: Figure 1 of the paper, redrawn from its annotated values (GPT-2, T = 128, 2.1 B "
+        "Published, not measured here: Figure 1 of the paper, redrawn from its annotated values (GPT-2, T = 128, 2.1 B "
         "tokens of CodeParrot).",
     )
     sections = [Section("Figures", figures), Section("The published heatmaps", [published])]
@@ -71,7 +71,7 @@ def scale_limits(page: StudyPage) -> str:
 
 
 def _lead(table: pd.DataFrame) -> str:
-    """What the table says, in words that hold whatever the numbers are."""
+    """What the table says."""
     ranked = table.dropna(subset=[EVAL_PPL]).sort_values(EVAL_PPL)
     sentences = [f"Perplexity, best first: {' < '.join(ranked['configuration'])}."]
     diverged = table.loc[table["diverged"] > 0, "configuration"].tolist()

@@ -166,7 +166,7 @@ def _describe(pages: Sequence[StudyPage], _: pd.DataFrame, path: Path) -> Findin
 
 
 def _lead(gap: pd.DataFrame) -> str:
-    """In how many cells ReLU is better, whatever the numbers are."""
+    """In how many cells ReLU is better."""
     at_rates, own_best = gap.drop(index=OWN_BEST).to_numpy(), gap.loc[[OWN_BEST]].to_numpy()
     return (
         f"Without LayerNorm, ReLU has the lower loss in {(at_rates > 0).sum()} of {np.isfinite(at_rates).sum()} pairs "

@@ -103,7 +103,7 @@ class SlurmExecutor(Executor):
         if jobs:
             arrays = sorted({job.where.removeprefix("SLURM job ").partition("_")[0] for job in jobs})
             console.print(
-                f"{len(jobs)} runs go on in SLURM jobs {', '.join(arrays)}: the same command follows them again, "
+                f"{len(jobs)} runs continue in SLURM jobs {', '.join(arrays)}: the same command follows them again, "
                 f"`scancel {' '.join(arrays)}` ends them",
                 highlight=False,
                 soft_wrap=True,

@@ -29,7 +29,7 @@ LEAKY = tuple(
 
 
 def describe(page: StudyPage) -> Findings:
-    """The paper's Figure 5 from our runs, and the steps at which each of them became unstable."""
+    """The paper's Figure 5 from the study's runs, and the steps at which each of them became unstable."""
     counts = telemetry_frame(page.results, NONFINITE_COUNTS).astype(dict.fromkeys(NONFINITE_COUNTS, "int64"))
     entropy = layer_entropy_frame(page.results)
     runs = _runs(page, counts, entropy)

@@ -130,7 +130,7 @@ def _parameters(preset: Preset, configuration: Configuration) -> int:
 
 
 def _lead(reached: pd.DataFrame, fit: PowerLaw) -> str:
-    """The exponent and what it says, whatever it is."""
+    """The exponent and what it says."""
     censored = reached[reached["bound"] != "interpolated"]
     sentences = []
     if isfinite(fit.exponent):

@@ -197,7 +197,7 @@ def describe(page: StudyPage) -> Findings:
         ),
         Table(
             published_removals(load_published("ln_removal_gpt2_cross_entropy")),
-            "Published, not ours: the same losses on OpenWebText (arXiv 2507.02559), one run each.",
+            "Published, not measured here: the same losses on OpenWebText (arXiv 2507.02559), one run each.",
         ),
     ]
     blocks += at_the_edge(removals, options(page.folder.preset))
@@ -272,7 +272,7 @@ def _curves(page: StudyPage, removals: pd.DataFrame) -> tuple[pd.DataFrame, pd.D
 
 
 def _lead(table: pd.DataFrame) -> str:
-    """How far the norm-free models are behind, whatever the numbers are."""
+    """How far the norm-free models are behind."""
     sentences = []
     for row in table.to_dict("records"):
         against = {

@@ -251,7 +251,8 @@ def _sparsity_sections(page: StudyPage, *, nominal: float | None) -> list[Sectio
         sections.append(Section("Sparsity", blocks))
     if missing:
         names = ", ".join(f"{each.row['configuration']} seed {each.row['seed']}" for each in missing)
-        told = f"Not measured yet, and not in these tables: {names}. `normfree study {page.folder.study_name}` goes on."
+        command = f"normfree study {page.folder.study_name}"
+        told = f"Not measured yet, and not in these tables: {names}. `{command}` measures them."
         sections.append(Section("Missing", [Callout(told, "warning")]))
     return sections
 
@@ -328,7 +329,7 @@ def _published_section() -> Section:
             "Setting": claims["setting"],
         }
     )
-    caption = "Published, not ours: the abstract of Spark Transformer (arXiv 2506.06644)."
+    caption = "Published, not measured here: the abstract of Spark Transformer (arXiv 2506.06644)."
     return Section("What the paper reports", [Table(shown, caption)])
 
 
@@ -350,7 +351,7 @@ _LIMITS = (
 
 
 def _lead(table: pd.DataFrame, baseline: str) -> str:
-    """Perplexity against the dense baseline, in words that hold whatever the numbers are."""
+    """Perplexity against the dense baseline."""
     finite = table.dropna(subset=[DELTA_PERCENT])
     others = finite[finite["loss_difference_over"] != "baseline"].sort_values(DELTA_PERCENT)
     listed = ", ".join(f"{row['configuration']} {row['delta_percent']:+.1f} %" for _, row in others.iterrows())
