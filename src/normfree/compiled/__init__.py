@@ -61,13 +61,15 @@ def _library_or_reason(name: str, interface: int) -> ctypes.CDLL | str:
 
 
 def address(tensor: Tensor | None, place: int = 0) -> ctypes.c_void_p:
-    """That of a tensor's element, counted in memory from its first."""
+    """Address of a tensor element, by storage offset; null without a tensor."""
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr() + place * tensor.element_size())
 
 
 def sizes(*sizes: int) -> Sequence[ctypes.c_int64]:
+    """Sizes as separate arguments of a kernel."""
     return [ctypes.c_int64(size) for size in sizes]
 
 
 def size_array(*sizes: int) -> ctypes.Array[ctypes.c_int64]:
+    """Sizes as one argument of a kernel, an array."""
     return (ctypes.c_int64 * len(sizes))(*sizes)

@@ -73,7 +73,8 @@ class DirectAttributionErrors:
 @dataclass(frozen=True)
 class _Written:
     """What one pass wrote: embedding and final residual stream [batch, T, n_embd]; per layer, what o_proj and
-    down_proj read."""
+    down_proj read.
+    """
 
     embedding: torch.Tensor
     heads: list[torch.Tensor]

@@ -1,5 +1,6 @@
 """LayerNorm removal: a trained model's norms taken out by fine-tuning, and folded away ("Transformers Don't Need
-LayerNorm at Inference Time", arXiv 2507.02559)."""
+LayerNorm at Inference Time", arXiv 2507.02559).
+"""
 
 from normfree.removal.fold import remove_norms
 from normfree.removal.removal import RemovalResult, remove

@@ -110,7 +110,8 @@ def _folded_weights(model: NormfreeForCausalLM, folded: NormfreeForCausalLM) -> 
 
 def _readers(model: NormfreeForCausalLM) -> list[tuple[str, nn.Linear, ConstantStdNorm, int]]:
     """Name and module of every linear map that reads the residual stream through a constant std, its norm, and the
-    place of its std in it."""
+    place of its std in it.
+    """
     found: list[tuple[str, nn.Module, int]] = []
     for layer, module in enumerate(model.model.blocks):
         assert isinstance(module, Block)

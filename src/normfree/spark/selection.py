@@ -74,6 +74,7 @@ def keep_above(values: Tensor, threshold: Tensor, dim: int, visible: Tensor | No
 
 
 def at_least_float32(x: Tensor) -> Tensor:
+    """``x`` in float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
 
 

@@ -26,7 +26,7 @@ class NonfiniteError(Exception):
 
 
 def nonfinite(loss: Tensor, parameters: Iterable[nn.Parameter], *, scaled: bool) -> str | None:
-    """ "loss" or "gradient" if it is not finite in any process, else None. Collective; waits for the device.
+    """Names what is not finite in any process: "loss", "gradient" or None. Collective; waits for the device.
 
     A gradient that overflows under a ``scaled`` loss (fp16) belongs to the search for a loss scale, which skips it.
     """

@@ -38,6 +38,7 @@ def load_rewinds(folder: Path) -> list[Rewind]:
 
 
 def save_rewinds(folder: Path, rewinds: Sequence[Rewind]) -> None:
+    """Replaces the rewinds of the run in ``folder``."""
     write_text(folder / REWINDS_FILE, json.dumps([asdict(each) for each in rewinds], indent=2) + "\n")
 
 

@@ -1,5 +1,6 @@
 """Angular distance between the residual streams of two layers (Gromov et al., "The Unreasonable
-Ineffectiveness of the Deeper Layers", 2024)."""
+Ineffectiveness of the Deeper Layers", 2024).
+"""
 
 from __future__ import annotations
 

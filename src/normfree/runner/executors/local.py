@@ -22,7 +22,8 @@ PROGRAM = "import sys; from normfree.runner.worker import work_on; work_on(*sys.
 
 class LocalSettings(Settings):
     """gpus: share of a GPU for each worker, 0 for none; default one each where there are GPUs.
-    cpus: CPU threads of a worker; default OMP_NUM_THREADS where it is set, or the cores divided by the workers."""
+    cpus: CPU threads of a worker; default OMP_NUM_THREADS where it is set, or the cores divided by the workers.
+    """
 
     gpus: float | None = Field(None, ge=0, le=1)
     cpus: int | None = Field(None, ge=1)

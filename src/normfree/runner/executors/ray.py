@@ -28,7 +28,8 @@ class RaySettings(Settings):
     """address: the cluster's HOST:PORT; ``auto`` for the one of this machine; ``local`` to start one of this machine
     alone; default RAY_ADDRESS, or ``local`` without it.
     gpus: share of a GPU for each run; default one where the cluster has any.
-    cpus: cores and CPU threads of a run."""
+    cpus: cores and CPU threads of a run.
+    """
 
     address: str | None = None
     gpus: float | None = Field(None, ge=0, le=1)

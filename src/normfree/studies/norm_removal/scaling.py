@@ -1,5 +1,6 @@
 """How many fine-tuning tokens the removal of norms takes, by model size: fewer than in proportion to its parameters, as
-"Transformers Don't Need LayerNorm at Inference Time" suggests?"""
+"Transformers Don't Need LayerNorm at Inference Time" suggests?
+"""
 
 from __future__ import annotations
 

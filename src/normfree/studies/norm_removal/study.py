@@ -1,5 +1,6 @@
 """Norm removal over architectures and seeds ("Transformers Don't Need LayerNorm at Inference Time", Table 1): what a
-model without norms loses to the one it was made from, and to the same fine-tuning with the norms kept."""
+model without norms loses to the one it was made from, and to the same fine-tuning with the norms kept.
+"""
 
 from __future__ import annotations
 
