@@ -1,4 +1,4 @@
-"""The one error that means "the input is wrong, not the program"."""
+"""Errors that the command line prints as one line, and messages for unknown names and invalid fields."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ SYNONYMS = {
     "rank": ("r", "lora_rank", "lora_r"),
     "alpha": ("lora_alpha",),
 }
-"""Names of options, and what other programs call them."""
+"""Names of options, and their names in other programs."""
 
 
 class InputError(ValueError):
@@ -60,17 +60,17 @@ class InputError(ValueError):
 
 
 class RunFailedError(Exception):
-    """A run that could not go on, through no fault of its input: a full disk, a loss that is no number.
+    """A run that failed through no fault of its input: a full disk, a NaN loss.
 
-    The message is one line that says what happened, what is kept and how to go on. The command line prints it alone
+    The message is one line that says what happened, what is kept and how to resume. The command line prints it alone
     and exits with code 1.
     """
 
 
 def unknown_name(kind: str, name: object, allowed: Iterable[str]) -> InputError:
-    """An error for ``name`` not being one of ``allowed``, with the name of a synonym or the nearest as a suggestion.
+    """An error for a ``name`` that is not in ``allowed``; suggests a synonym or the closest match.
 
-    Names may be dotted; a synonym is that of the last part.
+    Names may be dotted; synonyms apply to the last part.
     """
     from difflib import get_close_matches
 
@@ -81,7 +81,7 @@ def unknown_name(kind: str, name: object, allowed: Iterable[str]) -> InputError:
 
 
 def _meant(name: str, allowed: list[str]) -> list[str]:
-    """The allowed name that other programs call ``name``, in the same section if there is one, as a list of one."""
+    """A list of at most one: the allowed name that other programs call ``name``, preferably of the same section."""
     section, _, option = name.rpartition(".")
     option = option.lower().replace("-", "_")
     wanted = [option, *(named for named, theirs in SYNONYMS.items() if option in theirs)]
@@ -92,7 +92,7 @@ def _meant(name: str, allowed: list[str]) -> list[str]:
 def invalid_fields(where: str, error: ValidationError, schema: type[BaseModel]) -> InputError:
     """The first mistake that pydantic found in ``where`` (a file, an option), as one line.
 
-    An unknown field is answered with the nearest field of ``schema``.
+    For an unknown field, the closest field of ``schema`` is suggested.
     """
     first, n_more = error.errors()[0], error.error_count() - 1
     path = ".".join(str(part) for part in first["loc"])

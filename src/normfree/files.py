@@ -1,4 +1,4 @@
-"""Writing a file or a folder whole or not at all, and knowing it again."""
+"""Atomic writes of files and folders, checksums, and paths as users write them."""
 
 import errno
 import hashlib
@@ -14,17 +14,16 @@ from pathlib import Path
 from normfree.errors import InputError
 
 DEFAULT_CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "normfree"
-"""Where tokenized corpora are kept and found again."""
+"""Cache of tokenized corpora."""
 _NEW, _OLD = "new", "old"
-"""In the temporary folder beside a folder that is written whole."""
+"""Names inside the temporary folder of :func:`folder_written_whole`."""
 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Yields a temporary file beside ``path`` that takes its place if the ``with`` block ends without error.
+    """Yields a temporary file that replaces ``path`` if the ``with`` block ends without error.
 
-    The folder of ``path`` is made if need be. A reader sees the old file or the new one, never half of
-    either.
+    Creates the parent folder. Readers see the old file or the new one, never a partial one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
@@ -40,10 +39,9 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def folder_written_whole(path: Path) -> Iterator[Path]:
-    """Yields a temporary folder beside ``path`` that takes its place if the ``with`` block ends without error.
+    """Yields a temporary folder that replaces ``path`` if the ``with`` block ends without error.
 
-    A folder that is at ``path`` stays until then. Whoever is stopped in between leaves a hidden folder, never half of
-    one at ``path``.
+    An interrupted process leaves a hidden folder next to ``path``, never a partial ``path``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as beside:
@@ -56,23 +54,22 @@ def folder_written_whole(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes ``text`` whole or not at all, in UTF-8."""
+    """Writes ``text`` atomically, in UTF-8."""
     with written_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-"""Errors that no other folder of the same disk mends, and that pass when there is room again."""
+"""Errors of a full disk, which another folder on it does not fix."""
 
 
 def check_output_folder(folder: Path) -> None:
-    """Checks that files can be written into ``folder``, which is left as it is: made, tried and taken away again.
+    """Checks that files can be written into ``folder`` by writing one and removing it again.
 
-    It is tried, as permissions alone do not tell: a file system may be read-only, a name too long, a parent a file or a
-    link to itself.
+    Permissions alone do not tell: a file system may be read-only, a name too long, a parent a file or a link to itself.
 
     Raises:
-        InputError: it cannot be made or written into, for whatever reason the operating system names.
+        InputError: the folder cannot be created or written into; the message has the operating system's reason.
         OSError: the disk is full.
     """
     made: list[Path] = []
@@ -81,7 +78,7 @@ def check_output_folder(folder: Path) -> None:
             raise InputError(f"{folder} is a file; give another output folder")
         made = [each for each in (folder, *folder.parents) if not each.exists()]
         folder.mkdir(parents=True, exist_ok=True)
-        # Named as what a killed process leaves, so that whoever looks into the folder meanwhile passes over it.
+        # Named like leftovers of a killed process, which readers of the folder ignore.
         handle, name = tempfile.mkstemp(dir=folder, prefix=".normfree.")
         os.close(handle)
         Path(name).unlink()
@@ -92,7 +89,7 @@ def check_output_folder(folder: Path) -> None:
         raise InputError(f"cannot write into {str(folder)!r}: {reason}; give another output folder") from error
     finally:
         for each in made:
-            with suppress(OSError, ValueError):  # it was not made, or another process has written into it
+            with suppress(OSError, ValueError):  # it was not created, or another process has written into it
                 each.rmdir()
 
 
@@ -106,10 +103,10 @@ _KINDS = {
 
 
 def read_regular(path: Path) -> bytes:
-    """The bytes of a regular file, or of the one that a link leads to.
+    """The bytes of a regular file; links are followed.
 
-    A pipe would block and a device may never end, so neither is opened to be read; of a file that is being written to,
-    no more than one byte is read beyond the size that it had.
+    A pipe would block and a device may never end, so neither is read. A file that grows meanwhile is read at most one
+    byte past its first size.
 
     Raises:
         OSError: there is no such file, it is not a regular one, it cannot be read, or it grows.
@@ -118,7 +115,7 @@ def read_regular(path: Path) -> bytes:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):
             raise _not_regular(path, mode)
-        # It may have been replaced since: an opened pipe does not block, and is seen to be one.
+        # The file may have been replaced since: opened this way a pipe does not block, and fstat recognizes it.
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
@@ -137,7 +134,7 @@ def _not_regular(path: Path, mode: int) -> OSError:
 
 
 def user_path(text: str) -> Path:
-    """A path as a user writes it, with ``~``; that of a user who is not there is a name like any other."""
+    """A path with ``~`` expanded; ``~name`` of an unknown user stays as it is."""
     try:
         return Path(text).expanduser()
     except RuntimeError:
@@ -149,11 +146,11 @@ FILE_SUFFIXES = (
     *(".txt", ".text", ".md", ".rst", ".html", ".xml", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"),
     *(".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz"),
 )
-"""Endings of files, which no Hub id has; the dot of an id such as Qwen2.5-0.5B begins none of them."""
+"""File endings that no Hub id has, dots in ids such as Qwen2.5-0.5B included."""
 
 
 def exists(path: Path) -> bool:
-    """True if something is at ``path``; a name that no file can have is a missing one."""
+    """True if ``path`` exists; False for names that no file can have."""
     try:
         return path.exists()
     except (OSError, ValueError):
@@ -172,9 +169,7 @@ def looks_local(source: str) -> bool:
 
 
 def local_or_hub(source: str, what: str) -> str:
-    """The path of a file or folder, its ``~`` expanded, or ``source`` as it is if it may be a Hub id.
-
-    The Hub is not asked for a name that can only be a path.
+    """An existing path with ``~`` expanded, or ``source`` itself if it may be a Hub id. Never queries the Hub.
 
     Args:
         source: a path or a Hub id.
@@ -200,7 +195,7 @@ def sha256(path: Path) -> str:
 
 
 def first_difference(folder: Path, expected: Mapping[str, tuple[int, str]]) -> str | None:
-    """What is wrong with the files in ``folder``, of which ``expected`` has size and SHA-256; None if nothing is."""
+    """The first mismatch of the files in ``folder`` with ``expected`` (bytes, SHA-256), in words; None if all match."""
     for name, (n_bytes, digest) in expected.items():
         path = folder / name
         if not path.is_file():
@@ -213,14 +208,14 @@ def first_difference(folder: Path, expected: Mapping[str, tuple[int, str]]) -> s
 
 
 def is_unfinished(path: Path) -> bool:
-    """Whether ``path`` is what a killed process leaves of :func:`written_whole` or :func:`folder_written_whole`."""
+    """True if ``path`` is a leftover of an interrupted :func:`written_whole` or :func:`folder_written_whole`."""
     if re.fullmatch(r"\..+\.[a-z0-9_]{8}(\.\w+)?", path.name) is None:
         return False
     return path.is_file() or (path.is_dir() and {each.name for each in path.iterdir()} <= {_NEW, _OLD})
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes such files and folders from ``folder`` and the folders in it; for the one process that writes there."""
+    """Removes leftovers from ``folder`` and its subfolders. Call from the one process that writes there."""
     for path in (*folder.glob(".*"), *folder.glob("*/.*")):
         if not is_unfinished(path):
             continue

@@ -1,6 +1,6 @@
-"""One process at a time in an output folder: a lock of the operating system, which dies with its process.
+"""One process at a time in an output folder: an operating-system lock, which dies with its process.
 
-A file beside it says whose it is. Reading needs no lock: every file in a run folder is written whole or not at all.
+A second file names the owner. Readers need no lock: every file in a run folder is written atomically.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ log = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
 OWNER_FILE = ".lock.json"
-"""Who holds the lock; it is removed with the lock, and left behind by a process that was killed."""
+"""Names the owner of the lock; removed with the lock, left behind by a killed process."""
 START_TOLERANCE = 2.0
-"""Seconds by which two readings of one process's start may differ."""
+"""Tolerance between two readings of one process's start time, in seconds."""
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds ``folder``, made if need be, for this process alone.
+    """Holds ``folder`` for this process alone; creates it if necessary.
 
-    A lock whose process is dead is taken over: of this machine, or of this SLURM job before it was requeued. A folder
-    into which nothing was written is taken away again, and so is what a killed process left unfinished in one.
+    Takes over the lock of a dead process, if it ran on this machine or in this SLURM job before a requeue. Removes
+    leftovers of killed processes, and on exit a folder into which nothing was written.
 
     Raises:
-        InputError: another process has the folder, or it may be that one on another machine has it.
+        InputError: another process holds the folder, or a process on another machine may hold it.
     """
     made = _make(folder)
     lock = FileLock(folder / LOCK_FILE)
@@ -49,7 +49,7 @@ def locked(folder: Path) -> Iterator[None]:
             try:
                 lock.acquire(blocking=False)
             except FileNotFoundError:
-                # Another process, which had made the folder and written nothing into it, has just taken it away.
+                # Another process created the folder, wrote nothing into it, and has just removed it.
                 made = _make(folder)
             except Timeout:
                 owner = _named(_owner(owner_path))
@@ -66,21 +66,21 @@ def locked(folder: Path) -> Iterator[None]:
             (folder / LOCK_FILE).unlink(missing_ok=True)
         lock.release()
         for each in made:
-            with suppress(OSError):  # something lies in it
+            with suppress(OSError):  # not empty
                 each.rmdir()
 
 
 def sweep(folder: Path) -> None:
-    """Clears away what a killed process left in a folder whose work is done: nobody else will hold it any more."""
+    """Removes leftovers of a killed process from a folder whose work is done, which nobody will lock again."""
     if (folder / OWNER_FILE).exists():
-        # Somebody may hold it after all, or this process have no right to write; then it stays.
+        # A folder that is locked after all, or that this process may not write into, stays as it is.
         with suppress(InputError, OSError, RuntimeError), locked(folder):
             pass
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Removes a folder that was :func:`locked` by a process which is dead; leaves it to one that is not."""
-    # A RuntimeError is filelock's word for a lock that this very process holds.
+    """Removes a folder whose owner (see :func:`locked`) is dead; leaves a folder in use alone."""
+    # filelock raises RuntimeError if this process already holds the lock.
     with suppress(InputError, RuntimeError):
         with locked(folder):
             for each in folder.iterdir():
@@ -90,21 +90,21 @@ def remove_abandoned(folder: Path) -> None:
 
 
 def holds_nothing(folder: Path) -> bool:
-    """Whether ``folder`` is missing, or empty but for a lock and for what a killed process left unfinished."""
+    """True if ``folder`` is missing, or holds nothing but a lock and leftovers of killed processes."""
     if not folder.exists():
         return True
     return all(each.name in (LOCK_FILE, OWNER_FILE) or is_unfinished(each) for each in folder.iterdir())
 
 
 def _make(folder: Path) -> list[Path]:
-    """Makes ``folder``; returns the folders that were not there, the innermost first."""
+    """Creates ``folder``; returns the folders that were missing, innermost first."""
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             return missing
         except FileExistsError:
-            # Another process has taken an empty folder away between the two looks that mkdir takes.
+            # Another process removed an empty folder between mkdir's two checks.
             if folder.exists() and not folder.is_dir():
                 raise
 
@@ -120,7 +120,7 @@ def _this_process() -> dict[str, Any]:
 
 
 def _owner(path: Path) -> dict[str, Any]:
-    """What :func:`_this_process` wrote; nothing where there is no such file, or not yet."""
+    """What :func:`_this_process` wrote; empty if the file is missing or incomplete."""
     try:
         owner = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -135,16 +135,19 @@ def _named(owner: dict[str, Any]) -> str:
 
 
 def _check_former(folder: Path, former: dict[str, Any]) -> None:
-    """Whether the process that has left its name in ``folder`` is dead; the operating system gave us the lock.
+    """Checks that the previous owner named in ``folder`` is dead, once the operating system granted the lock.
 
-    That settles it on this machine, unless the file system has no locks. Over several machines few network file
-    systems are sure.
+    The lock alone suffices on one machine with a file system that has locks; few network file systems guarantee it
+    across machines.
+
+    Raises:
+        InputError: the owner is alive, or ran on another machine.
     """
     if not former:
         return
     here = _this_process()
     if former.get("slurm_job") is not None and former.get("slurm_job") == here["slurm_job"]:
-        log.warning("going on in %s after %s of the same SLURM job", folder, _named(former))
+        log.warning("resuming in %s after %s of the same SLURM job", folder, _named(former))
     elif former.get("host") != here["host"]:
         raise InputError(
             f"{folder} was in use by {_named(former)}, and whether that process is alive cannot be seen from "
@@ -153,11 +156,11 @@ def _check_former(folder: Path, former: dict[str, Any]) -> None:
     elif _is_alive(former):
         raise InputError(f"{folder} is in use by {_named(former)}; wait for it, or stop it")
     else:
-        log.warning("going on in %s after %s, which is dead", folder, _named(former))
+        log.warning("resuming in %s after %s, which is dead", folder, _named(former))
 
 
 def _is_alive(owner: dict[str, Any]) -> bool:
-    """Whether the process is there, and no other one with its number."""
+    """True if the process is alive and its PID was not reused."""
     try:
         start = psutil.Process(int(owner["pid"])).create_time()
         return abs(start - float(owner["process_start"])) < START_TOLERANCE

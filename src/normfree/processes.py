@@ -1,7 +1,7 @@
-"""The processes that train one run together, as their launcher (torchrun, accelerate) has numbered them.
+"""The processes that train one run together, numbered by their launcher (torchrun, accelerate).
 
-What only one of them may do, such as writing into the run's folder, the main process does for all; what it decided, or
-could not do, becomes known to the others. Without a launcher there is one process, and nothing is sent.
+The main process does for all what only one may do, such as writing into the run's folder; its result or error reaches
+the others. Without a launcher there is one process, and nothing is sent.
 """
 
 from __future__ import annotations
@@ -17,45 +17,45 @@ from normfree.errors import InputError
 Value = TypeVar("Value")
 
 LONGEST_WAIT = datetime.timedelta(days=7)
-"""For what the main process does while the others wait, such as packing a corpus. One that dies is noticed at once."""
+"""Timeout for work that the others wait for, such as packing a corpus. A process that dies is noticed at once."""
 LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed")
-"""What torch's communication says of a process at its other end that is no more."""
+"""torch's messages about a peer process that has ended."""
 
 
 def n_processes() -> int:
-    """Processes that train one model together."""
+    """Number of processes that train one model together (world size)."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def process_index() -> int:
-    """The number of this one among them, from 0: its rank."""
+    """Rank of this process, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
 def is_main_process() -> bool:
-    """Whether this is the one of them that writes."""
+    """True for rank 0, which writes."""
     return process_index() == 0
 
 
 def speaks() -> bool:
-    """Whether this is the one of its machine that reports what all of them are told."""
+    """True for the process that reports on behalf of its machine (local rank 0)."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def check_alone(command: str, instead: str) -> None:
-    """Whether this process is the only one of its run, as ``command`` needs it.
+    """Checks that ``command`` runs as a single process.
 
     Raises:
-        InputError: a launcher has started several.
+        InputError: a launcher started several.
     """
     if n_processes() > 1:
         raise InputError(f"{command} is one process, and {n_processes()} were started; {instead}")
 
 
 def on_main(action: Callable[[], Value]) -> Value:
-    """What ``action`` returns in the main process, in every process; an error there is an error everywhere.
+    """Runs ``action`` on rank 0 and returns its result on every rank; an error there is raised on every rank.
 
-    All processes have to come here. What is returned is copied to the others.
+    Collective: call from every rank. The result is pickled to the others.
     """
     if n_processes() == 1:
         return action()
@@ -75,7 +75,7 @@ def on_main(action: Callable[[], Value]) -> Value:
 
 
 def main_first(action: Callable[[], Value]) -> Value:
-    """Runs ``action`` in the main process, and then in the others, which may find what the first has made."""
+    """Runs ``action`` on rank 0, then on the others, which may find what rank 0 created. Collective."""
     if n_processes() == 1:
         return action()
     mine: list[Value] = []
@@ -84,7 +84,7 @@ def main_first(action: Callable[[], Value]) -> Value:
 
 
 def largest(number: int) -> int:
-    """The largest ``number`` of any process; all of them have to come here."""
+    """The largest ``number`` over all ranks. Collective: call from every rank."""
     if n_processes() == 1:
         return number
     import torch
@@ -96,7 +96,7 @@ def largest(number: int) -> int:
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """Whether ``error`` says that another process of the run is gone."""
+    """True if ``error`` says that another process of the run has ended."""
     return n_processes() > 1 and any(each in str(error) for each in LOST_CONNECTION)
 
 
@@ -110,7 +110,7 @@ def _from_main(value: Any) -> Any:
 
 @functools.cache
 def _group() -> Any:
-    """The processes, connected over the network and not over their devices."""
+    """A process group connected over the network, not over devices."""
     import torch
     import torch.distributed
     from accelerate import PartialState

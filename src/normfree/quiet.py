@@ -1,4 +1,4 @@
-"""Imports of libraries that warn of what does not concern the user."""
+"""Silences import-time warnings that do not concern the user."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LOGGERS = ("torchao", "torch.utils._pytree")
 
 @contextmanager
 def quiet_imports() -> Iterator[None]:
-    """Where torchao is installed, transformers imports it, and it warns of GPU kernels that it cannot load here."""
+    """Silences torchao, which transformers imports if installed and which warns of GPU kernels it cannot load."""
     import logging
 
     loggers = [logging.getLogger(name) for name in _LOGGERS]

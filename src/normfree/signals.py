@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: noted while a model trains, so that it can save itself first, and obeyed at once elsewhere."""
+"""Ctrl-C and SIGTERM: deferred while a model trains, so that it can save a checkpoint; immediate elsewhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(BaseException):
-    """The process was told to stop by ``signal``; like KeyboardInterrupt it is no error that anyone handles."""
+    """``signal`` asked the process to stop. Like KeyboardInterrupt, not an Exception."""
 
     def __init__(self, signal_: signal.Signals) -> None:
         super().__init__(f"stopped by {signal_.name}")
@@ -21,7 +21,7 @@ class Interrupted(BaseException):
 
 
 class _Request:
-    """What this process was told; signals belong to the process, and so does this."""
+    """The pending signal of this process."""
 
     noted: signal.Signals | None = None
     is_deferred = False
@@ -31,8 +31,8 @@ class _Request:
 def stopping_cleanly() -> Iterator[None]:
     """While active, SIGINT and SIGTERM raise :class:`Interrupted`, or are noted (see :func:`deferred`).
 
-    A second signal raises it in any case. What was there before is there again afterwards. Only the main thread of a
-    process gets signals: in another one this does nothing.
+    A second signal always raises it. Restores the previous handlers on exit. Only the main thread receives signals: in
+    others this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -48,7 +48,7 @@ def stopping_cleanly() -> Iterator[None]:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """While active, a first signal is noted (see :func:`noted`); at the end of the block it is obeyed."""
+    """While active, a first signal is only noted (see :func:`noted`); it is raised at the end of the block."""
     before, _Request.is_deferred = _Request.is_deferred, True
     try:
         yield
@@ -59,12 +59,12 @@ def deferred() -> Iterator[None]:
 
 
 def noted() -> int:
-    """The number of the signal that was noted, 0 without one."""
+    """The number of the pending signal; 0 if there is none."""
     return int(_Request.noted or 0)
 
 
 def note(number: int) -> None:
-    """Notes a signal that another process of this run was given."""
+    """Notes a signal that another process of this run received."""
     _Request.noted = signal.Signals(number)
 
 

@@ -1,4 +1,4 @@
-"""Paired timings: variants that take turns in one process, so that a machine that slows down slows down all."""
+"""Paired timings: variants alternate in one process, so that machine drift affects all of them alike."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 MIN_SECONDS = 0.05
-"""A variant is repeated in a round until it has run this long."""
+"""Shortest time for which a variant is repeated in a round."""
 
 Call = Callable[[], Any]
 Clock = Callable[[], float]
 
 
 def seconds_a_call(call: Call, device: torch.device, clock: Clock = time.perf_counter) -> float:
-    """Mean seconds of a call, over at least ``MIN_SECONDS`` of them."""
+    """Mean seconds per call, repeated for at least ``MIN_SECONDS``."""
     start, n_call = clock(), 0
     while n_call == 0 or clock() - start < MIN_SECONDS:
         call()
@@ -31,7 +31,7 @@ def seconds_a_call(call: Call, device: torch.device, clock: Clock = time.perf_co
 def interleaved(
     calls: Mapping[str, Call], rounds: int, device: torch.device, clock: Clock = time.perf_counter
 ) -> dict[str, list[float]]:
-    """Seconds a call of each variant in each round; a round runs every variant once, in a new random order."""
+    """Seconds per call of each variant in each round; a round runs every variant once, in a new random order."""
     for call in calls.values():
         call()
     seconds: dict[str, list[float]] = {name: [] for name in calls}

@@ -96,7 +96,7 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_written(train_command: Comma
     assert ended.code == 1
     assert "cannot write" in last_line(ended)
     assert "checkpoint-11" in last_line(ended)
-    assert "checkpoint-10 is the last good one; make room and give the same command again to go on" in last_line(ended)
+    assert "checkpoint-10 is the last good one; make room and give the same command again to resume" in last_line(ended)
     assert [each.name for each in checkpoints(stopped / "run")] == ["checkpoint-8", "checkpoint-10"]
     assert_goes_on(command, stopped, whole)
 

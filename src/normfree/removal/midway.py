@@ -83,7 +83,7 @@ class Midway:
         left = [name for name, norm in self.norms() if not all(norm.is_constant)]
         if left or self.tokens.includes_first or self.tokens.end_of_text is not None:
             what = f"{len(left)} norms, {left[0]} first," if left else "special tokens"
-            raise InputError(f"the removal is not finished: {what} still have stds of their own; let the run go on")
+            raise InputError(f"the removal is not finished: {what} still have stds of their own; let the run finish")
         for _, norm in self.norms():
             norm.forget_special_tokens()
         for option, norm in self.original.items():

@@ -1,4 +1,4 @@
-"""A norm on its way out: it divides by each token's own std until it is told to divide by a constant."""
+"""A norm on its way out: it divides by each token's own std until it is switched to a constant."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def remove(
     tokens = run.recipe.n_tokens(T)
 
     losses = {ORIGINAL: _loss(original, data.eval)}
-    del original  # each run loads it again, and trains beside whatever is still held
+    del original  # each run loads it again; what is still held takes memory from it
     if vanilla:
         control = run.model_copy(update={"configuration": VANILLA})
         train(control, data, folder / VANILLA, callbacks=callbacks(VANILLA, tokens))

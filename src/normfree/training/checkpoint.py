@@ -203,4 +203,4 @@ def _not_saved(folder: Path, name: str, error: Exception) -> str:
     last = last_checkpoint(folder)
     kept = f"{last.name} is the last good one" if last is not None else "there is none yet"
     reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
-    return f"cannot write {folder / name} ({reason}); {kept}; make room and give the same command again to go on"
+    return f"cannot write {folder / name} ({reason}); {kept}; make room and give the same command again to resume"

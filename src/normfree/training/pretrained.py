@@ -92,7 +92,7 @@ def load_pretrained(source: str) -> LoadedModel:
     if (folder / CONFIG_FILE).is_file():
         newest = last_checkpoint(folder)
         if newest is None:
-            raise InputError(f"run folder {source} has no finished checkpoint-* folder yet; let the run go on")
+            raise InputError(f"run folder {source} has no finished checkpoint-* folder yet; let the run finish")
         checkpoint, run = str(newest), folder
     elif (folder / "config.json").is_file():
         is_checkpoint = folder.name.startswith("checkpoint-") and (folder.parent / CONFIG_FILE).is_file()

@@ -92,7 +92,7 @@ def entropy_penalty(entropy: Tensor, thresholds: Tensor, *, maximum: float, tole
     Args:
         entropy: E, [batch, n_layer, n_head], nats.
         thresholds: θ, [n_layer, n_head], shares of ``maximum``. They get a gradient too.
-        maximum: E_max in nats. Ours is the causal bound, mean over i of ln i; AERO takes ln T, which no head can reach.
+        maximum: E_max in nats. This is the causal bound, mean over i of ln i; AERO takes ln T, which no head can reach.
         tolerance: γ.
 
     Returns:
