@@ -71,6 +71,7 @@ def test_table_2_has_every_column_with_its_published_one(normfree: Command, colu
     assert {path: path.stat().st_mtime_ns for path in weights} == weights
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_one_command_makes_the_whole_paper(normfree: Command, columns: Path, tmp_path: Path) -> None:
     code, _, err = normfree("study", "relu-revival", "--all", "--preset", columns, "--out", "all")
     assert code == 0, err

@@ -94,7 +94,8 @@ class FamilyChecks:
         theirs.set_attn_implementation(implementation)
         ours = from_hf(theirs)
         assert isinstance(ours, NormfreeForCausalLM)
-        assert ours.config._attn_implementation == implementation
+        # GPT-J has no sdpa before transformers 5.24, and stays eager.
+        assert ours.config._attn_implementation == theirs.config._attn_implementation
         expected = theirs(tokens()).logits
         assert expected.std() > 0.1
         assert_same(ours(tokens()).logits, expected)
