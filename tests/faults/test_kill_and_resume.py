@@ -23,7 +23,7 @@ from tests.nightly import NIGHTLY
 from .crash import Kill, in_child, killed_again_and_again, random_kills
 
 KILLS_IN_A_CHAIN = 4
-TRAIN_KILLS, STUDY_KILLS, REMOVAL_KILLS, FINETUNE_KILLS = (160, 60, 60, 40) if NIGHTLY else (17, 4, 6, 4)
+TRAIN_KILLS, STUDY_KILLS, REMOVAL_KILLS, FINETUNE_KILLS = (160, 60, 60, 40) if NIGHTLY else (17, 4, 7, 4)
 OF_THE_CLOCK = ("tokens_per_second",)
 
 
@@ -132,6 +132,7 @@ def base(train_command: Callable[[Path], Any], tmp_path: Path) -> Path:
 IN_A_REMOVAL = (
     Kill(before=("os.rename", "vanilla/checkpoint-16")),
     Kill(before=("os.rename", "removal/checkpoint-12")),
+    Kill(before=("os.rename", "removal/checkpoint-24")),
     Kill(before=("os.rename", "removal/removal.json")),
     Kill(before=("os.rename", "out/norm-free")),
     Kill(before=("os.rename", "removal.csv")),

@@ -94,6 +94,12 @@ class RemoveNorms(Callback):
         self._before: deque[float] = deque(maxlen=BASELINE_STEPS)
         self._high: list[DivergedError] = []
 
+    def resume(self, run: RunState) -> None:
+        """After the last removal no checkpoint has stds of special tokens."""
+        if all(each.step < run.step for each in self.removals):
+            for _, norm in self.midway.norms():
+                norm.forget_special_tokens()
+
     def begin(self, run: RunState) -> None:
         """Repeats the removals before the checkpoint that the run resumes from, and reads the losses since."""
         self._remove(each for each in self.removals if each.step < run.step)

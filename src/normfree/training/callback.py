@@ -28,6 +28,9 @@ class RunState:
 class Callback:
     """Called by the training loop in every process; each method does nothing unless a subclass overrides it."""
 
+    def resume(self, run: RunState) -> None:
+        """Before the checkpoint of ``run.step`` is loaded into the model, which must have the tensors it holds."""
+
     def begin(self, run: RunState) -> None:
         """Training begins, or resumes, at ``run.step``, with the weights of its checkpoint."""
 

@@ -335,8 +335,10 @@ class Training:
     def _resume(self) -> None:
         checkpoint = on_main(partial(last_checkpoint, self.folder))
         if checkpoint is not None:
-            self.checkpointed.load(checkpoint)
             step = self.state.step = step_of(checkpoint)
+            for each in self.callbacks:
+                each.resume(self.state)
+            self.checkpointed.load(checkpoint)
             on_main(partial(remove_older, self.folder, step))
             progress = load_progress(checkpoint)
             self.last_logged_step = progress.get("last_logged_step", step)
