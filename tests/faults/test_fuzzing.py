@@ -183,8 +183,10 @@ def test_arguments(words: list[str], place: Path) -> None:
         def none(*_: Any, **__: Any) -> Any:
             raise InputError(ENOUGH)
 
-        for name in ("studies.study.prepare_data", "studies.study.same_data", "removal.plan.prepare_data"):
-            patch.setattr(f"normfree.{name}", none, raising=False)
+        for module in ("runner.study_folder", "training.single_run", "removal.plan"):
+            for name in ("prepare_data", "same_data"):
+                patch.setattr(f"normfree.{module}.{name}", none)
+        patch.setattr("normfree.training.finetuning.prepare_data", none)
         (place / "here").mkdir(exist_ok=True)
         patch.chdir(place / "here")
         assert_one_line(list(words), place)
