@@ -131,7 +131,7 @@ def _training_step(config: NormfreeConfig, batch: int, dtype: str, compiled: boo
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
-            loss = forward(input_ids=tokens, labels=tokens, use_cache=False).loss
+            loss = forward(input_ids=tokens, labels=tokens, use_cache=False, return_logits=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -121,9 +121,9 @@ def _variants(preset: Preset, device: torch.device, folder: Path) -> tuple[dict[
     plain, probed = (build(NormfreeForCausalLM, config, preset.recipe.attn_implementation) for _ in range(2))
     eager = _training_step(build(GPT2LMHeadModel, theirs, "eager"), batch, dtype, output_attentions=True)
     return {
-        "ours": _training_step(plain, batch, dtype),
-        "ours + telemetry": _with_telemetry(probed, _training_step(probed, batch, dtype), folder),
-        "ours sdpa": _training_step(build(NormfreeForCausalLM, config, "sdpa"), batch, dtype),
+        "ours": _training_step(plain, batch, dtype, return_logits=False),
+        "ours + telemetry": _with_telemetry(probed, _training_step(probed, batch, dtype, return_logits=False), folder),
+        "ours sdpa": _training_step(build(NormfreeForCausalLM, config, "sdpa"), batch, dtype, return_logits=False),
         "Hugging Face sdpa": _training_step(build(GPT2LMHeadModel, theirs, "sdpa"), batch, dtype),
         "Hugging Face eager + entropy": _eager_entropy(eager),
     }, plain
@@ -136,7 +136,7 @@ def _training_step(model: PreTrainedModel, batch: torch.Tensor, dtype: torch.dty
 
     def step() -> Any:
         with torch.autocast(batch.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            output = model(input_ids=batch, labels=batch, **options)
+            output = model(input_ids=batch, labels=batch, use_cache=False, **options)
         output.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
