@@ -85,8 +85,10 @@ def test_positions_of_shared_keys_are_those_of_the_tokens(name):
         model(input_ids=tokens[:, :-1], use_cache=False)
     assert probe.unreadable == {}
     found, expected = probe.per_position(), whole.per_position()
-    if name == "gemma4":  # of a prompt, its layers without keys of their own attend from the last token alone
-        assert probe.rows()[:, 0].tolist() == [28, 28, 16, 16]
+    rows = probe.rows()[:, 0].tolist()
+    # From transformers 5.24 on, of a prompt, layers without keys of their own attend from the last token alone.
+    if name == "gemma4" and rows != [28, 28, 28, 28]:
+        assert rows == [28, 28, 16, 16]
         assert found[2:, :, :6].isnan().all()
         expected[2:, :, :6] = torch.nan
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4, equal_nan=True)

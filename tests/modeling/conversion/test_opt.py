@@ -16,6 +16,14 @@ NARROW: dict[str, Any] = {"word_embed_proj_dim": 12}
 POST = {"do_layer_norm_before": False}
 
 
+def layer_dropout_draws() -> bool:
+    """True for transformers below 5.24, which draw a number for the dropout of each layer also where there is none."""
+    model = OPTForCausalLM(OPTConfig(**TestOPT.sizes, layerdrop=0.0)).train()
+    before = torch.get_rng_state()
+    model(tokens())
+    return not torch.equal(torch.get_rng_state(), before)
+
+
 class TestOPT(FamilyChecks):
     model_class = OPTForCausalLM
     config_class = OPTConfig
@@ -48,6 +56,11 @@ class TestOPT(FamilyChecks):
     ]
     kept_options = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache")
     dropouts = ({"dropout": 0.3, "attention_dropout": 0.2}, (0.0, 0.2, 0.3))
+
+    def test_dropouts_act_in_the_same_places(self) -> None:
+        if layer_dropout_draws():
+            pytest.skip("this transformers draws a number for each layer's dropout, so the masks differ")
+        super().test_dropouts_act_in_the_same_places()
 
     def test_weights_are_copies_and_complete(self, case: dict[str, Any]) -> None:
         theirs = self.build(**case)
