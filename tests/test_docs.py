@@ -57,7 +57,9 @@ def test_rows_of_a_table_have_as_many_cells(page: Path) -> None:
 @of_each_page
 def test_names_can_be_imported(page: Path) -> None:
     names = set(re.findall(r"(?<![\w/.-])normfree(?:\.[A-Za-z_]\w*)+", page.read_text(encoding="utf-8")))
-    assert [name for name in sorted(names - ENTRY_POINT_GROUPS) if not _exists(name)] == []
+    # NAME is for the reader to fill in; tests/test_commands_as_functions.py does.
+    names = {name for name in names - ENTRY_POINT_GROUPS if "NAME" not in name}
+    assert [name for name in sorted(names) if not _exists(name)] == []
 
 
 @of_each_page

@@ -27,7 +27,7 @@ def test_the_runs_are_those_of_the_guide() -> None:
     }
     assert cpu == {"relu-revival": 4, "table-2": 12, "learnable-slopes": 20, "distillation": 7, "scaling": 36}
     assert runs["hybrid-activations"]["cpu"] == 2 + 2 * (load_preset("cpu").n_layer - 1)
-    assert runs["curse-of-depth"]["depth-96"] == 13
+    assert runs["curse-of-depth"]["depth-96"] == 14
 
 
 def test_the_list_can_be_read(normfree: Normfree) -> None:
