@@ -20,6 +20,8 @@ from tests.small_study import blank_figures, preset_content, preset_file
 __all__ = ["blank_figures", "preset_content", "preset_file"]
 
 SEQUENCE_LENGTH = 16
+COMPILED = Path(str(compiled.__file__)).parent
+"""The libraries of this installation; read before a test replaces the folder."""
 
 
 @pytest.fixture(autouse=True)
@@ -100,10 +102,9 @@ def without_libraries(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterat
 @pytest.fixture
 def library_for(without_libraries: Path) -> Callable[[str, str], None]:
     """Has only the build of a source for one instruction set be found; skips the test where it cannot run here."""
-    compiled_here = Path(str(compiled.__file__)).parent
 
     def take(name: str, instructions: str) -> None:
-        library = compiled_here / f"{name}_{instructions}.so"
+        library = COMPILED / f"{name}_{instructions}.so"
         runs = compiled.LIBRARIES.get(torch.backends.cpu.get_cpu_capability(), ("default",))
         if instructions not in runs or not library.exists():
             pytest.skip(f"no library for {instructions}, or no such CPU")

@@ -95,7 +95,7 @@ def largest(number: int) -> int:
     return int(numbers)
 
 
-def is_lost_connection(error: BaseException) -> bool:
+def is_lost_connection(error: BaseException | None) -> bool:
     """True if ``error`` says that another process of the run has ended."""
     return n_processes() > 1 and any(each in str(error) for each in LOST_CONNECTION)
 

@@ -28,7 +28,7 @@ from normfree.locks import locked, sweep
 from normfree.modeling import NormfreeForCausalLM
 from normfree.probes import EntropyRecorder
 from normfree.processes import is_lost_connection, largest, n_processes, on_main
-from normfree.signals import deferred, note, noted
+from normfree.signals import Interrupted, deferred, note, noted
 from normfree.training.callback import Callback, RunState
 from normfree.training.checkpoint import (
     Checkpointed,
@@ -110,8 +110,9 @@ def train(
                     return training.measure()
             except NonfiniteError as error:
                 on_main(partial(_rewind, config, data, folder, error))
-            except RuntimeError as error:
-                if is_lost_connection(error):
+            except (RuntimeError, Interrupted) as error:
+                # The launcher of a process that is gone sends SIGTERM to the others, perhaps while they end already.
+                if is_lost_connection(error) or is_lost_connection(error.__context__):
                     raise RunFailedError(
                         f"another of the {n_processes()} processes of this run is gone; the same command resumes from "
                         "the last checkpoint"
