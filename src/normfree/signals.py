@@ -24,6 +24,8 @@ class _Request:
     """The pending signal of this process."""
 
     noted: signal.Signals | None = None
+    is_own = False
+    """False for a signal that only another process of the run has received so far."""
     is_deferred = False
 
 
@@ -65,12 +67,14 @@ def noted() -> int:
 
 def note(number: int) -> None:
     """Notes a signal that another process of this run received."""
-    _Request.noted = signal.Signals(number)
+    if _Request.noted is None:
+        _Request.noted, _Request.is_own = signal.Signals(number), False
 
 
 def _note(number: int, frame: FrameType | None) -> None:
-    is_second = _Request.noted is not None
-    _Request.noted = signal.Signals(number)
+    # A launcher signals every process: this one may have heard of it from another before its own signal arrives.
+    is_second = _Request.noted is not None and _Request.is_own
+    _Request.noted, _Request.is_own = signal.Signals(number), True
     if is_second or not _Request.is_deferred:
         raise Interrupted(_Request.noted)
     print(

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: a checkpoint, the command to go on with, and 128 + the signal."""
+"""SIGTERM and Ctrl-C: a checkpoint, the command that resumes, and 128 + the signal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from normfree.signals import Interrupted, deferred, noted, stopping_cleanly
+from normfree.signals import Interrupted, deferred, note, noted, stopping_cleanly
 from normfree.training.loop import Training
 from normfree.training.run_folder import checkpoints, last_checkpoint
 from tests.forked import normfree
@@ -99,3 +99,21 @@ def test_the_handlers_that_were_there_are_there_again() -> None:
 def test_elsewhere_a_signal_is_obeyed_at_once() -> None:
     with pytest.raises(Interrupted, match="SIGINT"), stopping_cleanly():
         signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(("n_own", "obeyed_after"), [(1, 1), (2, 1), (3, 1)])
+def test_own_signal_after_that_of_another_process_is_no_second_one(n_own: int, obeyed_after: int) -> None:
+    """A launcher signals all processes; the loop hears of a signal from the first of them that was reached."""
+    survived = 0
+
+    def work() -> None:
+        nonlocal survived
+        with stopping_cleanly(), deferred():
+            note(signal.SIGTERM)
+            for _ in range(n_own):
+                os.kill(os.getpid(), signal.SIGTERM)
+                survived += 1
+
+    with pytest.raises(Interrupted):
+        work()
+    assert survived == obeyed_after
