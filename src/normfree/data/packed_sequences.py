@@ -14,9 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from normfree.data.tokenizer import vocabulary_size
 from normfree.errors import InputError
+from normfree.modeling.linear_cross_entropy import NOT_PREDICTED
 
-NOT_PREDICTED = -100
-"""Label of a token that is not predicted, in transformers and torch."""
 BATCH_BYTES = 2**20
 """Documents are tokenized together up to this size: enough for every core, little wasted at a cap."""
 

@@ -43,7 +43,7 @@ def scoring_of(q: Tensor, scale: float | None, softcap: float | None) -> Scoring
 
 
 def soft_capped(scores: Tensor, softcap: float | None) -> Tensor:
-    """cap · tanh(scores / cap); the scores themselves without a cap."""
+    """cap · tanh(scores / cap), in (−cap, cap), of attention scores or logits; unchanged without a cap (Gemma 2)."""
     return scores if softcap is None else (scores / softcap).tanh() * softcap
 
 

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 
+from normfree.entropy.scoring import soft_capped
 from normfree.errors import InputError
 from normfree.model_options import Named, one_of, option, positive, probability
 from normfree.modeling.initialization import ResidualProjection
@@ -27,11 +28,6 @@ BIASED_PROJECTIONS = {"none": "", "qk": "qk", "qkv": "qkv", "all": "qkvo"}
 """Values of ``attention_bias`` and the projections that have a bias under each."""
 WITHOUT_SOFTCAP = ("sdpa",)
 """Attention implementations of transformers that cannot soft-cap scores."""
-
-
-def soft_capped(x: torch.Tensor, cap: float | None) -> torch.Tensor:
-    """cap · tanh(x / cap), in (−cap, cap), of the shape and dtype of ``x``; ``x`` itself without a cap (Gemma 2)."""
-    return x if cap is None else torch.tanh(x / cap) * cap
 
 
 def eager_attention_forward(

@@ -14,16 +14,17 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from normfree.entropy.scoring import soft_capped
 from normfree.errors import InputError
 from normfree.modeling.activations import LearnableLeakyReLU
-from normfree.modeling.attention import ATTENTIONS, SoftmaxAttention, check_softcap_implementation, soft_capped
+from normfree.modeling.attention import ATTENTIONS, SoftmaxAttention, check_softcap_implementation
 from normfree.modeling.blocks import Block, build_block
 from normfree.modeling.cache_keyword import CACHE, takes_either_name
 from normfree.modeling.configuration import NormfreeConfig
 from normfree.modeling.embedding import build_embedding, positions_after, positions_among_tokens
 from normfree.modeling.initialization import INITIAL_SCALE, InitializesItself, ResidualProjection
 from normfree.modeling.layer_types import attention_masks
-from normfree.modeling.linear_cross_entropy import IGNORED, linear_cross_entropy
+from normfree.modeling.linear_cross_entropy import NOT_PREDICTED, linear_cross_entropy
 from normfree.modeling.norms import build_final_norm
 from normfree.modeling.rotary import build_rotary, outgrows_cached_keys, rotations
 
@@ -242,7 +243,7 @@ class NormfreeForCausalLM(NormfreePreTrainedModel, GenerationMixin):
         elif labels is not None:
             total, token_losses = linear_cross_entropy(hidden, self.lm_head, labels, softcap=softcap)
             n_predicted = kwargs.get("num_items_in_batch")
-            loss = total / ((labels[:, 1:] != IGNORED).sum() if n_predicted is None else n_predicted)
+            loss = total / ((labels[:, 1:] != NOT_PREDICTED).sum() if n_predicted is None else n_predicted)
         named_cache: dict[str, Any] = {CACHE: outputs.get(CACHE)}
         return CausalLMOutput(
             loss=loss,

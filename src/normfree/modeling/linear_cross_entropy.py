@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from normfree.compiled import address, library, library_refuses, sizes
+from normfree.entropy.scoring import soft_capped
 
-IGNORED = -100
-"""The label of a token that is not predicted, as everywhere in transformers."""
+NOT_PREDICTED = -100
+"""Label of a token that is not predicted, in transformers and torch."""
 NAME, INTERFACE = "cross_entropy", 1
 KERNEL_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}
@@ -55,7 +56,7 @@ def linear_cross_entropy(
         softcap: logits x become softcap · tanh(x / softcap).
     """
     targets = labels[:, 1:]
-    targets = targets.where(targets != IGNORED, -1)
+    targets = targets.where(targets != NOT_PREDICTED, -1)
     total, losses = _LinearCrossEntropy.apply(hidden[:, :-1], unembedding.weight, unembedding.bias, targets, softcap)
     return CrossEntropy(total, losses.view(targets.shape))
 
@@ -109,8 +110,7 @@ class _Blocks:
         return losses, of_hidden, of_weight, of_bias
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        logits = nn.functional.linear(hidden, self.weight, self.bias)
-        return logits if self.softcap is None else torch.tanh_(logits.div_(self.softcap)).mul_(self.softcap)
+        return soft_capped(nn.functional.linear(hidden, self.weight, self.bias), self.softcap)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -126,10 +126,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             return losses.sum(), losses
         losses, *gradients = blocks.losses_and_gradients()
         ctx.save_for_backward(*gradients)
-        ctx.hidden_shape, ctx.dtypes = (
-            hidden.shape,
-            [hidden.dtype, weight.dtype, bias.dtype if bias is not None else None],
-        )
+        ctx.hidden_shape = hidden.shape
+        ctx.dtypes = [None if each is None else each.dtype for each in (hidden, weight, bias)]
         ctx.mark_non_differentiable(losses)
         return losses.sum(), losses
 

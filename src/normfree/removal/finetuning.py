@@ -95,10 +95,9 @@ class RemoveNorms(Callback):
         self._high: list[DivergedError] = []
 
     def resume(self, run: RunState) -> None:
-        """After the last removal no checkpoint has stds of special tokens."""
+        """Gives the model the tensors of a checkpoint from after the last removal."""
         if all(each.step < run.step for each in self.removals):
-            for _, norm in self.midway.norms():
-                norm.forget_special_tokens()
+            self.midway.forget_special_tokens()
 
     def begin(self, run: RunState) -> None:
         """Repeats the removals before the checkpoint that the run resumes from, and reads the losses since."""

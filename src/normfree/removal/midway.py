@@ -84,11 +84,15 @@ class Midway:
         if left or self.tokens.includes_first or self.tokens.end_of_text is not None:
             what = f"{len(left)} norms, {left[0]} first," if left else "special tokens"
             raise InputError(f"the removal is not finished: {what} still have stds of their own; let the run finish")
-        for _, norm in self.norms():
-            norm.forget_special_tokens()
+        self.forget_special_tokens()
         for option, norm in self.original.items():
             setattr(self.model.config, option, norm if norm == "none" else FOLDED)
         self.model.config.norm_is_centered = "rmsnorm" not in self.original.values()
+
+    def forget_special_tokens(self) -> None:
+        """Drops the stds of special tokens, which no checkpoint after the last removal has."""
+        for _, norm in self.norms():
+            norm.forget_special_tokens()
 
     def _removable(self, norm: nn.Module, *, n_reader: int) -> nn.Module:
         if not isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):

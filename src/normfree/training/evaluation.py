@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, default_data_collator
 
-from normfree.data.packed_sequences import NOT_PREDICTED, PackedSequences
+from normfree.data.packed_sequences import PackedSequences
 from normfree.modeling import NormfreeForCausalLM
+from normfree.modeling.linear_cross_entropy import NOT_PREDICTED
 from normfree.probes import EntropyProbe
 from normfree.processes import n_processes, process_index
 from normfree.training.half_precision import autocast

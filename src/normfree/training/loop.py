@@ -22,10 +22,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from normfree.columns import EVAL_LOSS, TRAIN_LOSS
 from normfree.data import PackedData
-from normfree.data.packed_sequences import NOT_PREDICTED
 from normfree.errors import InputError, RunFailedError
 from normfree.locks import locked, sweep
 from normfree.modeling import NormfreeForCausalLM
+from normfree.modeling.linear_cross_entropy import NOT_PREDICTED
 from normfree.probes import EntropyRecorder
 from normfree.processes import is_lost_connection, largest, n_processes, on_main
 from normfree.signals import Interrupted, deferred, note, noted
