@@ -92,7 +92,7 @@ def measure_private_costs(
         models: runs, model folders, Hub ids, presets or YAML files, by the name that the tables show.
         settings: one for each protocol; None takes SEMI2K and ABY3.
         networks: links to project the costs to.
-        sequence_length: T; None takes that of the run or preset.
+        sequence_length: T; by default the run's or preset's.
         vocab_size: for presets whose tokenizer is on the Hub.
         blocks_only: leave embedding, final norm and unembedding out.
         with_alternatives: also measure every norm and activation on the arrays of the first model.

@@ -60,7 +60,7 @@ def open_models(
     configurations of all models differ, they become the models' names.
 
     Args:
-        sequence_length: T; None takes that of the run or preset.
+        sequence_length: T; by default the run's or preset's.
         vocab_size: for presets whose tokenizer is on the Hub.
         blocks_only: the vocabulary is not needed.
         needs_weights: configurations without weights are refused.
