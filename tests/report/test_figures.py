@@ -7,6 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
 
 from normfree.errors import InputError
@@ -184,6 +186,23 @@ def test_saving_twice_gives_the_same_bytes(tmp_path):
     assert first == second
 
 
+def test_both_files_have_one_layout_and_the_figure_keeps_its_engine(tmp_path):
+    class Counting(ConstrainedLayoutEngine):
+        n_run = 0
+
+        def execute(self, fig):
+            Counting.n_run += 1
+            super().execute(fig)
+
+    figure = Figure((2, 2), layout=Counting())
+    (above, below) = figure.subplots(2)
+    figure.colorbar(above.imshow([[0.0, 1.0]]), ax=below)
+    save_figure(figure, tmp_path, "once")
+    assert Counting.n_run == 1
+    assert isinstance(figure.get_layout_engine(), Counting)
+    assert figure.dpi == 100
+
+
 @pytest.mark.parametrize("name", ["../loss", "a/b", "", ".hidden", "loss\n"])
 def test_bad_figure_names(tmp_path, name):
     with pytest.raises(InputError, match="not a plain file name"):
@@ -193,12 +212,12 @@ def test_bad_figure_names(tmp_path, name):
 def test_failed_write_leaves_the_old_file(tmp_path):
     (tmp_path / "loss.png").write_text("old")
 
-    class Unwritable:
-        def savefig(self, path, **options):
+    class Unwritable(Figure):
+        def savefig(self, *path, **options):
             raise OSError("no space left")
 
     with pytest.raises(OSError, match="no space"):
-        save_figure(Unwritable(), tmp_path, "loss")  # type: ignore[arg-type]
+        save_figure(Unwritable(), tmp_path, "loss")
     assert [path.name for path in tmp_path.iterdir()] == ["loss.png"]
     assert (tmp_path / "loss.png").read_text() == "old"
 

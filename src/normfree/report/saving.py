@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import matplotlib
 from matplotlib.figure import Figure
 
 from normfree.errors import InputError
@@ -19,7 +22,7 @@ FIGURES_FOLDER = "figures"
 def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
     """Writes ``name.png`` (200 dpi) and ``name.pdf`` (TrueType fonts) into ``folder``, creating it.
 
-    The files hold no dates, so the same data give the same bytes.
+    Both have one layout. The files hold no dates, so the same data give the same bytes.
 
     Raises:
         InputError: ``name`` is not a plain file name without ending (letters, digits, ``_``, ``+``, ``.`` and
@@ -29,13 +32,28 @@ def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
         raise InputError(f"figure name {name!r} is not a plain file name; use letters, digits, '_', '+', '.' and '-'")
     metadata = {"png": {"Software": None}, "pdf": {"CreationDate": None, "Creator": None, "Producer": None}}
     paths = []
-    with paper_style():
+    with paper_style(), _laid_out(figure):
         for ending, fields in metadata.items():
             path = folder / f"{name}.{ending}"
             with written_whole(path) as temporary:
                 figure.savefig(temporary, format=ending, metadata=fields)
             paths.append(path)
     return paths
+
+
+@contextmanager
+def _laid_out(figure: Figure) -> Iterator[None]:
+    """Runs the layout engine of ``figure`` once; inside the block, drawing leaves every place as it is."""
+    engine, dpi = figure.get_layout_engine(), figure.dpi
+    figure.set_dpi(matplotlib.rcParams["savefig.dpi"])
+    if engine is not None:
+        engine.execute(figure)
+    figure.set_layout_engine(None)  # "none" would leave a placeholder, for which each savefig draws twice
+    try:
+        yield
+    finally:
+        figure.set_layout_engine(engine)
+        figure.set_dpi(dpi)
 
 
 def saved_figure(folder: Path, name: str, figure: Figure, caption: str) -> FigureElement:
