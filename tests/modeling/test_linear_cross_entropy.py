@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from normfree import NormfreeConfig, NormfreeForCausalLM
 from normfree.compiled import library_refuses
 from normfree.modeling import linear_cross_entropy as module
-from normfree.modeling.linear_cross_entropy import linear_cross_entropy
+from normfree.modeling.linear_cross_entropy import SoftTargets, linear_cross_entropy
 
 WIDTH = 24
 
@@ -57,6 +57,44 @@ def oracle(
     return losses.detach(), [each for each in gradients if each is not None]
 
 
+TEACHER_WIDTH = 11
+
+
+def taught(
+    vocab_size: int, form: str = "unembedding", *, softcap: float | None = None, share: float = 0.7, tau: float = 1.7
+) -> tuple[SoftTargets, Tensor]:
+    """A teacher for :func:`made_up`, and its logits [3, 13, vocab_size] in float64."""
+    torch.manual_seed(1)
+    hidden, weight = torch.randn(3, 13, TEACHER_WIDTH), torch.randn(vocab_size, TEACHER_WIDTH)
+    bias = torch.randn(vocab_size)
+    logits = hidden.double() @ weight.double().T + bias.double()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if form == "logits":
+        return SoftTargets(logits.float(), None, None, None, share, tau), logits
+    return SoftTargets(hidden, weight, bias, softcap, share, tau), logits
+
+
+def mixture(
+    hidden: Tensor, unembedding: nn.Linear, labels: Tensor, teacher: SoftTargets, logits: Tensor, softcap: float | None
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The mixed loss, each token's KL and the gradients of the loss, in float64 with whole logits."""
+    wide = nn.Linear(WIDTH, unembedding.out_features, bias=unembedding.bias is not None).double()
+    wide.load_state_dict(unembedding.state_dict())
+    x = hidden.detach().double().requires_grad_()
+    own = wide(x)[:, :-1]
+    if softcap is not None:
+        own = softcap * torch.tanh(own / softcap)
+    log_p, log_q = ((each / teacher.temperature).log_softmax(-1) for each in (logits[:, :-1], own))
+    p = log_p.exp()
+    kls = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1).where(labels[:, 1:] != -100, 0.0)
+    losses = nn.functional.cross_entropy(own.transpose(1, 2), labels[:, 1:], reduction="none", ignore_index=-100)
+    total = (1 - teacher.share) * losses.sum() + teacher.share * teacher.temperature**2 * kls.sum()
+    total.backward()
+    gradients = [x.grad, *(each.grad for each in wide.parameters())]
+    return total.detach(), kls.detach(), [each for each in gradients if each is not None]
+
+
 def gradients_of(hidden: Tensor, unembedding: nn.Linear) -> list[Tensor]:
     return [each for each in (hidden.grad, *(p.grad for p in unembedding.parameters())) if each is not None]
 
@@ -71,7 +109,7 @@ def distance(found: Tensor, expected: Tensor) -> float:
 def test_float32_is_exact_to_rounding(way: str, vocab_size: int, softcap: float | None, bias: bool) -> None:
     hidden, unembedding, labels = made_up(vocab_size, bias=bias)
     expected, expected_gradients = oracle(hidden, unembedding, labels, softcap)
-    total, losses = linear_cross_entropy(hidden, unembedding, labels, softcap=softcap)
+    total, losses, _ = linear_cross_entropy(hidden, unembedding, labels, softcap=softcap)
     total.backward()
     assert total.item() == pytest.approx(expected.sum().item(), rel=1e-6)
     assert all(map(lambda *pair: distance(*pair) < 2e-6, gradients_of(hidden, unembedding), expected_gradients))
@@ -84,7 +122,7 @@ def test_half_precision_is_as_near_as_whole_logits_are(way: str, dtype: torch.dt
     hidden, unembedding, labels = made_up(1003, bias=True)
     expected, expected_gradients = oracle(hidden, unembedding, labels)
     with torch.autocast("cpu", dtype=dtype):
-        total, _ = linear_cross_entropy(hidden, unembedding, labels)
+        total, *_ = linear_cross_entropy(hidden, unembedding, labels)
     total.backward()
     assert total.dtype == torch.float32
     assert total.item() == pytest.approx(expected.sum().item(), rel=1e-3)
@@ -98,7 +136,7 @@ def test_fp16_gradients_survive_a_small_factor(way: str) -> None:
     hidden, unembedding, labels = made_up(1003)
     _, (of_hidden, of_weight) = oracle(hidden, unembedding, labels)
     with torch.autocast("cpu", dtype=torch.float16):
-        total, _ = linear_cross_entropy(hidden, unembedding, labels)
+        total, *_ = linear_cross_entropy(hidden, unembedding, labels)
     (total * 1e-12).backward()
     assert hidden.grad is not None
     assert unembedding.weight.grad is not None
@@ -132,7 +170,7 @@ def test_nonfinite_logits_are_nonfinite_losses_of_their_tokens_only(
         unembedding.weight[place, 0] = 1.0
         hidden[1, 2, 0] = value
     with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-        total, losses = linear_cross_entropy(hidden, unembedding, labels)
+        total, losses, _ = linear_cross_entropy(hidden, unembedding, labels)
     assert not losses[1, 2].isfinite()
     losses[1, 2] = 0
     assert losses.isfinite().all()
@@ -150,7 +188,7 @@ def test_minus_infinity_has_probability_zero(way: str) -> None:
         unembedding.bias[7] = float("-inf")
     labels[labels == 7] = 8
     expected, (of_hidden, *_) = oracle(hidden, unembedding, labels)
-    total, _ = linear_cross_entropy(hidden, unembedding, labels)
+    total, *_ = linear_cross_entropy(hidden, unembedding, labels)
     total.backward()
     assert total.item() == pytest.approx(expected.sum().item(), rel=1e-6)
     assert hidden.grad is not None
@@ -159,7 +197,7 @@ def test_minus_infinity_has_probability_zero(way: str) -> None:
 
 def test_nothing_to_predict(way: str) -> None:
     hidden, unembedding, labels = made_up(50)
-    total, _ = linear_cross_entropy(hidden, unembedding, torch.full_like(labels, -100))
+    total, *_ = linear_cross_entropy(hidden, unembedding, torch.full_like(labels, -100))
     total.backward()
     assert total.item() == 0
     assert all((each == 0).all() for each in gradients_of(hidden, unembedding))
@@ -183,6 +221,84 @@ def test_extreme_logits(way: str) -> None:
     expected, _ = oracle(hidden, unembedding, labels)
     losses = linear_cross_entropy(hidden, unembedding, labels).losses
     torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-2)
+
+
+@pytest.mark.parametrize("vocab_size", [5, 16, 1003])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("form", ["unembedding", "logits"])
+@pytest.mark.parametrize("tau", [0.5, 1.0, 4.0])
+def test_soft_targets_are_exact_to_rounding(
+    way: str, vocab_size: int, softcap: float | None, form: str, tau: float
+) -> None:
+    hidden, unembedding, labels = made_up(vocab_size, bias=True)
+    teacher, logits = taught(vocab_size, form, softcap=softcap, tau=tau)
+    expected, kls, expected_gradients = mixture(hidden, unembedding, labels, teacher, logits, softcap)
+    found = linear_cross_entropy(hidden, unembedding, labels, softcap=softcap, soft_targets=teacher)
+    found.total.backward()
+    assert found.total.item() == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(found.divergences.double(), kls, rtol=1e-5, atol=1e-5)
+    losses, _ = oracle(hidden, unembedding, labels, softcap)
+    torch.testing.assert_close(found.losses.double(), losses, rtol=1e-5, atol=2e-6)
+    assert all(map(lambda *pair: distance(*pair) < 3e-6, gradients_of(hidden, unembedding), expected_gradients))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1.5e-2), (torch.float16, 2e-3)])
+def test_soft_targets_in_half_precision_survive_a_small_factor(way: str, dtype: torch.dtype, tolerance: float) -> None:
+    hidden, unembedding, labels = made_up(1003)
+    teacher, logits = taught(1003)
+    expected, _, expected_gradients = mixture(hidden, unembedding, labels, teacher, logits, None)
+    with torch.autocast("cpu", dtype=dtype):
+        total = linear_cross_entropy(hidden, unembedding, labels, soft_targets=teacher).total
+    assert total.item() == pytest.approx(expected.item(), rel=2e-3)
+    (total * 1e-12).backward()
+    for found, gradient in zip(gradients_of(hidden, unembedding), expected_gradients, strict=True):
+        assert found.dtype == torch.float32
+        assert distance(found * 1e12, gradient) < tolerance
+
+
+def test_soft_targets_of_impossible_tokens(way: str) -> None:
+    """−∞ in both models' biases is no information; in the student's alone an infinite divergence."""
+    hidden, unembedding, labels = made_up(50, bias=True)
+    teacher, logits = taught(50)
+    with torch.no_grad():
+        unembedding.bias[7] = float("-inf")
+    labels[labels == 7] = 8
+    is_predicted = labels[:, 1:] != -100
+    found = linear_cross_entropy(hidden, unembedding, labels, soft_targets=teacher)
+    assert found.divergences[is_predicted].eq(float("inf")).all()
+    assert not found.divergences[~is_predicted].any()
+    teacher.bias[7] = logits[..., 7] = float("-inf")
+    expected, _, (of_hidden, *_) = mixture(hidden, unembedding, labels, teacher, logits, None)
+    found = linear_cross_entropy(hidden, unembedding, labels, soft_targets=teacher)
+    found.total.backward()
+    assert found.total.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert hidden.grad is not None
+    assert distance(hidden.grad, of_hidden) < 3e-6
+
+
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_a_nan_in_either_model_is_a_nan_of_its_token_only(way: str, whose: str) -> None:
+    hidden, unembedding, labels = made_up(50)
+    teacher, _ = taught(50)
+    with torch.no_grad():
+        (hidden if whose == "student" else teacher.hidden)[1, 2, 0] = float("nan")
+    found = linear_cross_entropy(hidden, unembedding, labels, soft_targets=teacher)
+    assert found.divergences[1, 2].isnan()
+    assert found.total.isnan()
+    found.divergences[1, 2] = 0
+    assert found.divergences.isfinite().all()
+    found.total.backward()
+    assert hidden.grad[1, 2].isnan().all()
+    assert hidden.grad[0].isfinite().all()
+
+
+def test_a_teacher_that_is_the_student_teaches_nothing(way: str) -> None:
+    hidden, unembedding, labels = made_up(1003)
+    same = SoftTargets(hidden.detach(), unembedding.weight.detach(), None, None, 1.0, 2.0)
+    found = linear_cross_entropy(hidden, unembedding, labels, soft_targets=same)
+    found.total.backward()
+    assert found.total.item() == pytest.approx(0, abs=1e-5)
+    assert max(float(each.abs().max()) for each in gradients_of(hidden, unembedding)) < 1e-5
 
 
 @pytest.mark.skipif(library_refuses(module.NAME, module.INTERFACE) is not None, reason="the kernels are not compiled")

@@ -24,7 +24,7 @@ from normfree.modeling.configuration import NormfreeConfig
 from normfree.modeling.embedding import build_embedding, positions_after, positions_among_tokens
 from normfree.modeling.initialization import INITIAL_SCALE, InitializesItself, ResidualProjection
 from normfree.modeling.layer_types import attention_masks
-from normfree.modeling.linear_cross_entropy import NOT_PREDICTED, linear_cross_entropy
+from normfree.modeling.linear_cross_entropy import NOT_PREDICTED, SoftTargets, linear_cross_entropy
 from normfree.modeling.norms import build_final_norm
 from normfree.modeling.rotary import build_rotary, outgrows_cached_keys, rotations
 
@@ -179,9 +179,14 @@ class NormfreeModel(NormfreePreTrainedModel):
 
 @dataclass
 class CausalLMOutput(CausalLMOutputWithPast):
-    """transformers' output, and ``token_losses`` [batch, T - 1] in nats where logits were not asked for."""
+    """transformers' output and, where logits were not asked for, values of each token [batch, T - 1] in nats.
+
+    token_losses: cross-entropy.
+    token_divergences: KL from the teacher's distributions, given ``soft_targets``.
+    """
 
     token_losses: torch.Tensor | None = None
+    token_divergences: torch.Tensor | None = None
 
 
 class NormfreeForCausalLM(NormfreePreTrainedModel, GenerationMixin):
@@ -209,6 +214,7 @@ class NormfreeForCausalLM(NormfreePreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         return_logits: bool = True,
+        soft_targets: SoftTargets | None = None,
         **kwargs: Any,
     ) -> CausalLMOutput:
         """Logits [batch, T, vocab_size] and, given ``labels`` [batch, T], the mean next-token loss in nats.
@@ -216,13 +222,16 @@ class NormfreeForCausalLM(NormfreePreTrainedModel, GenerationMixin):
         Labels are shifted inside, as everywhere in transformers; -100 marks a position that does not count. With
         ``num_items_in_batch`` the loss is the sum over tokens divided by that number. Without ``return_logits`` there
         are no logits: the loss is made in blocks of tokens (:func:`linear_cross_entropy`), in a fraction of the time
-        and memory, and the output has ``token_losses``, float32 [batch, T - 1], without gradients.
+        and memory, and the output has ``token_losses``, float32 [batch, T - 1], without gradients. It may mix in what
+        a teacher predicts, its ``soft_targets``.
 
         Raises:
-            ValueError: neither logits nor, by ``labels``, a loss is asked for.
+            ValueError: neither logits nor, by ``labels``, a loss is asked for; or both logits and ``soft_targets``.
         """
         if labels is None and not return_logits:
             raise ValueError("return_logits=False needs labels")
+        if soft_targets is not None and return_logits:
+            raise ValueError("soft_targets needs return_logits=False")
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -234,23 +243,24 @@ class NormfreeForCausalLM(NormfreePreTrainedModel, GenerationMixin):
         )
         hidden, softcap = outputs.last_hidden_state, self.config.final_logit_softcapping
         assert hidden is not None
-        logits = loss = token_losses = None
+        logits = loss = found = None
         if return_logits:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = soft_capped(self.lm_head(hidden[:, keep, :]), softcap)
         if labels is not None and return_logits:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         elif labels is not None:
-            total, token_losses = linear_cross_entropy(hidden, self.lm_head, labels, softcap=softcap)
+            found = linear_cross_entropy(hidden, self.lm_head, labels, softcap=softcap, soft_targets=soft_targets)
             n_predicted = kwargs.get("num_items_in_batch")
-            loss = total / ((labels[:, 1:] != NOT_PREDICTED).sum() if n_predicted is None else n_predicted)
+            loss = found.total / ((labels[:, 1:] != NOT_PREDICTED).sum() if n_predicted is None else n_predicted)
         named_cache: dict[str, Any] = {CACHE: outputs.get(CACHE)}
         return CausalLMOutput(
             loss=loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            token_losses=token_losses,
+            token_losses=None if found is None else found.losses,
+            token_divergences=None if found is None else found.divergences,
             **named_cache,
         )
 

@@ -22,7 +22,7 @@ from normfree.removal.midway import Midway
 from normfree.removal.removable import RemovableNorm
 from normfree.removal.schedule import Removal, RemovalSchedule
 from normfree.training import Callback, RunConfig, RunResult, RunState, load_pretrained, train
-from normfree.training.objectives import CROSS_ENTROPY, Objective, Term
+from normfree.training.objectives import CROSS_ENTROPY, Lesson, Objective, Term
 from normfree.training.run_folder import last_checkpoint
 
 log = logging.getLogger(__name__)
@@ -60,9 +60,8 @@ class StdLoss(Objective):
             )
         if self.final is not None:
             self.final.keeps_own_std = True
-        self.term_names = (STD_LOSS,) if self.final is not None else ()
 
-    def terms(self, input_ids: Tensor, logits: Tensor | None, entropy: Tensor | None) -> dict[str, Term]:
+    def terms(self, entropy: Tensor | None, lesson: Lesson | None) -> dict[str, Term]:
         if self.final is None:
             return {}
         own_std, left_out = self.final.own_std, self.midway.tokens.left_out

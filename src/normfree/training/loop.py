@@ -43,7 +43,7 @@ from normfree.training.evaluation import mean_loss, shared_losses
 from normfree.training.half_precision import autocast, float32_accumulation
 from normfree.training.lora import Adapters
 from normfree.training.nonfinite import REWINDS, NonfiniteError, all_finite, halted, nonfinite
-from normfree.training.objectives import CROSS_ENTROPY, Objective
+from normfree.training.objectives import CROSS_ENTROPY, DIVERGENCE, Objective
 from normfree.training.optimizer import adamw, learning_rates
 from normfree.training.order import TrainingOrder, load_rewinds, save_rewinds
 from normfree.training.pretrained import starting_model
@@ -281,22 +281,27 @@ class Training:
         objective = self.objective
         inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
         recorder = EntropyRecorder(self.model) if objective is not None and objective.reads_entropy else None
-        reads_logits = objective is not None and objective.reads_logits
-        with recorder or contextlib.nullcontext(), self.autocast():
-            outputs = self.forward(**inputs, num_items_in_batch=n_predicted, return_logits=reads_logits)
-        # DDP takes the mean of the gradients of all processes, where the sum is meant.
-        loss = cross_entropy = outputs.loss * n_processes()
+        lesson = soft_targets = None
         if objective is not None:
             with self.autocast():
-                entropy = recorder.per_head() if recorder is not None else None
-                logits = outputs.logits.float() if reads_logits else None
-                terms = objective.terms(inputs["input_ids"], logits, entropy)
+                lesson = objective.lesson(inputs["input_ids"])
+            soft_targets = None if lesson is None else lesson.soft_targets
+        with recorder or contextlib.nullcontext(), self.autocast():
+            outputs = self.forward(
+                **inputs, num_items_in_batch=n_predicted, return_logits=False, soft_targets=soft_targets
+            )
+        # DDP takes the mean of the gradients of all processes, where the sum is meant.
+        loss = outputs.loss * n_processes()
+        if objective is not None:
+            with self.autocast():
+                terms = objective.terms(recorder.per_head() if recorder is not None else None, lesson)
             share = (inputs["labels"][:, 1:] != NOT_PREDICTED).sum() * n_processes() / n_predicted
-            loss = objective.cross_entropy_weight * cross_entropy
-            self._add(CROSS_ENTROPY, cross_entropy)
             for name, term in terms.items():
                 loss = loss + share * term.weight * term.value
                 self._add(name, share * term.value)
+            for name, values in ((CROSS_ENTROPY, outputs.token_losses), (DIVERGENCE, outputs.token_divergences)):
+                if values is not None:
+                    self._add(name, values.sum() * n_processes() / n_predicted)
         self._add(LOSS, loss)
         self.scaler.scale(loss).backward()
         return loss.detach()

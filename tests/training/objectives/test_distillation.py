@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,14 @@ import pytest
 import torch
 import yaml
 from pydantic import ValidationError
-from scipy.special import log_softmax
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
 from normfree import NormfreeConfig, NormfreeForCausalLM
 from normfree.data import PackedData
+from normfree.data.packed_sequences import PackedSequences
 from normfree.errors import InputError
 from normfree.training import RunConfig, RunResult, load_result, train
-from normfree.training.objectives.distillation import DistillationOptions, forward_kl, load_teacher
+from normfree.training.objectives.distillation import DistillationOptions, load_teacher
 from normfree.training.run_folder import last_checkpoint
 
 from ..test_telemetry import BatchLog
@@ -50,17 +51,6 @@ def teacher(data: PackedData, tmp_path_factory: pytest.TempPathFactory, corpus_f
 def distilled(run: RunConfig, teacher: object, **options: Any) -> RunConfig:
     content = {**run.model_dump(), "objective": {"kind": "distillation", "teacher": str(teacher), **options}}
     return RunConfig.model_validate(content)
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
-def test_forward_kl_is_scipys_in_float64(temperature: float) -> None:
-    generator = np.random.default_rng(0)
-    student, teacher = generator.normal(size=(2, 3, 5, 11)) * 4
-    log_p, log_q = (log_softmax(logits / temperature, axis=-1) for logits in (teacher, student))
-    expected = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1).mean()
-    ours = forward_kl(torch.tensor(student), torch.tensor(teacher), temperature)
-    np.testing.assert_allclose(ours.item(), expected, rtol=1e-5)
-    assert forward_kl(torch.tensor(teacher), torch.tensor(teacher), temperature).item() == pytest.approx(0, abs=1e-6)
 
 
 def materialised(model: NormfreeForCausalLM, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,6 +145,45 @@ def test_a_stopped_run_ends_like_one_never_stopped(
     with pytest.raises(KeyboardInterrupt):
         train(run, data, tmp_path / "stopped", callbacks=(StopAt(5),))
     assert_same(whole, train(run, data, tmp_path / "stopped"))
+
+
+@pytest.mark.parametrize("form", ["masked labels", "stock teacher, tied and soft-capped student"])
+def test_only_predicted_tokens_learn_from_any_teacher(
+    data: PackedData, tiny_run: Make, tmp_path: Path, form: str
+) -> None:
+    """The first loss of a run, in float64 from whole logits."""
+    torch.manual_seed(0)
+    if form == "masked labels":
+        predicted = np.random.default_rng(0).random(data.train.tokens.shape) < 0.5
+        np.save(tmp_path / "predicted.npy", predicted)
+        data = replace(data, train=PackedSequences(data.train.path, tmp_path / "predicted.npy"))
+        teaching: Any = NormfreeForCausalLM(
+            NormfreeConfig(vocab_size=290, n_positions=16, n_layer=1, n_head=1, n_embd=8, lm_head_bias=True)
+        )
+        options: dict[str, Any] = {}
+    else:
+        teaching = GPT2LMHeadModel(GPT2Config(vocab_size=290, n_positions=64, n_layer=1, n_head=1, n_embd=8))
+        options = {"tie_word_embeddings": True, "final_logit_softcapping": 2.0}
+    with torch.no_grad():
+        for each in teaching.parameters():
+            each.add_(torch.randn_like(each) * 0.3)
+    teaching.eval().save_pretrained(tmp_path / "teacher")
+    run = distilled(tiny_run(steps=1, model=options), tmp_path / "teacher", weight=0.6, temperature=1.5)
+    batches = BatchLog()
+    result = train(run, data, tmp_path / "run", callbacks=(batches,))
+
+    set_seed(run.seed)
+    model = NormfreeForCausalLM(run.build_model_config(data.statistics["vocab_size"], data.tokenizer.eos_token_id))
+    (batch,) = batches.batches
+    with torch.no_grad():
+        log_q, log_p = ((each(batch).logits[:, :-1].double() / 1.5).log_softmax(-1) for each in (model, teaching))
+        kls = (log_p.exp() * (log_p - log_q)).sum(-1)
+    places = [int((data.train.tokens == row.numpy()).all(axis=1).argmax()) for row in batch]
+    if data.train.predicted is not None:
+        kls = kls[torch.from_numpy(data.train.predicted[places][:, 1:])]
+    np.testing.assert_allclose(metric(result, "distillation_kl_nats"), [kls.mean().item()], rtol=2e-5)
+    cross_entropy, loss = (metric(result, name)[0] for name in ("cross_entropy_nats", "train_loss"))
+    assert loss == pytest.approx(0.4 * cross_entropy + 0.6 * 1.5**2 * kls.mean().item(), rel=2e-5)
 
 
 def test_a_relative_teacher_starts_at_the_runs_folder(

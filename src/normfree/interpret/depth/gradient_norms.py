@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from normfree.columns import STANDARD_ERROR
 from normfree.interpret.depth.averages import mean_and_standard_error
 from normfree.interpret.depth.block_calls import record
+from normfree.modeling.linear_cross_entropy import token_losses
 from normfree.probes.residual_stream import decoder_blocks
-from normfree.training.evaluation import token_losses
 
 
 def measure_gradient_norms(

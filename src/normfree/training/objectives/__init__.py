@@ -5,7 +5,14 @@ A new one is a file with its :class:`Objective` and :class:`ObjectiveOptions`, a
 
 from normfree.training.objectives.distillation import Distillation, DistillationOptions
 from normfree.training.objectives.entropy_regularization import EntropyRegularization, EntropyRegularizationOptions
-from normfree.training.objectives.objective import CROSS_ENTROPY, Objective, ObjectiveOptions, Term
+from normfree.training.objectives.objective import (
+    CROSS_ENTROPY,
+    DIVERGENCE,
+    Lesson,
+    Objective,
+    ObjectiveOptions,
+    Term,
+)
 
 OBJECTIVES: dict[str, type[ObjectiveOptions]] = {
     "entropy_regularization": EntropyRegularizationOptions,
@@ -15,11 +22,13 @@ OBJECTIVES: dict[str, type[ObjectiveOptions]] = {
 
 __all__ = [
     "CROSS_ENTROPY",
+    "DIVERGENCE",
     "OBJECTIVES",
     "Distillation",
     "DistillationOptions",
     "EntropyRegularization",
     "EntropyRegularizationOptions",
+    "Lesson",
     "Objective",
     "ObjectiveOptions",
     "Term",

@@ -9,18 +9,17 @@ import pandas as pd
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.functional import kl_div
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from normfree.data import Beginning, PackedData, load_tokenizer
 from normfree.errors import InputError
-from normfree.modeling import NormfreeConfig
+from normfree.modeling import NormfreeConfig, NormfreeForCausalLM
+from normfree.modeling.linear_cross_entropy import SoftTargets
 from normfree.modeling.loading import load_model
 from normfree.probes import EntropyRecorder
-from normfree.training.objectives.objective import Objective, ObjectiveOptions, Term
+from normfree.training.objectives.objective import Lesson, Objective, ObjectiveOptions, Term
 from normfree.training.run_folder import CONFIG_FILE, RESULTS_FILE, last_checkpoint
 
-KL = "distillation_kl_nats"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 ENTROPY_MISMATCH = "entropy_mismatch_nats_squared"
 
@@ -30,7 +29,8 @@ class DistillationOptions(ObjectiveOptions):
 
     teacher: the folder of a finished run, or of a causal language model in transformers' form, with safetensors
         weights and the student's tokenizer. A relative path starts at the folder of the run that trains.
-    weight: the share of the KL divergence (see :func:`forward_kl`).
+    weight: the share of the KL divergence, KL(teacher ‖ student) of softmax(logits / ``temperature``), mean over the
+        predicted tokens. Its gradient falls with 1/temperature², hence the factor (Hinton et al., Section 2).
     temperature: softens both distributions.
     entropy_weight: weight of the mean squared difference, over sequences, layers and heads, of teacher's and student's
         attention entropy; both need the same numbers of layers and heads.
@@ -81,51 +81,35 @@ class Distillation(Objective):
         super().__init__()
         self.options = options
         self.teacher: nn.Module = teacher
-        self.cross_entropy_weight = 1 - options.weight
-        self.reads_logits, self.reads_entropy = True, options.reads_entropy
-        self.term_names = (KL, ENTROPY_MISMATCH) if options.reads_entropy else (KL,)
+        self.reads_entropy = options.reads_entropy
 
     def to(self, device: torch.device) -> None:
         super().to(device)
         self.teacher.to(device)
 
-    def terms(self, input_ids: Tensor, logits: Tensor | None, entropy: Tensor | None) -> dict[str, Term]:
-        assert logits is not None, "reads_logits asks for them"
-        teacher_logits, teacher_entropy = self._ask_teacher(input_ids)
-        temperature = self.options.temperature
-        divergence = forward_kl(logits[:, :-1], teacher_logits[:, :-1], temperature)
-        terms = {KL: Term(divergence, self.options.weight * temperature**2)}
-        if teacher_entropy is not None:
-            assert entropy is not None, "reads_entropy asks for it"
-            mismatch = (entropy - teacher_entropy).square().mean()
-            terms[ENTROPY_MISMATCH] = Term(mismatch, self.options.entropy_weight)
-        return terms
-
     @torch.no_grad()
-    def _ask_teacher(self, input_ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Its logits [batch, T, vocab_size] and, where they are matched, its entropies [batch, n_layer, n_head]."""
+    def lesson(self, input_ids: Tensor) -> Lesson:
         if not self.reads_entropy:
-            return self.teacher(input_ids=input_ids, use_cache=False).logits, None
+            return Lesson(self._soft_targets(input_ids), None)
         with EntropyRecorder(self.teacher) as recorded:
-            logits: Tensor = self.teacher(input_ids=input_ids, use_cache=False).logits
-        return logits, recorded.per_head()
+            soft_targets = self._soft_targets(input_ids)
+        return Lesson(soft_targets, recorded.per_head())
 
+    def terms(self, entropy: Tensor | None, lesson: Lesson | None) -> dict[str, Term]:
+        if entropy is None or lesson is None or lesson.entropy is None:
+            return {}
+        mismatch = (entropy - lesson.entropy).square().mean()
+        return {ENTROPY_MISMATCH: Term(mismatch, self.options.entropy_weight)}
 
-def forward_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Mean over predicted tokens of KL(teacher ‖ student) in nats, of softmax(logits / temperature).
-
-    Its gradient falls with 1/temperature², which is why losses multiply it by temperature² (Hinton et al., Section 2).
-
-    Args:
-        student, teacher: logits [batch, n_token, vocab_size]; computed in float32.
-        temperature: above 0.
-
-    Returns:
-        A float32 scalar.
-    """
-    log_p_student = (student.float() / temperature).log_softmax(dim=-1)
-    log_p_teacher = (teacher.float() / temperature).log_softmax(dim=-1)
-    return kl_div(log_p_student, log_p_teacher, reduction="none", log_target=True).sum(dim=-1).mean()
+    def _soft_targets(self, input_ids: Tensor) -> SoftTargets:
+        """Of Normfree's own models without their logits; other models may do anything to these."""
+        teacher, how = self.teacher, (self.options.weight, self.options.temperature)
+        if not isinstance(teacher, NormfreeForCausalLM):
+            logits: Tensor = teacher(input_ids=input_ids, use_cache=False).logits
+            return SoftTargets(logits, None, None, None, *how)
+        hidden = teacher.model(input_ids=input_ids, use_cache=False).last_hidden_state
+        head = teacher.lm_head
+        return SoftTargets(hidden, head.weight, head.bias, teacher.config.final_logit_softcapping, *how)
 
 
 def load_teacher(folder: Path, student: NormfreeConfig, *, same_heads: bool) -> PreTrainedModel:

@@ -13,7 +13,7 @@ from normfree.columns import ENTROPY_THRESHOLD_NATS
 from normfree.entropy import uniform_entropy_bound
 from normfree.errors import InputError
 from normfree.modeling import NormfreeConfig
-from normfree.training.objectives.objective import Objective, ObjectiveOptions, Term
+from normfree.training.objectives.objective import Lesson, Objective, ObjectiveOptions, Term
 
 PENALTY = "entropy_penalty"
 _THRESHOLDS = "entropy_thresholds"
@@ -59,7 +59,6 @@ class EntropyRegularization(Objective):
     """
 
     reads_entropy = True
-    term_names = (PENALTY,)
 
     def __init__(self, options: EntropyRegularizationOptions, model: NormfreeConfig) -> None:
         super().__init__()
@@ -73,7 +72,7 @@ class EntropyRegularization(Objective):
         start = torch.full((model.n_layer, model.n_head), options.initial_threshold)
         self.learned[_THRESHOLDS] = nn.Parameter(start)
 
-    def terms(self, input_ids: Tensor, logits: Tensor | None, entropy: Tensor | None) -> dict[str, Term]:
+    def terms(self, entropy: Tensor | None, lesson: Lesson | None) -> dict[str, Term]:
         assert entropy is not None, "reads_entropy asks for it"
         penalty = entropy_penalty(
             entropy, self.learned[_THRESHOLDS], maximum=self.maximum, tolerance=self.options.tolerance

@@ -14,10 +14,13 @@ from torch import Tensor, nn
 from normfree.data import PackedData
 from normfree.errors import InputError
 from normfree.modeling import NormfreeConfig
+from normfree.modeling.linear_cross_entropy import SoftTargets
 from normfree.training.recipe import Recipe
 
 CROSS_ENTROPY = "cross_entropy_nats"
 """The metric: mean next-token loss without the terms of the objective."""
+DIVERGENCE = "distillation_kl_nats"
+"""The metric: mean KL(teacher ‖ student) of the predicted tokens, at the temperature of the soft targets."""
 OBJECTIVE_FILE = "objective.safetensors"
 
 
@@ -32,23 +35,29 @@ class Term(NamedTuple):
     weight: float
 
 
+class Lesson(NamedTuple):
+    """What a teacher makes of a micro-batch.
+
+    soft_targets: mixed into the model's cross-entropy.
+    entropy: its attention entropy, float32 [batch, n_layer, n_head] in nats, where it is compared.
+    """
+
+    soft_targets: SoftTargets
+    entropy: Tensor | None
+
+
 class Objective(ABC):
-    """One objective, ready to train with: ``cross_entropy_weight`` · cross-entropy + the sum of its terms.
+    """One objective, ready to train with: cross-entropy, mixed with a teacher's soft targets, + the sum of its terms.
 
-    A new one is a subclass, its :class:`ObjectiveOptions`, and a line in ``OBJECTIVES``.
+    A new one is a subclass, its :class:`ObjectiveOptions`, and a line in ``OBJECTIVES``. Logits are never all in
+    memory, so no term receives them.
 
-    cross_entropy_weight: 1 unless the objective shares it out.
-    reads_logits: whether ``terms`` receives the model's logits, which are otherwise never all in memory.
     reads_entropy: whether ``terms`` receives the model's attention entropy.
-    term_names: the names under which ``metrics.parquet`` has the values of ``terms``, with their units.
     learned: parameters trained with the model's, without weight decay and outside of gradient clipping. Checkpoints
         hold them in a file of their own.
     """
 
-    cross_entropy_weight: float = 1.0
-    reads_logits: bool = False
     reads_entropy: bool
-    term_names: tuple[str, ...]
 
     def __init__(self) -> None:
         self.learned = nn.ParameterDict()
@@ -68,15 +77,18 @@ class Objective(ABC):
         if self.learned:
             self.learned.load_state_dict(load_file(checkpoint / OBJECTIVE_FILE))
 
+    def lesson(self, input_ids: Tensor) -> Lesson | None:
+        """What a teacher makes of a micro-batch, int64 [batch, T]: none, unless the objective has one."""
+        return None
+
     @abstractmethod
-    def terms(self, input_ids: Tensor, logits: Tensor | None, entropy: Tensor | None) -> dict[str, Term]:
-        """The terms of one micro-batch, by name.
+    def terms(self, entropy: Tensor | None, lesson: Lesson | None) -> dict[str, Term]:
+        """The terms of one micro-batch, by the name under which ``metrics.parquet`` has their value.
 
         Args:
-            input_ids: int64 [batch, T], blocks without padding.
-            logits: float32 [batch, T, vocab_size], the model's; given where ``reads_logits`` says so.
             entropy: float32 [batch, n_layer, n_head] in nats, from :class:`normfree.probes.EntropyRecorder`; given
                 where ``reads_entropy`` says so.
+            lesson: what :meth:`lesson` returned for it.
         """
 
     def head_values(self) -> dict[str, Tensor]:
