@@ -8,6 +8,7 @@ import pytest
 
 from normfree.data import DataConfig, load_packed_data, open_corpus, packing, prepare_data, same_data, train_tokenizer
 from normfree.errors import InputError
+from tests.recorded_stages import recorded_stages
 
 from .made_up import document, write_documents
 
@@ -277,11 +278,10 @@ def test_the_tokens_of_an_earlier_run_are_found_though_the_corpus_changed(folder
     assert (rebuilt.eval.tokens == earlier.eval.tokens).all()
 
 
-def test_progress_is_shown_on_stderr(folder, tmp_path, capfd):
-    prepare_data(config_for(folder), tmp_path / "cache", progress=True)
-    shown = capfd.readouterr()
-    assert shown.out == ""
-    for stage in ("reading the corpus", "training the tokenizer", "packing train", "packing eval"):
-        assert stage in shown.err
+def test_stages_are_named_and_nothing_is_printed_by_default(folder, tmp_path, capfd):
+    with recorded_stages() as stages:
+        prepare_data(config_for(folder), tmp_path / "cache")
+    names = ["training the tokenizer", "packing the train split", "packing the eval split"]
+    assert stages == [f"preparing {config_for(folder).corpus}", *names]
     prepare_data(config_for(folder, seed=1), tmp_path / "cache")
     assert capfd.readouterr() == ("", "")

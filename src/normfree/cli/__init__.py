@@ -38,6 +38,7 @@ from normfree.cli.train import train
 from normfree.cli.verify import verify
 from normfree.errors import InputError, RunFailedError
 from normfree.processes import speaks
+from normfree.progress import shown_on
 from normfree.signals import Interrupted, stopping_cleanly
 
 # Normfree never reports usage to the hub.
@@ -120,7 +121,7 @@ def main() -> None:
     warnings.setFormatter(logging.Formatter("normfree: %(message)s"))
     logging.getLogger("normfree").addHandler(warnings)
     try:
-        with stopping_cleanly():
+        with stopping_cleanly(), shown_on(None):
             code = app(prog_name="normfree", standalone_mode=False)
     except InputError as error:
         _fail(str(error), 2, everywhere=True)

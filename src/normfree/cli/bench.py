@@ -14,6 +14,7 @@ from normfree.cli.console import open_console, say
 from normfree.cli.options import DEFAULT_CACHE_DIR, CacheDir, Json, checked_file, numbers
 from normfree.errors import InputError
 from normfree.files import write_text
+from normfree.progress import stage
 
 bench = typer.Typer(
     help="Measure what this package costs in time and memory, on this machine.",
@@ -193,11 +194,8 @@ def _run(name: str, out: Path | None, json_: bool, **options: Any) -> None:
     """Runs a benchmark, writes its result to ``out`` if given, and prints it."""
     benchmark = getattr(import_module(f"normfree.benchmarks.{name}"), f"benchmark_{name}")
     console = open_console(json_)
-    if name == "long_run":  # its training shows progress of its own on standard error
+    with stage(f"bench {name.replace('_', '-')}"):
         result = benchmark(**options)
-    else:
-        with console.status(f"bench {name.replace('_', '-')}"):
-            result = benchmark(**options)
     if out is not None:
         write_text(out, json.dumps(result, indent=2) + "\n")
     if json_:

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from normfree.processes import is_main_process
+from normfree.progress import show_on
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,6 +32,7 @@ def open_console(json_: bool) -> Console:
     console = Console(stderr=json_, quiet=not is_main, force_terminal=None if is_main else False)
     if not console.is_terminal:
         console.width = LOG_WIDTH
+    show_on(console)
     return console
 
 

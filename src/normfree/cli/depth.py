@@ -68,7 +68,6 @@ def depth(
         {model_name(source, models): source for source in models},
         n_probe=probes,
         batch_size=batch_size,
-        status=console.status,
         corpus=corpus,
         tokenizer=tokenizer,
         sequence_length=sequence_length,

@@ -22,6 +22,7 @@ from normfree.cli.options import (
     checked_folder,
 )
 from normfree.columns import SHARE_OF_UNIFORM, SINK_SHARE, UNIFORM_NATS
+from normfree.progress import stage
 
 if TYPE_CHECKING:
     from normfree.measurement import Measurement
@@ -53,7 +54,7 @@ def entropy(
 
     folder, name = output_folder(out, "entropy", [model]), model_name(model, [model])
     console = open_console(json_)
-    with console.status(f"attention entropy of {name}"):
+    with stage(f"attention entropy of {name}"):
         result = measure_on_corpus(
             model,
             corpus=corpus,

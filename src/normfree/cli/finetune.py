@@ -58,7 +58,6 @@ def finetune(
         seed=seed,
         lora_rank=lora,
         cache_dir=cache_dir,
-        console=console,
     )
     row = tuned.run.row
     if json_:

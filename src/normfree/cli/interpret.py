@@ -55,7 +55,6 @@ def interpret(
         {model_name(each, models): each for each in models},
         prompts=prompts,
         n_neuron=neurons,
-        status=console.status,
         corpus=corpus,
         tokenizer=tokenizer,
         sequence_length=sequence_length,

@@ -80,7 +80,6 @@ def remove_norm(
         lora_rank=lora,
         vanilla=vanilla,
         cache_dir=cache_dir,
-        console=console,
     )
     if json_:
         read = {"beginning": removal.beginning.summary(), "quantization": removal.quantization}

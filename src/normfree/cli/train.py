@@ -29,7 +29,7 @@ def train(
     from normfree.training.single_run import train_file
 
     console = open_console(json_)
-    row = train_file(config, out, cache_dir=cache_dir, console=console).row
+    row = train_file(config, out, cache_dir=cache_dir).row
     if json_:
         print_json(folder=str(out), **row)
         return

@@ -20,8 +20,6 @@ from typing import Any, get_args
 
 import tokenizers
 import transformers
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerBase
 
 from normfree.data.beginning import Beginning
@@ -34,6 +32,7 @@ from normfree.data.tokenizer import load_tokenizer, train_tokenizer, vocabulary_
 from normfree.errors import InputError
 from normfree.files import first_difference, sha256
 from normfree.locks import locked, remove_abandoned
+from normfree.progress import stage
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +61,7 @@ class PackedData:
     statistics: dict[str, Any]
 
 
-def prepare_data(config: DataConfig, cache_dir: Path, *, progress: bool = False) -> PackedData:
+def prepare_data(config: DataConfig, cache_dir: Path) -> PackedData:
     """Packed sequences for ``config``: those in ``cache_dir`` if they are there and whole, else new ones.
 
     A local corpus is always read through, to know whether it changed. A damaged folder is logged and built again.
@@ -70,14 +69,12 @@ def prepare_data(config: DataConfig, cache_dir: Path, *, progress: bool = False)
     Args:
         config: the corpus, the tokenizer and the cut.
         cache_dir: created if it is missing.
-        progress: shows progress on standard error.
 
     Raises:
         InputError: the corpus cannot be opened, or has no usable document or too few tokens for one sequence of each
             split; or the tokenizer cannot be loaded or trained, or has no end-of-text token for cut ``packed``.
     """
-    with _progress_bars(progress) as start:
-        start("reading the corpus", None)
+    with stage(f"preparing {config.corpus}"):
         corpus = open_corpus(config)
         tokenizer = None if config.tokenizer == "train" else load_tokenizer(config.tokenizer)
         fingerprint = _fingerprint(config, corpus, tokenizer)
@@ -89,11 +86,11 @@ def prepare_data(config: DataConfig, cache_dir: Path, *, progress: bool = False)
                 return _open(folder)
             log.warning("prepared data in %s is damaged (%s); building it again", folder, damage)
         with _built_in_place(folder) as building:
-            _build(building, config, corpus, tokenizer, fingerprint, start)
+            _build(building, config, corpus, tokenizer, fingerprint)
     return _open(folder)
 
 
-def same_data(config: DataConfig, cache_dir: Path, fingerprint: str, *, progress: bool = False) -> PackedData:
+def same_data(config: DataConfig, cache_dir: Path, fingerprint: str) -> PackedData:
     """The tokens of an earlier run with ``config``: those in ``cache_dir``, even if the corpus has changed.
 
     Raises:
@@ -107,7 +104,7 @@ def same_data(config: DataConfig, cache_dir: Path, fingerprint: str, *, progress
     _remove_abandoned(folder)
     if folder.exists() and _damage(folder) is None:
         return _open(folder)
-    data = prepare_data(config, cache_dir, progress=progress)
+    data = prepare_data(config, cache_dir)
     if data.fingerprint != fingerprint:
         raise InputError(
             f"the tokens {fingerprint} are not in {cache_dir}, and corpus {config.corpus} has changed since they were "
@@ -170,16 +167,15 @@ def _build(
     corpus: Corpus,
     tokenizer: PreTrainedTokenizerBase | None,
     fingerprint: str,
-    start: Callable[[str, int | None], Report],
 ) -> None:
     if tokenizer is None:
-        start("training the tokenizer", None)
-        tokenizer = train_tokenizer(corpus.documents("train"), config.vocab_size)
+        with stage("training the tokenizer"):
+            tokenizer = train_tokenizer(corpus.documents("train"), config.vocab_size)
     tokenizer.save_pretrained(folder / "tokenizer")
     statistics: dict[str, Any] = {}
     for split in SPLITS:
-        report = start(f"packing {split} tokens", _cap(split, config))
-        found = _write_split(folder, split, config, corpus, tokenizer, report)
+        with stage(f"packing the {split} split", _cap(split, config), unit="tokens") as progress:
+            found = _write_split(folder, split, config, corpus, tokenizer, lambda done: progress.update(done=done))
         if not found.blocks:
             raise _too_small(split, found, config)
         statistics[split] = {**dataclasses.asdict(found), "bytes_per_token": found.bytes_per_token}
@@ -293,22 +289,3 @@ def _own_sha256(record: dict[str, Any]) -> str:
     """SHA-256 of all other entries of ``data.json``."""
     rest = {name: value for name, value in record.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-@contextmanager
-def _progress_bars(show: bool) -> Iterator[Callable[[str, int | None], Report]]:
-    """A function that starts a stage with its total, None if unknown, and returns the function that reports on it."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(show_speed=True), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not show) as bars:
-
-        def finish() -> None:
-            for task in bars.tasks:
-                bars.update(task.id, total=max(1, task.completed), completed=max(1, task.completed))
-
-        def start(stage: str, total: int | None) -> Report:
-            finish()
-            task_id = bars.add_task(stage, total=total)
-            return lambda completed: bars.update(task_id, completed=completed)
-
-        yield start
-        finish()

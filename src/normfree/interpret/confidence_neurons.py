@@ -18,6 +18,7 @@ from normfree.interpret.decoder_parts import check_decoder, intercepted, neuron_
 from normfree.interpret.direct_logit_attribution import check_predicting
 from normfree.interpret.readout import Readout
 from normfree.modeling import NormfreeForCausalLM
+from normfree.progress import track
 
 NULL_SPACE_SHARE = 0.01
 """The share of the directions that count as null space of the unembedding (Stolfo et al., Figure 2f)."""
@@ -121,7 +122,7 @@ def neuron_ablation_effects(
     means, losses, stds = _unablated(model, readout, batches)
     projections = neuron_projections(model)
     rows = []
-    for layer, neuron in pairs:
+    for layer, neuron in track(pairs, "confidence neurons", unit="neurons"):
         mean = means[layer][neuron]
 
         def ablate(_: int, activations: torch.Tensor, neuron: int = neuron, mean: torch.Tensor = mean) -> torch.Tensor:

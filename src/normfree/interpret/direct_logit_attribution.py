@@ -26,6 +26,7 @@ from normfree.interpret.decoder_parts import (
 )
 from normfree.interpret.readout import Readout
 from normfree.modeling import NormfreeForCausalLM
+from normfree.progress import track
 
 EMBEDDING, HEAD, ATTENTION_BIAS, MLP, NEURON, MLP_BIAS = (
     "embedding",
@@ -165,7 +166,7 @@ def direct_attribution_errors(
     components = _components(model, neurons=False)
     error = torch.zeros(len(components), dtype=torch.float64)
     effect = torch.zeros(len(components), dtype=torch.float64)
-    for batch in sequences.to(model.device).split(batch_size):
+    for batch in track(sequences.to(model.device).split(batch_size), "direct logit attribution", unit="batches"):
         input_ids, targets = batch[:, :-1], batch[:, 1:]
         written = _read(model, input_ids)
         attributed = _contributions(model, readout, written, targets, None, constant_std, neurons=False)

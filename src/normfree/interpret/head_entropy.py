@@ -23,6 +23,7 @@ from normfree.columns import ENTROPY_NATS, SHARE_OF_UNIFORM, SINK_SHARE, UNIFORM
 from normfree.entropy import entropy_bands
 from normfree.files import write_text
 from normfree.probes import EntropyProbe
+from normfree.progress import track
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def _watch(probe: EntropyProbe, model: nn.Module, batches: Sequence[tuple[torch.
     takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
     device = next((each.device for each in model.parameters()), torch.device("cpu"))
     with evaluating(model), probe:
-        for tokens, mask in batches:
+        for tokens, mask in track(batches, "attention entropy", unit="batches"):
             options: dict[str, Any] = {"use_cache": False}
             if mask is not None:
                 options["attention_mask"] = mask.to(device)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +34,7 @@ from normfree.interpret.sequences import (
 )
 from normfree.interpret.sinks import attention_sinks, residual_std_by_position
 from normfree.modeling import NormfreeForCausalLM
+from normfree.progress import stage
 from normfree.report import FIGURES_FOLDER, Callout, Section, Table, figure_section, weights_entry, write_page
 from normfree.training import load_pretrained
 
@@ -149,7 +149,6 @@ def compare_interpretability(
     *,
     prompts: Path | None = None,
     n_neuron: int = 20,
-    status: Callable[[str], AbstractContextManager[object]] = nullcontext,
     **sequences: Unpack[SequenceOptions],
 ) -> InterpretabilityComparison:
     """Runs every tool on each of ``models``, on the same sequences and prompts; what ``normfree interpret`` does.
@@ -159,7 +158,6 @@ def compare_interpretability(
         prompts: a file of prompt pairs (see :func:`~normfree.interpret.read_prompts`); default: induction prompts
             made from the sequences, half as many.
         n_neuron: candidate confidence neurons to ablate.
-        status: called with what is measured next, around the measurement, such as a rich console's ``status``.
         sequences: as for :func:`~normfree.interpret.token_sequences`, for the first model; default: 64 sequences.
 
     Raises:
@@ -184,7 +182,7 @@ def compare_interpretability(
         pairs = induction_pairs(read.tokens, max(1, len(read.tokens) // 2), n_beginning=len(beginning))
     found = {}
     for name, each in loaded.items():
-        with status(f"{name}: {read}, {len(pairs.answers)} prompts, {n_neuron} neurons"):
+        with stage(f"{name}: {read}, {len(pairs.answers)} prompts, {n_neuron} neurons"):
             found[name] = interpret_model(each.as_normfree(), read.tokens, pairs, n_neuron=n_neuron)
     quantization = {name: each.quantization for name, each in loaded.items() if each.quantization is not None}
     return InterpretabilityComparison(found, read, quantization)

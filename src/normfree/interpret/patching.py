@@ -25,6 +25,7 @@ from normfree.interpret.decoder_parts import (
     readers_of_residual_stream,
 )
 from normfree.modeling import NormfreeForCausalLM
+from normfree.progress import track
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ def _patch(
     Float64 [2, n, n_module, n_part, T]; T is 1 where positions are patched together.
     """
     results = []
-    for batch in pairs.split(batch_size):
+    for batch in track(pairs.split(batch_size), "patching", unit="batches"):
         each = batch.to(model.device)
         with torch.no_grad():
             clean = read_inputs(model, each.clean, modules)

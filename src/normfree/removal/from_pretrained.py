@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from normfree.data import Beginning
 from normfree.files import DEFAULT_CACHE_DIR
 from normfree.locks import locked
@@ -43,7 +41,6 @@ def remove_from_pretrained(
     lora_rank: int | None = None,
     vanilla: bool = True,
     cache_dir: Path = DEFAULT_CACHE_DIR,
-    console: Console | None = None,
 ) -> PretrainedRemoval:
     """Takes every norm out of the model ``source`` by fine-tuning (:func:`~normfree.removal.removal.remove`).
 
@@ -58,19 +55,17 @@ def remove_from_pretrained(
         lora_rank: trains low-rank changes of this rank, and the norms; None trains all weights.
         vanilla: whether to also fine-tune with the norms kept, as a control.
         cache_dir: where tokenized corpora are kept and found again.
-        console: shows progress; None shows none.
 
     Raises:
         InputError: the model, the corpus, a change, the schedule or the folder cannot be used.
         RemovalDivergedError: the removal diverged for good.
     """
-    console = console or Console(quiet=True)
     chosen = load_schedule(schedule) if schedule is not None else None
     planned = plan(source, changes=changes or {}, seed=seed, lora_rank=lora_rank, schedule=chosen)
-    data = planned.prepare_data(cache_dir, progress=console.is_terminal)
+    data = planned.prepare_data(cache_dir)
     run = planned.run
     total = run.recipe.n_tokens(run.data.sequence_length) * (2 if vanilla else 1)
-    with locked(folder), StudyProgress(total, console=console, description="remove-norm") as progress:
+    with locked(folder), StudyProgress(total, "remove-norm") as progress:
         result = remove(
             run,
             data,

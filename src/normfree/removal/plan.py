@@ -49,7 +49,7 @@ class Plan:
     fingerprint: str | None
     n_embedding: int
 
-    def prepare_data(self, cache_dir: Path, *, progress: bool) -> PackedData:
+    def prepare_data(self, cache_dir: Path) -> PackedData:
         """The run's tokens.
 
         Raises:
@@ -57,8 +57,8 @@ class Plan:
                 or its tokenizer has tokens that the model has no embedding for.
         """
         if self.fingerprint is not None:
-            return same_data(self.run.data, cache_dir, self.fingerprint, progress=progress)
-        data = prepare_data(self.run.data, cache_dir, progress=progress)
+            return same_data(self.run.data, cache_dir, self.fingerprint)
+        data = prepare_data(self.run.data, cache_dir)
         check_embeddings(self.run.model_name, self.n_embedding, data.tokenizer, "the tokenizer of the corpus")
         return data
 

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from normfree.columns import EVAL_LOSS
 from normfree.locks import sweep
+from normfree.progress import display, shown_on
 from normfree.runner.executors import Executor, Job, Task, ThisProcess
 from normfree.runner.run_order import PlannedRun, is_finished, planned_runs, to_train
 from normfree.runner.run_queue import RunQueue
@@ -81,13 +82,13 @@ def train_study(study: Study, folder: StudyFolder, execution: Execution) -> dict
     if measurement is not None:
         measurement.check()
     with execution.executor or nullcontext():
-        data = folder.prepare_data(execution.cache_dir, progress=console.is_terminal)
+        data = folder.prepare_data(execution.cache_dir)
         check_data(data, folder.preset.recipe)
         folder.claim(data)
         write_plan(folder, seeds, tune_lr=tune_lr, only=only, cache_dir=execution.cache_dir)
         work = Work(folder, runs, data, measurement)
         title = f"{study.name} ({folder.preset_name})"
-        queue = _drive(work, console, title, executor=execution.executor, retries=execution.retries)
+        queue = _drive(work, title, executor=execution.executor, retries=execution.retries)
     for planned in runs:
         if planned.place in queue.finished:
             sweep(folder.path / planned.place)
@@ -109,7 +110,8 @@ def help_with(path: Path, console: Console, study: str | Path | None = None) -> 
         InputError: nobody is training a study there, or its tokens cannot be found.
     """
     work = open_work(path, study)
-    return _drive(work, console, f"helping with {work.folder.study_name}").failures
+    with shown_on(console):
+        return _drive(work, f"helping with {work.folder.study_name}").failures
 
 
 def failure_summary(failures: Mapping[str, str]) -> str:
@@ -118,15 +120,13 @@ def failure_summary(failures: Mapping[str, str]) -> str:
     return f"{n} run{'s' if n > 1 else ''} failed: " + "; ".join(f"{run} ({why})" for run, why in failures.items())
 
 
-def _drive(
-    work: Work, console: Console, description: str, *, executor: Executor | None = None, retries: int = 0
-) -> RunQueue:
+def _drive(work: Work, description: str, *, executor: Executor | None = None, retries: int = 0) -> RunQueue:
     """Trains until every run is finished or has failed for good; without an executor in this process.
 
     This process tries no run again: it would fail in the same way.
     """
     n_tokens = sum(planned.n_tokens for planned in work.runs)
-    with StudyProgress(n_tokens, console=console, description=description) as progress:
+    with StudyProgress(n_tokens, description) as progress:
         if executor is None:
             return Driver(work, ThisProcess(work, progress), progress, retries=0).run()
         return Driver(work, executor, progress, retries).run()
@@ -173,7 +173,7 @@ class Driver:
                     time.sleep(self._executor.poll_seconds)
         except BaseException:
             at_work = [each.job for each in self._attempts if not each.job.is_done()]
-            self._executor.stop(at_work, self._progress.console)
+            self._executor.stop(at_work, display().console)
             raise
 
     def _start(self) -> bool:
@@ -273,4 +273,4 @@ class Driver:
         self._progress.show(done, total, f"{len(queue.finished)} of {len(queue.runs)} runs{at_work}")
 
     def _say(self, line: str) -> None:
-        self._progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        display().say(line)

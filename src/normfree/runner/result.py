@@ -21,6 +21,7 @@ from normfree.errors import InputError, RunFailedError
 from normfree.files import DEFAULT_CACHE_DIR, check_output_folder
 from normfree.locks import locked
 from normfree.processes import check_alone
+from normfree.progress import shown_on
 from normfree.report import FIGURES_FOLDER, formatted, table_notes
 from normfree.runner.catalog import Found, find_study
 from normfree.runner.driver import DEFAULT_RETRIES, Execution, failure_summary
@@ -195,7 +196,7 @@ def run_study(
         executor: trains the runs instead, from :func:`normfree.runner.make_executor`.
         retries: how often a run that failed on workers is tried again.
         cache_dir: where tokenized corpora are kept.
-        progress: print a line at each evaluation; or the console to show progress on.
+        progress: print a line every half minute and at each evaluation; or the console to show progress on.
 
     Returns:
         The study. Runs that failed, where others could be compared, are in its ``failures``.
@@ -229,7 +230,7 @@ def _carry_out(
         return preset.with_changes(**changes)
 
     begin(found, folder, preset, changed)  # a folder that is refused is not even locked
-    with locked(folder), _undisturbed():
+    with locked(folder), _undisturbed(), shown_on(console):
         begun = begin(found, folder, preset, changed)
         console.print(f"Study {name}, preset {Path(preset).stem}: {load_preset(preset).description}", highlight=False)
         failures = begun.run(execution)

@@ -86,15 +86,15 @@ class StudyFolder:
         """The name by which another process finds the study (see :func:`normfree.runner.find_study`)."""
         return self.study_name if self.study_file is None else f"{self.study_file}:{self.study_name}"
 
-    def prepare_data(self, cache_dir: Path, *, progress: bool) -> PackedData:
+    def prepare_data(self, cache_dir: Path) -> PackedData:
         """The study's tokens. An existing study keeps its original ones, though the corpus may change.
 
         Raises:
             InputError: the corpus cannot be used, or has changed and the study's tokens are no longer in the cache.
         """
         if self.corpus_fingerprint is None:
-            return prepare_data(self.preset.data, cache_dir, progress=progress)
-        return same_data(self.preset.data, cache_dir, self.corpus_fingerprint, progress=progress)
+            return prepare_data(self.preset.data, cache_dir)
+        return same_data(self.preset.data, cache_dir, self.corpus_fingerprint)
 
     def claim(self, data: PackedData) -> None:
         """Writes ``study.yaml``, unless it is there: the folder is this study's, and its corpus ``data``."""

@@ -143,7 +143,7 @@ def open_work(path: Path, reference: str | Path | None = None) -> Work:
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{plan_path} is damaged; give the study's command again, it writes the file anew") from error
     runs = planned_runs(study, folder.preset, seeds, tune_lr=tune_lr, only=only)
-    return Work(folder, runs, folder.prepare_data(cache_dir, progress=False), measurement_of(study, folder))
+    return Work(folder, runs, folder.prepare_data(cache_dir), measurement_of(study, folder))
 
 
 def measurement_of(study: Study, folder: StudyFolder) -> Measurement | None:

@@ -14,6 +14,7 @@ from normfree.data import PackedData
 from normfree.errors import InputError
 from normfree.interpret import measure_depth, write_depth
 from normfree.interpret.depth.comparison import depth_sections
+from normfree.progress import stage
 from normfree.report import FIGURES_FOLDER, Callout, Element, Section, Table, load_published
 from normfree.report.frames import SIGNAL_STATISTICS, check_frame, in_order
 from normfree.report.numbers import mean_and_half
@@ -107,7 +108,7 @@ def measure(result: RunResult, data: PackedData, console: Console) -> None:
     if (folder / "summary.csv").exists() or checkpoint is None:
         return
     tokens = torch.from_numpy(np.asarray(data.eval.tokens[:SEQUENCES], dtype=np.int64))
-    with console.status(f"Measuring {result.row['configuration']} seed {result.row['seed']}"):
+    with stage(f"Measuring {result.row['configuration']} seed {result.row['seed']}"):
         found = measure_depth(load_pretrained(str(checkpoint)).model, tokens)
     write_depth(found.frames(), folder)
 

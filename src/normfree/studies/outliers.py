@@ -22,6 +22,7 @@ from normfree.columns import (
 )
 from normfree.data import PackedData
 from normfree.interpret import PRECISIONS, check_quantization, measure_signal_propagation, quantization_cost
+from normfree.progress import stage
 from normfree.report import Callout, Element, Paragraph, Section, Table
 from normfree.report.frames import SETTING, SIGNAL_STATISTICS, check_frame, check_one_setting, in_order
 from normfree.report.numbers import mean_and_half
@@ -90,7 +91,7 @@ def measure(result: RunResult, data: PackedData, console: Console) -> None:
     else:
         model = load_pretrained(str(checkpoint)).model
         sequences = torch.from_numpy(np.asarray(data.eval.tokens, dtype=np.int64))
-        with console.status(f"Measuring {result.row['configuration']} seed {result.row['seed']}"):
+        with stage(f"Measuring {result.row['configuration']} seed {result.row['seed']}"):
             signal = measure_signal_propagation(model, sequences, BATCH_SIZE)
             quantization = quantization_cost(model, sequences, BATCH_SIZE)
     write_parquet(signal, signal_path)

@@ -17,6 +17,7 @@ from normfree.modeling import NormfreeForCausalLM
 from normfree.modeling.linear_cross_entropy import NOT_PREDICTED, token_losses
 from normfree.probes import EntropyProbe
 from normfree.processes import n_processes, process_index
+from normfree.progress import track
 from normfree.training.half_precision import autocast
 from normfree.training.recipe import Recipe
 
@@ -53,7 +54,8 @@ def evaluation_losses(
     """
     labels = sequences if labels is None else labels
     losses = []
-    for tokens, targets in zip(sequences.split(batch_size), labels.split(batch_size), strict=True):
+    batches = list(zip(sequences.split(batch_size), labels.split(batch_size), strict=True))
+    for tokens, targets in track(batches, "evaluation", unit="batches"):
         losses.append(losses_of(model, tokens.to(model.device), targets.to(model.device)).cpu())
     return torch.cat(losses).double().numpy()
 
@@ -83,7 +85,7 @@ def shared_losses(
             return losses_of(model, tokens, labels)
 
     batches = DataLoader(data, batch_sampler=[list(each) for each in own], collate_fn=default_data_collator)
-    for sequences, batch in zip(own, batches, strict=True):
+    for sequences, batch in zip(track(own, "evaluation", unit="batches"), batches, strict=True):
         losses[sequences.start : sequences.stop] = measured(batch, probe or nullcontext())
     if recipe.is_sharded and len(own) < math.ceil(len(starts) / n_processes()):
         # The blocks of a sharded model are gathered by all processes together, or not at all.

@@ -38,7 +38,6 @@ def finetuning_run(
     epochs: float,
     seed: int,
     lora_rank: int | None = None,
-    progress: bool = False,
 ) -> tuple[RunConfig, PackedData]:
     """A run that continues from ``loaded`` on a corpus of prompts and completions, and its data.
 
@@ -70,7 +69,7 @@ def finetuning_run(
         run = RunConfig.model_validate(
             content if has_budget else {**content, "recipe": {**sections["recipe"], "steps": 1}}
         )
-        data = prepare_data(run.data, cache_dir, progress=progress)
+        data = prepare_data(run.data, cache_dir)
         loaded.check_tokenizer(data.tokenizer, "the tokenizer of the corpus")
         if not has_budget:
             steps = max(1, math.ceil(epochs * len(data.train) / run.recipe.batch_size))

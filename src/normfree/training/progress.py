@@ -1,113 +1,125 @@
-"""Progress bars with the time left: one for the run that trains, one for the whole study."""
+"""Progress of training: the whole work in tokens, and the steps of the run that trains."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from normfree.columns import EVAL_LOSS, TRAIN_LOSS
+from normfree.progress import Stage, display, duration, stage
 from normfree.training.callback import Callback, RunState
 
-
-def study_bars(console: Console) -> Progress:
-    """Bars without a task yet; each task has a ``note``, and the time left."""
-    return Progress(
-        TextColumn("{task.description:<24}"),
-        BarColumn(bar_width=28),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        # The study's speed is judged over minutes: a run's first steps and its evaluations are slower.
-        speed_estimate_period=600,
-    )
+ESTIMATED_AFTER = 10.0
+"""Seconds of training after which a line says how long all of it will take; shorter work is over by then."""
 
 
 class StudyProgress:
     """A context manager that shows the progress of one or more runs, counted in tokens.
 
-    On a terminal two bars move; elsewhere (a log file) each evaluation prints a line.
+    One line estimates the time of all of it from the first steps. Each evaluation prints a line where there is no
+    terminal.
     """
 
-    def __init__(self, total_tokens: int, *, console: Console, description: str) -> None:
-        self.console = console
-        self._bars = study_bars(console)
-        self._whole = self._bars.add_task(description, total=total_tokens, note="")
-        self._skipped_tokens = 0
+    def __init__(self, total_tokens: float, description: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._total = total_tokens
+        self._description = description
+        self._clock = clock
+        self._skipped_tokens = 0.0
+        self._first: tuple[float, float] | None = None
+        self._is_estimated = False
 
     def __enter__(self) -> StudyProgress:
-        self._bars.start()
+        self._whole = stage(self._description, self._total, unit="tokens")
+        self._done = 0.0
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bars.stop()
+        self._whole.close()
 
-    def skip(self, tokens: int) -> None:
+    def skip(self, tokens: float) -> None:
         """Takes tokens that were trained on earlier out of the work ahead."""
         self._skipped_tokens += tokens
-        task = self._bars.tasks[0]
-        self._bars.update(self._whole, total=(task.total or 0) - tokens)
+        self._total -= tokens
+        self._whole.update(total=self._total)
 
     def show(self, done_tokens: float, total_tokens: float, note: str) -> None:
-        """Moves the whole bar to ``done_tokens`` of ``total_tokens``, both with the tokens of :meth:`skip`."""
-        done, total = done_tokens - self._skipped_tokens, total_tokens - self._skipped_tokens
-        self._bars.update(self._whole, completed=done, total=total, note=note)
+        """Sets the work to ``done_tokens`` of ``total_tokens``, both with the tokens of :meth:`skip`."""
+        self._done, self._total = done_tokens - self._skipped_tokens, total_tokens - self._skipped_tokens
+        self._whole.update(done=self._done, total=self._total, note=note)
+        self._estimate()
 
-    def run(self, description: str, tokens: int) -> RunProgress:
-        """The callback that moves the bars while one run trains."""
-        return RunProgress(self, self._bars, self._whole, description, tokens)
+    def advance(self, tokens: float) -> None:
+        """``tokens`` more were trained on."""
+        self._done += tokens
+        self._whole.advance(tokens)
+        self._estimate()
+
+    def run(self, description: str, tokens: float) -> RunProgress:
+        """The callback that shows one run while it trains."""
+        return RunProgress(self, description, tokens)
+
+    def _estimate(self) -> None:
+        """Says once how long the work takes. The first step is slower than the others, and is left out."""
+        if self._is_estimated or self._done <= 0:
+            return
+        now = self._clock()
+        if self._first is None:
+            self._first = now, self._done
+            return
+        seconds, tokens = now - self._first[0], self._done - self._first[1]
+        if seconds < ESTIMATED_AFTER or tokens <= 0:
+            return
+        self._is_estimated = True
+        left = max(0.0, self._total - self._done) * seconds / tokens
+        display().say(
+            f"{self._description}: {tokens / seconds:,.0f} tokens a second in the first steps, about {duration(left)} "
+            "for all"
+        )
 
 
 class RunProgress(Callback):
-    """Moves the bars of a :class:`StudyProgress` while one run trains."""
+    """Shows one run of a :class:`StudyProgress` while it trains."""
 
-    def __init__(self, study: StudyProgress, bars: Progress, whole: Any, description: str, tokens: int) -> None:
+    def __init__(self, study: StudyProgress, description: str, tokens: float) -> None:
         self._study = study
-        self._bars = bars
-        self._whole = whole
         self._description = description
         self._tokens = tokens
         self._notes: dict[str, str] = {}
+        self._stage: Stage | None = None
 
     def begin(self, run: RunState) -> None:
+        self._close()  # a run that went back to a checkpoint begins again
         self._per_step = self._tokens / run.n_steps
-        done = round(run.step * self._per_step)
-        self._task = self._bars.add_task(self._description, total=self._tokens, completed=done, note="")
-        self._study.skip(done)
+        self._stage = stage(self._description, run.n_steps, done=run.step, unit="steps")
+        self._study.skip(run.step * self._per_step)
 
     def end_step(self, run: RunState) -> None:
-        self._bars.advance(self._task, self._per_step)
-        self._bars.advance(self._whole, self._per_step)
+        assert self._stage is not None, "begin() comes first"
+        self._stage.advance()
+        self._study.advance(self._per_step)
 
     def log(self, run: RunState, entries: Mapping[str, float]) -> None:
         if TRAIN_LOSS in entries:
-            self._notes["train"] = f"loss {entries['train_loss']:.3f}"
+            self._notes["train"] = f"loss {entries[TRAIN_LOSS]:.3f}"
         if EVAL_LOSS in entries:
             loss = entries[EVAL_LOSS]
             self._notes["eval"] = f"eval {loss:.3f}"
-            if not self._study.console.is_terminal:
-                self._study.console.print(
+            if not display().console.is_terminal:
+                display().say(
                     f"{self._description}: step {run.step}/{run.n_steps}, "
                     f"evaluation loss {loss:.4f} (perplexity {math.exp(min(loss, 700.0)):.2f})"
                 )
-        self._bars.update(self._task, note="  ".join(self._notes.values()))
+        if self._stage is not None:
+            self._stage.update(note="  ".join(self._notes.values()))
 
     def finish(self, run: RunState) -> None:
-        self._bars.remove_task(self._task)
+        self._close()
+
+    def _close(self) -> None:
+        if self._stage is not None:
+            self._stage.close()
+            self._stage = None

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from normfree.data import Beginning, prepare_data, same_data
 from normfree.files import DEFAULT_CACHE_DIR
 from normfree.processes import main_first
@@ -31,9 +29,7 @@ class FinetunedModel:
     quantization: str | None
 
 
-def train_file(
-    config: Path, folder: Path, *, cache_dir: Path = DEFAULT_CACHE_DIR, console: Console | None = None
-) -> RunResult:
+def train_file(config: Path, folder: Path, *, cache_dir: Path = DEFAULT_CACHE_DIR) -> RunResult:
     """Trains the run that the YAML file ``config`` describes, in ``folder``; resumes from its last checkpoint.
 
     A run that was begun keeps its own tokens, and so does one whose file has the ``provenance`` of an earlier run.
@@ -43,21 +39,19 @@ def train_file(
         config: a run's YAML file, such as the ``config.yaml`` of an earlier run.
         folder: run folder.
         cache_dir: where tokenized corpora are kept and found again.
-        console: shows progress; None shows none.
 
     Raises:
         InputError: the file, the corpus or the folder cannot be used, or the corpus has changed.
         RunFailedError: training could not continue.
     """
-    console = console or Console(quiet=True)
     run = load_run_config(config)
     fingerprint = recorded(folder / CONFIG_FILE, "corpus_fingerprint") or recorded(config, "corpus_fingerprint")
     if fingerprint is None:
-        data = main_first(lambda: prepare_data(run.data, cache_dir, progress=console.is_terminal))
+        data = main_first(lambda: prepare_data(run.data, cache_dir))
     else:
-        data = main_first(lambda: same_data(run.data, cache_dir, fingerprint, progress=console.is_terminal))
+        data = main_first(lambda: same_data(run.data, cache_dir, fingerprint))
     n_tokens = run.recipe.n_tokens(run.data.sequence_length)
-    with StudyProgress(n_tokens, console=console, description=run.model_name) as progress:
+    with StudyProgress(n_tokens, run.model_name) as progress:
         label = f"{run.configuration} seed {run.seed}"
         return train(run, data, folder, callbacks=(progress.run(label, n_tokens),))
 
@@ -71,7 +65,6 @@ def finetune(
     seed: int = 0,
     lora_rank: int | None = None,
     cache_dir: Path = DEFAULT_CACHE_DIR,
-    console: Console | None = None,
 ) -> FinetunedModel:
     """Fine-tunes the model ``source`` on prompts and completions, in ``folder``; resumes from the last checkpoint.
 
@@ -85,13 +78,11 @@ def finetune(
         seed: of the order of the data and of dropout.
         lora_rank: trains low-rank changes of this rank; None trains all weights.
         cache_dir: where tokenized corpora are kept and found again.
-        console: shows progress; None shows none.
 
     Raises:
         InputError: the model, the corpus, a change or the folder cannot be used.
         RunFailedError: training could not continue.
     """
-    console = console or Console(quiet=True)
     run, data = main_first(
         lambda: finetuning_run(
             load_pretrained(source),
@@ -100,10 +91,9 @@ def finetune(
             epochs=epochs,
             seed=seed,
             lora_rank=lora_rank,
-            progress=console.is_terminal,
         )
     )
     n_tokens = run.recipe.n_tokens(run.data.sequence_length)
-    with StudyProgress(n_tokens, console=console, description="finetune") as progress:
+    with StudyProgress(n_tokens, "finetune") as progress:
         result = train(run, data, folder, callbacks=(progress.run(source, n_tokens),))
     return FinetunedModel(result, Beginning.of(data.tokenizer, run.data.beginning), quantization_of(source))

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from normfree.interpret.depth.comparison import DepthComparison, depth_sections
 from normfree.interpret.sequences import SequenceOptions
 from normfree.training import RunConfig, train
 from tests.interpret.depth.models import ours, stock, tokens
+from tests.recorded_stages import recorded_stages
 from tests.runner.test_bad_input import assert_refused
 
 Command = Callable[..., tuple[int, str, str]]
@@ -177,16 +177,11 @@ def test_bad_models_to_measure(normfree: Command, run_folder: Path, tmp_path: Pa
 
 def test_what_the_commands_do_is_a_function_that_returns_data(run_folder: Path, tmp_path: Path) -> None:
     options: SequenceOptions = {"n_sequences": 4, "cache_dir": tmp_path / "cache"}
-    said: list[str] = []
-
-    def status(text: str) -> AbstractContextManager[None]:
-        said.append(text)
-        return nullcontext()
-
-    found = compare_depth({"mine": str(run_folder)}, n_probe=2, status=status, **options)
+    with recorded_stages() as stages:
+        found = compare_depth({"mine": str(run_folder)}, n_probe=2, **options)
     assert found.summary["model"].tolist() == ["mine"]
     assert found.summary["n_layer"].tolist() == [5]
-    assert said == [f"mine: {found.sequences}"]
+    assert f"depth of mine on {found.sequences}" in stages
     assert found.quantization == {}
     pruned = export_without_layers(str(run_folder), tmp_path / "pruned", drop_similar=2, **options)
     assert pruned.sequences is not None

@@ -11,6 +11,7 @@ from normfree.cli.console import open_console, print_json, records, say, say_qua
 from normfree.cli.names import model_name, output_folder
 from normfree.cli.options import DEFAULT_CACHE_DIR, CacheDir, Json, checked_folder, checked_source
 from normfree.errors import InputError
+from normfree.progress import stage
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -89,7 +90,7 @@ def private_cost(
     networks = [parse_network(text) for text in network] if network else list(NETWORKS)
     folder = output_folder(out, "private-cost", models)
     console = open_console(json_)
-    with console.status("") as status:
+    with stage("private cost") as progress:
         costs = measure_private_costs(
             {model_name(source, models): source for source in models},
             settings=settings,
@@ -101,7 +102,7 @@ def private_cost(
             end_to_end=end_to_end,
             engine_python=engine_python,
             cache_dir=cache_dir,
-            progress=status.update,
+            progress=lambda note: progress.update(note=note),
         )
     write_page(costs, folder, command=f"normfree private-cost {' '.join(models)}")
     _show(costs, folder, console, json_=json_)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +27,7 @@ from normfree.interpret.sequences import (
     named_sources,
     token_sequences,
 )
+from normfree.progress import stage
 from normfree.report import (
     FIGURES_FOLDER,
     Callout,
@@ -121,7 +121,6 @@ def compare_depth(
     *,
     n_probe: int = 8,
     batch_size: int = 8,
-    status: Callable[[str], AbstractContextManager[object]] = nullcontext,
     **sequences: Unpack[SequenceOptions],
 ) -> DepthComparison:
     """Measures each of ``models`` with :func:`measure_depth` on the same sequences; what ``normfree depth`` does.
@@ -132,7 +131,6 @@ def compare_depth(
         models: Hub ids, model folders, GGUF files or runs; or these by the names to give them.
         n_probe: random vectors a sequence for each Jacobian.
         batch_size: sequences in memory at once.
-        status: called with what is measured next, around the measurement, such as a rich console's ``status``.
         sequences: as for :func:`~normfree.interpret.token_sequences`, for the first model.
 
     Raises:
@@ -150,7 +148,7 @@ def compare_depth(
             check_same_tokens(first, measured.checkpoint)
         if measured.quantization is not None:
             quantization[name] = measured.quantization
-        with status(f"{name}: {read}"):
+        with stage(f"depth of {name} on {read}"):
             options = {"n_probe": n_probe, "batch_size": batch_size, "n_beginning": len(read.beginning)}
             found[name] = measure_depth(measured.model, read.tokens, **options)
     return DepthComparison(found, read, quantization)

@@ -21,6 +21,7 @@ from normfree.interpret.depth.gradient_norms import measure_gradient_norms
 from normfree.interpret.depth.jacobian import jacobian_frame, squared_jacobian_distances
 from normfree.interpret.depth.layer_skipping import loss_increase_frame, losses_without_each, losses_without_last
 from normfree.interpret.depth.variance import WITHOUT_FIRST, nonfinite_entries, token_variances, variance_frames
+from normfree.progress import track
 
 UNDECIDED = "undecided"
 """In place of a law of growth where none could be fitted."""
@@ -94,7 +95,8 @@ def measure_depth(
     if n_probe < 2:
         raise InputError(f"need at least 2 probes of the Jacobians for a standard error, got {n_probe}")
     generator = torch.Generator().manual_seed(seed)
-    batches = [_measure_batch(model, batch, n_beginning, n_probe, generator) for batch in tokens.split(batch_size)]
+    read = track(tokens.split(batch_size), "variance, skipped layers and Jacobians", unit="batches")
+    batches = [_measure_batch(model, batch, n_beginning, n_probe, generator) for batch in read]
     losses = torch.cat([each.losses for each in batches])
     without_each = torch.cat([each.without_each for each in batches], dim=1)
     without_last = torch.cat([each.without_last for each in batches], dim=1)
@@ -148,7 +150,8 @@ def _measure_batch(
 def measure_angular_distance(model: PreTrainedModel, tokens: torch.Tensor, batch_size: int = 8) -> pd.DataFrame:
     """The frame ``angular_distance`` of :func:`measure_depth` alone, from one forward pass a batch."""
     check_measurable(model, tokens)
-    return _angular_distance([angular_distances(record(model, batch).streams) for batch in tokens.split(batch_size)])
+    read = track(tokens.split(batch_size), "angular distance", unit="batches")
+    return _angular_distance([angular_distances(record(model, batch).streams) for batch in read])
 
 
 def write_depth(frames: dict[str, pd.DataFrame], folder: Path) -> None:

@@ -168,7 +168,7 @@ def _remove_from(result: RunResult, data: PackedData, console: Console, grid: Re
     }
     total = sum(run.recipe.n_tokens(run.data.sequence_length) for run in plans.values()) * (2 if vanilla else 1)
     name = f"{result.row['configuration']} seed {seed}"
-    with StudyProgress(total, console=console, description=f"{name}: removal") as progress:
+    with StudyProgress(total, f"{name}: removal") as progress:
         for folder, run in plans.items():
             label = f"{name}, {run.recipe.steps} steps at {run.recipe.learning_rate:g}"
 

@@ -23,6 +23,7 @@ from normfree.columns import (
 from normfree.data import PackedData
 from normfree.modeling import NormfreeConfig
 from normfree.probes.sparsity_probe import SparsityProbe
+from normfree.progress import stage
 from normfree.report import BANDS, Callout, Element, Paragraph, Section, Table, load_published, mean_confidence_interval
 from normfree.report.overload import perplexity_and_overload
 from normfree.runner import (
@@ -110,7 +111,7 @@ def _measure_sparsity(result: RunResult, data: PackedData, console: Console) -> 
     model = load_pretrained(str(checkpoint)).as_normfree()
     sequences = torch.from_numpy(np.asarray(data.eval.tokens, dtype=np.int64))
     told = f"{result.row['configuration']} seed {result.row['seed']}: sparsity"
-    with console.status(told), SparsityProbe(model) as probe, torch.inference_mode():
+    with stage(told), SparsityProbe(model) as probe, torch.inference_mode():
         for batch in sequences.split(BATCH_SIZE):
             model(batch.to(model.device), use_cache=False)
     shares, keys = probe.active_share().numpy(), probe.attended_keys().numpy()
@@ -125,7 +126,7 @@ def _measure_decode(result: RunResult, console: Console) -> None:
     if "spark" not in (config.ffn, config.attention) or config.topk != "statistical":
         return
     model = load_pretrained(str(checkpoint)).as_normfree()
-    with console.status(f"{result.row['configuration']} seed {result.row['seed']}: seconds of decode"):
+    with stage(f"{result.row['configuration']} seed {result.row['seed']}: seconds of decode"):
         write_parquet(decode_seconds(model, _model_config(result, without=_SPARK_OPTIONS)), path)
 
 
