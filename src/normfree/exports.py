@@ -19,7 +19,7 @@ from normfree.interpret import (
     tokenizer_of,
 )
 from normfree.interpret.sequences import SequenceOptions
-from normfree.probes.residual_stream import decoder_blocks
+from normfree.modeling.decoder_blocks import decoder_blocks
 from normfree.spark import to_spark
 from normfree.training import LoadedModel, load_pretrained
 

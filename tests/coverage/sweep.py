@@ -19,7 +19,7 @@ from normfree.errors import InputError
 from normfree.interpret import measure_depth
 from normfree.interpret.pruning import prune_layers
 from normfree.modeling import NormfreeForCausalLM
-from normfree.probes.residual_stream import decoder_blocks
+from normfree.modeling.decoder_blocks import decoder_blocks
 from normfree.removal import remove_norms
 from normfree.removal.midway import Midway
 from tests.coverage.reference import Batch, Seen, Softmax, eager_copy, see

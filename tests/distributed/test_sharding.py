@@ -14,7 +14,7 @@ from accelerate import PartialState
 from normfree import NormfreeConfig, NormfreeForCausalLM
 from normfree.data import PackedData
 from normfree.errors import InputError
-from normfree.probes.residual_stream import decoder_blocks
+from normfree.modeling.decoder_blocks import decoder_blocks
 from normfree.processes import process_index
 from normfree.training import RunConfig, train
 from normfree.training.distributed import (

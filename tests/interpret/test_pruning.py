@@ -17,7 +17,7 @@ from transformers import (
 
 from normfree.errors import InputError
 from normfree.interpret import export_pruned, prune_layers
-from normfree.probes.residual_stream import decoder_blocks
+from normfree.modeling.decoder_blocks import decoder_blocks
 from tests.coverage.tiny_models import tiny_model
 from tests.interpret.depth.models import N_LAYER, STOCK, ours, stock, tokens
 

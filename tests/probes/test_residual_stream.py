@@ -31,7 +31,8 @@ from transformers import (
 
 from normfree import NormfreeConfig, NormfreeForCausalLM
 from normfree.errors import InputError
-from normfree.probes.residual_stream import ResidualStreamProbe, StreamStatistics, decoder_blocks
+from normfree.modeling.decoder_blocks import decoder_blocks
+from normfree.probes.residual_stream import ResidualStreamProbe, StreamStatistics
 from tests.coverage.tiny_models import tiny_model
 
 N_LAYER, D, VOCABULARY, T = 3, 16, 60, 12

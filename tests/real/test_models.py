@@ -14,7 +14,7 @@ from normfree.interpret import (
     quantization_cost,
     residual_std_by_position,
 )
-from normfree.probes.residual_stream import decoder_blocks
+from normfree.modeling.decoder_blocks import decoder_blocks
 from normfree.training.evaluation import evaluation_losses
 from tests.real.conftest import eager_attentions
 

@@ -1,7 +1,7 @@
-"""Confidence (entropy) neurons: they write where the unembedding does not read, and work through the final norm's std.
+"""Confidence (entropy) neurons: they write into the unembedding's null space and act through the final norm's std.
 
-Stolfo et al., "Confidence Regulation Neurons in Language Models", 2024, Sections 3 and 4. Without a final norm there is
-nothing for them to work through ("Transformers Don't Need LayerNorm at Inference Time", 2025).
+Stolfo et al., "Confidence Regulation Neurons in Language Models", 2024, Sections 3 and 4. Without a final norm they
+have no effect ("Transformers Don't Need LayerNorm at Inference Time", 2025).
 """
 
 from __future__ import annotations
@@ -21,55 +21,55 @@ from normfree.modeling import NormfreeForCausalLM
 from normfree.progress import track
 
 NULL_SPACE_SHARE = 0.01
-"""The share of the directions that count as null space of the unembedding (Stolfo et al., Figure 2f)."""
+"""Share of the directions counted as the unembedding's null space (Stolfo et al., Figure 2f)."""
 
 
 @torch.no_grad()
 def neuron_output_weights(
     model: NormfreeForCausalLM, layers: Sequence[int] | None = None, n_null_directions: int | None = None
 ) -> pd.DataFrame:
-    """What the output weights of MLP neurons have to do with the unembedding, from the weights alone, in float64.
+    """The output weights of MLP neurons against the unembedding, from the weights alone, in float64.
 
-    Output weights w (a neuron's column of ``down_proj``) are centred where the final norm centres. The unembedding has
-    the final norm's gain and centring folded in and its mean over the vocabulary taken off.
+    Output weights w (a neuron's column of ``down_proj``) are centred if the final norm centres. The unembedding has the
+    final norm's gain and centring folded in and its mean over the vocabulary subtracted.
 
     Args:
         model: a pre-norm decoder in evaluation mode.
-        layers: which (from 0; negative ones count from the last); default: the last.
-        n_null_directions: how many of the right singular vectors with the smallest singular values span the null
-            space; default: 1 % of ``n_embd``, at least 1. The one direction that a centring norm takes out is not
-            among them: no w has a part in it.
+        layers: from 0, negative ones from the end; default: the last.
+        n_null_directions: the null space is spanned by so many right singular vectors, those of the smallest singular
+            values; default: 1 % of ``n_embd``, at least 1. The direction that a centring norm removes does not count.
 
     Returns:
         layer, neuron, weight_norm (|w|), logit_variance (LogitVar: the variance over the vocabulary of the cosine of w
         and the token's row of the unembedding; low means little direct effect), null_space_share (|V₀ᵀ w| / |w|, with
-        the null directions in V₀) and score. ``score`` is how much larger ln |w| is than the mean of its layer, in
-        stds, plus how much smaller ln LogitVar is: confidence neurons have the highest. A neuron with no weight at
-        all has NaN in all but ``weight_norm``.
+        the null directions in V₀) and score: the z-score of ln |w| within the layer minus that of ln LogitVar;
+        confidence neurons have the highest. A neuron of zero weight has NaN in all but ``weight_norm``.
 
     Raises:
-        InputError: the model is of another kind, its unembedding holds NaN or Inf, it has no such layer, or not so many
+        InputError: the model is of another kind, its unembedding holds NaN or Inf, or it lacks the layer or has too few
             directions.
     """
     check_decoder(model)
-    chosen = _chosen_layers(model, layers)
+    n_layer = model.config.n_layer
+    for layer in layers or ():
+        if not -n_layer <= layer < n_layer:
+            raise InputError(f"there is no layer {layer}; the model has the layers 0 to {n_layer - 1}")
     readout = Readout.of(model)
     unembedding = readout.effective_unembedding()
     null_space = _null_space(unembedding, n_null_directions, readout.is_centred)
     unembedding = torch.nn.functional.normalize(unembedding, dim=-1)
     projections = neuron_projections(model)
     tables = []
-    for layer in chosen:
+    for layer in sorted({layer % n_layer for layer in layers or [-1]}):
         weights = readout.centred(projections[layer].weight.double().T)
         norm = weights.norm(dim=-1)
         unit = weights / norm[:, None]
         variance = _variance_over_rows(unembedding, unit)
-        score = _standardized(norm.log()) - _standardized(variance.log())
         columns = {
             "weight_norm": norm,
             "logit_variance": variance,
             "null_space_share": (unit @ null_space).norm(dim=-1),
-            "score": score,
+            "score": _standardized(norm.log()) - _standardized(variance.log()),
         }
         values = {name: column.cpu().numpy() for name, column in columns.items()}
         tables.append(pd.DataFrame({"layer": layer, "neuron": range(len(norm)), **values}))
@@ -77,9 +77,9 @@ def neuron_output_weights(
 
 
 def confidence_neuron_candidates(weights: pd.DataFrame, n: int) -> pd.DataFrame:
-    """The ``n`` rows of :func:`neuron_output_weights` with the highest score, the highest first; all if fewer.
+    """The ``n`` rows of :func:`neuron_output_weights` with the highest score, in descending order; all if fewer.
 
-    A neuron without a score is none.
+    Neurons whose score is NaN are left out.
 
     Raises:
         InputError: ``n`` is less than 1.
@@ -93,17 +93,17 @@ def confidence_neuron_candidates(weights: pd.DataFrame, n: int) -> pd.DataFrame:
 def neuron_ablation_effects(
     model: NormfreeForCausalLM, sequences: torch.Tensor, neurons: pd.DataFrame, batch_size: int = 8
 ) -> pd.DataFrame:
-    """What mean-ablation of single neurons does to the loss: in total, and with the final norm's std frozen.
+    """The effect of mean-ablating single neurons on the loss: in total, and with the final norm's std frozen.
 
-    A neuron's activation is replaced at all positions by its mean over the tokens of ``sequences``. The frozen effect
-    has each token's σ of the final norm at its value without the ablation, so that what is left is not mediated by it
-    (Stolfo et al., Section 3). Norms inside later blocks are never frozen. Without a final norm the two are equal.
-    One pass over the sequences a neuron.
+    A neuron's activation is replaced at all positions by its mean over the tokens of ``sequences``. For the frozen
+    effect the final norm's σ of each token keeps its value without the ablation, which excludes what σ mediates (Stolfo
+    et al., Section 3). Norms inside blocks are never frozen. Without a final norm the two are equal. Each neuron costs
+    one pass over the sequences.
 
     Args:
         model: a pre-norm decoder in evaluation mode.
         sequences: int64 [n, T], T at least 2, no padding.
-        neurons: columns layer and neuron, such as :func:`confidence_neuron_candidates` has them.
+        neurons: columns layer and neuron, as :func:`confidence_neuron_candidates` returns them.
         batch_size: sequences a pass.
 
     Returns:
@@ -112,7 +112,7 @@ def neuron_ablation_effects(
         norm_mediated_share (1 − frozen_effect / total_effect, negative where the norm dampens; NaN without effect).
 
     Raises:
-        InputError: the model is of another kind, the sequences do not fit it, or there is no such neuron.
+        InputError: the model is of another kind, the sequences do not fit it, or it lacks a neuron.
     """
     check_decoder(model)
     check_predicting(model, sequences)
@@ -142,7 +142,7 @@ def neuron_ablation_effects(
 
 
 def _effects(total: torch.Tensor, frozen: torch.Tensor) -> dict[str, float]:
-    """From the changes of the loss of every predicted token, nats."""
+    """The columns of effects, from the change of every predicted token's loss, nats."""
     effect, frozen_effect = total.abs().mean(), frozen.abs().mean()
     return {
         "total_effect_nats": effect.item(),
@@ -151,14 +151,6 @@ def _effects(total: torch.Tensor, frozen: torch.Tensor) -> dict[str, float]:
         "frozen_change_nats": frozen.mean().item(),
         "norm_mediated_share": (1 - frozen_effect / effect).item(),
     }
-
-
-def _chosen_layers(model: NormfreeForCausalLM, layers: Sequence[int] | None) -> list[int]:
-    n_layer = model.config.n_layer
-    for layer in layers or ():
-        if not -n_layer <= layer < n_layer:
-            raise InputError(f"there is no layer {layer}; the model has the layers 0 to {n_layer - 1}")
-    return sorted({layer % n_layer for layer in layers}) if layers else [n_layer - 1]
 
 
 def _chosen_neurons(model: NormfreeForCausalLM, neurons: pd.DataFrame) -> list[tuple[int, int]]:
@@ -186,24 +178,22 @@ def _null_space(unembedding: torch.Tensor, n_directions: int | None, is_centred:
         raise InputError(f"cannot take {n_directions} null directions of {n_there}; choose 1 to {n_there}")
     gram = unembedding.T @ unembedding
     if not gram.isfinite().all():
-        raise InputError(
-            "the unembedding of the model holds NaN or Inf, so no direction is read least; use another model"
-        )
+        raise InputError("the unembedding of the model holds NaN or Inf, so it has no null space; use another model")
     if is_centred:
-        # The direction (1, ..., 1) moves from the smallest to the largest eigenvalue.
+        # Moves the direction (1, ..., 1) from the smallest to the largest eigenvalue.
         gram += 2 * gram.trace() / n_embd
     return torch.linalg.eigh(gram).eigenvectors[:, :n_directions]
 
 
 def _variance_over_rows(unembedding: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
-    """The variance over the vocabulary of unembedding @ unit.T, without that matrix [vocab_size, n_inner]."""
+    """The variance over the vocabulary of unembedding @ unit.T, without building it ([vocab_size, n_inner])."""
     centred = unembedding - unembedding.mean(dim=0)
     covariance = centred.T @ centred / len(centred)
     return ((unit @ covariance) * unit).sum(dim=-1)
 
 
 def _standardized(values: torch.Tensor) -> torch.Tensor:
-    """(values − mean) / std over the finite ones; NaN for the others."""
+    """z-scores over the finite values; NaN for the others."""
     finite = values[values.isfinite()]
     return torch.where(values.isfinite(), (values - finite.mean()) / finite.std(correction=0), np.nan)
 
@@ -228,7 +218,7 @@ def _unablated(
 def _losses(
     model: NormfreeForCausalLM, readout: Readout, final: torch.Tensor, std: torch.Tensor, tokens: torch.Tensor
 ) -> torch.Tensor:
-    """Loss of every predicted token, float64 [batch, T − 1], in nats, with the final norm's σ given."""
+    """Loss of every predicted token, nats, float64 [batch, T − 1], for a given σ of the final norm."""
     hidden = readout.normalized(final, std)[:, :-1].to(model.dtype)
     logits = model.lm_head(hidden).to(torch.promote_types(model.dtype, torch.float32))
     losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")

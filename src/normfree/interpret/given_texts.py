@@ -1,4 +1,4 @@
-"""What a caller gives to measure on, as token sequences: strings, columns of a data set, or token ids."""
+"""A caller's texts as token sequences: strings, columns of a data set, or token ids."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from normfree.data import Beginning, load_tokenizer
+from normfree.data import Beginning
 from normfree.errors import InputError
 from normfree.interpret.sequences import (
     beginning_rule,
+    check_vocabulary,
     default_sequence_length,
     named_tokenizer,
     tokenizer_of,
@@ -33,20 +34,19 @@ def given_sequences(
     bos: bool | None,
     sequence_length: int | None,
 ) -> tuple[list[torch.Tensor], Beginning]:
-    """``texts`` as sequences of token ids, int64 [T_i], and what each begins with.
+    """``texts`` as sequences of token ids, int64 [T_i], and the tokens that each begins with.
 
     Args:
         measured: the model that will read them.
-        texts: a string, an iterable of strings, a ``datasets.Dataset`` with a text or an ``input_ids`` column, token
-            ids as a tensor or array [n, T] or [T], as lists, or as a tokenizer returns them (its attention mask takes
-            padding out).
-        tokenizer: for strings; None for the one saved with the model.
+        texts: a string, an iterable of strings, a ``datasets.Dataset`` with a text or an ``input_ids`` column, or token
+            ids: a tensor or array [n, T] or [T], lists, or a tokenizer's output, whose attention mask removes padding.
+        tokenizer: for strings; default: the one saved with the model.
         bos: as in :func:`normfree.interpret.token_sequences`; for strings only.
-        sequence_length: the longest sequence in tokens, beginning included; longer texts are cut into several. None:
-            a run's own T; 512 or the model's positions for other models. For strings only.
+        sequence_length: the longest sequence in tokens, beginning included; longer texts are cut. Default: a run's own
+            T; for other models 512, or their positions if fewer. For strings only.
 
     Raises:
-        InputError: texts of another kind, no tokens in them, tokens or lengths that the model does not take, or no
+        InputError: texts of another kind or without a token, tokens or lengths that the model does not take, or no
             tokenizer.
     """
     strings, rows = _read(texts)
@@ -60,12 +60,18 @@ def given_sequences(
         sequences, beginning = [row for row in rows if len(row)], Beginning()
     if not sequences:
         raise InputError(f"the texts hold no token; {ALLOWED}")
-    _check_tokens(measured, sequences)
+    check_vocabulary(measured, sequences)
+    for i, row in enumerate(sequences):
+        if measured.n_positions is not None and len(row) > measured.n_positions:
+            raise InputError(
+                f"sequence {i} has {len(row)} tokens, more than the {measured.n_positions} positions of "
+                f"{measured.source}; give shorter ones"
+            )
     return sequences, beginning
 
 
 def _read(texts: Any) -> tuple[list[str] | None, list[torch.Tensor]]:
-    """Either strings or token ids."""
+    """Either strings, or None and token ids."""
     if isinstance(texts, str):
         return [texts], []
     texts = _column(texts)
@@ -91,13 +97,14 @@ def _holds_objects(texts: torch.Tensor | np.ndarray) -> bool:
 
 
 def _column(texts: Any) -> Any:
-    """The column of a table that holds texts or token ids; anything else as it is."""
+    """The column of a data set that holds texts or token ids; anything else unchanged."""
     columns = getattr(texts, "column_names", None) if "datasets" in sys.modules else None
-    if type(texts).__name__ in ("DatasetDict", "IterableDatasetDict"):
-        raise InputError(f"a {type(texts).__name__} holds several splits; give one of them: {', '.join(texts)}")
-    if type(texts).__name__ == "IterableDataset":
-        raise InputError("an IterableDataset has no end that is known; give a list of what to measure on")
-    if type(texts).__name__ == "DataFrame":
+    kind = type(texts).__name__
+    if kind in ("DatasetDict", "IterableDatasetDict"):
+        raise InputError(f"a {kind} holds several splits; give one of them: {', '.join(texts)}")
+    if kind == "IterableDataset":
+        raise InputError("an IterableDataset has no known end; give a list of what to measure on")
+    if kind == "DataFrame":
         raise InputError("a DataFrame is no text; give one of its columns")
     if not isinstance(columns, list):
         return texts
@@ -110,7 +117,7 @@ def _column(texts: Any) -> Any:
 
 
 def _unpadded(encoded: Mapping[str, Any]) -> list[torch.Tensor]:
-    """The token ids of a tokenizer's output, without those that its attention mask hides."""
+    """The token ids of a tokenizer's output without padding, by its attention mask."""
     if "input_ids" not in encoded:
         raise InputError(f"cannot measure on a mapping with {', '.join(map(str, encoded))}; it needs input_ids")
     _, rows = _read(encoded["input_ids"])
@@ -156,7 +163,7 @@ def _tokenized(
         raise InputError(f"sequence_length {T} leaves no room for text; give at least {max(2, len(beginning) + 1)}")
     if measured.n_positions is not None and measured.n_positions < T:
         raise InputError(f"sequence_length {T} is more than the {measured.n_positions} positions of {measured.source}")
-    # an empty text has no token, though the tokenizer would put one before it
+    # An empty text has no token of its own, and its beginning alone is not measured.
     encoded = reader([each for each in strings if each] or [""], add_special_tokens=False, verbose=False)["input_ids"]
     n_text = T - len(beginning)
     return [
@@ -173,11 +180,7 @@ def _tokenizer(
         measured.check_tokenizer(tokenizer, "the tokenizer")
         return tokenizer
     if isinstance(tokenizer, (str, Path)):
-        if measured.checkpoint:
-            return named_tokenizer(measured, str(tokenizer))
-        named = load_tokenizer(str(tokenizer))
-        measured.check_tokenizer(named, f"tokenizer {str(tokenizer)!r}")
-        return named
+        return named_tokenizer(measured, str(tokenizer))
     if tokenizer is not None:
         raise InputError(
             f"a {type(tokenizer).__name__} is no tokenizer of transformers; give one, or the name or folder of one"
@@ -185,19 +188,3 @@ def _tokenizer(
     if not measured.checkpoint:
         raise InputError("strings need a tokenizer; give the model's with tokenizer=, or token ids")
     return tokenizer_of(measured)
-
-
-def _check_tokens(measured: LoadedModel, sequences: Sequence[torch.Tensor]) -> None:
-    n_vocabulary = measured.n_embedding
-    for i, row in enumerate(sequences):
-        if int(row.min()) < 0 or int(row.max()) >= n_vocabulary:
-            wrong = int(row.min()) if int(row.min()) < 0 else int(row.max())
-            raise InputError(
-                f"sequence {i} has token {wrong}, the vocabulary of {measured.source} is 0 to {n_vocabulary - 1}; "
-                "give the tokenizer that the model was trained with"
-            )
-        if measured.n_positions is not None and len(row) > measured.n_positions:
-            raise InputError(
-                f"sequence {i} has {len(row)} tokens, more than the {measured.n_positions} positions of "
-                f"{measured.source}; give shorter ones"
-            )

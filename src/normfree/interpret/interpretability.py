@@ -1,4 +1,4 @@
-"""Every interpretability tool on models with and without norms: what ``normfree interpret`` measures and writes."""
+"""``normfree interpret``: every interpretability tool on models with and without norms, as frames and a page."""
 
 from __future__ import annotations
 
@@ -24,19 +24,11 @@ from normfree.interpret.figures import attribution_error_heatmaps, confidence_ne
 from normfree.interpret.figures import residual_std_by_position as residual_std_figure
 from normfree.interpret.patching import PromptPairs, agreement, patch_heads
 from normfree.interpret.prompts import induction_pairs, read_prompts
-from normfree.interpret.sequences import (
-    SequenceOptions,
-    TokenSequences,
-    check_same_tokens,
-    named_sources,
-    token_sequences,
-    tokenizer_of,
-)
+from normfree.interpret.sequences import ComparedModels, SequenceOptions, TokenSequences, tokenizer_of
 from normfree.interpret.sinks import attention_sinks, residual_std_by_position
 from normfree.modeling import NormfreeForCausalLM
 from normfree.progress import stage
 from normfree.report import FIGURES_FOLDER, Callout, Section, Table, figure_section, weights_entry, write_page
-from normfree.training import load_pretrained
 
 FRAMES = ("attribution_errors", "patches", "neuron_weights", "neuron_effects", "sinks", "residual_stds")
 """The CSV files, by name."""
@@ -59,11 +51,11 @@ _NOTES = (
 
 @dataclass(frozen=True)
 class InterpretabilityComparison:
-    """What :func:`compare_interpretability` found.
+    """The result of :func:`compare_interpretability`.
 
     models: the frames of :func:`interpret_model`, by the model's name.
-    sequences: what all models read.
-    quantization: how weights were quantized, by model; without models whose weights were not.
+    sequences: those that all models read.
+    quantization: how weights were quantized, by model; models without are left out.
     """
 
     models: Mapping[str, Mapping[str, pd.DataFrame]]
@@ -74,24 +66,22 @@ class InterpretabilityComparison:
     def frames(self) -> dict[str, pd.DataFrame]:
         """The frames of all models by the names of ``FRAMES``, with the column ``model``."""
         found = self.models.items()
-        return {
-            name: pd.concat([frames[name].assign(model=model) for model, frames in found], ignore_index=True)
-            for name in FRAMES
-        }
+        each = {name: [frames[name].assign(model=model) for model, frames in found] for name in FRAMES}
+        return {name: pd.concat(frames, ignore_index=True) for name, frames in each.items()}
 
     @cached_property
     def summary(self) -> pd.DataFrame:
         """One row a model: model, attribution_nmae, patching_pearson, patching_nmae, norm_mediated_share, sink_share,
         first_token_std_ratio.
 
-        attribution_nmae is the median over heads, norm_mediated_share the median over the candidate neurons that have
-        any effect, sink_share the mean over heads, and first_token_std_ratio the residual std after the last block: of
-        the first token, over the median of all other positions.
+        attribution_nmae is the median over heads, norm_mediated_share the median over the candidate neurons with an
+        effect, sink_share the mean over heads, and first_token_std_ratio the residual std of the first token after the
+        last block over the median of all other positions.
         """
         return pd.DataFrame([{"model": model, **_summary(frames)} for model, frames in self.models.items()])
 
     def write(self, folder: Path, command: str) -> None:
-        """Writes CSV files, figures and ``report.html``, which names ``command``, into ``folder``, creating it."""
+        """Writes CSV files, figures and ``report.html``, which quotes ``command``, into ``folder``, made if missing."""
         for name, frame in {**self.frames, "summary": self.summary}.items():
             write_text(folder / f"{name}.csv", frame.to_csv(index=False, na_rep="nan"))
         write_page(
@@ -151,10 +141,10 @@ def compare_interpretability(
     n_neuron: int = 20,
     **sequences: Unpack[SequenceOptions],
 ) -> InterpretabilityComparison:
-    """Runs every tool on each of ``models``, on the same sequences and prompts; what ``normfree interpret`` does.
+    """Runs every tool on each of ``models``, on the same sequences and prompts, one model in memory at a time.
 
     Args:
-        models: Hub ids, model folders, GGUF files or runs; or these by the names to give them.
+        models: Hub ids, model folders, GGUF files or runs; or a mapping from names to these.
         prompts: a file of prompt pairs (see :func:`~normfree.interpret.read_prompts`); default: induction prompts
             made from the sequences, half as many.
         n_neuron: candidate confidence neurons to ablate.
@@ -164,28 +154,22 @@ def compare_interpretability(
         InputError: a model cannot be loaded or is of a kind the tools cannot read, the models have different
             vocabularies, or the sequences or prompts do not fit.
     """
-    loaded = {name: load_pretrained(source) for name, source in named_sources(models).items()}
-    first = next(iter(loaded.values()))
-    for each in loaded.values():
-        check_same_tokens(first.checkpoint, each.checkpoint)
-    sequences.setdefault("n_sequences", 64)
-    read = token_sequences(first, **sequences)
-    beginning = read.beginning
+    compared = ComparedModels.of(models, 64, sequences)
+    read, beginning = compared.sequences, compared.sequences.beginning
     if len(beginning) > 1:
         raise InputError(
-            f"sequences of {first.source} begin with {' '.join(beginning.tokens)}, and the tools here predict all "
-            "tokens but the first; give --no-bos"
+            f"sequences of {compared.loaded.source} begin with {' '.join(beginning.tokens)}, and the tools here "
+            "predict all tokens but the first; give --no-bos"
         )
     if prompts is not None:
-        pairs = read_prompts(prompts, tokenizer_of(first), beginning)
+        pairs = read_prompts(prompts, tokenizer_of(compared.loaded), beginning)
     else:
         pairs = induction_pairs(read.tokens, max(1, len(read.tokens) // 2), n_beginning=len(beginning))
     found = {}
-    for name, each in loaded.items():
+    for name, each in compared:
         with stage(f"{name}: {read}, {len(pairs.answers)} prompts, {n_neuron} neurons"):
             found[name] = interpret_model(each.as_normfree(), read.tokens, pairs, n_neuron=n_neuron)
-    quantization = {name: each.quantization for name, each in loaded.items() if each.quantization is not None}
-    return InterpretabilityComparison(found, read, quantization)
+    return InterpretabilityComparison(found, read, compared.quantization)
 
 
 def interpret_model(
@@ -195,8 +179,7 @@ def interpret_model(
 
     attribution_errors: :func:`~normfree.interpret.direct_attribution_errors` of the heads.
     patches: :func:`~normfree.interpret.patch_heads`.
-    neuron_weights, neuron_effects: of the last layer's neurons, and of its ``n_neuron`` candidates for confidence
-        neurons.
+    neuron_weights, neuron_effects: of the last layer's neurons, and of its ``n_neuron`` candidate confidence neurons.
     sinks, residual_stds: :func:`~normfree.interpret.attention_sinks`,
         :func:`~normfree.interpret.residual_std_by_position`.
 
@@ -229,7 +212,7 @@ def _summary(frames: Mapping[str, pd.DataFrame]) -> dict[str, float]:
 
 
 def _lead(summary: pd.DataFrame) -> str:
-    """The summary in words that hold whatever the numbers are."""
+    """The summary in words that hold for any numbers."""
     return " ".join(
         f"{row['model']}: direct logit attribution misses the measured direct effect of a head by "
         f"{100 * row['attribution_nmae']:.1f} % (median); attribution patching correlates with activation patching at "

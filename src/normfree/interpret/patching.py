@@ -1,7 +1,7 @@
 """Activation patching and its linear approximation, attribution patching, on pairs of clean and corrupted prompts.
 
-Activation patching puts an activation of the clean run into the corrupted run and measures what becomes of the answer;
-attribution patching guesses that for all activations at once from one gradient (Nanda, "Attribution Patching", 2023;
+Activation patching copies an activation of the clean run into the corrupted run and measures the answer's logit;
+attribution patching estimates that for all activations at once from one gradient (Nanda, "Attribution Patching", 2023;
 Syed et al., "Attribution Patching Outperforms Automated Circuit Discovery", 2023, Eq. 1).
 """
 
@@ -30,10 +30,10 @@ from normfree.progress import track
 
 @dataclass(frozen=True)
 class PromptPairs:
-    """Prompts that differ in what their answer depends on.
+    """Pairs of prompts that differ in what the answer depends on.
 
-    clean, corrupted: int64 [n, T], no padding; ``clean`` has the answer.
-    answers, wrong_answers: the token that should follow the clean prompt and the one it is measured against, int64 [n].
+    clean, corrupted: int64 [n, T], no padding.
+    answers, wrong_answers: the token that should follow the clean prompt, and the one it is compared with, int64 [n].
     """
 
     clean: torch.Tensor
@@ -43,24 +43,19 @@ class PromptPairs:
 
     def split(self, batch_size: int) -> list[PromptPairs]:
         """The pairs in batches of ``batch_size``."""
-        tensors = (self.clean, self.corrupted, self.answers, self.wrong_answers)
-        return [PromptPairs(*batch) for batch in zip(*(each.split(batch_size) for each in tensors), strict=True)]
+        parts = (each.split(batch_size) for each in vars(self).values())
+        return [PromptPairs(*batch) for batch in zip(*parts, strict=True)]
 
     def to(self, device: torch.device) -> PromptPairs:
         """The pairs on ``device``."""
-        return PromptPairs(
-            self.clean.to(device),
-            self.corrupted.to(device),
-            self.answers.to(device),
-            self.wrong_answers.to(device),
-        )
+        return PromptPairs(*(each.to(device) for each in vars(self).values()))
 
 
 @dataclass(frozen=True)
 class PatchingAgreement:
     """How well attribution patching approximates activation patching, over ``n`` patches.
 
-    pearson: the correlation of the two; NaN where one of them does not vary.
+    pearson: their correlation; NaN if one of them is constant.
     nmae: mean |attribution − activation| / mean |activation|.
     """
 
@@ -71,9 +66,7 @@ class PatchingAgreement:
 
 @torch.no_grad()
 def logit_difference(model: NormfreeForCausalLM, pairs: PromptPairs, *, corrupted: bool = False) -> torch.Tensor:
-    """The logit of the answer less that of the wrong answer after the last token of each prompt: float64 [n].
-
-    Of the clean prompts, or of the corrupted ones.
+    """The answer's logit minus the wrong answer's after each clean (or corrupted) prompt: float64 [n].
 
     Raises:
         InputError: the pairs do not fit the model or one another.
@@ -87,12 +80,12 @@ def patch_heads(
 ) -> pd.DataFrame:
     """Both patchings of the output of every attention head, before ``o_proj``, at all positions at once or at each.
 
-    An effect is the change of the logit difference (see :func:`logit_difference`) from the corrupted run, in logits:
-    measured with the clean output put in (a pass a head and, by position, a position), and
-    Σ (clean − corrupted) · gradient at the corrupted run (one backward pass).
+    An effect is the change of :func:`logit_difference` from the corrupted run, in logits: measured with the clean
+    output in its place (a pass a head and, by position, a position), and estimated as Σ (clean − corrupted) · gradient
+    at the corrupted run (one backward pass).
 
     Args:
-        model: a pre-norm decoder in evaluation mode; its weights' gradients are left as they are.
+        model: a pre-norm decoder in evaluation mode; the ``.grad`` of its weights is not changed.
         pairs: at least one.
         by_position: patch one position at a time.
         batch_size: pairs a pass.
@@ -104,15 +97,12 @@ def patch_heads(
         InputError: the model is of another kind, or the pairs do not fit it or one another.
     """
     _check(model, pairs)
-    effects = _patch(model, pairs, head_projections(model), model.config.n_head, by_position, batch_size)
-    names = ["pair", "layer", "head", "position"]
-    return _frame(effects, names) if by_position else _frame(effects, names).drop(columns="position")
+    patches = _patch(model, pairs, head_projections(model), model.config.n_head, by_position, batch_size)
+    return patches if by_position else patches.drop(columns="position")
 
 
 def patch_residual_stream(model: NormfreeForCausalLM, pairs: PromptPairs, *, batch_size: int = 32) -> pd.DataFrame:
-    """Both patchings of the residual stream after every block, one position at a time.
-
-    As :func:`patch_heads`.
+    """Both patchings of the residual stream after every block, one position at a time; see :func:`patch_heads`.
 
     Returns:
         pair, layer (the stream after its block), position, activation_patching, attribution_patching; a row a patch.
@@ -122,15 +112,14 @@ def patch_residual_stream(model: NormfreeForCausalLM, pairs: PromptPairs, *, bat
     """
     _check(model, pairs)
     modules = readers_of_residual_stream(model)[1:]
-    effects = _patch(model, pairs, modules, 1, by_position=True, batch_size=batch_size)
-    return _frame(effects, ["pair", "layer", "part", "position"]).drop(columns="part")
+    return _patch(model, pairs, modules, 1, by_position=True, batch_size=batch_size).drop(columns="head")
 
 
 def agreement(patches: pd.DataFrame) -> PatchingAgreement:
     """Correlation and error of attribution patching over the rows of ``patches``.
 
     Args:
-        patches: activation_patching and attribution_patching. NaN in either makes both numbers NaN.
+        patches: activation_patching and attribution_patching; NaN in either makes both numbers NaN.
 
     Raises:
         InputError: there are fewer than two rows.
@@ -164,39 +153,39 @@ def _patch(
     model: NormfreeForCausalLM,
     pairs: PromptPairs,
     modules: Sequence[nn.Module],
-    n_part: int,
+    n_head: int,
     by_position: bool,
     batch_size: int,
-) -> torch.Tensor:
-    """Activation and attribution patching of the inputs of ``modules``, each cut into ``n_part`` parts of channels.
-
-    Float64 [2, n, n_module, n_part, T]; T is 1 where positions are patched together.
-    """
+) -> pd.DataFrame:
+    """Both patchings of the inputs of ``modules``, one a layer, whose channels are those of ``n_head`` heads."""
     results = []
     for batch in track(pairs.split(batch_size), "patching", unit="batches"):
         each = batch.to(model.device)
         with torch.no_grad():
             clean = read_inputs(model, each.clean, modules)
-        corrupted_metric, attribution = _attribution(model, each, modules, clean, n_part)
+        corrupted_metric, attribution = _attribution(model, each, modules, clean, n_head)
         if not by_position:
             attribution = attribution.sum(dim=-1, keepdim=True)
         activation = torch.empty_like(attribution)
-        for place, part, position in np.ndindex(*attribution.shape[1:]):
-            where = slice(position, position + 1) if by_position else slice(None)
-            patched = _patched_metric(model, each, modules[place], clean[place], n_part, part, where)
-            activation[:, place, part, position] = patched - corrupted_metric
+        for layer, head, position in np.ndindex(*attribution.shape[1:]):
+            where = (slice(None), slice(position, position + 1) if by_position else slice(None), head)
+            patched = _patched_metric(model, each, modules[layer], clean[layer].unflatten(-1, (n_head, -1)), where)
+            activation[:, layer, head, position] = patched - corrupted_metric
         results.append(torch.stack([activation, attribution]).cpu())
-    return torch.cat(results, dim=1)
+    effects = torch.cat(results, dim=1).numpy()
+    indices = zip(("pair", "layer", "head", "position"), np.indices(effects.shape[1:]), strict=True)
+    values = zip(("activation_patching", "attribution_patching"), effects, strict=True)
+    return pd.DataFrame({name: each.ravel() for name, each in (*indices, *values)})
 
 
 def _attribution(
-    model: NormfreeForCausalLM, pairs: PromptPairs, modules: Sequence[nn.Module], clean: list[torch.Tensor], n_part: int
+    model: NormfreeForCausalLM, pairs: PromptPairs, modules: Sequence[nn.Module], clean: list[torch.Tensor], n_head: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The corrupted runs' metric [n], and (clean − corrupted) · its gradient, float64 [n, n_module, n_part, T]."""
+    """The metric of the corrupted runs [n], and (clean − corrupted) · its gradient, float64 [n, n_layer, n_head, T]."""
     corrupted: dict[int, torch.Tensor] = {}
 
     def keep(place: int, x: torch.Tensor) -> torch.Tensor:
-        # With frozen weights nothing has a gradient yet; then nothing before x needs one.
+        # With frozen weights x needs no gradient yet, and so nothing before it does.
         corrupted[place] = x if x.requires_grad else x.detach().requires_grad_()
         return corrupted[place]
 
@@ -204,7 +193,7 @@ def _attribution(
         metric = _metric(model, pairs.corrupted, pairs)
         gradients = torch.autograd.grad(metric.sum(), [corrupted[place] for place in range(len(modules))])
     attributions = [
-        ((each.double() - corrupted[place].double()) * gradient.double()).unflatten(-1, (n_part, -1)).sum(dim=-1)
+        ((each.double() - corrupted[place].double()) * gradient.double()).unflatten(-1, (n_head, -1)).sum(dim=-1)
         for place, (each, gradient) in enumerate(zip(clean, gradients, strict=True))
     ]
     return metric.detach(), torch.stack(attributions, dim=1).transpose(2, 3).detach()
@@ -216,24 +205,14 @@ def _patched_metric(
     pairs: PromptPairs,
     module: nn.Module,
     clean: torch.Tensor,
-    n_part: int,
-    part: int,
-    positions: slice,
+    where: tuple[slice, slice, int],
 ) -> torch.Tensor:
+    """The metric of the corrupted runs with ``clean`` [n, T, n_head, head_dim] copied in at ``where``."""
+
     def replace(_: int, x: torch.Tensor) -> torch.Tensor:
         patched = x.clone()
-        patched.unflatten(-1, (n_part, -1))[:, positions, part] = clean.unflatten(-1, (n_part, -1))[:, positions, part]
+        patched.view(clean.shape)[where] = clean[where]
         return patched
 
     with intercepted([module], replace):
         return _metric(model, pairs.corrupted, pairs)
-
-
-def _frame(effects: torch.Tensor, names: Sequence[str]) -> pd.DataFrame:
-    """A row an entry of ``effects`` [2, ...], its dimensions called ``names``."""
-    indices = np.indices(effects.shape[1:])
-    columns = {name: index.ravel() for name, index in zip(names, indices, strict=True)}
-    activation, attribution = effects.numpy()
-    return pd.DataFrame(
-        {**columns, "activation_patching": activation.ravel(), "attribution_patching": attribution.ravel()}
-    )

@@ -21,11 +21,11 @@ from normfree.errors import InputError
 from normfree.files import folder_written_whole, write_text
 from normfree.interpret.depth.block_calls import RecordedPass, check_independence, record
 from normfree.modeling import NormfreeConfig
+from normfree.modeling.decoder_blocks import decoder_blocks
 from normfree.modeling.layer_types import SLIDING
 from normfree.modeling.loading import load_model
 from normfree.modeling.norms import SCALED_NORMS
 from normfree.modeling.rotary import parameter_sets
-from normfree.probes.residual_stream import decoder_blocks
 
 PRUNING_FILE = "pruning.json"
 """In a pruned model's folder: what it was made from, and which of its layers are left."""

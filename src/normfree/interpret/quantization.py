@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from normfree.columns import EVAL_LOSS, EVAL_PPL
 from normfree.errors import InputError, unknown_name
-from normfree.probes.residual_stream import decoder_blocks
+from normfree.modeling.decoder_blocks import decoder_blocks
 from normfree.training.evaluation import evaluation_losses, perplexity
 
 FULL_PRECISION = "full_precision"

@@ -17,12 +17,12 @@ from normfree.modeling.constant_std import ConstantStdNorm
 class Readout:
     """logits = W (g ⊙ C x / σ(x) + β) + b: final norm and unembedding of a model.
 
-    C takes the mean over channels off (LayerNorm) or nothing (RMSNorm, no norm); σ(x) is sqrt(mean((C x)²) + eps), the
-    constant of a constant-std norm, or 1 where there is no norm. With σ held fixed, logits are linear in x.
+    C subtracts the mean over channels (LayerNorm) or nothing (RMSNorm, no norm); σ(x) is sqrt(mean((C x)²) + eps), the
+    constant of a constant-std norm, or 1 without a norm. For a fixed σ, logits are linear in x.
 
-    norm: the final norm itself, a copy in float64.
-    gain, bias: g and β, float64 [n_embd]; ones and zeros where the norm has none.
-    is_centred: whether C takes the mean off.
+    norm: a float64 copy of the final norm.
+    gain, bias: g and β, float64 [n_embd]; ones and zeros if the norm has none.
+    is_centred: whether C subtracts the mean.
     unembedding: W [vocab_size, n_embd] in the model's dtype.
     unembedding_bias: b, float64 [vocab_size].
     """
@@ -39,14 +39,14 @@ class Readout:
         """The readout of ``model``.
 
         Raises:
-            InputError: its final norm is none of LayerNorm, RMSNorm, constant-std norm and no norm, or its logits are
+            InputError: its final norm is not LayerNorm, RMSNorm, constant-std norm or none, or its logits are
                 soft-capped.
         """
         if model.config.final_logit_softcapping is not None:
             raise InputError(
                 f"the logits of the model are soft-capped (final_logit_softcapping = "
-                f"{model.config.final_logit_softcapping}), so they are no sum of contributions even with every std "
-                "frozen; use a model without it"
+                f"{model.config.final_logit_softcapping}), so even with frozen stds they are not a sum of "
+                "contributions; use a model without it"
             )
         norm = deepcopy(model.model.final_norm).double()
         if not isinstance(norm, (nn.LayerNorm, nn.RMSNorm, ConstantStdNorm, nn.Identity)):
@@ -68,7 +68,7 @@ class Readout:
 
     @property
     def is_linear(self) -> bool:
-        """Whether logits are linear in x: σ depends on no x."""
+        """Whether logits are linear in x: σ does not depend on x."""
         return isinstance(self.norm, (nn.Identity, ConstantStdNorm))
 
     def std(self, x: torch.Tensor) -> torch.Tensor:
@@ -81,7 +81,7 @@ class Readout:
         return (self.centred(x.double()).square().mean(dim=-1, keepdim=True) + eps).sqrt()
 
     def normalized(self, x: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-        """What the norm makes of ``x`` [..., n_embd] with its σ frozen to ``std`` [..., 1]: float64 [..., n_embd]."""
+        """The norm's output for ``x`` [..., n_embd] with σ frozen to ``std`` [..., 1]: float64 [..., n_embd]."""
         return self.gain * self.centred(x.double()) / std + self.bias
 
     def centred(self, x: torch.Tensor) -> torch.Tensor:
@@ -89,28 +89,28 @@ class Readout:
         return x - x.mean(dim=-1, keepdim=True) if self.is_centred else x
 
     def directions(self, targets: torch.Tensor, against: torch.Tensor | None) -> torch.Tensor:
-        """The gradient of each target's logit in the final residual stream, times σ: float64 [..., n_embd].
+        """σ times the gradient of each target's logit, less that of ``against`` if given, in x: float64 [..., n_embd].
 
-        Given ``against``, of the logit of ``targets`` [...] less that of ``against``. It is C (g ⊙ W_target).
+        It is C (g ⊙ W_target).
         """
         return self.centred(self.gain * self._rows(targets, against))
 
     def constants(self, targets: torch.Tensor, against: torch.Tensor | None) -> torch.Tensor:
-        """The part of these logits that no residual stream changes, W_target · β + b_target: float64 [...]."""
+        """The part of these logits that does not depend on x, W_target · β + b_target: float64 [...]."""
         offset = self.unembedding_bias[targets]
         if against is not None:
             offset = offset - self.unembedding_bias[against]
         return self._rows(targets, against) @ self.bias + offset
 
     def logits(self, x: torch.Tensor, targets: torch.Tensor, against: torch.Tensor | None) -> torch.Tensor:
-        """These logits through the norm as it is, its σ taken from ``x`` [..., n_embd] itself: float64 [...]."""
+        """These logits through the norm as it is, with the σ of ``x`` [..., n_embd]: float64 [...]."""
         read = self.norm(x.double()) - self.bias
         return (read * self._rows(targets, against)).sum(dim=-1) + self.constants(targets, against)
 
     def effective_unembedding(self) -> torch.Tensor:
-        """W with gain and centring folded in and its mean over the vocabulary taken off: float64 [vocab_size, n_embd].
+        """W with gain and centring folded in, less its mean over the vocabulary: float64 [vocab_size, n_embd].
 
-        A shift of all logits together changes no probability, so the mean row has no meaning.
+        Probabilities do not depend on the mean row: it shifts all logits equally.
         """
         folded = self.centred(self.gain * self.unembedding.double())
         return folded - folded.mean(dim=0)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict
 
@@ -18,11 +18,12 @@ from normfree.data.packed_sequences import write_sequences
 from normfree.errors import InputError
 from normfree.files import DEFAULT_CACHE_DIR
 from normfree.modeling.gguf import is_gguf
-from normfree.training import LoadedModel
+from normfree.training import LoadedModel, load_pretrained
 
 DEFAULT_SEQUENCE_LENGTH = 512
 NEARLY_ALL = 1 - 1e-9
-"""Share of a corpus' documents to measure on: a finished model needs no others to be kept for training."""
+"""Share of a corpus' documents to measure on: none need to be kept for training."""
+WRONG_TOKENIZER = "give the tokenizer that the model was trained with"
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class TokenSequences:
     """Sequences to measure on.
 
     tokens: int64 [n, T], no padding; each begins with the tokens of ``beginning``.
-    beginning: what that is, by the rule that gave it.
+    beginning: those tokens, and the rule they come from.
     """
 
     tokens: torch.Tensor
@@ -56,12 +57,63 @@ class NoTokenizerError(InputError):
     """No tokenizer is saved with a model."""
 
 
+@dataclass
+class ComparedModels:
+    """Models that read the same sequences; iteration loads one at a time.
+
+    sources: by name.
+    loaded: the model loaded last; before iteration the first, whose tokenizer made ``sequences``.
+    quantization: how weights were quantized, by name, of the models loaded so far; models without are left out.
+    """
+
+    sources: Mapping[str, str]
+    loaded: LoadedModel
+    sequences: TokenSequences
+    quantization: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, models: Sequence[str] | Mapping[str, str], default_n: int, options: SequenceOptions) -> ComparedModels:
+        """``models``, by name or each its own name, with sequences for the first.
+
+        Args:
+            models: sources, or sources by name.
+            default_n: how many sequences if ``options`` do not say.
+            options: of :func:`token_sequences`.
+
+        Raises:
+            InputError: a model is named twice, there is none, or the first or its sequences cannot be loaded.
+        """
+        if not models:
+            raise InputError("no model is named; name at least one")
+        if len(set(models)) < len(models):
+            raise InputError("a model is named twice; name each once")
+        sources = dict(models) if isinstance(models, Mapping) else {source: source for source in models}
+        first = load_pretrained(next(iter(sources.values())))
+        options.setdefault("n_sequences", default_n)
+        return cls(sources, first, token_sequences(first, **options))
+
+    def __iter__(self) -> Iterator[tuple[str, LoadedModel]]:
+        """Each model with its name.
+
+        Raises:
+            InputError: a model cannot be loaded, or its vocabulary is not that of the first.
+        """
+        first = self.loaded.checkpoint
+        for name, source in self.sources.items():
+            if source != self.loaded.source:
+                self.loaded = load_pretrained(source)
+                check_same_tokens(first, self.loaded.checkpoint)
+            if self.loaded.quantization is not None:
+                self.quantization[name] = self.loaded.quantization
+            yield name, self.loaded
+
+
 def tokenizer_of(measured: LoadedModel) -> PreTrainedTokenizerBase:
-    """The tokenizer saved with the model, as every checkpoint of a run has it.
+    """The tokenizer saved with the model; every checkpoint of a run has one.
 
     Raises:
-        NoTokenizerError: none is.
-        InputError: it has tokens that the model has no embedding for, or is in a GGUF file and cannot be read.
+        NoTokenizerError: there is none.
+        InputError: it has tokens without an embedding, or is in a GGUF file and cannot be read.
     """
     try:
         tokenizer = load_tokenizer(measured.checkpoint)
@@ -74,26 +126,15 @@ def tokenizer_of(measured: LoadedModel) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def named_sources(models: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
-    """Sources of models by name; a source without a name is its own.
-
-    Raises:
-        InputError: a model is named twice, or there is none.
-    """
-    if len(set(models)) < len(models) or not models:
-        raise InputError("a model is named twice; name each once" if models else "no model is named; name at least one")
-    return dict(models) if isinstance(models, Mapping) else {source: source for source in models}
-
-
 def check_same_tokens(first: str, other: str) -> None:
-    """Whether two models that are compared on one model's sequences read the same tokens, where both have a tokenizer.
+    """Checks that two models to compare have the same vocabulary, if both have a tokenizer.
 
     Args:
-        first: what was loaded of the model whose tokenizer made the sequences (``LoadedModel.checkpoint``).
-        other: that of the model that reads them as well.
+        first: ``LoadedModel.checkpoint`` of the model whose tokenizer made the sequences.
+        other: that of another model that reads them.
 
     Raises:
-        InputError: their vocabularies differ, and the numbers of ``other`` would be those of another text.
+        InputError: their vocabularies differ.
     """
     try:
         one, two = load_tokenizer(first), load_tokenizer(other)
@@ -107,11 +148,11 @@ def check_same_tokens(first: str, other: str) -> None:
 
 
 def named_tokenizer(measured: LoadedModel, name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of that name, once it agrees with the model and with the one saved with it."""
+    """The tokenizer ``name``, once it fits the model and agrees with the tokenizer saved with it, if one is."""
     tokenizer = load_tokenizer(name)
     measured.check_tokenizer(tokenizer, f"tokenizer {name!r}")
     try:
-        own = load_tokenizer(measured.checkpoint)
+        own = load_tokenizer(measured.checkpoint) if measured.checkpoint else tokenizer
     except InputError:
         return tokenizer
     if own.get_vocab() != tokenizer.get_vocab():
@@ -134,19 +175,17 @@ def token_sequences(
 ) -> TokenSequences:
     """The first ``n_sequences`` sequences to measure on: int64 [n_sequences, T], each from within one document.
 
-    Without ``corpus`` they are a run's own evaluation sequences. Otherwise the corpus is tokenized with
-    ``tokenizer``: by default the run's, or the one saved with the model. Sequences of a run begin as those that it was
-    trained on; those of any other model with what the tokenizer puts before a text, so that the model sees what it was
-    trained on.
+    Without ``corpus`` they are a run's own evaluation sequences. Sequences of a run begin as those it was trained on;
+    those of any other model with what its tokenizer puts before a text.
 
     Args:
         measured: the model that will read them.
         corpus: as in :class:`normfree.data.DataConfig`; may be None for a run.
-        tokenizer: a Hugging Face tokenizer's name or folder.
-        sequence_length: T; None means the run's, or 512, or what positions the model has if they are fewer.
+        tokenizer: a Hugging Face tokenizer's name or folder; default: the run's, or the one saved with the model.
+        sequence_length: T; default: the run's, or 512, or the model's positions if fewer.
         n_sequences: at least 1.
         cache_dir: where the data of runs are prepared.
-        bos: whether sequences begin with a beginning-of-text token, where that is not left to the model.
+        bos: whether sequences begin with a beginning-of-text token; default: as above.
 
     Raises:
         InputError: no corpus or tokenizer, too long sequences, too few of them, or tokens that the model lacks.
@@ -172,25 +211,34 @@ def token_sequences(
             f"{where} has {len(tokens)} sequences of {T} tokens from within one document, {n_sequences} are asked "
             "for; use a larger corpus, shorter sequences or fewer of them"
         )
-    tokens = tokens[:n_sequences]
-    n_vocabulary = measured.model.config.get_text_config().vocab_size
-    if int(tokens.max()) >= n_vocabulary:
-        raise InputError(
-            f"the tokenizer gives token {int(tokens.max())}, the vocabulary of {measured.source} has {n_vocabulary}; "
-            "give the tokenizer that the model was trained with"
-        )
-    return TokenSequences(tokens, beginning)
+    check_vocabulary(measured, tokens[:n_sequences])
+    return TokenSequences(tokens[:n_sequences], beginning)
+
+
+def check_vocabulary(measured: LoadedModel, sequences: Iterable[torch.Tensor]) -> None:
+    """Checks that the model has an embedding for every token of ``sequences``, int64 [T_i].
+
+    Raises:
+        InputError: it lacks one.
+    """
+    for i, row in enumerate(sequences):
+        low, high = int(row.min()), int(row.max())
+        if low < 0 or high >= measured.n_embedding:
+            raise InputError(
+                f"sequence {i} has token {low if low < 0 else high}, the vocabulary of {measured.source} is 0 to "
+                f"{measured.n_embedding - 1}; {WRONG_TOKENIZER}"
+            )
 
 
 def beginning_rule(measured: LoadedModel, bos: bool | None) -> BeginningRule:
-    """How sequences for a model begin: as ``bos`` says, as a run's own do, or as the model's tokenizer has it."""
+    """How sequences begin: as ``bos`` says, else as those of the run, else as the model's tokenizer has it."""
     if bos is not None:
         return "bos_token" if bos else "none"
     return "tokenizer" if measured.data is None else measured.data.beginning
 
 
 def default_sequence_length(measured: LoadedModel) -> int:
-    """T of a run's own sequences; of other models 512, or what positions they have if they are fewer."""
+    """T of a run's own sequences; for other models 512, or their positions if fewer."""
     if measured.data is not None:
         return measured.data.sequence_length
     return min(DEFAULT_SEQUENCE_LENGTH, measured.n_positions or DEFAULT_SEQUENCE_LENGTH)

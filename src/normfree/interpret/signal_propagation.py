@@ -15,7 +15,7 @@ def measure_signal_propagation(model: PreTrainedModel, sequences: torch.Tensor, 
     """Runs ``model`` over ``sequences`` (int64 [n, T], no padding) under a :class:`ResidualStreamProbe`.
 
     Works on transformers decoders whose blocks can be found (see
-    :func:`~normfree.probes.residual_stream.decoder_blocks`). The model stays in the mode it is in; its head on top of
+    :func:`~normfree.modeling.decoder_blocks.decoder_blocks`). The model stays in the mode it is in; its head on top of
     the last layer is not computed. The statistics are of the residual stream after the block, before any final norm.
 
     Returns:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from normfree.columns import SINK_SHARE
 from normfree.errors import InputError
 from normfree.interpret.head_entropy import measure_attention_entropy
-from normfree.probes.residual_stream import decoder_blocks
+from normfree.modeling.decoder_blocks import decoder_blocks
 
 SINK_THRESHOLD = 0.3
 """The share of attention from which a head counts as a sink (Gu et al., "When Attention Sink Emerges", 2024)."""

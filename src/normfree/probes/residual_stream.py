@@ -14,8 +14,6 @@ from typing import Any
 import torch
 import torch.distributed
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from normfree.columns import (
     RESIDUAL_EXCESS_KURTOSIS,
@@ -26,44 +24,14 @@ from normfree.columns import (
     RESIDUAL_RMS,
     TOKEN_COSINE_SIMILARITY,
 )
-from normfree.errors import InputError
 from normfree.modeling import activation_kernels
+from normfree.modeling.decoder_blocks import decoder_blocks
 from normfree.probes.moments import CentralMoments
 from normfree.probes.probe import LayerRow, Probe, read_calls, rows_by_layer
 
 NEVER_CALLED = "it has not been called"
 MOMENTS, CHANNEL_SQUARES = slice(6, 11), slice(11, None)
 """Places in :class:`StreamStatistics`."""
-
-
-def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The decoder blocks of ``model``, wrapped (DDP, PEFT) or not, by module name, in order.
-
-    They are the one ``nn.ModuleList`` of transformers' ``GradientCheckpointingLayer``, the base of every decoder block
-    (``model.layers``, ``transformer.h``, ``gpt_neox.layers``; in Normfree's models ``model.blocks``). A model that
-    also reads images or audio has several: those of its language model, ``get_decoder()``, are taken.
-
-    Raises:
-        InputError: there is no such list, or more than one, as in an encoder-decoder.
-    """
-    lists = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module)
-        and all(isinstance(block, GradientCheckpointingLayer) for block in module)
-    }
-    if len(lists) > 1 and isinstance(model, PreTrainedModel) and not model.config.is_encoder_decoder:
-        of_decoder = list(model.get_decoder().children())
-        lists = {name: blocks for name, blocks in lists.items() if blocks in of_decoder} or lists
-    if len(lists) != 1:
-        found = f"has {len(lists)} ({', '.join(lists)})" if lists else "has none"
-        raise InputError(
-            f"reading the residual stream needs one list of decoder blocks, and {type(model).__name__} {found}; "
-            "pass a decoder-only language model of transformers"
-        )
-    ((name, blocks),) = lists.items()
-    return {f"{name}.{layer}": block for layer, block in enumerate(blocks)}
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from normfree.errors import InputError
 from normfree.modeling import NormfreeConfig
-from normfree.probes.residual_stream import decoder_blocks
+from normfree.modeling.decoder_blocks import decoder_blocks
 from normfree.processes import is_main_process, n_processes
 from normfree.training.objectives import Objective
 from normfree.training.recipe import Recipe

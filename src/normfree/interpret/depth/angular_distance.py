@@ -1,6 +1,4 @@
-"""Angular distance between the residual streams of two layers (Gromov et al., "The Unreasonable
-Ineffectiveness of the Deeper Layers", 2024).
-"""
+"""Angular distance of layers (Gromov et al., "The Unreasonable Ineffectiveness of the Deeper Layers", 2024)."""
 
 from __future__ import annotations
 
@@ -14,27 +12,24 @@ from normfree.errors import InputError
 from normfree.interpret.depth.averages import mean_and_standard_error
 
 
-def angular_distances(streams: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def angular_distances(streams: Sequence[torch.Tensor]) -> torch.Tensor:
     """arccos(cos(x_l, x_m)) / π of all pairs of streams: at the last token, and the mean over all tokens.
 
-    0 is the same direction, 1/2 a right angle, 1 the opposite. NaN where an entry is not finite or a token is all
-    zeros.
+    0 is the same direction, 1/2 a right angle, 1 the opposite. NaN for entries that are not finite and tokens of zeros.
 
     Returns:
-        Two float64 [n_layer + 1, n_layer + 1, batch].
+        float64 [2, n_layer + 1, n_layer + 1, batch].
     """
-    last, mean = [], []
-    for sequence in range(len(streams[0])):
-        # float64 for one sequence at a time
-        x = torch.stack([stream[sequence].detach().double() for stream in streams], dim=1)
+    found = []
+    for sequence in zip(*streams, strict=True):  # one at a time: float64 takes memory
+        x = torch.stack([stream.detach().double() for stream in sequence], dim=1)
         direction = x / x.norm(dim=-1, keepdim=True)
         angles = (direction @ direction.transpose(1, 2)).clamp(-1, 1).arccos() / torch.pi
-        last.append(angles[-1].cpu())
-        mean.append(angles.mean(dim=0).cpu())
-    return torch.stack(last, dim=-1), torch.stack(mean, dim=-1)
+        found.append(torch.stack([angles[-1], angles.mean(dim=0)]).cpu())
+    return torch.stack(found, dim=-1)
 
 
-def angular_distance_frame(last: torch.Tensor, mean: torch.Tensor) -> pd.DataFrame:
+def angular_distance_frame(distances: torch.Tensor) -> pd.DataFrame:
     """The frame ``angular_distance`` of a measurement, from :func:`angular_distances` of all sequences.
 
     Returns:
@@ -42,22 +37,12 @@ def angular_distance_frame(last: torch.Tensor, mean: torch.Tensor) -> pd.DataFra
         at most n_layer), angular_distance (at the last token, as Gromov et al.; mean over sequences, in units of π),
         standard_error (over sequences), angular_distance_all_tokens.
     """
-    n = len(last)
-    of_last, error = mean_and_standard_error(last)
-    of_mean, _ = mean_and_standard_error(mean)
-    return pd.DataFrame(
-        [
-            {
-                "layer": layer,
-                "n_apart": n_apart,
-                "angular_distance": of_last[layer, layer + n_apart],
-                STANDARD_ERROR: error[layer, layer + n_apart],
-                "angular_distance_all_tokens": of_mean[layer, layer + n_apart],
-            }
-            for n_apart in range(1, n)
-            for layer in range(n - n_apart)
-        ]
-    )
+    (last, mean), (error, _) = mean_and_standard_error(distances)
+    pairs = [(layer, n_apart) for n_apart in range(1, len(last)) for layer in range(len(last) - n_apart)]
+    frame = pd.DataFrame(pairs, columns=["layer", "n_apart"])
+    place = (frame["layer"], frame["layer"] + frame["n_apart"])
+    columns = {"angular_distance": last, STANDARD_ERROR: error, "angular_distance_all_tokens": mean}
+    return frame.assign(**{name: values[place] for name, values in columns.items()})
 
 
 def most_similar_block(distances: pd.DataFrame, n_drop: int) -> list[int]:
@@ -65,10 +50,10 @@ def most_similar_block(distances: pd.DataFrame, n_drop: int) -> list[int]:
 
     Args:
         distances: the frame of :func:`angular_distance_frame`.
-        n_drop: from 1 to one less than the layers there are.
+        n_drop: from 1 to n_layer − 1.
 
     Raises:
-        InputError: there are no so many layers, or the distances across them are not all finite.
+        InputError: another number, or a distance across so many layers is not finite.
     """
     n_layer = int(distances["layer"].max()) + 1
     if not 1 <= n_drop < n_layer:

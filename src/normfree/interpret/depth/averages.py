@@ -12,7 +12,7 @@ FloatArray = NDArray[np.float64]
 def mean_and_standard_error(values: torch.Tensor) -> tuple[FloatArray, FloatArray]:
     """Over the last dimension of ``values`` [..., n]: the mean and s / sqrt(n), float64 [...].
 
-    s has n - 1 degrees of freedom; with one value the error is NaN. A value that is not finite makes both so.
+    s has n − 1 degrees of freedom; for one value the error is NaN. Both are not finite if a value is not.
     """
     sample = values.double().cpu().numpy()
     n = sample.shape[-1]

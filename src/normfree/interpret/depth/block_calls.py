@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from normfree.errors import InputError
-from normfree.probes.residual_stream import decoder_blocks
+from normfree.modeling.decoder_blocks import decoder_blocks
 from normfree.training.evaluation import sequence_losses
 
 STREAM_KEYWORD = "hidden_states"

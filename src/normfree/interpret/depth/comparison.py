@@ -1,4 +1,4 @@
-"""How one or several models use their depth: figures and one page, for finished models and for studies."""
+"""``normfree depth``: how one or several models use their depth, as figures and a page; studies share the figures."""
 
 from __future__ import annotations
 
@@ -20,13 +20,7 @@ from normfree.interpret.depth.figures import (
 )
 from normfree.interpret.depth.measurement import DepthMeasurement, measure_depth, write_depth
 from normfree.interpret.depth.variance import WITHOUT_FIRST
-from normfree.interpret.sequences import (
-    SequenceOptions,
-    TokenSequences,
-    check_same_tokens,
-    named_sources,
-    token_sequences,
-)
+from normfree.interpret.sequences import ComparedModels, SequenceOptions, TokenSequences
 from normfree.progress import stage
 from normfree.report import (
     FIGURES_FOLDER,
@@ -38,50 +32,41 @@ from normfree.report import (
     weights_entry,
     write_page,
 )
-from normfree.training import load_pretrained
 
-_NAMES = {
-    "n_layer": "Layers",
-    LOSS_NATS: "Loss, nats",
-    "effective_depth": "Effective depth",
-    "effective_depth_standard_error": "± (s.e.)",
-    "effective_depth_share": "of layers",
-    "useful_layers": "Useful layers",
-    "deep_half_share": "Deep half's share",
-    "deep_layer_nats": "Deep layer, nats",
-    "variance_growth": "Variance grows",
-    "variance_ratio": "Last over first",
-    "nonfinite_entries": "Not finite",
+_COLUMNS = {
+    "model": ("Model", None),
+    "n_layer": ("Layers", None),
+    LOSS_NATS: ("Loss, nats", ".3f"),
+    "effective_depth": ("Effective depth", ".2f"),
+    "effective_depth_standard_error": ("± (s.e.)", ".2f"),
+    "effective_depth_share": ("of layers", ".0%"),
+    "useful_layers": ("Useful layers", ".0f"),
+    "deep_half_share": ("Deep half's share", ".1%"),
+    "deep_layer_nats": ("Deep layer, nats", ".4f"),
+    "variance_growth": ("Variance grows", None),
+    "variance_ratio": ("Last over first", ".3g"),
+    "nonfinite_entries": ("Not finite", None),
 }
-_FORMATS = {
-    "Loss, nats": ".3f",
-    "Effective depth": ".2f",
-    "± (s.e.)": ".2f",
-    "of layers": ".0%",
-    "Useful layers": ".0f",
-    "Deep half's share": ".1%",
-    "Deep layer, nats": ".4f",
-    "Last over first": ".3g",
-}
+"""Columns of the summary: their headings and formats."""
 _NOTES = (
-    "Effective depth: participation ratio of what the loss gains when each layer alone is skipped; standard error over "
-    "sequences. Useful layers: those that cost at least 1 % of what the costliest does.",
+    "Effective depth: participation ratio of the loss increases when each layer alone is skipped; standard error over "
+    "sequences. Useful layers: those that cost at least 1 % of the costliest.",
     "Deep half's share: of all increases of the loss, that of the deeper half of the layers. Deep layer: mean increase "
     "when a single one of them is skipped.",
     "Variance grows: best law for the variance of the residual stream after each block, all tokens but the first of a "
-    "sequence; last over first: its quotient. Not finite: NaN and infinite entries of it.",
+    "sequence; last over first: its ratio. Not finite: its NaN and infinite entries.",
 )
 MOST_RUNS_IN_FULL = 4
-"""Of more runs the laws of growth have no table: it has four rows a run."""
+"""Most runs with a table of the laws of growth, which has four rows a run."""
 
 
 @dataclass(frozen=True)
 class DepthComparison:
-    """What :func:`compare_depth` found.
+    """The result of :func:`compare_depth`.
 
     models: the measurement of each model, by its name.
-    sequences: what all models read.
-    quantization: how weights were quantized, by model; without models whose weights were not.
+    sequences: those that all models read.
+    quantization: how weights were quantized, by model; models without are left out.
     """
 
     models: Mapping[str, DepthMeasurement]
@@ -99,11 +84,12 @@ class DepthComparison:
         return self.frames["summary"]
 
     def write(self, folder: Path, command: str) -> None:
-        """Writes CSV files, figures and ``report.html``, which names ``command``, into ``folder``, creating it."""
+        """Writes CSV files, figures and ``report.html``, which quotes ``command``, into ``folder``, made if missing."""
         write_depth(self.frames, folder)
         of_runs = _together([each.frames(configuration=name, seed=0) for name, each in self.models.items()])
-        shown = self.summary[["model", *_NAMES]].rename(columns={"model": "Model", **_NAMES})
-        table = Table(shown, "One row a model.", formats=_FORMATS, notes=_NOTES)
+        shown = self.summary[list(_COLUMNS)].set_axis([heading for heading, _ in _COLUMNS.values()], axis=1)
+        formats = {heading: how for heading, how in _COLUMNS.values() if how is not None}
+        table = Table(shown, "One row a model.", formats=formats, notes=_NOTES)
         write_page(
             folder / "report.html",
             title="How depth is used: " + ", ".join(self.models),
@@ -123,12 +109,10 @@ def compare_depth(
     batch_size: int = 8,
     **sequences: Unpack[SequenceOptions],
 ) -> DepthComparison:
-    """Measures each of ``models`` with :func:`measure_depth` on the same sequences; what ``normfree depth`` does.
-
-    One model at a time is in memory.
+    """Measures each of ``models`` with :func:`measure_depth` on the same sequences, one model in memory at a time.
 
     Args:
-        models: Hub ids, model folders, GGUF files or runs; or these by the names to give them.
+        models: Hub ids, model folders, GGUF files or runs; or a mapping from names to these.
         n_probe: random vectors a sequence for each Jacobian.
         batch_size: sequences in memory at once.
         sequences: as for :func:`~normfree.interpret.token_sequences`, for the first model.
@@ -137,30 +121,23 @@ def compare_depth(
         InputError: a model cannot be loaded or read, or is named twice, the models have different vocabularies, or the
             sequences do not fit.
     """
-    sources = named_sources(models)
-    measured = load_pretrained(next(iter(sources.values())))
-    first = measured.checkpoint
-    read = token_sequences(measured, **sequences)
-    found, quantization = {}, {}
-    for name, source in sources.items():
-        if measured.source != source:
-            measured = load_pretrained(source)
-            check_same_tokens(first, measured.checkpoint)
-        if measured.quantization is not None:
-            quantization[name] = measured.quantization
+    compared = ComparedModels.of(models, 32, sequences)
+    read = compared.sequences
+    options = {"n_probe": n_probe, "batch_size": batch_size, "n_beginning": len(read.beginning)}
+    found = {}
+    for name, each in compared:
         with stage(f"depth of {name} on {read}"):
-            options = {"n_probe": n_probe, "batch_size": batch_size, "n_beginning": len(read.beginning)}
-            found[name] = measure_depth(measured.model, read.tokens, **options)
-    return DepthComparison(found, read, quantization)
+            found[name] = measure_depth(each.model, read.tokens, **options)
+    return DepthComparison(found, read, compared.quantization)
 
 
 def depth_sections(frames: Mapping[str, pd.DataFrame], folder: Path) -> list[Section]:
-    """The sections of a page, their figures saved in ``folder``.
+    """The sections of a page, their figures saved in ``folder``, created if missing.
 
     Args:
-        frames: those of :meth:`~normfree.interpret.DepthMeasurement.frames`, of one or several runs, that configuration
-            and seed name.
-        folder: created if it is missing.
+        frames: :meth:`~normfree.interpret.DepthMeasurement.frames` of one or several runs, with columns configuration
+            and seed.
+        folder: of the figures.
     """
     growth = frames["variance_growth"]
     runs = growth[["configuration", "seed"]].drop_duplicates()
@@ -195,9 +172,8 @@ def depth_sections(frames: Mapping[str, pd.DataFrame], folder: Path) -> list[Sec
             folder,
             "jacobian-and-gradients",
             jacobian_distance_and_gradient_norms(frames["jacobian_distance"], frames["gradient_norms"]),
-            "Distance of each block's Jacobian from the identity, and gradient norms of the loss: 0 is a block that "
-            "does nothing, and 1 one whose output does not depend on its input. What is below 10⁻⁴ of a panel's "
-            "largest value is not shown.",
+            "Distance of each block's Jacobian from the identity (0: the block does nothing; 1: its output does not "
+            "depend on its input), and gradient norms of the loss. Values below 10⁻⁴ of a panel's largest are hidden.",
         ),
     ]
 
@@ -207,19 +183,17 @@ def _together(measurements: list[dict[str, pd.DataFrame]]) -> dict[str, pd.DataF
 
 
 def _growth_table(growth: pd.DataFrame) -> Table:
-    shown = pd.DataFrame(
-        {
-            "Model": growth["configuration"],
-            "Law": growth["law"],
-            "a": _with_interval(growth, "scale"),
-            "b": _with_interval(growth, "rate"),
-            "Residual s.d.": growth["log_std"],
-            "ΔAICc": growth["delta_aicc"],
-            "Akaike weight": growth["akaike_weight"],
-        }
-    )
+    columns = {
+        "Model": growth["configuration"],
+        "Law": growth["law"],
+        "a": _with_interval(growth, "scale"),
+        "b": _with_interval(growth, "rate"),
+        "Residual s.d.": growth["log_std"],
+        "ΔAICc": growth["delta_aicc"],
+        "Akaike weight": growth["akaike_weight"],
+    }
     return Table(
-        shown,
+        pd.DataFrame(columns),
         "Laws of growth of the variance after l blocks, l from 1, best first; all tokens but the first.",
         formats={"Residual s.d.": ".3f", "ΔAICc": ".1f", "Akaike weight": ".3f"},
         notes=[
@@ -239,8 +213,8 @@ def _with_interval(growth: pd.DataFrame, name: str) -> list[str]:
 def _warnings(table: pd.DataFrame) -> list[Element]:
     blocks: list[Element] = [
         Callout(
-            f"The residual stream of {row['model']} holds {row['nonfinite_entries']:,} entries that are NaN or "
-            "infinite; what they enter is not finite either.",
+            f"The residual stream of {row['model']} holds {row['nonfinite_entries']:,} NaN or infinite entries; the "
+            "statistics that include them are not finite.",
             kind="warning",
         )
         for _, row in table[table["nonfinite_entries"] > 0].iterrows()
@@ -252,12 +226,9 @@ def _warnings(table: pd.DataFrame) -> list[Element]:
 
 
 def _sentence(row: pd.Series) -> str:
-    """The summary of one model in words that hold whatever the numbers are."""
+    """The summary of one model in words that hold for any numbers."""
     if not np.isfinite(row["effective_depth"]):
         return f"{row['model']}: the loss is not finite with all layers or without one of them; no effective depth."
     share = row["deep_half_share"]
-    deep = "no layer costs anything" if np.isnan(share) else f"the deeper half has {100 * share:.0f} % of it"
-    return (
-        f"{row['model']} loses by single skipped layers as if {row['effective_depth']:.1f} of its {row['n_layer']} "
-        f"layers mattered alike; {deep}."
-    )
+    deep = "no layer costs anything" if np.isnan(share) else f"the deeper half carries {share:.0%} of the loss increase"
+    return f"{row['model']}: effective depth {row['effective_depth']:.1f} of {row['n_layer']} layers; {deep}."

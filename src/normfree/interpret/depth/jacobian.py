@@ -1,4 +1,4 @@
-"""How far each block is from the identity: the distance of its Jacobian from it, estimated without building it."""
+"""Distance of each block's Jacobian from the identity, estimated without building the Jacobian."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from normfree.interpret.depth.block_calls import BlockCall, RecordedPass
 def squared_jacobian_distances(recorded: RecordedPass, n_probe: int, generator: torch.Generator) -> torch.Tensor:
     """‖Jᵀv − v‖² / (T d) of every block, probe and sequence: float64 [n_layer, n_probe, batch].
 
-    J [T d, T d] is the Jacobian of the block's output in its input, over all tokens and channels of a sequence, at the
-    input of the recorded pass. The entries of a probe v are ±1 (Rademacher), so the expectation is
-    ‖J − I‖_F² / (T d) (Hutchinson, 1990). Reverse mode: it works with every attention that can be trained.
+    J [T d, T d] is the Jacobian of a block's output in its input, over all tokens and channels of a sequence, at the
+    input of the recorded pass. The entries of a probe v are ±1 (Rademacher), so the expectation is ‖J − I‖_F² / (T d)
+    (Hutchinson, 1990). Reverse mode works with every attention that can be trained.
     """
-    distances = [_of_block(call, n_probe, generator) for call in recorded.calls]
-    return torch.stack(distances)
+    return torch.stack([_of_block(call, n_probe, generator) for call in recorded.calls])
 
 
 def jacobian_frame(squared: torch.Tensor) -> pd.DataFrame:
@@ -27,7 +26,7 @@ def jacobian_frame(squared: torch.Tensor) -> pd.DataFrame:
 
     Returns:
         layer, jacobian_distance (sqrt of the mean of ‖J − I‖_F² / (T d) over sequences: 0 for the identity, 1 for a
-        block that is constant), standard_error (over probes, each the mean over all sequences; by the delta method).
+        constant block), standard_error (over probes, each the mean over sequences; delta method).
     """
     mean, error = mean_and_standard_error(squared.mean(dim=-1))
     distance = np.sqrt(mean)
@@ -38,12 +37,11 @@ def jacobian_frame(squared: torch.Tensor) -> pd.DataFrame:
 
 def _of_block(call: BlockCall, n_probe: int, generator: torch.Generator) -> torch.Tensor:
     x = call.stream.detach().requires_grad_()
-    size = x.shape[1] * x.shape[2]
     with torch.enable_grad():
         y = call.run(x)
     squares = []
     for probe in range(n_probe):
         v = (2 * torch.randint(0, 2, x.shape, generator=generator) - 1).to(x)
         (pulled,) = torch.autograd.grad(y, x, v, retain_graph=probe < n_probe - 1)
-        squares.append((pulled.double() - v.double()).square().sum(dim=(1, 2)).cpu() / size)
+        squares.append((pulled.double() - v.double()).square().sum(dim=(1, 2)).cpu() / x[0].numel())
     return torch.stack(squares)

@@ -1,4 +1,4 @@
-"""The loss when a layer is skipped (its block the identity), alone or all from some layer on."""
+"""The loss when a layer is skipped (its block the identity), alone or with all layers after it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,9 @@ from normfree.interpret.depth.block_calls import RecordedPass
 def losses_without_each(recorded: RecordedPass) -> torch.Tensor:
     """The loss of each sequence with one layer skipped, nats: float64 [n_layer, batch].
 
-    The blocks before it put out what they did in the recorded pass.
+    The blocks before it are not run again.
     """
-    calls = recorded.calls
-    losses = []
-    for layer, call in enumerate(calls):
-        before = {earlier: calls[earlier].output for earlier in range(layer)}
-        losses.append(_losses(recorded, before | {layer: call.output_with(call.stream)}))
-    return torch.stack(losses)
+    return torch.stack([_losses(recorded, layer, layer + 1) for layer in range(len(recorded.calls))])
 
 
 @torch.no_grad()
@@ -32,45 +27,38 @@ def losses_without_last(recorded: RecordedPass) -> torch.Tensor:
 
     Final norm and unembedding read the input of the first layer that is dropped.
     """
-    calls = recorded.calls
-    n_layer = len(calls)
-    losses = []
-    for n_dropped in range(1, n_layer):
-        first = n_layer - n_dropped
-        kept = {layer: calls[layer].output for layer in range(first)}
-        dropped = {layer: calls[layer].output_with(calls[first].stream) for layer in range(first, n_layer)}
-        losses.append(_losses(recorded, kept | dropped))
-    if not losses:
-        return torch.empty(0, len(recorded.tokens), dtype=torch.float64)
-    return torch.stack(losses)
+    n_layer = len(recorded.calls)
+    losses = [_losses(recorded, n_layer - n_dropped, n_layer) for n_dropped in range(1, n_layer)]
+    return torch.stack(losses) if losses else torch.empty(0, len(recorded.tokens), dtype=torch.float64)
 
 
 def loss_increase_frame(name: str, numbers: Iterable[int], losses: torch.Tensor, plain: torch.Tensor) -> pd.DataFrame:
     """The frames ``skipped_layers`` and ``dropped_last`` of a measurement.
 
     Args:
-        name: what ``numbers`` are: layer, or n_dropped.
+        name: of the column of ``numbers``: layer or n_dropped.
         numbers: one a row.
         losses: of each sequence, nats, [n_row, n_sequence].
         plain: of each sequence with all layers, nats, [n_sequence].
 
     Returns:
         ``name``, loss_nats, loss_increase_nats (over the plain loss, mean over sequences), standard_error (of the
-        increase, over sequences, nats), nonfinite_sequences (how many have a loss that is not finite; where there is
-        one, the means are not finite).
+        increase, over sequences, nats), nonfinite_sequences (whose loss is not finite; the means then are not either).
     """
-    loss, _ = mean_and_standard_error(losses)
     increase, error = mean_and_standard_error(losses - plain)
-    return pd.DataFrame(
-        {
-            name: list(numbers),
-            LOSS_NATS: loss,
-            "loss_increase_nats": increase,
-            STANDARD_ERROR: error,
-            "nonfinite_sequences": (~losses.isfinite()).sum(dim=1).numpy(),
-        }
-    )
+    columns = {
+        name: list(numbers),
+        LOSS_NATS: mean_and_standard_error(losses)[0],
+        "loss_increase_nats": increase,
+        STANDARD_ERROR: error,
+        "nonfinite_sequences": (~losses.isfinite()).sum(dim=1).numpy(),
+    }
+    return pd.DataFrame(columns)
 
 
-def _losses(recorded: RecordedPass, outputs: dict[int, object]) -> torch.Tensor:
-    return recorded.losses(recorded.logits_with(outputs)).double().cpu()
+def _losses(recorded: RecordedPass, start: int, stop: int) -> torch.Tensor:
+    """Without the layers from ``start`` to before ``stop``; float64 [batch]."""
+    calls = recorded.calls
+    kept = {layer: call.output for layer, call in enumerate(calls[:start])}
+    skipped = {layer: calls[layer].output_with(calls[start].stream) for layer in range(start, stop)}
+    return recorded.losses(recorded.logits_with(kept | skipped)).double().cpu()

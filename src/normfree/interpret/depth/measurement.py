@@ -20,16 +20,16 @@ from normfree.interpret.depth.effective_depth import effective_depth
 from normfree.interpret.depth.gradient_norms import measure_gradient_norms
 from normfree.interpret.depth.jacobian import jacobian_frame, squared_jacobian_distances
 from normfree.interpret.depth.layer_skipping import loss_increase_frame, losses_without_each, losses_without_last
-from normfree.interpret.depth.variance import WITHOUT_FIRST, nonfinite_entries, token_variances, variance_frames
+from normfree.interpret.depth.variance import WITHOUT_FIRST, nonfinite_entries, residual_variances, variance_frames
 from normfree.progress import track
 
 UNDECIDED = "undecided"
-"""In place of a law of growth where none could be fitted."""
+"""Stands for the law of growth if none could be fitted."""
 
 
 @dataclass(frozen=True)
 class DepthMeasurement:
-    """What :func:`measure_depth` found; layers count from 0.
+    """The result of :func:`measure_depth`; layers count from 0.
 
     residual_variance, variance_growth: see :func:`~normfree.interpret.depth.variance.variance_frames`.
     angular_distance: see :func:`~normfree.interpret.depth.angular_distance.angular_distance_frame`.
@@ -49,11 +49,9 @@ class DepthMeasurement:
     summary: pd.DataFrame
 
     def frames(self, **run: Any) -> dict[str, pd.DataFrame]:
-        """The frames by name, with what names the run (model, configuration, seed ...) as their first columns."""
-        return {
-            each.name: getattr(self, each.name).assign(**run)[[*run, *getattr(self, each.name).columns]]
-            for each in fields(self)
-        }
+        """The frames by name; their first columns are ``run`` (model, configuration, seed ...)."""
+        frames = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {name: frame.assign(**run)[[*run, *frame.columns]] for name, frame in frames.items()}
 
 
 def measure_depth(
@@ -65,19 +63,18 @@ def measure_depth(
     seed: int = 0,
     n_beginning: int = 0,
 ) -> DepthMeasurement:
-    """How ``model``, a transformers decoder in evaluation mode, uses its layers, read on ``tokens``.
+    """All depth diagnostics of ``model``, a transformers decoder in evaluation mode, on ``tokens``.
 
-    A batch costs four forward passes, another half a pass a layer for the skipped ones, the unembedding once a layer
-    for the dropped ones, ``n_probe`` backward passes for the Jacobians, and a forward and backward pass for the
-    gradients.
+    A batch costs four forward passes, half a pass a layer for skipped layers, the unembedding once a layer for dropped
+    ones, ``n_probe`` backward passes for the Jacobians, and a forward and backward pass for the gradients.
 
     Args:
-        model: computes in its own precision; what is summed up is so in float64.
+        model: computes in its own precision; sums are in float64.
         tokens: int64 [n, T], no padding, T at least 2.
         n_probe: random vectors a sequence and block for the Jacobians, at least 2.
         batch_size: sequences a pass.
         seed: of the probes.
-        n_beginning: tokens that every sequence begins with; the loss is of those behind them.
+        n_beginning: tokens that every sequence begins with, and which are not predicted.
 
     Returns:
         The frames; the row ``summary`` has n_layer, n_sequences, sequence_length, loss_nats and its standard_error
@@ -97,47 +94,33 @@ def measure_depth(
     generator = torch.Generator().manual_seed(seed)
     read = track(tokens.split(batch_size), "variance, skipped layers and Jacobians", unit="batches")
     batches = [_measure_batch(model, batch, n_beginning, n_probe, generator) for batch in read]
-    losses = torch.cat([each.losses for each in batches])
-    without_each = torch.cat([each.without_each for each in batches], dim=1)
-    without_last = torch.cat([each.without_last for each in batches], dim=1)
-    nonfinite = torch.stack([each.nonfinite for each in batches]).sum(dim=0)
-    variances = torch.cat([each.variances for each in batches], dim=1)
+    losses, variances, nonfinite, angles, without_each, without_last, jacobians = (
+        torch.cat(values, dim=-1) for values in zip(*batches, strict=True)
+    )
     residual_variance, variance_growth = variance_frames(variances, nonfinite)
     n_layer = len(without_each)
     return DepthMeasurement(
         residual_variance,
         variance_growth,
-        _angular_distance([each.angles for each in batches]),
+        angular_distance_frame(angles),
         loss_increase_frame("layer", range(n_layer), without_each, losses),
         loss_increase_frame("n_dropped", range(1, n_layer), without_last, losses),
-        jacobian_frame(torch.cat([each.squared_jacobian_distances for each in batches], dim=-1)),
+        jacobian_frame(jacobians),
         measure_gradient_norms(model, tokens, batch_size, n_beginning),
         _summary(tokens, losses, without_each - losses, residual_variance, variance_growth),
     )
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """What was read of one batch, by the functions of these names."""
-
-    losses: torch.Tensor
-    variances: torch.Tensor
-    nonfinite: torch.Tensor
-    angles: tuple[torch.Tensor, torch.Tensor]
-    without_each: torch.Tensor
-    without_last: torch.Tensor
-    squared_jacobian_distances: torch.Tensor
-
-
 def _measure_batch(
     model: PreTrainedModel, batch: torch.Tensor, n_beginning: int, n_probe: int, generator: torch.Generator
-) -> _Batch:
+) -> tuple[torch.Tensor, ...]:
+    """What the frames are made of, sequences in the last dimension."""
     with torch.no_grad():
         recorded = record(model, batch, n_beginning)
     check_independence(recorded)
-    return _Batch(
+    return (
         recorded.losses(recorded.logits).double().cpu(),
-        token_variances(recorded.streams),
+        residual_variances(recorded.streams),
         nonfinite_entries(recorded.streams),
         angular_distances(recorded.streams),
         losses_without_each(recorded),
@@ -151,7 +134,9 @@ def measure_angular_distance(model: PreTrainedModel, tokens: torch.Tensor, batch
     """The frame ``angular_distance`` of :func:`measure_depth` alone, from one forward pass a batch."""
     check_measurable(model, tokens)
     read = track(tokens.split(batch_size), "angular distance", unit="batches")
-    return _angular_distance([angular_distances(record(model, batch).streams) for batch in read])
+    return angular_distance_frame(
+        torch.cat([angular_distances(record(model, batch).streams) for batch in read], dim=-1)
+    )
 
 
 def write_depth(frames: dict[str, pd.DataFrame], folder: Path) -> None:
@@ -164,10 +149,10 @@ def check_measurable(model: PreTrainedModel, tokens: torch.Tensor) -> None:
     """Checks that ``model`` is in evaluation mode and can read ``tokens``, int64 [n, T].
 
     Raises:
-        InputError: one of these is not so, or there is no sequence of two tokens.
+        InputError: it is in training mode, or the tokens do not fit it or hold no sequence of two.
     """
     if model.training:
-        raise InputError("the model is in training mode, where dropout makes every pass another; call model.eval()")
+        raise InputError("the model is in training mode, where dropout makes passes differ; call model.eval()")
     if tokens.ndim != 2 or tokens.dtype != torch.int64 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
         raise InputError(
             f"tokens must be int64 [n, T] with n at least 1 and T at least 2; got {tokens.dtype} {list(tokens.shape)}"
@@ -179,14 +164,9 @@ def check_measurable(model: PreTrainedModel, tokens: torch.Tensor) -> None:
             f"{type(model).__name__} is 0 to {config.vocab_size - 1}: give the tokenizer it was trained with"
         )
     n_positions = getattr(config, "max_position_embeddings", None)
-    # XLNet has -1: no limit
+    # XLNet has -1: no limit.
     if n_positions is not None and 0 < n_positions < tokens.shape[1]:
         raise InputError(f"the sequences have {tokens.shape[1]} tokens, {type(model).__name__} {n_positions} positions")
-
-
-def _angular_distance(batches: list[tuple[torch.Tensor, torch.Tensor]]) -> pd.DataFrame:
-    last, mean = (torch.cat(values, dim=-1) for values in zip(*batches, strict=True))
-    return angular_distance_frame(last, mean)
 
 
 def _summary(
