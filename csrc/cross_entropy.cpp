@@ -15,33 +15,7 @@
 
 namespace {
 
-typedef uint16_t Halves __attribute__((vector_size(VECTOR_BYTES / 2)));
-typedef uint32_t Words __attribute__((vector_size(VECTOR_BYTES)));
-
 constexpr int64_t SPAN = 64 * LANES;  // numbers summed in float32 before they are added to a float64 sum
-
-inline Floats load(const bfloat16* from) {
-    Halves vector;
-    std::memcpy(&vector, from, sizeof vector);
-    return (Floats)(__builtin_convertvector(vector, Words) << 16);
-}
-
-inline bfloat16 rounded(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    if (x != x) return {static_cast<uint16_t>(bits >> 16 | 0x40)};
-    return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
-}
-
-// Finite numbers only: the gradients of finite logits are.
-inline void store(bfloat16* to, Floats vector) {
-    const Words bits = (Words)vector;
-    const Halves halves = __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, Halves);
-    std::memcpy(to, &halves, sizeof halves);
-}
-
-inline void put(float* to, float x) { *to = x; }
-inline void put(bfloat16* to, float x) { *to = rounded(x); }
 
 // A row with a NaN or an infinite number in it, or with none: as the definition says, number by number.
 template <class T>

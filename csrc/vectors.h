@@ -1,4 +1,4 @@
-// Vectors of float32 as wide as the CPU's own, and e^x of them.
+// Vectors of float32 as wide as the CPU's own, loads and stores of them, and e^x.
 //
 // They are those of GCC and Clang, so one source serves AVX-512, AVX2, NEON and machines without any.
 
@@ -6,6 +6,8 @@
 
 #include <cstdint>
 #include <cstring>
+
+#include "elements.h"
 
 namespace {
 
@@ -19,6 +21,8 @@ constexpr int VECTOR_BYTES = 16;
 
 typedef float Floats __attribute__((vector_size(VECTOR_BYTES)));
 typedef int32_t Ints __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint32_t Words __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint16_t Halves __attribute__((vector_size(VECTOR_BYTES / 2)));
 
 constexpr int64_t LANES = VECTOR_BYTES / sizeof(float);
 constexpr float SMALLEST_EXPONENT = -87.0f;  // e^x below is no normal number, and nothing beside the largest term, 1
@@ -29,7 +33,28 @@ inline Floats load(const float* from) {
     return vector;
 }
 
+inline Floats load(const bfloat16* from) {
+    Halves vector;
+    std::memcpy(&vector, from, sizeof vector);
+    return (Floats)(__builtin_convertvector(vector, Words) << 16);
+}
+
 inline void store(float* to, Floats vector) { std::memcpy(to, &vector, sizeof vector); }
+
+// To the nearest bfloat16, of two as near the even one; NaN stays NaN.
+inline void store(bfloat16* to, Floats vector) {
+    const Words bits = (Words)vector, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    const Halves halves = __builtin_convertvector(vector == vector ? rounded : Words{} + 0x7fc0, Halves);
+    std::memcpy(to, &halves, sizeof halves);
+}
+
+inline void put(float* to, float x) { *to = x; }
+
+inline void put(bfloat16* to, float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    to->bits = x == x ? static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16) : 0x7fc0;
+}
 
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
