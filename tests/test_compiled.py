@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from normfree import compiled
-from normfree.entropy import compiled_kernels
+from normfree.entropy import compiled_attention, compiled_kernels
 from normfree.modeling import activation_kernels
 from normfree.spark.decode import extension
 
@@ -28,7 +28,7 @@ def test_a_missing_and_a_broken_library_are_named(without_libraries, name):
     assert "could not be loaded" in compiled.library_refuses(name, 1)
 
 
-@pytest.mark.parametrize("kernels", [activation_kernels, compiled_kernels, extension])
+@pytest.mark.parametrize("kernels", [activation_kernels, compiled_attention, compiled_kernels, extension])
 def test_a_library_of_other_sources_is_refused(kernels):
     if compiled.library_refuses(kernels.NAME, kernels.INTERFACE) is not None:
         pytest.skip("no compiled kernels")

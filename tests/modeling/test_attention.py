@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from normfree import NormfreeConfig, NormfreeForCausalLM
+from normfree import EntropyProbe, NormfreeConfig, NormfreeForCausalLM
+from normfree.entropy import compiled_attention
 from normfree.errors import InputError
 from normfree.modeling.attention import BIASED_PROJECTIONS
 
@@ -45,6 +46,45 @@ def test_implementations_agree_with_sdpa(implementation: str, variant: str) -> N
         torch.testing.assert_close(model(ids).logits, whole, rtol=0, atol=1e-5)
         actual = model(ids, attention_mask=left_padded()).logits
     torch.testing.assert_close(actual[kept], padded[kept], rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(compiled_attention.refuses() is not None, reason="no compiled kernels")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_compiled_attention_trains_as_eager_does(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss, gradients and the probe's readings; and what it does not take is left to sdpa."""
+    model, ids = build(**VARIANTS[variant], attention_dropout=0.1), torch.randint(19, (2, 13))
+    calls: list[torch.Tensor] = []
+    kernel = compiled_attention.causal_attention
+
+    def counted(q: torch.Tensor, *args: Any) -> compiled_attention.Attended:
+        calls.append(q)
+        return kernel(q, *args)
+
+    monkeypatch.setattr(compiled_attention, "causal_attention", counted)
+
+    def read(implementation: str) -> tuple[torch.Tensor, ...]:
+        model.set_attn_implementation(implementation)
+        model.zero_grad()
+        with EntropyProbe(model, count_nonfinite=True) as probe:
+            loss = model(ids, labels=ids).loss
+        loss.backward()
+        gradients = [each.grad for each in model.parameters() if each.grad is not None]
+        return loss.detach(), probe.per_head(), probe.per_position(), probe.sink_share(), probe.maximum(), *gradients
+
+    fast, n_call = read("sdpa"), len(calls)
+    assert n_call == model.config.n_layer
+    torch.testing.assert_close(fast, read("eager"), rtol=1e-4, atol=1e-5)
+    model.set_attn_implementation("sdpa")
+    model.train()(ids)  # attention dropout
+    model.eval()(ids, attention_mask=left_padded())
+    model(ids[:, :1])
+    assert len(calls) == n_call
+    with torch.autocast("cpu", torch.float16):
+        model(ids)
+    assert len(calls) == n_call
+    with torch.autocast("cpu", torch.bfloat16):
+        model(ids)
+    assert len(calls) == 2 * n_call
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

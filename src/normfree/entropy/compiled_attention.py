@@ -65,7 +65,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Attended:
 
 @torch.library.custom_op("normfree::causal_attention", mutates_args=())
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """The output, and float32 [4, batch, n_head, T]: largest score, inverse of the normaliser, entropy, first weight."""
+    """The output, and float32 [4, batch, n_head, T]: m and 1 / l (csrc), entropy, attention to the first key."""
     q, k, v = map(_contiguous_heads, (q, k, v))
     output, sums = _empty(q)
     library(NAME, INTERFACE).normfree_attention(

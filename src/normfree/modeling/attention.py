@@ -1,8 +1,8 @@
 """Attention, by name: [batch, T, n_embd] to [batch, T, n_embd], mixing positions.
 
-A new one is one ``nn.Module`` built from ``(config, layer)`` and one line in ``ATTENTIONS``. The kernel is not chosen
-here: ``SoftmaxAttention`` calls transformers' attention interface (``sdpa``, ``eager``, ``flex_attention``, ...), where
-``normfree.EntropyProbe`` reads the queries and keys.
+A new one is one ``nn.Module`` built from ``(config, layer)`` and one line in ``ATTENTIONS``. ``SoftmaxAttention`` calls
+transformers' attention interface (``sdpa``, ``eager``, ``flex_attention``, ...), where ``normfree.EntropyProbe`` reads
+queries and keys. On a CPU, compiled kernels compute what ``sdpa`` would, where they can.
 """
 
 from collections.abc import Callable
@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 
+from normfree.entropy import compiled_attention
 from normfree.entropy.scoring import soft_capped
 from normfree.errors import InputError
 from normfree.model_options import Named, one_of, option, positive, probability
@@ -26,8 +27,11 @@ from normfree.spark.sparse_attention import Rotation, SparkKeys
 
 BIASED_PROJECTIONS = {"none": "", "qk": "qk", "qkv": "qkv", "all": "qkvo"}
 """Values of ``attention_bias`` and the projections that have a bias under each."""
-WITHOUT_SOFTCAP = ("sdpa",)
+SDPA = "sdpa"
+WITHOUT_SOFTCAP = (SDPA,)
 """Attention implementations of transformers that cannot soft-cap scores."""
+COMPILED = "normfree_compiled"
+"""Name of :func:`compiled_attention_forward` in transformers' attention interface."""
 
 
 def eager_attention_forward(
@@ -57,6 +61,35 @@ def eager_attention_forward(
     weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return (weights.to(value.dtype) @ value).transpose(1, 2).contiguous(), weights
+
+
+def compiled_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, compiled_attention.Attended]:
+    """``sdpa``'s causal attention without a mask, in one pass with its entropy; see :func:`causal_attention`.
+
+    In place of weights, it returns what probes read of them.
+    """
+    attended = compiled_attention.causal_attention(query, key, value, scaling)
+    return attended.output, attended
+
+
+AttentionInterface.register(COMPILED, compiled_attention_forward)
+
+
+def _with_autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors as ``sdpa`` casts them."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [each if each.dtype == torch.float64 else each.to(dtype) for each in tensors]
 
 
 def check_softcap_implementation(name: str | None) -> None:
@@ -183,23 +216,31 @@ class SoftmaxAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Output [batch, n_query, n_head, head_dim], and the weights if they are materialised."""
-        attend: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        dropout = self.config.attention_dropout if self.training else 0.0
+        implementation = self.config._attn_implementation
         if self.softcap is not None:
-            check_softcap_implementation(self.config._attn_implementation)
+            check_softcap_implementation(implementation)
             kwargs["softcap"] = self.softcap  # transformers' name, which its implementations and probes read
-        return attend(
+        is_causal = self.is_causal and kwargs.get("is_causal") is not False
+        if implementation == SDPA and is_causal and attention_mask is None and dropout == 0:
+            cast = _with_autocast(query, key, value)
+            if compiled_attention.takes(*cast):
+                (query, key, value), implementation = cast, COMPILED
+        attend: Callable[..., tuple[torch.Tensor, Any]] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            implementation, eager_attention_forward
+        )
+        output, weights = attend(
             self,
             query,
             key,
             value,
             attention_mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
+            dropout=dropout,
             scaling=self.scaling,
             sliding_window=self.sliding_window,
             **kwargs,
         )
+        return output, None if implementation == COMPILED else weights
 
 
 class SparkAttention(SparkKeys, SoftmaxAttention):

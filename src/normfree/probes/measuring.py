@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from normfree.entropy.fused import attention_entropy_and_sink
 from normfree.entropy.nonfinite_scores import NonFiniteCount, count_nonfinite
-from normfree.entropy.reference import read_weights
+from normfree.entropy.reference import ReadWeights, read_weights
 from normfree.entropy.visibility import Visibility, visibility_of
 from normfree.probes.interception import SoftmaxCall
 from normfree.probes.layer_statistics import Queries
@@ -140,7 +140,10 @@ def _measure_scores(scores: Tensor, part: Part, counts_nonfinite: bool) -> Measu
 def _measure_attention(attention: Attention, part: Part, backend: str, counts_nonfinite: bool) -> Measured:
     queries, visibility = part.queries, part.visibility
     read = None
-    if attention.weights is not None and backend == "auto":
+    if attention.attended is not None and backend == "auto":
+        entropy, first = attention.attended.entropy, attention.attended.first
+        read = ReadWeights(entropy, first, all_scores_finite=not bool(entropy.isnan().any()))
+    elif attention.weights is not None and backend == "auto":
         read = read_weights(attention.weights, visibility)
     if attention.selects and read is None:
         raise UnreadableCallError("it attends to selected keys, and handed back no float32 distribution over them")
@@ -242,6 +245,7 @@ def part_of(attention: Attention, sequence: Sequence | None) -> Attention:
         k=attention.k[row : row + 1, :, inside],
         attention_mask=cut(mask, 1) if mask is not None and mask.dim() == 2 else cut(mask, 2, 3),
         weights=cut(attention.weights, 2, 3),
+        attended=None,
         bias=cut(attention.bias, 2, 3),
         sinks=cut(sinks, 2) if sinks is not None and sinks.dim() == 3 else sinks,
         sequences=(),

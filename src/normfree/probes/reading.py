@@ -22,6 +22,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_flash_attention_utils import _is_packed_sequence, prepare_fa_kwargs_from_position_ids
 
 from normfree.entropy import attention_entropy
+from normfree.entropy.compiled_attention import Attended
+from normfree.modeling.attention import compiled_attention_forward
 from normfree.probes.interception import TORCH_SDPA, InterfaceCall
 from normfree.probes.sequences import Sequence, sequences_of_lengths
 
@@ -56,6 +58,7 @@ class Attention:
 
     weights: float32 or float64 [batch, n_head, n_query, n_key], if the attention function returned them; None with a
         learned sink, as functions differ in whether they then sum to 1.
+    attended: entropy and attention to the first key, if the attention function computed them with its output.
     selects: it attends to some of the visible keys only, and only ``weights`` tell the distribution.
     sequences: those packed into the row, if the call names them.
     """
@@ -67,6 +70,7 @@ class Attention:
     attention_mask: Tensor | None
     sliding_window: int | None
     weights: Tensor | None
+    attended: Attended | None = None
     selects: bool = False
     softcap: float | None = None
     bias: Tensor | None = None
@@ -136,6 +140,7 @@ def read_call(call: InterfaceCall) -> Attention:
         attention_mask=masking.attention_mask,
         sliding_window=masking.sliding_window,
         weights=_weights(call) if sinks is None else None,
+        attended=call.weights if isinstance(call.weights, Attended) else None,
         selects=any(call.others.get(name) is not None for name in SELECTING_ARGUMENTS),
         softcap=_softcap(call),
         bias=_bias(call, masking.n_key),
@@ -208,6 +213,11 @@ def _read_sdpa(call: InterfaceCall) -> _Masking:
     n_query, n_key = call.query.shape[2], call.key.shape[2]
     is_causal = call.attention_mask is None and n_query > 1 and _asks_for_causal(call)
     return _Masking(min(n_key, n_query) if is_causal else n_key, is_causal, _dense_mask(call))
+
+
+def _read_compiled(call: InterfaceCall) -> _Masking:
+    """Causal, always."""
+    return _Masking(call.key.shape[2], True, None)
 
 
 def _read_torch_sdpa(call: InterfaceCall) -> _Masking:
@@ -287,6 +297,7 @@ def _asks_for_causal(call: InterfaceCall) -> bool:
 
 _READERS: Mapping[Callable[..., Any], Callable[[InterfaceCall], _Masking]] = {
     sdpa_attention_forward: _read_sdpa,
+    compiled_attention_forward: _read_compiled,
     flash_attention_forward: _read_flash,
     flex_attention_forward: _read_flex,
     TORCH_SDPA: _read_torch_sdpa,
@@ -294,6 +305,7 @@ _READERS: Mapping[Callable[..., Any], Callable[[InterfaceCall], _Masking]] = {
 
 _USES: Mapping[Callable[..., Any], set[str]] = {
     sdpa_attention_forward: {"position_bias"},
+    compiled_attention_forward: set(),
     flash_attention_forward: {"softcap", "s_aux"},
     flex_attention_forward: {"softcap", "position_bias", "s_aux"},
     TORCH_SDPA: set(),

@@ -41,6 +41,7 @@ from normfree.training.claim import check_claim, claim
 from normfree.training.distributed import averaging, check_sharding, shard, whole
 from normfree.training.evaluation import mean_loss, shared_losses
 from normfree.training.half_precision import autocast, float32_accumulation
+from normfree.training.heap import keep_freed_memory
 from normfree.training.lora import Adapters
 from normfree.training.nonfinite import REWINDS, NonfiniteError, all_finite, halted, nonfinite
 from normfree.training.objectives import CROSS_ENTROPY, DIVERGENCE, Objective
@@ -137,6 +138,7 @@ class Training:
         length = config.data.sequence_length
 
         gc.collect()  # frees the model of an earlier run in this process, which is part of reference cycles
+        keep_freed_memory()
 
         # What trains, and what is minimized. Nothing is written before all of it has been checked.
         set_seed(config.seed)
