@@ -33,7 +33,9 @@ typedef float Floats __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64)));
 
 constexpr int64_t BLOCK = 32;        // elements that are loaded together
-constexpr int64_t ROWS = 8;          // rows that are read together
+constexpr int64_t IN_ORDER = 4;      // rows that are read together of a matrix of which all are read
+constexpr int64_t LISTED = 8;        // and of a list: each jump to a row waits for memory, and they wait together
+constexpr int64_t AHEAD = 128;       // elements of a listed row that are asked for while the rows before it are read
 constexpr int64_t TILE = 512;        // columns of a group of rows that stay in the first-level cache for all vectors
 constexpr int64_t CHUNK = 256;       // keys of attention that one thread scores at a time
 
@@ -63,26 +65,21 @@ inline Block load_block(const bfloat16* from) {
     return block;
 }
 
-inline int64_t place_in_block(int64_t i, const float*) { return i; }
-inline int64_t place_in_block(int64_t i, const bfloat16*) { return i / 2 + (i % 2) * 16; }
-
 // The blocks of a vector in the order of load_block; what is left over stays as it is.
 template <class T>
 void to_block_order(const float* from, float* to, int64_t dim) {
-    const int64_t whole = dim / BLOCK * BLOCK;
-    for (int64_t i = 0; i < dim; ++i) {
-        const int64_t place = i % BLOCK;
-        to[i < whole ? i - place + place_in_block(place, static_cast<const T*>(nullptr)) : i] = from[i];
-    }
+    int64_t i = 0;
+    for (; sizeof(T) == 2 && i + BLOCK <= dim; i += BLOCK)
+        for (int64_t j = 0; j < BLOCK / 2; ++j) to[i + j] = from[i + 2 * j], to[i + 16 + j] = from[i + 2 * j + 1];
+    for (; i < dim; ++i) to[i] = from[i];
 }
 
 template <class T>
 void from_block_order(const float* from, float* to, int64_t dim) {
-    const int64_t whole = dim / BLOCK * BLOCK;
-    for (int64_t i = 0; i < dim; ++i) {
-        const int64_t place = i % BLOCK;
-        to[i] = from[i < whole ? i - place + place_in_block(place, static_cast<const T*>(nullptr)) : i];
-    }
+    int64_t i = 0;
+    for (; sizeof(T) == 2 && i + BLOCK <= dim; i += BLOCK)
+        for (int64_t j = 0; j < BLOCK / 2; ++j) to[i + 2 * j] = from[i + j], to[i + 2 * j + 1] = from[i + 16 + j];
+    for (; i < dim; ++i) to[i] = from[i];
 }
 
 inline float sum(Floats x) {
@@ -111,18 +108,20 @@ struct Rows {
     const T* operator[](int64_t i) const { return data + (list ? list[i] : i) * stride; }
 };
 
-// Dots of N rows with `vector` (in block order). The rows of `next` are asked for while these are read.
+// Asks for the first elements of a row; the CPU itself asks for those that follow, once they are read in order.
+template <class T>
+inline void fetch(const T* row, int64_t n) {
+    for (int64_t i = 0; i < n && i < AHEAD; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + i, 0, 2);
+}
+
+// Dots of N rows with `vector` (in block order).
 template <int N, class T>
-inline void dot_group(const T* const* rows, const T* const* next, const float* vector, int64_t dim, float* out) {
+inline void dot_group(const T* const* rows, const float* vector, int64_t dim, float* out) {
     Floats first[N] = {}, second[N] = {};
     const int64_t whole = dim / BLOCK * BLOCK;
     for (int64_t i = 0; i < whole; i += BLOCK) {
         const Floats a = load(vector + i), b = load(vector + i + 16);
         for (int row = 0; row < N; ++row) {
-            if (next) {
-                __builtin_prefetch(next[row] + i, 0, 2);
-                if (sizeof(T) == 4) __builtin_prefetch(next[row] + i + 16, 0, 2);
-            }
             const Block block = load_block(rows[row] + i);
             first[row] += block.first * a;
             second[row] += block.second * b;
@@ -135,40 +134,46 @@ inline void dot_group(const T* const* rows, const T* const* next, const float* v
     }
 }
 
-// out[v][i] = rows[i] · vectors[v] for rows start to stop.
-template <class T>
-void dot_rows(Rows<T> rows, Range range, const float* vectors, int64_t n_vector, int64_t dim, float* out,
-              int64_t out_stride) {
-    constexpr int64_t GROUP = 4;
-    const T *group[GROUP], *next[GROUP];
+// out[v][i] = rows[i] · vectors[v] for rows start to stop, N at a time.
+template <int N, class T>
+void dot_groups(Rows<T> rows, Range range, const float* vectors, int64_t n_vector, int64_t dim, float* out,
+                int64_t out_stride) {
+    const T* group[N];
     int64_t i = range.start;
-    for (; i + GROUP <= range.stop; i += GROUP) {
-        for (int64_t row = 0; row < GROUP; ++row) {
+    for (; i + N <= range.stop; i += N) {
+        for (int64_t row = 0; row < N; ++row) {
             group[row] = rows[i + row];
-            next[row] = rows[i + GROUP + row < range.stop ? i + GROUP + row : i + row];
+            if (rows.list && i + N + row < range.stop) fetch(rows[i + N + row], dim);
         }
-        dot_group<GROUP>(group, next, vectors, dim, out + i);
-        for (int64_t v = 1; v < n_vector; ++v)
-            dot_group<GROUP, T>(group, nullptr, vectors + v * dim, dim, out + v * out_stride + i);
+        for (int64_t v = 0; v < n_vector; ++v)
+            dot_group<N>(group, vectors + v * dim, dim, out + v * out_stride + i);
     }
     for (; i < range.stop; ++i) {
         group[0] = rows[i];
         for (int64_t v = 0; v < n_vector; ++v)
-            dot_group<1, T>(group, nullptr, vectors + v * dim, dim, out + v * out_stride + i);
+            dot_group<1>(group, vectors + v * dim, dim, out + v * out_stride + i);
     }
+}
+
+// The same: all rows with one vector are a single stream.
+template <class T>
+void dot_rows(Rows<T> rows, Range range, const float* vectors, int64_t n_vector, int64_t dim, float* out,
+              int64_t out_stride) {
+    if (rows.list)
+        dot_groups<LISTED>(rows, range, vectors, n_vector, dim, out, out_stride);
+    else if (n_vector > 1)
+        dot_groups<IN_ORDER>(rows, range, vectors, n_vector, dim, out, out_stride);
+    else
+        dot_groups<1>(rows, range, vectors, 1, dim, out, out_stride);
 }
 
 // sums += Σ weights[row] · rows[row] for N rows and `width` columns, sums in block order.
 template <int N, class T>
-inline void sum_group(const T* const* rows, const T* const* next, const float* weights, int64_t width, float* sums) {
+inline void sum_group(const T* const* rows, const float* weights, int64_t width, float* sums) {
     const int64_t whole = width / BLOCK * BLOCK;
     for (int64_t c = 0; c < whole; c += BLOCK) {
         Floats first = load(sums + c), second = load(sums + c + 16);
         for (int row = 0; row < N; ++row) {
-            if (next) {
-                __builtin_prefetch(next[row] + c, 0, 2);
-                if (sizeof(T) == 4) __builtin_prefetch(next[row] + c + 16, 0, 2);
-            }
             const Block block = load_block(rows[row] + c);
             first += block.first * weights[row];
             second += block.second * weights[row];
@@ -180,31 +185,38 @@ inline void sum_group(const T* const* rows, const T* const* next, const float* w
         for (int row = 0; row < N; ++row) sums[c] += widen(rows[row][c]) * weights[row];
 }
 
-// sums[v][c] += Σ_i weights[v][i] · rows[i][c] for columns start to stop, which begins a block.
-template <class T>
-void sum_rows(Rows<T> rows, int64_t n_row, Range columns, const float* weights, int64_t weight_stride,
-              int64_t n_vector, float* sums, int64_t sum_stride) {
-    const T *group[ROWS], *next[ROWS];
-    for (int64_t i = 0; i < n_row; i += ROWS) {
-        const int64_t n = n_row - i < ROWS ? n_row - i : ROWS;
-        for (int64_t start = columns.start; start < columns.stop; start += TILE) {
-            const int64_t width = columns.stop - start < TILE ? columns.stop - start : TILE;
-            for (int64_t row = 0; row < n; ++row) {
-                group[row] = rows[i + row] + start;
-                next[row] = i + ROWS + row < n_row ? rows[i + ROWS + row] + start : group[row];
-            }
+// sums[v][c] += Σ_i weights[v][i] · rows[i][c] for columns start to stop, which begins a block, N rows at a time.
+template <int N, class T>
+void sum_groups(Rows<T> rows, int64_t n_row, Range columns, const float* weights, int64_t weight_stride,
+                int64_t n_vector, float* sums, int64_t sum_stride) {
+    const int64_t whole = columns.stop - columns.start, tile = n_vector > 1 && whole > TILE ? TILE : whole;
+    const T* group[N];
+    for (int64_t i = 0; i < n_row; i += N) {
+        const int64_t n = n_row - i < N ? n_row - i : N;
+        for (int64_t row = i + N; rows.list && row < i + 2 * N && row < n_row; ++row)
+            fetch(rows[row] + columns.start, whole);
+        for (int64_t start = columns.start; start < columns.stop; start += tile) {
+            const int64_t width = columns.stop - start < tile ? columns.stop - start : tile;
+            for (int64_t row = 0; row < n; ++row) group[row] = rows[i + row] + start;
             for (int64_t v = 0; v < n_vector; ++v) {
                 const float* w = weights + v * weight_stride + i;
                 float* s = sums + v * sum_stride + start;
-                if (n == ROWS && v == 0)
-                    sum_group<ROWS>(group, next, w, width, s);
-                else if (n == ROWS)
-                    sum_group<ROWS, T>(group, nullptr, w, width, s);
+                if (n == N)
+                    sum_group<N>(group, w, width, s);
                 else
-                    for (int64_t row = 0; row < n; ++row) sum_group<1, T>(group + row, nullptr, w + row, width, s);
+                    for (int64_t row = 0; row < n; ++row) sum_group<1>(group + row, w + row, width, s);
             }
         }
     }
+}
+
+template <class T>
+void sum_rows(Rows<T> rows, int64_t n_row, Range columns, const float* weights, int64_t weight_stride,
+              int64_t n_vector, float* sums, int64_t sum_stride) {
+    if (rows.list)
+        sum_groups<LISTED>(rows, n_row, columns, weights, weight_stride, n_vector, sums, sum_stride);
+    else
+        sum_groups<IN_ORDER>(rows, n_row, columns, weights, weight_stride, n_vector, sums, sum_stride);
 }
 
 // mean + std · quantile of n numbers; with ±inf or NaN among them, NaN.
@@ -218,48 +230,110 @@ double threshold(const float* x, int64_t n, double quantile) {
     return mean + std::sqrt(squares / n) * quantile;
 }
 
-template <class T>
-struct FeedForward {
-    const T *predictor, *rest;
-    int64_t n, r, rest_dim, n_inner;
-    double quantile;
+enum Activation { ELSEWHERE, GELU, GELU_TANH, RELU, SILU };
+
+inline float activated(Activation activation, float x) {
+    switch (activation) {
+        case GELU: return 0.5f * x * (1.0f + std::erf(x * 0.70710678118654752f));
+        case GELU_TANH: return 0.5f * x * (1.0f + std::tanh(0.79788456080286536f * (x + 0.044715f * x * x * x)));
+        case SILU: return x / (1.0f + std::exp(-x));
+        default: return x > 0 || x != x ? x : 0.0f;
+    }
+}
+
+// What is kept of each of n queries, of n_row rows: in the first counts[v] places of row v of [n, n_row]. A query with a
+// count below 0 is NaN.
+struct Kept {
+    int64_t n_row;
+    const int32_t *indices, *counts;
+    const float* weights;
 };
 
+// out[v] = Σ_i weights[v, i] · matrix[indices[v, i]] for the thread's part of the columns.
 template <class T>
-void active_neurons(const FeedForward<T>& ffn, const float* q, const float* predictor_bias, const float* rest_bias,
-                    float* scores, int32_t* indices, float* excess, float* multipliers, int32_t* counts, int threads) {
+void sum_kept(const T* matrix, int64_t n, int64_t dim, const Kept& kept, Range columns, float* sums, float* out) {
+    for (int64_t v = 0; v < n; ++v) {
+        const int64_t n_row = kept.n_row;
+        sum_rows<T>({matrix, dim, kept.indices + v * n_row}, kept.counts[v], columns, kept.weights + v * n_row, 0, 1,
+                    sums + v * dim, 0);
+        float* result = out + v * dim + columns.start;
+        from_block_order<T>(sums + v * dim + columns.start, result, columns.stop - columns.start);
+        for (int64_t c = 0; kept.counts[v] < 0 && c < columns.stop - columns.start; ++c) result[c] = NAN;
+    }
+}
+
+template <class T>
+struct FeedForward {
+    const T *predictor, *rest, *output;
+    const float *predictor_bias, *rest_bias;
+    int64_t n, r, rest_dim, n_inner, out_dim;
+    double quantile;
+    Activation activation;
+};
+
+// Room to work in, [n, n_inner] each, and counts [n].
+struct Scratch {
+    float *scores, *weights, *multipliers;
+    int32_t *indices, *counts;
+};
+
+// The neurons of one query above the threshold: indices and score - threshold.
+template <class T>
+int32_t select(const FeedForward<T>& ffn, const float* scores, int32_t* indices, float* excess) {
+    const bool keeps_all = std::isinf(ffn.quantile);
+    const double theta = keeps_all ? 0 : threshold(scores, ffn.n_inner, ffn.quantile);
+    int32_t count = 0;
+    for (int64_t i = 0; i < ffn.n_inner; ++i) {
+        indices[count] = static_cast<int32_t>(i);
+        excess[count] = static_cast<float>(scores[i] - theta);
+        count += keeps_all || scores[i] > theta;
+    }
+    return std::isnan(theta) ? -1 : count;
+}
+
+// The thread's part of a query's neurons: multipliers, and weights where the activation is known.
+template <class T>
+void multiply(const FeedForward<T>& ffn, const float* rest_q, Range range, const int32_t* list, float* multipliers,
+              float* weights) {
+    dot_rows<T>({ffn.rest, ffn.rest_dim, list}, range, rest_q, 1, ffn.rest_dim, multipliers, 0);
+    for (int64_t i = range.start; i < range.stop; ++i) {
+        if (ffn.rest_bias) multipliers[i] += ffn.rest_bias[list[i]];
+        if (ffn.activation != ELSEWHERE) weights[i] = activated(ffn.activation, weights[i]) * multipliers[i];
+    }
+}
+
+template <class T>
+void feed_forward(const FeedForward<T>& ffn, const float* q, const Scratch& scratch, float* out, int threads) {
     const int64_t n = ffn.n, r = ffn.r, rest_dim = ffn.rest_dim, n_inner = ffn.n_inner, dim = r + rest_dim;
-    std::vector<float> rest_q(n * rest_dim), sums(n * n_inner);
-    for (int64_t v = 0; v < n; ++v) to_block_order<T>(q + v * dim + r, rest_q.data() + v * rest_dim, rest_dim);
+    std::vector<float> predictor_q(n * r), rest_q(n * rest_dim), sums(n * ffn.out_dim);
+    for (int64_t v = 0; v < n; ++v) {
+        to_block_order<T>(q + v * dim, predictor_q.data() + v * r, r);
+        to_block_order<T>(q + v * dim + r, rest_q.data() + v * rest_dim, rest_dim);
+    }
 #pragma omp parallel num_threads(threads)
     {
         const int64_t thread = omp_get_thread_num(), n_thread = omp_get_num_threads();
-        sum_rows<T>({ffn.predictor, n_inner, nullptr}, r, part(n_inner, BLOCK, thread, n_thread), q, dim, n,
-                    sums.data(), n_inner);
+        const Range neurons = part(n_inner, BLOCK, thread, n_thread);
+        dot_rows<T>({ffn.predictor, r, nullptr}, neurons, predictor_q.data(), n, r, scratch.scores, n_inner);
+        for (int64_t v = 0; ffn.predictor_bias && v < n; ++v)
+            for (int64_t i = neurons.start; i < neurons.stop; ++i)
+                scratch.scores[v * n_inner + i] += ffn.predictor_bias[i];
 #pragma omp barrier
 #pragma omp for
         for (int64_t v = 0; v < n; ++v) {
-            float* x = scores + v * n_inner;
-            from_block_order<T>(sums.data() + v * n_inner, x, n_inner);
-            if (predictor_bias)
-                for (int64_t i = 0; i < n_inner; ++i) x[i] += predictor_bias[i];
-            const bool keeps_all = std::isinf(ffn.quantile);
-            const double theta = keeps_all ? 0 : threshold(x, n_inner, ffn.quantile);
-            int32_t count = 0;
-            for (int64_t i = 0; i < n_inner; ++i) {
-                indices[v * n_inner + count] = static_cast<int32_t>(i);
-                excess[v * n_inner + count] = static_cast<float>(x[i] - theta);
-                count += keeps_all || x[i] > theta;
-            }
-            counts[v] = std::isnan(theta) ? -1 : count;
+            const int64_t row = v * n_inner;
+            scratch.counts[v] = select(ffn, scratch.scores + row, scratch.indices + row, scratch.weights + row);
         }
         for (int64_t v = 0; v < n; ++v) {
-            const Range range = part(counts[v] < 0 ? 0 : counts[v], 4, thread, n_thread);
-            const int32_t* list = indices + v * n_inner;
-            float* products = multipliers + v * n_inner;
-            dot_rows<T>({ffn.rest, rest_dim, list}, range, rest_q.data() + v * rest_dim, 1, rest_dim, products, 0);
-            if (rest_bias)
-                for (int64_t i = range.start; i < range.stop; ++i) products[i] += rest_bias[list[i]];
+            const Range range = part(scratch.counts[v] < 0 ? 0 : scratch.counts[v], LISTED, thread, n_thread);
+            const int64_t row = v * n_inner;
+            multiply(ffn, rest_q.data() + v * rest_dim, range, scratch.indices + row, scratch.multipliers + row,
+                     scratch.weights + row);
+        }
+        if (ffn.activation != ELSEWHERE) {
+#pragma omp barrier
+            sum_kept(ffn.output, n, ffn.out_dim, {n_inner, scratch.indices, scratch.counts, scratch.weights},
+                     part(ffn.out_dim, BLOCK, thread, n_thread), sums.data(), out);
         }
     }
 }
@@ -268,18 +342,18 @@ template <class T>
 void weighted_rows(const T* matrix, int64_t n, int64_t n_row, int64_t dim, const int32_t* indices,
                    const int32_t* counts, const float* weights, float* out, int threads) {
     std::vector<float> sums(n * dim);
-    const bool is_dense = indices == nullptr;
 #pragma omp parallel num_threads(threads)
     {
         const Range columns = part(dim, BLOCK, omp_get_thread_num(), omp_get_num_threads());
-        if (is_dense)
+        if (indices)
+            sum_kept(matrix, n, dim, {n_row, indices, counts, weights}, columns, sums.data(), out);
+        else {
             sum_rows<T>({matrix, dim, nullptr}, n_row, columns, weights, n_row, n, sums.data(), dim);
-        else
             for (int64_t v = 0; v < n; ++v)
-                sum_rows<T>({matrix, dim, indices + v * n_row}, counts[v], columns, weights + v * n_row, 0, 1,
-                            sums.data() + v * dim, 0);
+                from_block_order<T>(sums.data() + v * dim + columns.start, out + v * dim + columns.start,
+                                    columns.stop - columns.start);
+        }
     }
-    for (int64_t v = 0; v < n; ++v) from_block_order<T>(sums.data() + v * dim, out + v * dim, dim);
 }
 
 template <class T>
@@ -369,7 +443,7 @@ void attend(const AttentionShape& s, const T* predictor, const T* rest, const T*
 }  // namespace
 
 // What the functions below take: one more for each change of it. Python compares it with its own number.
-EXPORT int normfree_interface() { return 1; }
+EXPORT int normfree_interface() { return 2; }
 
 // 1 where the library was compiled with OpenMP.
 EXPORT int normfree_is_parallel() {
@@ -380,26 +454,29 @@ EXPORT int normfree_is_parallel() {
 #endif
 }
 
-// The first half of a sparse FFN, for n queries q [n, r + rest_dim]: predictor [r, n_inner], rest [n_inner, rest_dim].
-// Of each query, the neurons above the threshold: counts [n] (-1: the threshold is NaN), and in the first counts[v]
-// places of row v of [n, n_inner] their indices, score - threshold, and K2ᵀ q; later places are undefined. The biases
-// may be null; scores [n, n_inner] are those before the threshold.
-EXPORT void normfree_active_neurons(int type, const void* predictor, const void* rest, int64_t n, int64_t r,
-                                    int64_t rest_dim, int64_t n_inner, double quantile, const float* q,
-                                    const float* predictor_bias, const float* rest_bias,
-                                    float* scores, int32_t* indices, float* excess, float* multipliers,
-                                    int32_t* counts, int threads) {
+// A sparse FFN for n queries q [n, r + rest_dim]: predictor [n_inner, r], rest [n_inner, rest_dim], output [n_inner,
+// out_dim], one row a neuron; shape: n, r, rest_dim, n_inner, out_dim. The biases may be null; activation is one of
+// Activation. With ELSEWHERE, out [n, out_dim] is not written: scratch [4, n, n_inner] and counts [n] say what to do. Of
+// each query, the neurons above the threshold: counts[v] of them (-1: the threshold is NaN), and in the first counts[v]
+// places of row v score - threshold (scratch[1]), K2ᵀ q (scratch[2]), and their indices (scratch[3], int32).
+EXPORT void normfree_feed_forward(int type, int activation, const void* predictor, const void* rest,
+                                  const void* output, const int64_t* shape, double quantile, const float* q,
+                                  const float* predictor_bias, const float* rest_bias, float* scratch,
+                                  int32_t* counts, float* out, int threads) {
     const auto run = [&](auto element) {
         using T = decltype(element);
-        const FeedForward<T> ffn = {static_cast<const T*>(predictor), static_cast<const T*>(rest), n, r, rest_dim,
-                                    n_inner, quantile};
-        active_neurons<T>(ffn, q, predictor_bias, rest_bias, scores, indices, excess, multipliers, counts, threads);
+        const FeedForward<T> ffn = {static_cast<const T*>(predictor), static_cast<const T*>(rest),
+                                    static_cast<const T*>(output), predictor_bias, rest_bias, shape[0], shape[1],
+                                    shape[2], shape[3], shape[4], quantile, static_cast<Activation>(activation)};
+        const int64_t size = ffn.n * ffn.n_inner;
+        feed_forward<T>(ffn, q, {scratch, scratch + size, scratch + 2 * size,
+                                 reinterpret_cast<int32_t*>(scratch + 3 * size), counts}, out, threads);
     };
     type == 0 ? run(float()) : run(bfloat16());
 }
 
 // out[v] = Σ_i weights[v, i] · matrix[indices[v, i]]: matrix [n_row, dim], weights and indices [n, n_row], of which the
-// first counts[v] places count. All rows where indices and counts are null.
+// first counts[v] places count (below 0: NaN). All rows where indices and counts are null.
 EXPORT void normfree_weighted_rows(int type, const void* matrix, int64_t n, int64_t n_row, int64_t dim,
                                    const int32_t* indices, const int32_t* counts, const float* weights, float* out,
                                    int threads) {

@@ -39,7 +39,8 @@ from normfree.probes.sparsity_probe import SparsityProbe
 from normfree.spark import sparse_decode
 from normfree.spark.accounting import decode_cost, total_bytes
 from normfree.spark.decode import PackedFeedForward, decode_backends, sparse_feed_forward
-from normfree.spark.decode.extension import all_dots, weighted_rows
+from normfree.spark.decode.backends import PREDICTOR_BY_NEURON
+from normfree.spark.decode.extension import all_dots
 from normfree.timing import Call, Clock, interleaved
 
 HEADS = {"n_head": 8, "n_kv_head": 4, "head_dim": 256}
@@ -131,7 +132,7 @@ class _Networks:
     def __init__(self, d_model: int, n_inner: int, dtype: torch.dtype, device: torch.device) -> None:
         self.d_model, self.n_inner, self.dtype, self.device = d_model, n_inner, dtype, device
         self.r, self.k = d_model // 2, round(ACTIVE * n_inner)
-        self._spark = self._matrices((self.r, n_inner), (n_inner, d_model - self.r), (n_inner, d_model))
+        self._spark = self._matrices((n_inner, self.r), (n_inner, d_model - self.r), (n_inner, d_model))
         self._rows = self._matrices(*[(n_inner, d_model)] * 3)
 
     def _matrices(self, *shapes: tuple[int, int]) -> cycle[list[Tensor]]:
@@ -145,19 +146,20 @@ class _Networks:
 
     def sparse(self, backend: str) -> Tensor:
         K1, K2, V = next(self._spark)
+        K1 = K1.t() if backend in PREDICTOR_BY_NEURON else K1.view(self.r, self.n_inner)
         packed = PackedFeedForward(K1, K2.t(), V)
         return sparse_feed_forward(self._query().to(self.dtype), *packed, self.k, F.gelu, backend=backend)
 
+    # nn.Linear's layout, in which a matrix is one stream: [d_model, n_inner] for the last
     def dense(self) -> Tensor:
         up, down, _ = next(self._rows)
-        return weighted_rows(down, F.gelu(all_dots(up, self._query())))
+        return all_dots(down.view(self.d_model, self.n_inner), F.gelu(all_dots(up, self._query())))
 
     def gated(self) -> Tensor:
         up, down, gate = next(self._rows)
         x = self._query()
-        return weighted_rows(down, F.gelu(all_dots(gate, x)) * all_dots(up, x))
+        return all_dots(down.view(self.d_model, self.n_inner), F.gelu(all_dots(gate, x)) * all_dots(up, x))
 
-    # nn.Linear's layout: [d_model, n_inner] for the last matrix
     def torch_dense(self) -> Tensor:
         up, down, _ = next(self._rows)
         return F.linear(F.gelu(F.linear(self._query().to(self.dtype), up)), down.view(self.d_model, self.n_inner))
@@ -168,6 +170,7 @@ class _Networks:
         return F.linear(F.gelu(F.linear(x, gate)) * F.linear(x, up), down.view(self.d_model, self.n_inner))
 
 
+@torch.inference_mode()
 def _measure_ffn(networks: _Networks, rounds: int) -> dict[str, Any]:
     device, d_model, n_inner, r, k = networks.device, networks.d_model, networks.n_inner, networks.r, networks.k
     by_torch: dict[str, Call] = {"dense, torch": networks.torch_dense, "gated, torch": networks.torch_gated}

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from normfree.errors import InputError
 from normfree.spark.cache import spark_layer
 from normfree.spark.decode import sparse_attention_decode, sparse_feed_forward
-from normfree.spark.decode.backends import chosen_backend
+from normfree.spark.decode.backends import PREDICTOR_BY_NEURON, chosen_backend
 from normfree.spark.sparse_attention import Rotation, SparkKeys
 from normfree.spark.sparse_feed_forward import SparkFeedForward
 
@@ -34,8 +34,8 @@ def sparse_decode(model: Model, *, backend: str = "auto") -> Iterator[Model]:
     token a sequence reads only the keys and values of attended tokens. Everything else (a longer prompt, training)
     is computed as usual. Results equal those of the masked dense computation up to the rounding of sums.
 
-    Two of an FFN's three weights change their layout in memory, one weight at a time, and get it back at the end, so no
-    memory is needed for copies. The layers of a ``DynamicCache`` become
+    One or two of an FFN's three weights change their layout in memory, one weight at a time, and get it back at the
+    end, so no memory is needed for copies. The layers of a ``DynamicCache`` become
     :class:`~normfree.spark.cache.SparkCacheLayer`, which remains usable afterwards.
 
     Args:
@@ -63,8 +63,9 @@ def sparse_decode(model: Model, *, backend: str = "auto") -> Iterator[Model]:
         raise InputError("this model already decodes sparsely, or something else has replaced its layers' forward")
     try:
         for ffn in feed_forwards:
-            _set_columns_contiguous(ffn.predictor_proj, ffn.down_proj)
-            ffn.forward = _SparseFeedForward(ffn, backend)  # type: ignore[method-assign]
+            name = chosen_backend(backend, ffn.predictor_proj.weight)
+            _set_columns_contiguous(ffn.down_proj, *(() if name in PREDICTOR_BY_NEURON else (ffn.predictor_proj,)))
+            ffn.forward = _SparseFeedForward(ffn, name)  # type: ignore[method-assign]
         for attention in attentions:
             attention.forward = _SparseAttention(attention, backend)
         yield model

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from normfree.spark.decode import decode_backends
 
@@ -13,8 +15,6 @@ def _unless_available(name):
 
 
 BACKENDS = [pytest.param(name, marks=_unless_available(name)) for name in _REASONS]
-QUICK_BACKENDS = [pytest.param(name, marks=_unless_available(name)) for name in ("torch", "cpu")]
-INTERPRETER = _unless_available("triton")
 DEVICES = {"torch": "cpu", "cpu": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
 
 
@@ -24,3 +24,14 @@ def dtypes_of(backend):
         "cpu": [torch.float32, torch.bfloat16],
         "triton": [torch.float32, torch.bfloat16, torch.float16],
     }[backend]
+
+
+def check_cases(check, backend):
+    """Calls ``check(backend, data)`` for cases that hypothesis draws; Triton's interpreter is slow, and gets fewer."""
+
+    @settings(max_examples=12 if backend == "triton" else 60, deadline=None)
+    @given(data=st.data())
+    def checked(data):
+        check(backend, data)
+
+    checked()

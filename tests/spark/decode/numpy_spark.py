@@ -15,7 +15,7 @@ def gelu(x):
     return x * norm.cdf(x)
 
 
-def feed_forward(q, K1, K2, V, k, predictor_bias=None, rest_bias=None):
+def feed_forward(q, K1, K2, V, k, predictor_bias=None, rest_bias=None, activation=gelu):
     """[n, d] and the number of active neurons of each query."""
     q, K1, K2, V = (array(each) for each in (q, K1, K2, V))
     r, n_inner = K1.shape
@@ -26,7 +26,7 @@ def feed_forward(q, K1, K2, V, k, predictor_bias=None, rest_bias=None):
         theta = scores.mean(-1, keepdims=True) + scores.std(-1, keepdims=True) * norm.ppf(1 - k / n_inner)
         excess, active = np.maximum(scores - theta, 0), scores > theta
     multipliers = q[:, r:] @ K2 + (0 if rest_bias is None else array(rest_bias))
-    return (gelu(excess) * multipliers) @ V, active.sum(-1)
+    return (activation(excess) * multipliers) @ V, active.sum(-1)
 
 
 def attention(q, predictor_keys, rest_keys, values, k, predictor_scale, rest_scale, visible=None):

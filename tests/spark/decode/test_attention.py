@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume
 from hypothesis import strategies as st
 
 from normfree.errors import InputError
 from normfree.spark.decode import sparse_attention_decode
 
 from . import numpy_spark
-from .available import BACKENDS, DEVICES, INTERPRETER, QUICK_BACKENDS, dtypes_of
+from .available import BACKENDS, DEVICES, check_cases, dtypes_of
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 # the interpreter computes with NumPy, which warns where the kernels make NaN on purpose
@@ -62,18 +62,9 @@ def check_case(backend, data):
     np.testing.assert_allclose(numpy_spark.array(out), expected, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("backend", QUICK_BACKENDS)
-@settings(max_examples=60, deadline=None)
-@given(data=st.data())
-def test_agrees_with_the_masked_dense_computation(backend, data):
-    check_case(backend, data)
-
-
-@INTERPRETER
-@settings(max_examples=12, deadline=None)
-@given(data=st.data())
-def test_triton_agrees_with_the_masked_dense_computation(data):
-    check_case("triton", data)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_agrees_with_the_masked_dense_computation(backend):
+    check_cases(check_case, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

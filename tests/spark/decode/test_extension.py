@@ -33,8 +33,8 @@ def test_every_library_that_this_cpu_runs_computes_the_same(library_for, instruc
             *(torch.randn(shape).to(dtype) * 0.2 for shape in ((45, 333), (70, 333), (333, 101)))
         )
         q = torch.randn(3, 115).to(dtype)
-        K1, K2, V = (each.double() for each in packed)
-        expected = sparse_feed_forward(q.double(), K1, K2, V, 30, F.gelu, backend="torch")
+        exact = pack_feed_forward(*(each.double() for each in packed), backend="torch")
+        expected = sparse_feed_forward(q.double(), *exact, 30, F.gelu, backend="torch")
         out = sparse_feed_forward(q, *packed, 30, F.gelu, backend="cpu")
         torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
 

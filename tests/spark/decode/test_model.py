@@ -87,14 +87,19 @@ def test_bfloat16_follows_float32():
     torch.testing.assert_close(sparse_logits, logits, rtol=0, atol=0.1)
 
 
-def test_the_dense_weights_are_not_kept_twice_and_come_back_as_they_were():
-    model = spark_model()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_dense_weights_are_not_kept_twice_and_come_back_as_they_were(backend):
+    model = spark_model().to(DEVICES[backend])
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    with sparse_decode(model):
+    with sparse_decode(model, backend=backend):
         for name, weight in model.state_dict().items():
             assert torch.equal(weight, before[name])
         ffn = model.model.blocks[0].ffn
-        for projection in (ffn.predictor_proj, ffn.down_proj):
+        by_row, by_column = (
+            ([ffn.predictor_proj], [ffn.down_proj]) if backend == "cpu" else ([], [ffn.predictor_proj, ffn.down_proj])
+        )
+        assert all(projection.weight.is_contiguous() for projection in by_row)
+        for projection in by_column:
             assert projection.weight.t().is_contiguous()
             assert projection.weight.untyped_storage().nbytes() == projection.weight.numel() * 4
     for name, weight in model.state_dict().items():

@@ -14,6 +14,8 @@ from normfree.spark.decode.extension import ELEMENT_TYPES, extension_refuses
 from normfree.spark.decode.shapes import AttentionInputs, FeedForwardInputs
 
 BACKENDS = ("torch", "cpu", "triton")
+PREDICTOR_BY_NEURON = {"cpu"}
+"""Backends that read the predictor with one row a neuron, as ``nn.Linear`` stores it: as one stream."""
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 
 
@@ -51,13 +53,8 @@ def chosen_backend(backend: str, x: Tensor) -> str:
     return backend
 
 
-def kernels(backend: str, x: Tensor) -> Kernels:
-    """The functions ``feed_forward`` and ``attention`` of the backend that :func:`chosen_backend` takes.
-
-    Raises:
-        InputError: as :func:`chosen_backend`.
-    """
-    name = chosen_backend(backend, x)
+def kernels(name: str) -> Kernels:
+    """The functions ``feed_forward`` and ``attention`` of a backend that :func:`chosen_backend` has returned."""
     if name == "triton":
         from normfree.spark.decode import triton_decode
 

@@ -5,15 +5,20 @@ from __future__ import annotations
 import ctypes
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from normfree import compiled
 from normfree.compiled import address, size_array, sizes
-from normfree.spark.decode.shapes import AttentionInputs, FeedForwardInputs
+from normfree.spark.decode.shapes import Activation, AttentionInputs, FeedForwardInputs
 from normfree.spark.decode.threshold import attention_quantiles, feed_forward_quantile
 
-NAME, INTERFACE = "spark_decode", 1
+NAME, INTERFACE = "spark_decode", 2
 ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+ELSEWHERE, GELU, GELU_TANH, RELU, SILU = range(5)
+"""Activations that the kernels compute (``enum Activation`` in csrc); torch applies any other between two calls."""
+FUNCTIONS = ((F.gelu, GELU), (F.relu, RELU), (torch.relu, RELU), (F.silu, SILU))
+MODULES: dict[type, int] = {nn.ReLU: RELU, nn.SiLU: SILU}
 
 
 def extension_refuses() -> str | None:
@@ -25,24 +30,32 @@ def feed_forward(inputs: FeedForwardInputs) -> Tensor:
     """``sparse_feed_forward`` on the CPU: float32 [n, d]."""
     K1, K2, V, n = inputs.K1, inputs.K2, inputs.V, inputs.q.shape[0]
     n_inner = K1.shape[1]
-    q = inputs.q.float().contiguous()
-    scores, excess, multipliers = torch.empty(3, n, n_inner)
-    indices, counts = torch.empty((n, n_inner), dtype=torch.int32), torch.empty(n, dtype=torch.int32)
+    q, activation = inputs.q.float().contiguous(), _activation(inputs.activation)
     biases = [_float32(bias) for bias in (inputs.predictor_bias, inputs.rest_bias)]
-    compiled.library(NAME, INTERFACE).normfree_active_neurons(
+    scratch, counts, out = torch.empty(4, n, n_inner), torch.empty(n, dtype=torch.int32), torch.empty(n, V.shape[1])
+    compiled.library(NAME, INTERFACE).normfree_feed_forward(
         ELEMENT_TYPES[K1.dtype],
-        address(K1),
-        address(K2),
-        *sizes(n, K1.shape[0], K2.shape[0], n_inner),
+        activation,
+        *map(address, (K1, K2, V)),
+        size_array(n, K1.shape[0], K2.shape[0], n_inner, V.shape[1]),
         ctypes.c_double(feed_forward_quantile(inputs.k, n_inner)),
-        *map(address, (q, *biases, scores, indices, excess, multipliers, counts)),
+        *map(address, (q, *biases, scratch, counts, out)),
         torch.get_num_threads(),
     )
-    most = max(counts.tolist())
+    if activation != ELSEWHERE:
+        return out
+    _, weights, multipliers, indices = scratch
+    most = max(0, *counts.tolist())
     # the same operations on the places behind a row's count, which nobody reads
-    weights = torch.empty(n, n_inner)
-    weights[:, :most] = inputs.activation(excess[:, : max(most, 0)]) * multipliers[:, : max(most, 0)]
-    return weighted_rows(V, weights, indices, counts)
+    weights[:, :most] = inputs.activation(weights[:, :most]) * multipliers[:, :most]
+    return weighted_rows(V, weights, indices.view(torch.int32), counts)
+
+
+def _activation(function: Activation) -> int:
+    if type(function) is nn.GELU:
+        return GELU if function.approximate == "none" else GELU_TANH
+    known = (code for each, code in FUNCTIONS if each is function)
+    return MODULES.get(type(function)) or next(known, ELSEWHERE)
 
 
 def weighted_rows(
@@ -61,7 +74,7 @@ def weighted_rows(
         *map(address, (indices, counts, weights, out)),
         torch.get_num_threads(),
     )
-    return out if counts is None else out.masked_fill_((counts < 0)[:, None], torch.nan)
+    return out
 
 
 def all_dots(matrix: Tensor, vectors: Tensor) -> Tensor:

@@ -1,4 +1,3 @@
-# ruff: noqa: N803 (the paper's names of matrices)
 """Checked inputs of the kernels of sparse decode: n queries of d = r + rest dimensions; the predictor reads r."""
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ Activation = Callable[[Tensor], Tensor]
 
 
 class PackedFeedForward(NamedTuple):
-    """The weights of a Spark FFN in the layout of the decode: same numbers, other strides.
+    """The weights of a Spark FFN in the layout of a backend: same numbers, other strides.
 
-    K1: the predictor [r, d_ff], contiguous: a weighted sum of r long rows is read as a stream.
+    K1: the predictor [r, d_ff]. For ``cpu`` one row a neuron, as K2; for the others contiguous.
     K2: the multiplier [d_ff, rest] seen as [rest, d_ff] (``K2.t()`` is contiguous): one row a neuron.
     V: the output [d_ff, d], contiguous: one row a neuron.
     """
@@ -55,17 +54,8 @@ class AttentionInputs(NamedTuple):
     rest_scale: float
 
 
-def pack_feed_forward(K1: Tensor, K2: Tensor, V: Tensor) -> PackedFeedForward:
-    """K1 [r, d_ff], K2 [d - r, d_ff] and V [d_ff, d] in the layout of the decode; what has it already is not copied.
-
-    Of ``nn.Linear`` weights, K1 and K2 are the transposes of the weights [d_ff, r] and [d_ff, d - r], V is the
-    transpose of the weight [d, d_ff]: K2 is taken as it is, K1 and V are copied.
-    """
-    return PackedFeedForward(K1.contiguous(), K2.t().contiguous().t(), V.contiguous())
-
-
-def check_feed_forward(inputs: FeedForwardInputs, k: int | float) -> FeedForwardInputs:
-    """The inputs with ``k`` as a count.
+def check_feed_forward(inputs: FeedForwardInputs, k: int | float, *, predictor_by_neuron: bool) -> FeedForwardInputs:
+    """The inputs with ``k`` as a count; K1 has to have one row a neuron in memory, or else one a dimension.
 
     Raises:
         InputError: shapes, dtypes, devices, layouts or k do not fit.
@@ -87,8 +77,9 @@ def check_feed_forward(inputs: FeedForwardInputs, k: int | float) -> FeedForward
     for name, bias in (("predictor_bias", inputs.predictor_bias), ("rest_bias", inputs.rest_bias)):
         if bias is not None and bias.shape != (n_inner,):
             raise InputError(f"{name} must be [{n_inner}], got {list(bias.shape)}")
-    if not (K1.is_contiguous() and K2.t().is_contiguous() and V.is_contiguous()):
-        raise InputError("K1, K2 and V do not have the layout of the decode: pack them once with pack_feed_forward")
+    predictor = K1.t() if predictor_by_neuron else K1
+    if not (predictor.is_contiguous() and K2.t().is_contiguous() and V.is_contiguous()):
+        raise InputError("K1, K2 and V do not have the layout of the backend: pack them once with pack_feed_forward")
     return inputs._replace(k=count_of(k, n_inner))
 
 

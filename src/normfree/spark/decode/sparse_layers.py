@@ -3,17 +3,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
-from normfree.spark.decode.backends import kernels
+from normfree.spark.decode.backends import PREDICTOR_BY_NEURON, chosen_backend, kernels
 from normfree.spark.decode.shapes import (
     Activation,
     AttentionInputs,
     FeedForwardInputs,
+    PackedFeedForward,
     check_attention,
     check_feed_forward,
 )
+
+Inputs = TypeVar("Inputs", FeedForwardInputs, AttentionInputs)
+
+
+def pack_feed_forward(K1: Tensor, K2: Tensor, V: Tensor, *, backend: str = "auto") -> PackedFeedForward:
+    """K1 [r, d_ff], K2 [d - r, d_ff] and V [d_ff, d] in the layout of a backend; what has it already is not copied.
+
+    Of ``nn.Linear`` weights, K1 and K2 are the transposes of the weights [d_ff, r] and [d_ff, d - r], V is the
+    transpose of the weight [d, d_ff]: V is copied, and K1 for every backend but ``cpu``.
+
+    Raises:
+        InputError: the backend is unknown or cannot be used.
+    """
+    by_neuron = chosen_backend(backend, K1) in PREDICTOR_BY_NEURON
+    K1 = K1.t().contiguous().t() if by_neuron else K1.contiguous()
+    return PackedFeedForward(K1, K2.t().contiguous().t(), V.contiguous())
 
 
 def sparse_feed_forward(
@@ -38,7 +58,7 @@ def sparse_feed_forward(
         q: queries [n, d]; made for small n, as each reads its own rows of K2 and V.
         K1: predictor [r, d_ff], in the dtype of q, as are K2 and V.
         K2: multiplier [d - r, d_ff].
-        V: output [d_ff, d]. Of all three, the layout of :func:`pack_feed_forward`.
+        V: output [d_ff, d]. Of all three, the layout of :func:`pack_feed_forward` for this backend.
         k: neurons to keep, 1 to d_ff, or a share in (0, 1]; all of them means no threshold.
         activation: σ, elementwise and with σ(0) = 0.
         predictor_bias, rest_bias: [d_ff], added to K1ᵀ q[:r] and K2ᵀ q[r:].
@@ -52,9 +72,10 @@ def sparse_feed_forward(
         InputError: shapes, dtypes, devices or layouts that do not fit, k out of range, a backend that is unknown or
             cannot be used.
     """
-    inputs = check_feed_forward(FeedForwardInputs(q, K1, K2, V, 0, activation, predictor_bias, rest_bias), k)
-    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        return kernels(backend, q).feed_forward(inputs).to(q.dtype)
+    inputs = FeedForwardInputs(q, K1, K2, V, 0, activation, predictor_bias, rest_bias)
+    name = chosen_backend(backend, q)
+    inputs = check_feed_forward(inputs, k, predictor_by_neuron=name in PREDICTOR_BY_NEURON)
+    return _without_autograd(kernels(name).feed_forward, inputs).to(q.dtype)
 
 
 def sparse_attention_decode(
@@ -95,5 +116,13 @@ def sparse_attention_decode(
     """
     inputs = AttentionInputs(q, predictor_keys, rest_keys, values, k, visible, predictor_scale, rest_scale)
     inputs = check_attention(inputs)
-    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        return kernels(backend, q).attention(inputs).to(q.dtype)
+    return _without_autograd(kernels(chosen_backend(backend, q)).attention, inputs).to(q.dtype)
+
+
+def _without_autograd(kernel: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor:
+    """``kernel(inputs)`` without gradients and autocast; where both are off already, without the cost of contexts."""
+    kind = inputs.q.device.type
+    if not (torch.is_grad_enabled() or torch.is_autocast_enabled(kind)):
+        return kernel(inputs)
+    with torch.no_grad(), torch.autocast(kind, enabled=False):
+        return kernel(inputs)
