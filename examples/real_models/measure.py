@@ -31,7 +31,8 @@ from normfree.interpret import (
     token_sequences,
 )
 from normfree.interpret.depth.block_calls import record
-from normfree.probes.residual_stream import ResidualStreamProbe, decoder_blocks
+from normfree.modeling.decoder_blocks import decoder_blocks
+from normfree.probes.residual_stream import ResidualStreamProbe
 from normfree.training import LoadedModel, load_pretrained
 from normfree.training.evaluation import evaluation_losses, sequence_losses
 

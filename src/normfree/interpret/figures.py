@@ -1,4 +1,4 @@
-"""Figures of what interpretability tools find in models with and without norms, a panel a model."""
+"""Figures of the interpretability tools, a panel a model."""
 
 from __future__ import annotations
 
@@ -44,10 +44,9 @@ _IDENTITY: dict[str, Any] = {**DASHED, "color": QUIET, "zorder": 1}
 
 @paper_style()
 def attribution_error_heatmaps(errors: pd.DataFrame) -> Figure:
-    """The error of direct logit attribution at every head, layers downwards, on one colour scale from 0.
+    """The error of direct logit attribution at every head, layers downwards, on one colour scale, at most 0 to 100 %.
 
-    A title has the median over the heads. The scale ends at 100 % at the latest, an error as large as the effect
-    itself; a head without a finite error is hatched.
+    Titles give the median over the heads; a head without a finite error is hatched.
 
     Args:
         errors: model, layer, head, nmae (1 is 100 %); a row a head of each model.
@@ -80,7 +79,7 @@ def attribution_error_heatmaps(errors: pd.DataFrame) -> Figure:
 def patching_agreement(patches: pd.DataFrame) -> Figure:
     """Attribution against activation patching, a dot a patch in the colour of its layer, the identity dashed.
 
-    A title has the Pearson correlation; patches that are not finite are counted there, and leave no correlation.
+    Titles give the Pearson correlation, or the number of patches that are not finite.
 
     Args:
         patches: model, layer, activation_patching, attribution_patching (logits); a row a patch.
@@ -95,7 +94,7 @@ def patching_agreement(patches: pd.DataFrame) -> Figure:
     low, high = _range(patches[list(EFFECTS_OF_PATCHES)].to_numpy(dtype=np.float64))
     models = list(_by_model(patches))
     figure, panels = _panels(len(models), row_height=2.75 if len(models) < _MOST_COLUMNS else 2.3)
-    figure.set_layout_engine("compressed")  # square panels leave no gaps
+    figure.set_layout_engine("compressed")  # no gaps between square panels
     for axes, (model, rows) in zip(panels.flat, models, strict=False):
         axes.plot([low, high], [low, high], **_IDENTITY)
         activation, attribution = (rows[name].to_numpy(dtype=np.float64) for name in EFFECTS_OF_PATCHES)
@@ -113,10 +112,10 @@ def patching_agreement(patches: pd.DataFrame) -> Figure:
 
 @paper_style()
 def confidence_neurons(weights: pd.DataFrame, effects: pd.DataFrame) -> Figure:
-    """Weight norm against LogitVar (above); effect on the loss with the norm's std frozen, against in total (below).
+    """LogitVar over weight norm (above); effect on the loss with the norm's std frozen over total effect (below).
 
-    Above, the ablated neurons are marked. Below, neurons on the dashed identity do not work through the final norm;
-    effects that are not finite are counted.
+    Above, the ablated neurons are marked. Below, neurons on the dashed identity do not act through the final norm;
+    titles count effects that are not finite.
 
     Args:
         weights: model, layer, neuron, weight_norm, logit_variance; a row a neuron.
@@ -158,9 +157,9 @@ def confidence_neurons(weights: pd.DataFrame, effects: pd.DataFrame) -> Figure:
 
 @paper_style()
 def residual_std_by_position(stds: pd.DataFrame) -> Figure:
-    """The std of the residual stream by position, a line a layer, both axes logarithmic.
+    """The std of the residual stream by position (from 1), a line a layer, both axes logarithmic.
 
-    Positions count from 1, so that the first has a place on the axis. Stds that are not finite break the line.
+    Stds that are not finite break the line.
 
     Args:
         stds: model, layer, position (from 0), residual_std.
@@ -185,10 +184,10 @@ def residual_std_by_position(stds: pd.DataFrame) -> Figure:
 
 @paper_style()
 def first_token_over_depth(stds: pd.DataFrame, sinks: pd.DataFrame) -> Figure:
-    """A column a model: the residual stream's std by layer, of the first token and of all others, and below, sinks.
+    """A column a model: above, the residual stream's std by layer, of the first token and of all others; below, sinks.
 
-    Of the others the line is the median over positions, and the band their range. Below, each dot is the share of its
-    attention that a head pays to the first token, and the line their mean.
+    Above, the others' line is the median over positions and the band their range. Below, dots are the heads' attention
+    to the first token, and the line their mean.
 
     Args:
         stds: model, layer, first (std of the first token), others_median, others_min, others_max (over positions).
@@ -207,9 +206,7 @@ def first_token_over_depth(stds: pd.DataFrame, sinks: pd.DataFrame) -> Figure:
     figure, grid = panel_grid(2 * n, n, row_height=1.75, sharex="col", sharey="row")
     for (above, below), (model, rows) in zip(grid.T, models, strict=True):
         finite = rows.set_index("layer")[list(RESIDUAL_STD_RANGES[2:])].where(np.isfinite)
-        above.fill_between(
-            finite.index, finite["others_min"], finite["others_max"], color=_OTHERS, alpha=0.2, linewidth=0
-        )
+        above.fill_between(finite.index, finite["others_min"], finite["others_max"], color=_OTHERS, alpha=0.2, lw=0)
         above.plot(finite.index, finite["others_median"], color=_OTHERS, label="all other tokens: median, range")
         above.plot(finite.index, finite["first"], color=_ACCENT, label="first token")
         above.set_title(model)
@@ -260,7 +257,7 @@ def _head_grid(rows: pd.DataFrame, model: str) -> FloatArray:
 
 
 def _range(values: FloatArray) -> tuple[float, float]:
-    """The limits of an axis that shows the finite ``values``."""
+    """Axis limits for the finite ``values``."""
     finite = values[np.isfinite(values)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
     margin = 0.05 * (high - low) or 0.5

@@ -1,4 +1,4 @@
-"""The attention entropy of every head of a finished model, over sequences of a corpus (ReLU's Revival, Figure 1)."""
+"""The attention entropy of every head of a finished model (ReLU's Revival, Figure 1)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import NDArray
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
@@ -28,21 +27,21 @@ from normfree.progress import track
 
 @dataclass(frozen=True)
 class AttentionEntropy:
-    """What :func:`measure_attention_entropy` found.
+    """The result of :func:`measure_attention_entropy`.
 
     heads:
-        layer, module, head, entropy_nats, uniform_nats, share_of_uniform, sink_share, nan_queries; one row a head.
-        ``uniform_nats`` is the entropy of uniform attention to the same keys, ``sink_share`` the mean attention
-        paid to the first token. A head with a NaN query has NaN means.
+        layer, module, head, entropy_nats, uniform_nats (entropy of uniform attention to the same keys),
+        share_of_uniform, sink_share (mean attention to the first token), nan_queries; a row a head. A head with a NaN
+        query has NaN means.
     layers:
         layer, module, mean_nats, min_nats, max_nats (over the heads), uniform_nats, share_of_uniform, sink_share
-        (means over the heads), top_band_heads (heads in the top quarter of the range up to the largest entropy of any
-        head of the model: ReLU's Revival calls it entropic overload), n_head. One row a layer that could be read.
-    unreadable: the attention modules that could not be read, and why.
-    n_sequences, n_tokens: what was measured on, padding left out.
+        (means over the heads), top_band_heads (heads in the top quarter of the range up to the model's largest head
+        entropy: entropic overload in ReLU's Revival), n_head; a row a readable layer.
+    unreadable: reasons of the attention modules that could not be read, by name.
+    n_sequences, n_tokens: measured on, without padding.
     sequence_length: tokens of the longest sequence.
-    uniform_bound: the largest ``uniform_nats`` of any head: what the model's own masks and windows allow; NaN without
-        a head that could be read.
+    uniform_bound: the largest ``uniform_nats`` of a head, given the model's masks and windows; NaN without a readable
+        head.
     """
 
     heads: pd.DataFrame
@@ -54,7 +53,7 @@ class AttentionEntropy:
     uniform_bound: float
 
     def summary(self) -> dict[str, Any]:
-        """All of it, as JSON can hold it; NaN becomes null."""
+        """All of it, for JSON; NaN becomes null."""
         return {
             "n_sequences": self.n_sequences,
             "n_tokens": self.n_tokens,
@@ -71,13 +70,11 @@ def measure_attention_entropy(
 ) -> AttentionEntropy:
     """Runs ``model`` over ``sequences`` under an :class:`~normfree.EntropyProbe`.
 
-    The model runs in evaluation mode and without gradients; afterwards its modules are in the modes they were in, and
-    torch's random numbers are where they were. The head on top of the last layer of a transformers model is not
-    computed. Compiled models run uncompiled.
+    The model runs in evaluation mode, uncompiled and without gradients, and a transformers model without its head;
+    modes and torch's random number generators are restored.
 
-    Sequences of different lengths are padded on the right, with an attention mask. Where padding cannot be told from
-    tokens in some layer (a model that ignores the mask, sparse masks), the model runs again on batches of equal
-    lengths, without padding.
+    Sequences of different lengths are padded on the right, with an attention mask. If a layer does not separate padding
+    from tokens (it ignores the mask, or uses sparse ones), the model runs again on unpadded batches of equal lengths.
 
     Args:
         model: any module that an :class:`~normfree.EntropyProbe` takes and that is called with ``input_ids``.
@@ -104,13 +101,13 @@ def measure_attention_entropy(
 
 
 def write_attention_entropy(result: AttentionEntropy, folder: Path) -> None:
-    """Writes ``heads.csv`` and ``layers.csv`` into ``folder``, made if need be; NaN is written as nan."""
+    """Writes ``heads.csv`` and ``layers.csv`` into ``folder``, made if missing; NaN is written as nan."""
     write_text(folder / "heads.csv", result.heads.to_csv(index=False, na_rep="nan"))
     write_text(folder / "layers.csv", result.layers.to_csv(index=False, na_rep="nan"))
 
 
 def _batches(rows: Sequence[torch.Tensor], batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-    """Token ids [n, T] and attention mask [n, T], None where nothing is padded; sequences of like lengths together."""
+    """Token ids [n, T] and attention mask [n, T], or None without padding; sequences are sorted by length."""
     by_length = sorted(rows, key=len, reverse=True)
     for start in range(0, len(rows), batch_size):
         batch = by_length[start : start + batch_size]
@@ -121,7 +118,7 @@ def _batches(rows: Sequence[torch.Tensor], batch_size: int) -> Iterator[tuple[to
 
 
 def _watch(probe: EntropyProbe, model: nn.Module, batches: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> None:
-    # the head on top would cost memory for logits that nobody reads
+    # Without the head: logits cost memory, and nobody reads them.
     called = model.base_model if isinstance(model, PreTrainedModel) else model
     parameters = inspect.signature(called.forward).parameters
     takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
@@ -139,14 +136,14 @@ def _watch(probe: EntropyProbe, model: nn.Module, batches: Sequence[tuple[torch.
 def evaluating(model: nn.Module) -> Iterator[None]:
     """While active, ``model`` is in evaluation mode, uncompiled and without gradients.
 
-    On exit every module is in the mode it was in, and torch's random number generators are in their former states.
+    Restores every module's mode and the states of torch's random number generators on exit.
     """
     modes = {module: module.training for module in model.modules()}
     devices = {each.device for each in model.parameters() if each.device.type == "cuda"}
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng(devices=sorted(devices, key=str)))
-        if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and the import would take a second
+        if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and the import takes a second
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         model.eval()
         try:
@@ -165,28 +162,19 @@ def _heads_frame(probe: EntropyProbe) -> pd.DataFrame:
         "nan_queries": probe.nan_rows(),
     }
     layers, heads = np.indices(columns[ENTROPY_NATS].shape)
-    frame = pd.DataFrame(
-        {
-            "layer": layers.ravel(),
-            "module": [probe.layers[layer] for layer in layers.ravel()],
-            "head": heads.ravel(),
-            **{name: _numbers(value) for name, value in columns.items()},
-        }
-    )
+    modules = np.asarray(probe.layers, dtype=object)[layers.ravel()]
+    frame = pd.DataFrame({"layer": layers.ravel(), "module": modules, "head": heads.ravel()})
+    for name, table in columns.items():
+        frame[name] = (table.double() if table.is_floating_point() else table).numpy().ravel()
     return frame[~frame["module"].isin(probe.unreadable)].reset_index(drop=True)
 
 
-def _numbers(table: torch.Tensor) -> NDArray[Any]:
-    return (table.double() if table.is_floating_point() else table).numpy().ravel()
-
-
 def _layers_frame(heads: pd.DataFrame) -> pd.DataFrame:
-    finite = heads[ENTROPY_NATS].dropna()
-    largest = float(finite.max()) if len(finite) else float("nan")
+    largest = float(heads[ENTROPY_NATS].max())
     rows = []
     for (layer, module), each in heads.groupby(["layer", "module"], sort=True):
         entropy = each[ENTROPY_NATS].to_numpy(dtype=np.float64)
-        # a model whose heads all attend to one key, or are all NaN, has no range to divide
+        # Heads that all attend to one key, or are all NaN, have no range to divide.
         top_band = entropy_bands(entropy, largest)[3] if largest > 0 else 0.0
         rows.append(
             {
@@ -195,9 +183,7 @@ def _layers_frame(heads: pd.DataFrame) -> pd.DataFrame:
                 "mean_nats": entropy.mean(),
                 "min_nats": entropy.min(),
                 "max_nats": entropy.max(),
-                UNIFORM_NATS: each[UNIFORM_NATS].to_numpy(dtype=np.float64).mean(),
-                SHARE_OF_UNIFORM: each[SHARE_OF_UNIFORM].to_numpy(dtype=np.float64).mean(),
-                SINK_SHARE: each[SINK_SHARE].to_numpy(dtype=np.float64).mean(),
+                **{name: each[name].mean(skipna=False) for name in (UNIFORM_NATS, SHARE_OF_UNIFORM, SINK_SHARE)},
                 "top_band_heads": round(top_band * len(each)),
                 "n_head": len(each),
             }

@@ -1,4 +1,4 @@
-"""Pairs of prompts for patching: made from text by induction, or written by hand."""
+"""Pairs of prompts for patching, made from text by induction or read from a file."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ NO_BEGINNING = Beginning()
 
 
 def induction_pairs(sequences: torch.Tensor, n: int, *, n_beginning: int = 0, seed: int = 0) -> PromptPairs:
-    """``n`` prompts that end as an earlier part of them went on: ... A B ... A, whose answer is B.
+    """``n`` prompts of the form ... A B ... A, whose answer is B.
 
-    A prompt is half of a sequence followed by one of its tokens A that occurs there once; the answer is the B after A.
-    In the corrupted prompt the first B is another token C of the vocabulary in use, the wrong answer (the induction
+    A prompt is half of a sequence, then one of its tokens A that occurs in it once; the answer is the token B after A.
+    In the corrupted prompt, B is replaced by a token C from elsewhere in the sequences, the wrong answer (the induction
     task of Olsson et al., "In-context Learning and Induction Heads", 2022, on text).
 
     Args:
         sequences: int64 [m, T], T at least 8; each gives at most one pair.
         n: pairs.
-        n_beginning: tokens that every sequence begins with; none of them is an A.
+        n_beginning: tokens that every sequence begins with, which are never A.
         seed: of the choices of A and C.
 
     Raises:
@@ -60,12 +60,12 @@ def induction_pairs(sequences: torch.Tensor, n: int, *, n_beginning: int = 0, se
 
 
 def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, beginning: Beginning = NO_BEGINNING) -> PromptPairs:
-    """Pairs from a file of JSON lines, each with the texts ``clean``, ``corrupted``, ``answer`` and ``wrong_answer``.
+    """Pairs from a file of JSON lines with the texts ``clean``, ``corrupted``, ``answer`` and ``wrong_answer``.
 
-    Prompts begin with ``beginning``, unless they are written with it.
+    ``beginning`` is put before prompts that do not have it.
 
     Raises:
-        InputError: the file cannot be read, a line is not of that form, prompts have different numbers of tokens, or an
+        InputError: the file cannot be read, a line has another form, prompts differ in their number of tokens, or an
             answer is not one token.
     """
     try:

@@ -1,6 +1,6 @@
-"""A model without some of its layers, as a model of its own.
+"""Models without some of their layers (Gromov et al., "The Unreasonable Ineffectiveness of the Deeper Layers", 2024).
 
-Gromov et al., "The Unreasonable Ineffectiveness of the Deeper Layers", 2024, without their healing by fine-tuning.
+Without the paper's healing by fine-tuning.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from normfree.modeling.norms import SCALED_NORMS
 from normfree.modeling.rotary import parameter_sets
 
 PRUNING_FILE = "pruning.json"
-"""In a pruned model's folder: what it was made from, and which of its layers are left."""
+"""File in a pruned model's folder: its source and the layers it keeps."""
 
 _N_LAYER = "num_hidden_layers"
 _N_DECODER_LAYER = ("decoder_layers", "num_decoder_layers", "num_layers")
-"""What configurations that count other layers as well call it: encoder-decoders; LongCat, whose layers attend twice."""
+"""Its name where configurations count other layers too: encoder-decoders; LongCat, whose layers attend twice."""
 _CHECK_TOKENS = 16
 _LONGEST = 150
 """Longest quote of another library's message, in characters."""
 
 
 def check_layers(layers: Sequence[int], n_layer: int) -> list[int]:
-    """The layers of 0 ... ``n_layer`` - 1 that are left without ``layers``, in order.
+    """The layers of 0 ... ``n_layer`` - 1 that are not in ``layers``, in order.
 
     Raises:
-        InputError: ``layers`` are none, all, out of range, or name one twice.
+        InputError: ``layers`` are none, all, out of range or repeated.
     """
     for layer in layers:
         if not 0 <= layer < n_layer:
@@ -55,16 +55,16 @@ def check_layers(layers: Sequence[int], n_layer: int) -> list[int]:
 
 
 def prune_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
-    """``model`` without the decoder blocks ``layers`` (from 0), built anew so that its layers count from 0.
+    """``model`` without the decoder blocks ``layers`` (from 0), as a new model whose layers count from 0.
 
-    The two share their weights. Options of the configuration that are lists of ``n_layer`` entries keep those of the
-    layers that are left.
+    The two share their weights. Options of the configuration that are lists of ``n_layer`` entries lose those of the
+    dropped layers.
 
     Raises:
-        InputError: the layers do not fit (see :func:`check_layers`), or one that is left would mean something else at
-            its new place: a norm scaled by depth, DeepNorm, an architecture whose blocks differ by index. What no name
-            tells is found by comparing the options of its modules, and the logits with those of ``model`` with the
-            blocks skipped. Or a block reads more of others than the residual stream (see
+        InputError: the layers do not fit (see :func:`check_layers`); a kept layer would compute something else at its
+            new index (a norm scaled by depth, DeepNorm, blocks that differ by index), which is found by name, by the
+            options of its modules, or by comparing logits with those of ``model`` with the blocks skipped; or a block
+            reads more than the residual stream (see
             :func:`~normfree.interpret.depth.block_calls.check_independence`).
     """
     blocks = list(decoder_blocks(model))
@@ -84,23 +84,19 @@ def export_pruned(
     source: str,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> PreTrainedModel:
-    """Writes :func:`prune_layers` of ``model`` to ``folder``, whole or not at all, and returns it loaded from there.
+    """Writes :func:`prune_layers` of ``model`` to ``folder``, atomically, and returns it loaded from there.
 
     The folder holds config.json, safetensors weights, the tokenizer if one is given, and ``pruning.json``.
 
     Raises:
-        InputError: as :func:`prune_layers`; or the folder exists and is not empty; or what was written does not load.
+        InputError: as :func:`prune_layers`; or the folder exists and is not empty; or the written model does not load.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not empty; name another folder for the pruned model")
     pruned = prune_layers(model, layers)
-    kept = check_layers(layers, len(decoder_blocks(model)))
-    origin = {
-        "source": source,
-        "n_layer": len(decoder_blocks(model)),
-        "dropped_layers": sorted(layers),
-        "kept_layers": kept,
-    }
+    n_layer = len(decoder_blocks(model))
+    kept = check_layers(layers, n_layer)
+    origin = {"source": source, "n_layer": n_layer, "dropped_layers": sorted(layers), "kept_layers": kept}
     with folder_written_whole(folder) as temporary:
         pruned.save_pretrained(temporary)
         if tokenizer is not None:
@@ -113,18 +109,18 @@ def export_pruned(
 
 
 def _built(model: PreTrainedModel, config: PreTrainedConfig, blocks: list[str], kept: list[int]) -> PreTrainedModel:
-    state = model.state_dict()
-    places = {f"{blocks[old]}.": f"{blocks[new]}." for new, old in enumerate(kept)}
-    for name in blocks:
-        of_block = {key: state.pop(key) for key in [key for key in state if key.startswith(f"{name}.")]}
-        if f"{name}." in places:
-            # Names of later blocks are still to be taken out: the new ones wait apart.
-            state |= {f"\0{places[f'{name}.']}{key.removeprefix(f'{name}.')}": of_block[key] for key in of_block}
-    state = {key.removeprefix("\0"): value for key, value in state.items()}
+    places = {blocks[old]: blocks[new] for new, old in enumerate(kept)}
+    state = {}
+    for key, value in model.state_dict().items():
+        block = next((name for name in blocks if key.startswith(f"{name}.")), None)
+        if block is None:
+            state[key] = value
+        elif block in places:
+            state[places[block] + key.removeprefix(block)] = value
     try:
         with no_init_weights():
             pruned = type(model)(config)
-    except Exception as error:  # of whatever kind the model's own code raises
+    except Exception as error:  # of any kind: it comes from the model's own code
         raise InputError(
             f"{type(model).__name__} cannot be built of the layers that are left ({_one_line(error)}): what a layer is "
             "depends on its index or on other layers; drop others"
@@ -176,14 +172,14 @@ def _pruned_config(config: PreTrainedConfig, kept: list[int], n_layer: int) -> P
     options["dtype"] = config.dtype
     try:
         return type(config).from_dict(options)
-    except Exception as error:  # of whatever kind the configuration's own checks raise
+    except Exception as error:  # of any kind: it comes from the configuration's own checks
         raise InputError(
             f"{type(config).__name__} allows no model of the layers that are left ({_one_line(error)}); drop others"
         ) from error
 
 
 def _check_places(config: NormfreeConfig, kept: list[int]) -> None:
-    """What the places of our own blocks mean, by name."""
+    """Checks Normfree's own blocks, by the names of their options."""
     moved = next((layer for place, layer in enumerate(kept) if place != layer), None)
     if config.norm in SCALED_NORMS and moved is not None:
         raise InputError(
@@ -199,10 +195,10 @@ def _check_places(config: NormfreeConfig, kept: list[int]) -> None:
 
 
 def _check_same_options(model: PreTrainedModel, pruned: PreTrainedModel, kept: Sequence[int]) -> None:
-    """Checks that the blocks that are left have the options they had, whether or not a few tokens show it.
+    """Checks that the kept blocks have the options they had, even if the logits of a few tokens do not depend on them.
 
-    A sliding window shows in the logits of sequences longer than it only. What equals the index of the layer at both
-    places is that index; where a block computes with it, the logits tell.
+    A sliding window, for example, changes only sequences longer than it. An option that equals the layer's index in
+    both models is that index; logits show whether the block computes with it.
     """
     before, after = decoder_blocks(model), decoder_blocks(pruned)
     names = list(before)
@@ -229,7 +225,7 @@ def _options(block: nn.Module) -> dict[str, Any]:
 
 @torch.no_grad()
 def _checked_pass(model: PreTrainedModel) -> RecordedPass:
-    """A pass over a few random tokens."""
+    """A recorded pass over a few random tokens."""
     config: Any = model.config.get_text_config()
     n_positions = getattr(config, "max_position_embeddings", None) or _CHECK_TOKENS
     n_token = min(_CHECK_TOKENS, n_positions) if n_positions > 0 else _CHECK_TOKENS
@@ -243,7 +239,7 @@ def _check_same_logits(model: PreTrainedModel, layers: Sequence[int], pruned: Pr
     expected = recorded.logits_without(layers)
     try:
         logits = pruned(input_ids=recorded.tokens.to(pruned.device), use_cache=False).logits
-    except Exception as error:  # of whatever kind: indices of layers that are not there any more
+    except Exception as error:  # of any kind: an index of a layer that no longer exists
         raise InputError(
             f"{type(model).__name__} fails with its layers renumbered: {_one_line(error)}; drop layers from the end, "
             "or others"

@@ -1,9 +1,8 @@
-"""What 8-bit integers cost a trained model in perplexity: weights alone, and weights and activations (torchao)."""
+"""The cost of 8-bit integers in perplexity, for weights alone and for weights and activations (torchao)."""
 
 from __future__ import annotations
 
 import copy
-from types import ModuleType
 from typing import Any
 
 import pandas as pd
@@ -24,10 +23,10 @@ PRECISIONS = (FULL_PRECISION, *SCHEMES)
 
 
 def check_quantization(device: torch.device) -> None:
-    """Whether torchao is there, and multiplies int8 matrices exactly on ``device``.
+    """Checks that torchao is installed and multiplies int8 matrices exactly on ``device``.
 
-    Some processors without int8 dot products add pairs of products in 16 bits, which saturate: perplexities would then
-    show the processor, not the model.
+    Processors without int8 dot products may add pairs of products in 16 bits, which saturate; perplexities would then
+    measure the processor, not the model.
 
     Raises:
         InputError: torchao is not installed, or products of int8 matrices are not exact here.
@@ -36,7 +35,7 @@ def check_quantization(device: torch.device) -> None:
     nn.init.ones_(linear.weight)
     _quantize(linear, INT8_WEIGHTS_ACTIVATIONS)
     with torch.no_grad():
-        # 64 products of 127 by 127, the largest there are.
+        # 64 products of 127 by 127, the largest possible.
         product = linear(torch.ones(32, 64, device=device))
     if not torch.allclose(product, torch.full_like(product, 64.0), rtol=0.01):
         raise InputError(
@@ -49,17 +48,17 @@ def quantized(model: PreTrainedModel, scheme: str) -> PreTrainedModel:
     """A copy of ``model`` whose linear layers inside the decoder blocks compute in int8, through torchao.
 
     ``int8_weights``: each row w of a weight (one output channel) becomes ŵ = s · clamp(round(w / s), −128, 127) with
-    s = max_j |w_j| / 127.5, and is multiplied with activations of full precision (``Int8WeightOnlyConfig``).
-    ``int8_weights_activations``: the same weights, and the input of each linear layer is rounded in the same way with
-    one s a token, found anew for each; products add up in int32 (``Int8DynamicActivationInt8WeightConfig``: symmetric,
-    per token, dynamic). LLM.int8() (Dettmers et al., 2022) calls this vector-wise quantization.
+    s = max_j |w_j| / 127.5; activations stay in full precision (``Int8WeightOnlyConfig``).
+    ``int8_weights_activations``: also, the input of each linear layer is rounded in the same way, with one s a token,
+    and products add up in int32 (``Int8DynamicActivationInt8WeightConfig``: symmetric, per token, dynamic). LLM.int8()
+    (Dettmers et al., 2022) calls this vector-wise quantization.
 
-    Embeddings, unembedding (tied or not), norms, biases, activation functions, attention scores and the residual stream
-    stay in full precision.
+    All else stays in full precision: embeddings, unembedding (tied or not), norms, biases, activation functions,
+    attention scores and the residual stream.
 
     Raises:
-        InputError: torchao is missing, the scheme is unknown, or the blocks hold no ``nn.Linear``, or weights of two or
-            more dimensions outside them (fused experts, convolutions), which would stay in full precision.
+        InputError: torchao is missing, the scheme is unknown, or the blocks hold no ``nn.Linear``, or other weights of
+            two or more dimensions (fused experts, convolutions), which would stay in full precision.
     """
     if scheme not in SCHEMES:
         raise unknown_name("quantization scheme", scheme, SCHEMES)
@@ -74,12 +73,11 @@ def quantized(model: PreTrainedModel, scheme: str) -> PreTrainedModel:
 def quantization_cost(model: PreTrainedModel, sequences: torch.Tensor, batch_size: int = 8) -> pd.DataFrame:
     """Evaluation loss and perplexity of ``model`` on ``sequences`` (int64 [n, T], no padding) at each precision.
 
-    The same sequences at each; the model stays in the mode and the precision it is in, without autocast.
+    The model keeps its mode and its precision; no autocast.
 
     Returns:
         precision (one of ``PRECISIONS``), eval_loss (mean over the n (T − 1) predicted tokens, nats), eval_ppl (its
-        exponential), increase_percent (of perplexity over full precision; 0 for that itself). A NaN loss of one
-        sequence makes its row NaN.
+        exponential), increase_percent (of perplexity over full precision). A NaN loss makes its row NaN.
 
     Raises:
         InputError: there is no sequence of two tokens, or the model cannot be quantized (see :func:`quantized`).
@@ -95,14 +93,14 @@ def quantization_cost(model: PreTrainedModel, sequences: torch.Tensor, batch_siz
             "precision": list(losses),
             EVAL_LOSS: list(losses.values()),
             EVAL_PPL: [perplexity(loss) for loss in losses.values()],
-            # exp of the difference: perplexities of their own may overflow
+            # exp of the difference: perplexities themselves may overflow.
             "increase_percent": [100 * (perplexity(loss - full) - 1) for loss in losses.values()],
         }
     )
 
 
 def _check_all_linear(model: PreTrainedModel) -> None:
-    """Checks that every matrix of the blocks is the weight of an ``nn.Linear``, so that all of them are quantized."""
+    """Checks that every matrix of the blocks is the weight of an ``nn.Linear``, and so is quantized."""
     modules = [
         (f"{block_name}.{name}", module)
         for block_name, block in decoder_blocks(model).items()
@@ -122,27 +120,22 @@ def _check_all_linear(model: PreTrainedModel) -> None:
     ]
     if left:
         raise InputError(
-            f"int8 would leave {len(left)} weights of {type(model).__name__} in full precision, {left[0]} first: they "
-            "belong to no nn.Linear, and the loss would be that of a model quantized in part"
+            f"int8 would leave {len(left)} weights of {type(model).__name__} in full precision, {left[0]} first, as "
+            "they belong to no nn.Linear; the loss would be that of a partly quantized model"
         )
 
 
 def _quantize(module: nn.Module, scheme: str) -> None:
     """Quantizes the linear layers of ``module`` in place."""
-    torchao = _torchao()
-    # The settings of torch.compile are those of the whole process.
-    configs: dict[str, Any] = {
-        INT8_WEIGHTS: torchao.Int8WeightOnlyConfig,
-        INT8_WEIGHTS_ACTIVATIONS: torchao.Int8DynamicActivationInt8WeightConfig,
-    }
-    torchao.quantize_(module, configs[scheme](set_inductor_config=False))
-
-
-def _torchao() -> ModuleType:
     try:
-        from torchao import quantization
+        from torchao import quantization as torchao
     except ImportError as error:
         raise InputError(
             f"quantization needs torchao ({error}); install it with: pip install 'normfree[quantization]'"
         ) from error
-    return quantization
+    configs: dict[str, Any] = {
+        INT8_WEIGHTS: torchao.Int8WeightOnlyConfig,
+        INT8_WEIGHTS_ACTIVATIONS: torchao.Int8DynamicActivationInt8WeightConfig,
+    }
+    # The default would change settings of torch.compile for the whole process.
+    torchao.quantize_(module, configs[scheme](set_inductor_config=False))

@@ -1,4 +1,4 @@
-"""Signal propagation through a finished model, and its outliers: one row of statistics a layer."""
+"""Signal propagation and outliers of a finished model, a row of statistics a layer."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ from normfree.probes.residual_stream import ResidualStreamProbe
 def measure_signal_propagation(model: PreTrainedModel, sequences: torch.Tensor, batch_size: int = 8) -> pd.DataFrame:
     """Runs ``model`` over ``sequences`` (int64 [n, T], no padding) under a :class:`ResidualStreamProbe`.
 
-    Works on transformers decoders whose blocks can be found (see
-    :func:`~normfree.modeling.decoder_blocks.decoder_blocks`). The model stays in the mode it is in; its head on top of
-    the last layer is not computed. The statistics are of the residual stream after the block, before any final norm.
+    The model is a transformers decoder, and keeps its mode; logits are not computed. Statistics are of the residual
+    stream after each block, before any final norm.
 
     Returns:
         layer (from 0), module, residual_rms, residual_kurtosis, residual_excess_kurtosis, residual_max_over_median,
         token_cosine_similarity (float64; see the probe's methods of these names), residual_nan_count,
-        residual_inf_count and tokens (int64). A row a layer; where a layer holds NaN or Inf, its statistics do.
+        residual_inf_count and tokens (int64). A row a layer; NaN and Inf in a layer propagate to its statistics.
 
     Raises:
-        InputError: there is no sequence of two tokens, the model has no list of decoder blocks, or a block puts out
-            something else than activations.
+        InputError: there is no sequence of two tokens, the model has no list of decoder blocks, or the output of one
+            is not activations.
     """
     if sequences.ndim != 2 or sequences.shape[0] < 1 or sequences.shape[1] < 2:
         raise InputError(f"need token ids [n, T] with n at least 1 and T at least 2, got {list(sequences.shape)}")

@@ -1,6 +1,9 @@
-"""Attention sinks and the residual stream's std by position, of transformers decoders: what norm removal changes."""
+"""Attention sinks, and the residual stream's std by position: two things that norm removal changes."""
 
 from __future__ import annotations
+
+from contextlib import ExitStack
+from functools import partial
 
 import pandas as pd
 import torch
@@ -10,19 +13,20 @@ from normfree.columns import SINK_SHARE
 from normfree.errors import InputError
 from normfree.interpret.head_entropy import measure_attention_entropy
 from normfree.modeling.decoder_blocks import decoder_blocks
+from normfree.probes.probe import read_calls
 
 SINK_THRESHOLD = 0.3
-"""The share of attention from which a head counts as a sink (Gu et al., "When Attention Sink Emerges", 2024)."""
+"""Attention to the first token above which a head is a sink (Gu et al., "When Attention Sink Emerges", 2024)."""
 
 
 def attention_sinks(model: PreTrainedModel, sequences: torch.Tensor, batch_size: int = 8) -> pd.DataFrame:
     """The mean attention that each head pays to the first token of ``sequences`` (int64 [n, T], no padding).
 
-    The mean is over all queries, the first, which sees nothing else, included.
+    The mean is over all queries, including the first, which sees nothing else.
 
     Returns:
-        layer, head, sink_share, is_sink (``sink_share`` above 0.3; the mean of it over heads is Gu et al.'s sink
-        rate). A head with a NaN query has a NaN share, and is no sink.
+        layer, head, sink_share, is_sink (``sink_share`` above 0.3; its mean over heads is Gu et al.'s sink rate). A
+        head with a NaN query has a NaN share and is no sink.
 
     Raises:
         InputError: there is no token, or no attention layer of the model can be read.
@@ -34,13 +38,12 @@ def attention_sinks(model: PreTrainedModel, sequences: torch.Tensor, batch_size:
 
 @torch.no_grad()
 def residual_std_by_position(model: PreTrainedModel, sequences: torch.Tensor, batch_size: int = 8) -> pd.DataFrame:
-    """The std of the residual stream after each block, by position: over channels, then the mean over sequences.
+    """The std of the residual stream after each block over channels, by position, as the mean over sequences.
 
-    It is what a LayerNorm would divide by, sqrt(mean((x − mean(x))²)), without its eps, in float64. NaN or Inf in a
-    token makes its mean so.
+    It is a LayerNorm's divisor, sqrt(mean((x − mean(x))²)), without eps, in float64. NaN and Inf propagate.
 
     Args:
-        model: a transformers decoder; it stays in the mode it is in.
+        model: a transformers decoder, which keeps its mode.
         sequences: int64 [n, T], no padding.
         batch_size: sequences a pass.
 
@@ -54,20 +57,15 @@ def residual_std_by_position(model: PreTrainedModel, sequences: torch.Tensor, ba
     blocks = list(decoder_blocks(model).values())
     sums = torch.zeros(len(blocks), sequences.shape[1], dtype=torch.float64)
 
-    def add(layer: int, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+    def add(layer: int, inputs: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
         x = output[0] if isinstance(output, tuple) else output
         sums[layer] += x.double().std(dim=-1, correction=0).sum(dim=0).cpu()
 
-    hooks = [
-        block.register_forward_hook(lambda module, inputs, output, layer=layer: add(layer, output))
-        for layer, block in enumerate(blocks)
-    ]
-    try:
+    with ExitStack() as stack:
+        for layer, block in enumerate(blocks):
+            read_calls(stack, block, partial(add, layer))
         for batch in sequences.split(batch_size):
             model.base_model(input_ids=batch.to(model.device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
     index = pd.MultiIndex.from_product([range(size) for size in sums.shape], names=["layer", "position"])
     return pd.DataFrame({"residual_std": (sums / len(sequences)).numpy().ravel()}, index=index).reset_index()
 

@@ -1,4 +1,4 @@
-"""Fine-tuning while norms are removed: a run with a schedule, an auxiliary loss, and a watch on divergence."""
+"""Fine-tuning that removes norms by a schedule, with an auxiliary loss and a check for divergence."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ log = logging.getLogger(__name__)
 STD_LOSS = "residual_std_mismatch"
 REMOVAL_FILE = "removal.json"
 MAX_JUMP = 1.0
-"""Nats above the loss before the first removal at which a removal counts as diverged, if the loss stays there."""
+"""A removal has diverged if the loss stays more than this many nats above the loss before the first removal ..."""
 JUMP_STEPS = 5
-"""For so many steps: without norms the loss of a single batch, with a token much longer than others, may jump."""
+"""... for so many steps: without norms, one batch with a very long token may raise the loss."""
 BASELINE_STEPS = 10
 STRETCH = 2.0
 MAX_STRETCHES = 3
@@ -41,9 +41,9 @@ MAX_STRETCHES = 3
 class StdLoss(Objective):
     """cross-entropy + ``weight`` · mean over tokens of (s - m)², or plain cross-entropy with a weight of 0.
 
-    s is the std of a token before the final norm, m the mean of s over the tokens that the constant std averages (see
-    :class:`~normfree.removal.removable.SpecialTokens`), taken as a constant ("Transformers Don't Need LayerNorm at
-    Inference Time", Section 3): all tokens are drawn to one std before that std becomes a constant.
+    s is the std of a token before the final norm; m, held constant, is the mean of s over the tokens that the constant
+    std averages (see :class:`~normfree.removal.removable.SpecialTokens`). It draws all tokens to one std before that
+    becomes a constant ("Transformers Don't Need LayerNorm at Inference Time", Section 3).
     """
 
     reads_entropy = False
@@ -55,9 +55,7 @@ class StdLoss(Objective):
         final = midway.model.model.final_norm
         self.final = final if weight and isinstance(final, RemovableNorm) else None
         if weight and self.final is None:
-            raise InputError(
-                "std_loss_weight pulls at the std before the final norm, which the model has not; set it to 0"
-            )
+            raise InputError("std_loss_weight needs a final norm, which the model does not have; set it to 0")
         if self.final is not None:
             self.final.keeps_own_std = True
 
@@ -72,7 +70,7 @@ class StdLoss(Objective):
 
 
 class DivergedError(Exception):
-    """Training has diverged after ``removal``."""
+    """Training diverged after ``removal``."""
 
     def __init__(self, removal: Removal, what: str) -> None:
         place = removal.part if removal.layer is None else f"{removal.part} of layer {removal.layer}"
@@ -81,11 +79,11 @@ class DivergedError(Exception):
 
 
 class RemovalDivergedError(InputError):
-    """The loss has jumped again and again, or its removals, put further apart, do not fit the budget any more."""
+    """The removal diverged too often, or its stretched schedule no longer fits the budget."""
 
 
 class RemoveNorms(Callback):
-    """Removes norms at the steps of ``removals``, and raises :class:`DivergedError` where the loss jumps after one."""
+    """Removes norms at the steps of ``removals``, and raises :class:`DivergedError` if the loss jumps after one."""
 
     def __init__(self, midway: Midway, removals: list[Removal]) -> None:
         self.midway = midway
@@ -94,12 +92,12 @@ class RemoveNorms(Callback):
         self._high: list[DivergedError] = []
 
     def resume(self, run: RunState) -> None:
-        """Gives the model the tensors of a checkpoint from after the last removal."""
+        """Matches the model's tensors to a checkpoint from after the last removal."""
         if all(each.step < run.step for each in self.removals):
             self.midway.forget_special_tokens()
 
     def begin(self, run: RunState) -> None:
-        """Repeats the removals before the checkpoint that the run resumes from, and reads the losses since."""
+        """Repeats the removals before the checkpoint that the run resumes from, and reads the recorded losses."""
         self._remove(each for each in self.removals if each.step < run.step)
         for step, loss in run.records.metric(CROSS_ENTROPY):
             self._watch(step, loss)
@@ -112,12 +110,12 @@ class RemoveNorms(Callback):
             self._watch(run.step, entries[CROSS_ENTROPY])
 
     def finish(self, run: RunState) -> None:
-        """A jump with no steps left to recover. A run that was stopped earlier resumes later."""
+        """Raises for a jump with no steps left to recover in; a run stopped earlier can still resume."""
         if self._high and run.step >= run.n_steps:
             raise self._high[0]
 
     def _watch(self, step: int, loss: float) -> None:
-        """Takes in the loss of step ``step``, counted from 1."""
+        """Checks the loss of step ``step``, counted from 1."""
         gone = [each for each in self.removals if each.step < step]
         if not gone:
             self._before.append(loss)
@@ -148,16 +146,16 @@ def remove_by_finetuning(
     *,
     callbacks: tuple[Callback, ...] = (),
 ) -> RunResult:
-    """Trains ``run``, which starts from a model of configuration ``model``, while ``schedule`` takes its norms out.
+    """Trains ``run``, which starts from a model of configuration ``model``, while ``schedule`` removes its norms.
 
-    The last checkpoint in ``folder`` is then a model whose norms have constant stds. Where the loss rises by more than
-    ``MAX_JUMP`` nats after a removal and stays there for ``JUMP_STEPS`` steps or to the end, or is NaN, the run goes
-    back to its last checkpoint before that removal, the waits for all that follow are stretched by ``STRETCH``, and
-    ``removal.json`` says so; at most ``MAX_STRETCHES`` times. A stopped run resumes with the stretched
-    schedule. When it is done, ``removal.json`` has all removals as they were: step, part, layer.
+    The last checkpoint in ``folder`` is a model whose norms have constant stds. If the loss rises by more than
+    ``MAX_JUMP`` nats after a removal and stays there for ``JUMP_STEPS`` steps or to the end, or is NaN, the run returns
+    to its last checkpoint before that removal and stretches the waits for later ones by ``STRETCH``, at most
+    ``MAX_STRETCHES`` times. ``removal.json`` records the stretches, with which a stopped run resumes, and finally all
+    removals: step, part, layer.
 
     Raises:
-        RemovalDivergedError: the removal diverges again and again.
+        RemovalDivergedError: the removal diverged too often.
         InputError: the schedule does not fit the model or the budget.
     """
     path = folder / REMOVAL_FILE
@@ -174,14 +172,14 @@ def remove_by_finetuning(
         except DivergedError as jump:
             if len(stretches) == MAX_STRETCHES:
                 raise RemovalDivergedError(
-                    f"the removal has diverged {MAX_STRETCHES + 1} times, the last time at {jump}; give more steps, a "
-                    "lower learning rate, or another schedule"
+                    f"the removal diverged {MAX_STRETCHES + 1} times, at last with {jump}; give more steps, a lower "
+                    "learning rate, or another schedule"
                 ) from jump
             step = _go_back(folder, jump.removal.step)
             schedule = schedule.stretched(model, step, STRETCH)
             stretches.append({"step": step, "jump": str(jump)})
             write_text(path, json.dumps({"stretches": stretches}, indent=2))
-            log.warning("loss jumped: %s; back to step %d, later waits %g times as long", jump, step, STRETCH)
+            log.warning("diverged: %s; back to step %d, later waits are stretched by %g", jump, step, STRETCH)
         else:
             removals = [each._asdict() for each in schedule.removals(model)]
             write_text(path, json.dumps({"stretches": stretches, "removals": removals}, indent=2))
@@ -197,7 +195,7 @@ def check_fit(run: RunConfig, schedule: RemovalSchedule, model: NormfreeConfig) 
     """
     if run.recipe.logging_steps != 1:
         raise InputError(
-            f"a removal watches the loss of every step; set recipe.logging_steps to 1, not {run.recipe.logging_steps}"
+            f"a removal checks the loss of every step; set recipe.logging_steps to 1, not {run.recipe.logging_steps}"
         )
     last, n_step = schedule.removals(model)[-1], run.recipe.n_steps(run.data.sequence_length)
     if last.step >= n_step:

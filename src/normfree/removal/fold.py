@@ -1,7 +1,7 @@
-"""Norms with a constant std are linear: they go into the weights that read them, and nothing of them is left.
+"""Folding: norms with a constant std are linear, so the weights that read them absorb them.
 
-A reader W x' + b of x' = C x / σ ⊙ gain + bias, where C = I - 11ᵀ/n_embd takes the mean away (or C = I for what was an
-RMSNorm), is the linear map of x itself with
+A reader W x' + b of x' = C x / σ ⊙ gain + bias, where C = I - 11ᵀ/n_embd subtracts the mean (C = I for a former
+RMSNorm), is a linear map of x with
 
     W' = W diag(gain) C / σ,    b' = b + W bias.
 """
@@ -26,19 +26,19 @@ FOLDED = "constant_std"
 
 
 def remove_norms(model: NormfreeForCausalLM) -> NormfreeForCausalLM:
-    """The same function with no norm in it: every ``constant_std`` norm folded into the weights that read it.
+    """The same function without norms: every ``constant_std`` norm is folded into the weights that read it.
 
     Args:
-        model: its ``norm`` and ``final_norm`` are ``constant_std`` or ``none``; it is left as it is.
+        model: its ``norm`` and ``final_norm`` are ``constant_std`` or ``none``; it is not changed.
 
     Returns:
         A model with ``norm`` and ``final_norm`` ``none`` and the logits of ``model`` (within 1e-5 in float32), of the
-        same dtype, on the same device, in the same mode. Its unembedding has weights of its own, and a bias if the
-        final norm had one. Weights are folded in float64.
+        same dtype, on the same device, in the same mode. Its unembedding is not tied, and has a bias if the final norm
+        had one. Weights are folded in float64.
 
     Raises:
-        InputError: a norm still divides by each token's own std, or is no division, or stands inside attention; or
-            there is no norm to remove.
+        InputError: a norm divides by each token's own std, is not a division, or is inside attention; or there is no
+            norm to remove.
     """
     config = model.config
     norms = {"norm": config.norm, "final_norm": config.final_norm}
@@ -49,16 +49,16 @@ def remove_norms(model: NormfreeForCausalLM) -> NormfreeForCausalLM:
         )
     if config.ffn == "spark":
         raise InputError(
-            "ffn 'spark' reads the residual stream in two parts, and the weights of neither can hold a norm of the "
-            "whole; use a model with ffn dense or gated"
+            "ffn 'spark' reads the residual stream in two parts, whose weights cannot hold a norm of the whole; use a "
+            "model with ffn dense or gated"
         )
     if set(norms.values()) == {"none"}:
         raise InputError("the model has no norm to remove: its norm and final_norm are none")
     for option, name in norms.items():
         if name in POINTWISE_NORMS:
             raise InputError(
-                f"{option} {name!r} is {POINTWISE_NORMS[name]} and no division by a std: no weight can hold it, and "
-                "nothing removes it"
+                f"{option} {name!r} is {POINTWISE_NORMS[name]} and no division by a std: no weight can hold it, and it "
+                "cannot be removed"
             )
         if name in SCALED_NORMS:
             raise InputError(
@@ -81,7 +81,7 @@ def remove_norms(model: NormfreeForCausalLM) -> NormfreeForCausalLM:
 
 
 def _without_norms(config: NormfreeConfig) -> NormfreeConfig:
-    """``norm`` and ``final_norm`` none, and biases where those of norms go."""
+    """``norm`` and ``final_norm`` none, with the biases that take in those of norms."""
     options = {name: getattr(config, name) for name in NormfreeConfig.option_names()}
     options |= {"norm": "none", "final_norm": "none", "norm_is_centered": True}
     if config.norm == FOLDED and config.norm_is_centered:
@@ -95,7 +95,7 @@ def _without_norms(config: NormfreeConfig) -> NormfreeConfig:
 
 
 def _folded_weights(model: NormfreeForCausalLM, folded: NormfreeForCausalLM) -> dict[str, torch.Tensor]:
-    """The state dict of ``folded``; biases that ``model`` has not and no norm fills are zero."""
+    """The state dict of ``folded``; biases that come neither from ``model`` nor from a norm are zero."""
     weights = {name: tensor for name, tensor in model.state_dict().items() if "_norm." not in name}
     for name, reader, norm, place in _readers(model):
         weight, bias = folded_reader(reader, norm, place)
@@ -109,19 +109,14 @@ def _folded_weights(model: NormfreeForCausalLM, folded: NormfreeForCausalLM) -> 
 
 
 def _readers(model: NormfreeForCausalLM) -> list[tuple[str, nn.Linear, ConstantStdNorm, int]]:
-    """Name and module of every linear map that reads the residual stream through a constant std, its norm, and the
-    place of its std in it.
-    """
+    """Every linear map that reads the residual stream through a constant std: name, module, norm, place of its std."""
     found: list[tuple[str, nn.Module, int]] = []
     for layer, module in enumerate(model.model.blocks):
         assert isinstance(module, Block)
-        for reader, place in (("q_proj", 0), ("k_proj", 0), ("v_proj", 1)):
-            name = f"model.blocks.{layer}.attention.{reader}"
-            found.append((name, module.attention_norm, place))
-        for reader in ("gate_proj", "up_proj"):
-            if hasattr(module.ffn, reader):
-                name = f"model.blocks.{layer}.ffn.{reader}"
-                found.append((name, module.ffn_norm, 0))
+        block = f"model.blocks.{layer}"
+        found += [(f"{block}.attention.{each}_proj", module.attention_norm, int(each == "v")) for each in "qkv"]
+        readers = [each for each in ("gate_proj", "up_proj") if hasattr(module.ffn, each)]
+        found += [(f"{block}.ffn.{each}", module.ffn_norm, 0) for each in readers]
     found.append(("lm_head", model.model.final_norm, 0))
     return [
         (name, cast(nn.Linear, model.get_submodule(name)), norm, place)
@@ -132,7 +127,7 @@ def _readers(model: NormfreeForCausalLM) -> list[tuple[str, nn.Linear, ConstantS
 
 @torch.no_grad()
 def folded_reader(reader: nn.Linear, norm: ConstantStdNorm, place: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """``(W', b')`` of the module's docstring, in the reader's dtype; ``b'`` None where nothing gives a bias."""
+    """``(W', b')`` of the module's docstring, in the reader's dtype; ``b'`` is None without any bias."""
     weight = reader.weight.double()
     folded = weight * (norm.weight.double() / norm.std[place].double())
     if norm.is_centered:

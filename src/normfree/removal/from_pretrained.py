@@ -1,4 +1,4 @@
-"""A removal of norms from a model given by its name: what ``normfree remove-norm`` does."""
+"""``normfree remove-norm``: removal of the norms of a model given by its name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from normfree.training import RunConfig, StudyProgress, quantization_of
 
 @dataclass(frozen=True)
 class PretrainedRemoval:
-    """A finished removal, and what it was made with.
+    """A finished removal and its settings.
 
     run: the fine-tuning, as planned.
     beginning: the tokens that every sequence begins with.
@@ -42,23 +42,23 @@ def remove_from_pretrained(
     vanilla: bool = True,
     cache_dir: Path = DEFAULT_CACHE_DIR,
 ) -> PretrainedRemoval:
-    """Takes every norm out of the model ``source`` by fine-tuning (:func:`~normfree.removal.removal.remove`).
+    """Removes every norm of the model ``source`` by fine-tuning (:func:`~normfree.removal.removal.remove`).
 
     A stopped removal resumes when called again.
 
     Args:
         source: a Hub id, a model folder, a ``.gguf`` file, or a run or checkpoint folder.
         folder: for runs and models; locked meanwhile.
-        changes: any value of the fine-tuning by its dotted name (:func:`~normfree.removal.plan.plan`).
-        schedule: the name of a published schedule, or a YAML file; None makes one by depth and budget.
+        changes: values of the fine-tuning by dotted name (:func:`~normfree.removal.plan.plan`).
+        schedule: the name of a published schedule, or a YAML file; default: by depth and budget.
         seed: of the order of the data and of dropout.
-        lora_rank: trains low-rank changes of this rank, and the norms; None trains all weights.
-        vanilla: whether to also fine-tune with the norms kept, as a control.
-        cache_dir: where tokenized corpora are kept and found again.
+        lora_rank: trains low-rank changes of this rank, and the norms; default: all weights.
+        vanilla: also fine-tune with the norms kept, as a control.
+        cache_dir: of tokenized corpora.
 
     Raises:
         InputError: the model, the corpus, a change, the schedule or the folder cannot be used.
-        RemovalDivergedError: the removal diverged for good.
+        RemovalDivergedError: the removal diverged too often.
     """
     chosen = load_schedule(schedule) if schedule is not None else None
     planned = plan(source, changes=changes or {}, seed=seed, lora_rank=lora_rank, schedule=chosen)

@@ -1,4 +1,4 @@
-"""A model between its norms and none: norms on their way out put in, made constant by a schedule, and finished."""
+"""A model during removal: its norms are replaced by removable ones, which a schedule makes constant."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from normfree.removal.schedule import SPECIAL_PARTS, Part, Removal
 NORMS_TO_REMOVE = ("layernorm", "rmsnorm")
 READERS: dict[Part, tuple[str, int]] = {"ffn": ("ffn_norm", 0), "attention_qk": ("attention_norm", 0)}
 READERS["attention_v"] = ("attention_norm", VALUES)
-"""The norm of a block and the place of the reader in it, by part."""
+"""The norm of a block, and the reader's place in it, by part."""
 
 
 class Midway:
-    """``model``, its norms replaced in place by removable ones with the same weights: its function is the same.
+    """``model`` with its norms replaced in place by removable ones with the same weights and function.
 
-    Until the last removal its configuration's ``norm`` is one that no model can be loaded with, so that no checkpoint
-    from between is taken for a finished model.
+    Until the last removal its configuration's ``norm`` is a name that no model can be loaded with, so that an
+    intermediate checkpoint cannot pass for a finished model.
 
     Raises:
         InputError: the model has no norms to remove, or not in pre placement.
@@ -51,7 +51,7 @@ class Midway:
         """Makes a part constant, or ends the special treatment of some tokens.
 
         Raises:
-            InputError: it is gone already, or its running std is not finite.
+            InputError: it was removed before, or its running std is not finite.
         """
         self.gone.append(removal)
         reader = self._reader(removal)
@@ -64,7 +64,7 @@ class Midway:
             self.tokens.includes_first = False
 
     def has_finite_std(self, removal: Removal) -> bool:
-        """True if the std that a part would divide by is finite; always for special tokens."""
+        """True if the std of the removed part is finite; always true for special tokens."""
         reader = self._reader(removal)
         return reader is None or bool(reader[0].std[reader[1]].isfinite())
 
@@ -75,10 +75,10 @@ class Midway:
                 yield name, module
 
     def finish(self) -> None:
-        """Makes this a ``constant_std`` model in configuration and weights, once everything has been removed.
+        """Makes this a ``constant_std`` model in configuration and weights, after the last removal.
 
         Raises:
-            InputError: a norm still divides by each token's own std, or some tokens by a std of their own.
+            InputError: a norm still divides by each token's own std, or special tokens still have their own.
         """
         left = [name for name, norm in self.norms() if not all(norm.is_constant)]
         if left or self.tokens.includes_first or self.tokens.end_of_text is not None:
@@ -90,7 +90,7 @@ class Midway:
         self.model.config.norm_is_centered = "rmsnorm" not in self.original.values()
 
     def forget_special_tokens(self) -> None:
-        """Drops the stds of special tokens, which no checkpoint after the last removal has."""
+        """Drops the stds of special tokens, which checkpoints after the last removal do not have."""
         for _, norm in self.norms():
             norm.forget_special_tokens()
 
@@ -100,30 +100,23 @@ class Midway:
         return RemovableNorm(norm, n_reader=n_reader, momentum=self._momentum, tokens=self.tokens)
 
     def _reader(self, removal: Removal) -> tuple[RemovableNorm, int] | None:
-        """The norm that a removal makes constant, and for which of its readers; None for special tokens."""
+        """The norm that a removal makes constant, and the reader's place; None for special tokens."""
         if removal.part in SPECIAL_PARTS:
             return None
-        if removal.layer is None:
-            return self._norm("final_norm", None), 0
-        name, reader = READERS[removal.part]
-        return self._norm(name, removal.layer), reader
-
-    def _norm(self, name: str, layer: int | None) -> RemovableNorm:
-        owner = self.model.model if layer is None else self.model.model.blocks[layer]
-        norm = getattr(owner, name)
+        name, reader = READERS.get(removal.part, ("final_norm", 0))
+        norm = getattr(self.model.model if removal.layer is None else self.model.model.blocks[removal.layer], name)
         assert isinstance(norm, RemovableNorm), "schedules are checked against the model"
-        return norm
+        return norm, reader
 
     def _see(self, model: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         self.tokens.see(options["input_ids"] if "input_ids" in options else args[0])
 
 
 def check_removable(config: NormfreeConfig) -> None:
-    """Checks that a model of that configuration has norms that can be removed.
+    """Checks that the norms of a model of that configuration can be removed.
 
     Raises:
-        InputError: it has none, or some that are constant already, of another kind, in another placement than pre, or
-            inside attention.
+        InputError: it has none, or one that is constant, of another kind, not in pre placement, or inside attention.
     """
     names = {"norm": config.norm, "final_norm": config.final_norm}
     if set(names.values()) == {"none"}:
@@ -131,7 +124,7 @@ def check_removable(config: NormfreeConfig) -> None:
     if config.norm_placement != "pre":
         raise InputError(
             f"norms can be removed in pre placement, and the model's is {config.norm_placement!r}: there a norm acts "
-            "on the residual stream or on what is written into it, not only on what reads it"
+            "on the residual stream or on what is added to it, not only on its readers"
         )
     if config.qk_norm != "none":
         raise InputError(
@@ -140,8 +133,8 @@ def check_removable(config: NormfreeConfig) -> None:
         )
     if config.ffn == "spark":
         raise InputError(
-            "norms cannot be removed before ffn 'spark': it reads the residual stream in two parts, and the weights of "
-            "neither can hold a norm of the whole; use a model with ffn dense or gated"
+            "norms cannot be removed before ffn 'spark': it reads the residual stream in two parts, whose weights "
+            "cannot hold a norm of the whole; use a model with ffn dense or gated"
         )
     for option, name in names.items():
         if name not in (*NORMS_TO_REMOVE, "none"):
@@ -149,6 +142,6 @@ def check_removable(config: NormfreeConfig) -> None:
             raise InputError(f"{option} {name!r} cannot be removed{hint}; allowed: {', '.join(NORMS_TO_REMOVE)}, none")
     if len(set(names.values()) - {"none"}) > 1:
         raise InputError(
-            f"norm {config.norm!r} and final_norm {config.final_norm!r} differ, and a model with constant stds is "
-            "centered everywhere or nowhere; only equal ones can be removed"
+            f"norm {config.norm!r} and final_norm {config.final_norm!r} differ, but a model with constant stds centres "
+            "everywhere or nowhere; only equal ones can be removed"
         )

@@ -1,4 +1,4 @@
-"""What a removal trains on and how, where its user does not say: the published recipe, and the data of a run."""
+"""Defaults of a removal: the published recipe, and the data of the run that it starts from."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from normfree.training.run_config import unknown_option, with_changes
 
 PUBLISHED_STEPS = 300
 SHARE_OF_TRAINING = 0.05
-"""Budget for a run of ours, as a share of the tokens it was trained on."""
+"""Budget for a Normfree run, as a share of the tokens it was trained on."""
 RECIPE: dict[str, Any] = {
     "learning_rate": 6e-4,
     "learning_rate_decay": "cosine",
@@ -30,7 +30,7 @@ RECIPE: dict[str, Any] = {
     "logging_steps": 1,
     "telemetry_steps": 25,
 }
-"""That of GPT-2 Small in "Transformers Don't Need LayerNorm at Inference Time". The loss of each step is watched."""
+"""The recipe of GPT-2 Small in "Transformers Don't Need LayerNorm at Inference Time", logging every step."""
 LARGE = {"batch_size": 512, "micro_batch_size": 8, "steps": PUBLISHED_STEPS}
 LARGE_SEQUENCE_LENGTH = 1024
 FROM_THE_RUN = ("batch_size", "micro_batch_size", "precision", "attn_implementation")
@@ -42,7 +42,7 @@ EVALUATIONS = 3
 class Plan:
     """A fine-tuning run that starts from a model with ``n_embedding`` tokens.
 
-    fingerprint: the very tokens it has to be of, for a model that is a run.
+    fingerprint: of the tokens that it must be trained on, for a model that is a run.
     """
 
     run: RunConfig
@@ -53,8 +53,8 @@ class Plan:
         """The run's tokens.
 
         Raises:
-            InputError: the corpus cannot be used, or has changed and the tokens of the run are no longer in the cache,
-                or its tokenizer has tokens that the model has no embedding for.
+            InputError: the corpus cannot be used, or has changed since the run and its tokens are not in the cache, or
+                its tokenizer has tokens without an embedding.
         """
         if self.fingerprint is not None:
             return same_data(self.run.data, cache_dir, self.fingerprint)
@@ -71,16 +71,16 @@ def plan(
     lora_rank: int | None = None,
     schedule: RemovalSchedule | None = None,
 ) -> Plan:
-    """How the norms of the model ``source`` are taken out: by fine-tuning that starts from it.
+    """The fine-tuning that removes the norms of the model ``source``.
 
-    A run of ours is fine-tuned on the data it was trained on, in batches of the same size, for ``SHARE_OF_TRAINING`` of
-    its tokens; any other model on the corpus that ``changes`` name, with its own tokenizer and what that puts before a
-    text, for ``PUBLISHED_STEPS`` of 512 sequences. The ``recipe`` of ``schedule`` overrides both, and ``changes``
-    override it: they set any value by its dotted name, such as ``data.corpus``, ``recipe.steps`` and, with a
-    ``lora_rank``, ``lora.alpha``.
+    A Normfree run is fine-tuned on its own data, in batches of the same size, for ``SHARE_OF_TRAINING`` of its tokens;
+    any other model on the corpus in ``changes``, with its own tokenizer and what that puts before a text, for
+    ``PUBLISHED_STEPS`` of 512 sequences. The ``recipe`` of ``schedule`` overrides both, and ``changes`` override it:
+    values by dotted name, such as ``data.corpus``, ``recipe.steps`` and, with a ``lora_rank``, ``lora.alpha``.
 
     Raises:
-        InputError: the model cannot be loaded, no corpus is named for one that is no run, or a name or value is wrong.
+        InputError: the model cannot be loaded, no corpus is named for a model that is not a run, or a name or value is
+            wrong.
     """
     loaded = load_pretrained(source)
     trained = loaded.run
@@ -123,7 +123,7 @@ def plan(
 
 
 def _with_checkpoints(run: RunConfig) -> RunConfig:
-    """Enough of them that a removal that diverges need not go back far, and a few evaluations, the last at the end."""
+    """``run`` with enough checkpoints that a diverged removal loses few steps, and a few evaluations."""
     steps = run.recipe.n_steps(run.data.sequence_length)
     every = {"save_steps": ceil(steps / CHECKPOINTS), "eval_steps": ceil(steps / EVALUATIONS)}
     changed = {name: value for name, value in every.items() if name not in run.recipe.model_fields_set}

@@ -1,4 +1,4 @@
-"""A norm on its way out: it divides by each token's own std until it is switched to a constant."""
+"""A norm during removal: it divides by each token's own std until it is switched to a constant."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from torch import Tensor, nn
 from normfree.errors import InputError
 
 MIDWAY = "removable"
-"""The ``norm`` of a model whose norms are being removed; no configuration allows it."""
+"""The ``norm`` of a model during removal; no configuration allows it."""
 STD = "std"
 SPECIAL_STD = "special_std"
 VALUES = 1
-"""The reader of attention's norm that values have; queries and keys have reader 0."""
+"""The values' place among the readers of attention's norm; queries and keys have place 0."""
 Treatment = Literal["separate", "published"]
 TREATMENTS: tuple[Treatment, ...] = get_args(Treatment)
 
 
 class SpecialTokens:
-    """Which tokens are divided by a std of their own until their stage of the schedule.
+    """Tokens with a std of their own until their stage of the schedule.
 
-    - ``separate``: the first token of each sequence and end-of-text, for every reader; the std of all others leaves
-      them out. In most trained models the first token's residual stream is many times longer than that of all others.
-    - ``published``: end-of-text, for the values only; the std of all others averages over all tokens, the first and
-      end-of-text included. So have the released models of "Transformers Don't Need LayerNorm at Inference Time".
+    - ``separate``: the first token of each sequence and end-of-text, for every reader; the std of the others leaves
+      them out. In most trained models the first token's residual stream is many times longer than all others.
+    - ``published``: end-of-text, for the values only; the std of the others averages over all tokens, as in the
+      released models of "Transformers Don't Need LayerNorm at Inference Time".
 
     All norms of a model share one instance, which sees the tokens before each forward pass.
     """
@@ -44,15 +44,15 @@ class SpecialTokens:
 
     @property
     def left_out(self) -> Tensor | None:
-        """Tokens that the std of all others leaves out, bool [batch, T, 1]; None for none."""
+        """Tokens that the std of the others leaves out, bool [batch, T, 1]; None for none."""
         return self.mask if self.treatment == "separate" else None
 
     def concerns(self, reader: int) -> bool:
-        """True if the reader divides special tokens by a std of their own."""
+        """True if the reader divides special tokens by their own std."""
         return self.treatment == "separate" or reader == VALUES
 
     def see(self, input_ids: Tensor) -> None:
-        """Notes the special tokens of ``input_ids``, int64 [batch, T], whole sequences: bool [batch, T, 1]."""
+        """Marks the special tokens of whole sequences, ``input_ids`` int64 [batch, T]."""
         mask = torch.zeros_like(input_ids, dtype=torch.bool)
         for token in self.end_of_text or ():
             mask |= input_ids == token
@@ -62,11 +62,11 @@ class SpecialTokens:
 
 
 class RemovableNorm(nn.Module):
-    """A LayerNorm or RMSNorm with the weights it had, whose division can be made constant for one reader at a time.
+    """A LayerNorm or RMSNorm whose division can be made constant for one reader at a time.
 
-    While it trains, it keeps a running mean of its tokens' stds, ``std_r ← m · std_r + (1 - m) · mean std`` for every
-    reader r that still divides by each token's own; special tokens as :class:`SpecialTokens` says. Once constant, a
-    reader's std stays as it is: it is no parameter. The first batch sets the mean, whatever the momentum m.
+    In training it keeps a running mean of its tokens' stds, ``std_r ← m · std_r + (1 - m) · mean std``, for each reader
+    r that still divides by each token's own; the first batch sets it. For special tokens see :class:`SpecialTokens`. A
+    constant std does not change: it is no parameter.
 
     With ``keeps_own_std`` the last batch's stds, [batch, T, 1] with their gradient, stay in ``own_std``.
 
@@ -105,22 +105,22 @@ class RemovableNorm(nn.Module):
         return readings[0] if len(readings) == 1 else readings
 
     def make_constant(self, reader: int) -> None:
-        """From now on ``reader`` divides by its running std.
+        """``reader`` divides by its running std from now on.
 
         Raises:
-                InputError: it already does, or its running std is not finite.
+            InputError: it already does, or its running std is not finite.
         """
         if self.is_constant[reader]:
             raise InputError("a norm is removed twice; a schedule removes each once")
         if not self.std[reader].isfinite():
             raise InputError(
-                "a norm is removed whose std is not finite: no batch has been seen yet, or training has diverged; let "
-                "the schedule begin after step 0"
+                "the std of a norm to remove is not finite: no batch has been seen yet, or training has diverged; "
+                "begin the schedule after step 0"
             )
         self.is_constant[reader] = True
 
     def forget_special_tokens(self) -> None:
-        """Drops the std of the special tokens, when there are none any more."""
+        """Drops the std of special tokens, once there are none."""
         if SPECIAL_STD in self._buffers:
             del self._buffers[SPECIAL_STD]
 

@@ -1,4 +1,4 @@
-"""A removal of norms from end to end: measured, fine-tuned, folded, exported, and measured again."""
+"""A removal of norms from end to end: measure, fine-tune, fold, export, and measure again."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ SCHEDULE_FILE = "schedule.yaml"
 ORIGINAL, VANILLA, NORM_FREE = "original", "vanilla", "norm-free"
 
 Callbacks = Callable[[str, int], tuple[Callback, ...]]
-"""What follows a run's progress, from its name and its tokens."""
+"""Callbacks of a run, from its name and its tokens."""
 
 
 @dataclass(frozen=True)
 class RemovalResult:
-    """What :func:`remove` found, and where the models are.
+    """The result of :func:`remove`.
 
-    table: variant, finetuning_tokens, eval_loss (nats), eval_ppl, delta_loss (to the original); one row a variant.
-    norm_free: the folder of the model without norms, in transformers' form.
-    stock: that of the same model as a stock model of transformers, where it can be one.
+    table: variant, finetuning_tokens, eval_loss (nats), eval_ppl, delta_loss (to the original); a row a variant.
+    norm_free: folder of the model without norms, in transformers' format.
+    stock: folder of the same model as a stock model of transformers; None if no architecture can hold it.
     """
 
     table: pd.DataFrame
@@ -69,13 +69,12 @@ def remove(
     vanilla: bool = True,
     callbacks: Callbacks = lambda name, tokens: (),
 ) -> RemovalResult:
-    """Takes the norms out of the model that ``run`` starts from, and compares what is left with it.
+    """Removes the norms of the model that ``run`` starts from, and compares the result with it.
 
-    ``folder`` then holds the runs ``vanilla`` (the same tokens with the norms kept) and ``removal``, the schedule it
-    began with in ``schedule.yaml``, the model without norms in ``norm-free`` and, where a stock architecture can hold
-    it, in ``stock``; and ``removal.csv``. Every variant is measured on all evaluation sequences in float32. What is
-    finished is not done again. A removal that diverges for good leaves a ``removal.csv`` too; its loss without norms is
-    NaN.
+    ``folder`` then holds the runs ``vanilla`` (the same tokens with norms kept) and ``removal``, the initial schedule
+    in ``schedule.yaml``, the model without norms in ``norm-free`` and, if a stock architecture can hold it, in
+    ``stock``; and ``removal.csv``. Every variant is measured on all evaluation sequences in float32. Finished parts are
+    not repeated. A removal that diverged too often leaves a ``removal.csv`` with a loss of NaN without norms.
 
     Args:
         run: its ``start_from`` is the model; its ``configuration`` is replaced.
@@ -83,7 +82,7 @@ def remove(
         vanilla: whether to train the control.
 
     Raises:
-        RemovalDivergedError: the removal diverged for good.
+        RemovalDivergedError: the removal diverged too often.
         InputError: the model has no norms to remove, the schedule does not fit, or ``folder`` holds a removal by
             another schedule. Nothing is written.
     """
@@ -102,7 +101,7 @@ def remove(
     tokens = run.recipe.n_tokens(T)
 
     losses = {ORIGINAL: _loss(original, data.eval)}
-    del original  # each run loads it again; what is still held takes memory from it
+    del original  # each run loads it again
     if vanilla:
         control = run.model_copy(update={"configuration": VANILLA})
         train(control, data, folder / VANILLA, callbacks=callbacks(VANILLA, tokens))
@@ -129,13 +128,13 @@ def _loss(model: NormfreeForCausalLM, blocks: PackedSequences) -> float:
 
 
 def _claim(folder: Path, schedule: RemovalSchedule) -> None:
-    """Makes ``folder`` that of a removal by ``schedule``, or checks that it already is."""
+    """Claims ``folder`` for a removal by ``schedule``, or checks that it belongs to one."""
     path = folder / SCHEDULE_FILE
     if not path.exists():
         write_text(path, yaml.safe_dump(schedule.model_dump(mode="json", exclude_none=True), sort_keys=False))
     elif load_schedule(str(path)) != schedule:
         raise InputError(
-            f"{folder} holds a removal by another schedule ({SCHEDULE_FILE}); give another folder with --out, or that "
+            f"{folder} holds a removal by another schedule ({SCHEDULE_FILE}); give another folder with --out, or its "
             "schedule with --schedule"
         )
 

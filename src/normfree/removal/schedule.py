@@ -1,4 +1,4 @@
-"""When each norm goes: a removal schedule as data, in YAML, and the steps it means for a model of some depth."""
+"""Removal schedules: YAML files that say when each norm goes, and their steps for a model."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Part = Literal["ffn", "attention_qk", "attention_v", "final", "end_of_text", "fi
 BLOCK_PARTS: tuple[Part, ...] = ("ffn", "attention_qk", "attention_v")
 """Readers of the norms in every block: the feed-forward network; queries and keys; values."""
 SPECIAL_PARTS: tuple[Part, ...] = ("end_of_text", "first_token")
-"""Not norms: tokens that stop having a std of their own."""
+"""Parts that are not norms but tokens, which lose their own std."""
 SCHEDULES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
 class Removal(NamedTuple):
-    """At the beginning of optimizer step ``step`` (from 0) this part of ``layer`` (None outside of blocks) goes."""
+    """Removes ``part`` of ``layer`` (None outside of blocks) at the beginning of optimizer step ``step`` (from 0)."""
 
     step: int
     part: Part
@@ -33,10 +33,10 @@ class Removal(NamedTuple):
 class Stage(BaseModel):
     """Norms of one kind, removed one after the other.
 
-    part: what goes.
-    after: steps from the removal before it (from step 0 for the first stage) to its first.
+    part: a reader of norms, or special tokens.
+    after: steps from the previous removal (or step 0) to the first of this stage.
     gap: steps from one layer to the next.
-    layers: from 0, in order; all of them, the first first, if not given. A part may have several stages.
+    layers: from 0, in order of removal; default: all, from the first. A part may have several stages.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -48,9 +48,7 @@ class Stage(BaseModel):
 
 
 class ScheduleRecipe(BaseModel):
-    """The part of a fine-tuning recipe that a schedule was made for; names and meanings are those of
-    :class:`~normfree.training.Recipe`.
-    """
+    """The part of a :class:`~normfree.training.Recipe` that a schedule was made for."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -65,13 +63,12 @@ class ScheduleRecipe(BaseModel):
 class RemovalSchedule(BaseModel):
     """A schedule of "Transformers Don't Need LayerNorm at Inference Time", Section 3.
 
-    stages: in this order.
-    std_momentum: of the running mean of each norm's std, once a micro-batch; 0 takes that of the last one.
+    stages: in order.
+    std_momentum: of the running mean of each norm's std, updated every micro-batch; 0 keeps the last one's.
     std_loss_weight: of the auxiliary loss, the mean squared difference between the stds of all tokens before the final
         norm and their mean.
-    special_tokens: which tokens have a std of their own until their stage, as in
-        :class:`~normfree.removal.removable.SpecialTokens`.
-    recipe: the recipe that goes with the schedule, used wherever the user names no other value.
+    special_tokens: tokens with their own std (see :class:`~normfree.removal.removable.SpecialTokens`).
+    recipe: the schedule's recipe; values that the user gives override it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -83,23 +80,22 @@ class RemovalSchedule(BaseModel):
     recipe: ScheduleRecipe = ScheduleRecipe()
 
     def removals(self, model: NormfreeConfig) -> list[Removal]:
-        """Every removal for a model of that configuration, in order. Steps between two are rounded together.
+        """Every removal for a model of that configuration, in order. Steps are rounded after they are summed.
 
         Raises:
-            InputError: a norm of the model is removed twice or never, or one is named that it has not.
+            InputError: a norm of the model is removed twice or never, or a norm is named that it does not have.
         """
         removals = [Removal(round(step), part, layer) for step, part, layer in self._places(model.n_layer)]
         self._check(model, removals)
         return removals
 
     def stretched(self, model: NormfreeConfig, step: int, factor: float) -> RemovalSchedule:
-        """The same, with every wait for a removal behind ``step`` ``factor`` times as long."""
+        """A copy whose waits after ``step`` are scaled by ``factor``."""
         stages, last = [], 0.0
         for place, part, layer in self._places(model.n_layer):
-            wait = place - last
+            wait = (place - last) * (factor if place > step else 1)
+            stages.append(Stage(part=part, after=wait, layers=None if layer is None else (layer,)))
             last = place
-            layers = None if layer is None else (layer,)
-            stages.append(Stage(part=part, after=wait * factor if place > step else wait, layers=layers))
         return self.model_copy(update={"stages": tuple(stages)})
 
     def _places(self, n_layer: int) -> Iterator[tuple[float, Part, int | None]]:
@@ -118,11 +114,10 @@ class RemovalSchedule(BaseModel):
         if model.final_norm != "none":
             wanted.append(("final", None))
         wanted.append(("first_token", None))
-        if model.eos_token_id is not None:
+        has_end = model.eos_token_id is not None
+        if has_end:
             wanted.append(("end_of_text", None))
-        found = [(each.part, each.layer) for each in removals]
-        if model.eos_token_id is None:
-            found = [each for each in found if each[0] != "end_of_text"]
+        found = [(each.part, each.layer) for each in removals if has_end or each.part != "end_of_text"]
         for each in found:
             if found.count(each) > 1:
                 raise InputError(f"the schedule removes {_named(*each)} twice; name it once")
@@ -152,10 +147,10 @@ def load_schedule(name: str) -> RemovalSchedule:
 
 
 def automatic_schedule(n_layer: int, n_step: int) -> RemovalSchedule:
-    """The schedule published for GPT-2 Small, for another depth and number of steps.
+    """The schedule published for GPT-2 Small, scaled to another depth and number of steps.
 
-    It begins after 20 of its 300 steps and has removed the last norm at step 104, and waits 2, 2 and 3 steps for the
-    three parts of its 12 blocks; here the shares of the budget are the same, and a model's layers share them.
+    The original begins at step 20 of 300, waits 2, 2 and 3 steps for the three parts of 12 blocks, and removes the last
+    norm at step 104. All waits keep their share of the budget, divided among a model's layers.
     """
     unit = n_step / 300 * 12 / n_layer
     special = n_step / 300

@@ -1,4 +1,4 @@
-"""The calls of a decoder's blocks in one pass: read, run again, and replaced, of a transformers decoder."""
+"""The calls of the blocks of a transformers decoder in one pass: recorded, run again and replaced."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from normfree.modeling.decoder_blocks import decoder_blocks
 from normfree.training.evaluation import sequence_losses
 
 STREAM_KEYWORD = "hidden_states"
-"""What transformers names a block's first argument, the residual stream, where it is passed by keyword."""
+"""transformers' name of a block's first argument, the residual stream, where it is passed by keyword."""
 
 
 @dataclass(frozen=True)
 class BlockCall:
-    """One call of a block: what it was given, and what it put out, a residual stream or a tuple that begins with it.
+    """One call of a block.
 
     stream: the residual stream it read, [batch, T, d].
+    output: the residual stream it returned, or a tuple that begins with it.
     """
 
     block: nn.Module
@@ -35,24 +36,22 @@ class BlockCall:
 
     @property
     def output_stream(self) -> torch.Tensor:
-        """The residual stream that the block put out, [batch, T, d]."""
+        """The residual stream that the block returned, [batch, T, d]."""
         return _stream_in(self.output)
 
     def output_with(self, stream: torch.Tensor) -> Any:
-        """What the block put out, with ``stream`` in place of its residual stream."""
+        """The output with ``stream`` as its residual stream."""
         return (stream, *self.output[1:]) if isinstance(self.output, tuple) else stream
 
     def skipped(self, *arguments: Any, **keywords: Any) -> Any:
-        """In place of the block's ``forward``: the residual stream as it comes."""
+        """Replaces the block's ``forward`` by the identity."""
         return self.output_with(_stream_of(arguments, keywords))
 
     def run(self, stream: torch.Tensor) -> torch.Tensor:
-        """The residual stream that the block makes of another ``stream``, all else as it was."""
+        """The residual stream that the block returns for another input ``stream`` and the same other arguments."""
         if STREAM_KEYWORD in self.keywords:
-            output = self.block(*self.arguments, **{**self.keywords, STREAM_KEYWORD: stream})
-        else:
-            output = self.block(stream, *self.arguments[1:], **self.keywords)
-        return _stream_in(output)
+            return _stream_in(self.block(*self.arguments, **{**self.keywords, STREAM_KEYWORD: stream}))
+        return _stream_in(self.block(stream, *self.arguments[1:], **self.keywords))
 
 
 @dataclass(frozen=True)
@@ -70,27 +69,27 @@ class RecordedPass:
     n_beginning: int = 0
 
     def losses(self, logits: torch.Tensor) -> torch.Tensor:
-        """The mean next-token loss of each sequence, in nats, float32 [batch], of logits [batch, T, vocab_size]."""
+        """The mean next-token loss of each sequence, nats, float32 [batch], from logits [batch, T, vocab_size]."""
         known = max(0, self.n_beginning - 1)
         return sequence_losses(logits[:, known:], self.tokens[:, known:])
 
     @property
     def streams(self) -> list[torch.Tensor]:
-        """The residual stream at the input of each block and after the last, n_layer + 1 of [batch, T, d]."""
+        """The residual stream at the input of each block and after the last: n_layer + 1 tensors [batch, T, d]."""
         return [*(call.stream for call in self.calls), self.calls[-1].output_stream]
 
     def logits_with(self, outputs: Mapping[int, Any]) -> torch.Tensor:
-        """The logits with the outputs of the blocks in ``outputs`` replaced by these; the blocks are not run."""
+        """The logits with ``outputs`` as the outputs of their layers' blocks, which are not run."""
         with self._replaced(_constants(outputs)):
             return self.model(input_ids=self.tokens, use_cache=False).logits
 
     def logits_without(self, layers: Iterable[int]) -> torch.Tensor:
-        """The logits with the blocks of ``layers`` skipped, each the identity."""
+        """The logits with the blocks of ``layers`` replaced by the identity."""
         with self._replaced({layer: self.calls[layer].skipped for layer in layers}):
             return self.model(input_ids=self.tokens, use_cache=False).logits
 
     def stream_after(self, layer: int, outputs: Mapping[int, Any]) -> torch.Tensor:
-        """The residual stream after block ``layer`` with the outputs of the blocks in ``outputs`` replaced."""
+        """The residual stream after block ``layer`` with ``outputs`` as the outputs of their layers' blocks."""
         found: list[Any] = []
         hook = self.calls[layer].block.register_forward_hook(lambda module, inputs, output: found.append(output))
         with hook, self._replaced(_constants(outputs)):
@@ -106,11 +105,11 @@ class RecordedPass:
 
 
 def record(model: PreTrainedModel, tokens: torch.Tensor, n_beginning: int = 0) -> RecordedPass:
-    """Runs ``model`` over ``tokens`` (int64 [batch, T], no padding) and keeps every block's call.
+    """Runs ``model`` over ``tokens`` (int64 [batch, T], no padding) and records every block's call.
 
     Raises:
-        InputError: the model has no list of decoder blocks, or one of them is not called once, or does not read and put
-            out activations [batch, T, d].
+        InputError: the model has no list of decoder blocks, or one of them is not called exactly once, or does not map
+            activations [batch, T, d] to such.
     """
     blocks = decoder_blocks(model)
     found: dict[str, BlockCall] = {}
@@ -137,24 +136,24 @@ def record(model: PreTrainedModel, tokens: torch.Tensor, n_beginning: int = 0) -
 
 @torch.no_grad()
 def check_independence(recorded: RecordedPass) -> None:
-    """Checks that blocks depend on one another through the residual stream alone, as skipping one of them supposes.
+    """Checks that blocks depend on one another through the residual stream alone, so that one of them can be skipped.
 
-    Every block is run while no other is: the one before it puts out its recorded residual stream, all others what they
-    put out for other tokens. The block has to put out what it did in the recorded pass. So must the logits when the
-    last block alone puts out its recorded residual stream. This costs about three passes over the tokens.
+    Every block is run alone: the block before it returns its recorded residual stream, all others return their outputs
+    for other tokens. The block must return its recorded output. So must the readout when only the last block returns
+    its recorded residual stream. This costs about three passes over the tokens.
 
-    Shared keys and values (YOCO, Gemma 3n, Gemma 4), connections across layers, and state that one block leaves behind
-    for another fail it, in whichever layers they are.
+    Shared keys and values (YOCO, Gemma 3n, Gemma 4), connections across layers and state that one block leaves for
+    another are found in any layer.
 
     Raises:
-        InputError: a block, or the readout, reads more than the residual stream of the block before.
+        InputError: a block, or the readout, reads more than the residual stream of the block before it.
     """
     calls, name = recorded.calls, type(recorded.model).__name__
     blocks = list(decoder_blocks(recorded.model))
     for layer in range(1, len(calls)):
         if not _same(calls[layer].stream, calls[layer - 1].output_stream):
             raise InputError(
-                f"{blocks[layer]} of {name} does not read the residual stream as {blocks[layer - 1]} puts it out: the "
+                f"{blocks[layer]} of {name} does not read the residual stream as {blocks[layer - 1]} returns it: the "
                 "model changes it between blocks, so no block can be skipped"
             )
     other = record(recorded.model, _other_tokens(recorded)).calls
@@ -162,7 +161,7 @@ def check_independence(recorded: RecordedPass) -> None:
     readout[len(calls) - 1] = other[-1].output_with(calls[-1].output_stream)
     if not _same(_unless_raised(lambda: recorded.logits_with(readout), f"the readout of {name}"), recorded.logits):
         raise InputError(_depends(f"the readout of {name}"))
-    # From the last to the first: what a block leaves behind for later ones is still that of the other tokens.
+    # From the last to the first, so that state left for later blocks is still that of the other tokens.
     for layer in reversed(range(len(calls))):
         outputs = {at: call.output for at, call in enumerate(other) if at != layer}
         if layer:
@@ -174,7 +173,7 @@ def check_independence(recorded: RecordedPass) -> None:
 
 
 def _other_tokens(recorded: RecordedPass) -> torch.Tensor:
-    """The tokens moved by one position; where that changes nothing, all of them one higher."""
+    """The tokens rotated by one position; if that changes nothing, each plus one."""
     moved = recorded.tokens.roll(1, dims=1)
     if not torch.equal(moved, recorded.tokens):
         return moved
@@ -183,13 +182,13 @@ def _other_tokens(recorded: RecordedPass) -> torch.Tensor:
 
 def _depends(what: str) -> str:
     return (
-        f"{what} reads more of other blocks than the residual stream that the one before it puts out (shared keys and "
-        "values, a connection across layers): no block can be skipped alone"
+        f"{what} reads more of other blocks than the residual stream of the one before it (shared keys and values, a "
+        "connection across layers): no block can be skipped alone"
     )
 
 
 def _unless_raised(compute: Callable[[], torch.Tensor], what: str) -> torch.Tensor:
-    """What ``compute`` returns; whatever a model raises for want of another block's state is a dependence on it."""
+    """The result of ``compute``; an error means that the model misses another block's state."""
     try:
         return compute()
     except torch.OutOfMemoryError:
@@ -199,7 +198,7 @@ def _unless_raised(compute: Callable[[], torch.Tensor], what: str) -> torch.Tens
 
 
 def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Equal up to rounding, by token: relative to its largest channel."""
+    """Equal up to rounding, relative to each token's largest channel."""
     if found.shape != expected.shape:
         return False
     tolerance = max(1e-5, 4 * torch.finfo(expected.dtype).eps)
@@ -217,12 +216,12 @@ def _checked_stream(x: Any, where: str) -> torch.Tensor:
 
 
 def _stream_in(output: Any) -> Any:
-    """The residual stream in what a block put out."""
+    """The residual stream in a block's output."""
     return output[0] if isinstance(output, tuple) else output
 
 
 def _constants(outputs: Mapping[int, Any]) -> dict[int, Callable[..., Any]]:
-    """In place of each block's ``forward``: one that returns its output."""
+    """For each block, a ``forward`` that returns its output."""
     return {layer: lambda *_, output=output, **__: output for layer, output in outputs.items()}
 
 

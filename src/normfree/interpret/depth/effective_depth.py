@@ -1,8 +1,7 @@
-"""One number for how many layers a model uses, from what each costs when it is skipped.
+"""Effective depth: how many layers a model uses, from the loss increase when each is skipped.
 
-Csordás et al. ("Do Language Models Use Their Depth Efficiently?", 2025) and Hu et al. ("What Affects the Effective
-Depth of Large Language Models?", 2025) read effective depth off where curves change along the layers. The number here
-is defined by Normfree.
+The definition is Normfree's. Csordás et al. ("Do Language Models Use Their Depth Efficiently?", 2025) and Hu et al.
+("What Affects the Effective Depth of Large Language Models?", 2025) locate it where curves change along the layers.
 """
 
 from __future__ import annotations
@@ -14,18 +13,18 @@ import numpy as np
 from normfree.interpret.depth.averages import FloatArray
 
 USEFUL_SHARE = 0.01
-"""A layer counts as useful from this share of the largest increase on."""
+"""Least share of the largest increase for a layer to count as useful."""
 
 
 @dataclass(frozen=True)
 class EffectiveDepth:
-    """How many layers carry a model's loss; see :func:`effective_depth`.
+    """The result of :func:`effective_depth`.
 
-    effective_depth: the participation ratio, in layers, from 1 (one layer carries all) to n_layer (all carry alike).
-    standard_error: of it, over sequences (delete-one jackknife); NaN for a single sequence.
-    useful_layers: layers whose increase is at least 1 % of the largest one.
-    deep_half_share: the part of all increases that the deeper half, the last n_layer // 2 layers, has.
-    deep_layer_nats: mean increase over the layers of the deeper half, nats; negative ones count as they are.
+    effective_depth: the participation ratio, in layers, from 1 (one layer carries all) to n_layer (all carry the same).
+    standard_error: over sequences (delete-one jackknife); NaN for a single sequence.
+    useful_layers: layers whose increase is at least 1 % of the largest.
+    deep_half_share: share of all increases that the deeper half, the last n_layer // 2 layers, carries.
+    deep_layer_nats: mean increase over the layers of the deeper half, nats, negative ones included.
     """
 
     effective_depth: float
@@ -39,8 +38,8 @@ def effective_depth(loss_increases: FloatArray) -> EffectiveDepth:
     """The participation ratio (Σ_l d_l)² / Σ_l d_l² of the increases d of the loss when each layer alone is skipped.
 
     d_l is the mean over sequences; negative means count as 0. The ratio is the inverse Simpson index of the shares
-    d_l / Σ d, the number of equal shares that are as concentrated (Hill, "Diversity and Evenness", 1973, N₂). It is 0
-    where no layer costs anything, and all is NaN where an increase is not finite. A single layer has no deeper half.
+    d_l / Σ d, the number of equal shares of the same concentration (Hill, "Diversity and Evenness", 1973, N₂). It is 0
+    if no layer costs anything; all is NaN if an increase is not finite. A single layer has no deeper half.
 
     Args:
         loss_increases: by layer and sequence, nats, [n_layer, n_sequence].

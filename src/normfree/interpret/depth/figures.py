@@ -1,8 +1,8 @@
-"""Figures of how models use their depth: lines over the layers, a colour a configuration, and heatmaps.
+"""Figures of depth: lines over the layers, a colour a configuration, and heatmaps.
 
-Every frame names its runs by ``configuration`` and ``seed``; one run each is fine. Lines of several seeds are their
-mean, bands their range; of one, whiskers are 95 % intervals (1.96 standard errors). Values that are not finite break a
-line, and the legend counts the runs that have any.
+The columns ``configuration`` and ``seed`` of a frame name a run. A line is the mean over seeds, with their range as a
+band; for one seed, whiskers are 95 % intervals (1.96 standard errors). Values that are not finite break a line, and the
+legend counts their runs.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ PRUNED_LOSSES = ("model", "order", "n_dropped", *LOSS_INCREASE)
 
 _TOKENS = {"all": "all tokens", "without first": "all tokens but the first"}
 _LINEAR_NATS = 0.01
-"""Between plus and minus this loss increase the axis is linear, beyond it logarithmic."""
+"""Loss increase below which the axis is linear, and beyond which logarithmic."""
 _LEAST_SHOWN = 1e-4
 _TITLE_ROW = 80
-"""Characters of the titles of one row of panels."""
+"""Characters in the titles of a row of panels."""
 _MOST_COLUMNS = 4
 _MOST_LAWS = 6
 # Okabe and Ito's colours that no configuration has
@@ -59,8 +59,7 @@ _ORDERS = (("#009E73", "o"), ("#CC79A7", "s"), ("#332288", "^"), ("#999933", "D"
 def residual_variance_over_depth(variance: pd.DataFrame, growth: pd.DataFrame) -> Figure:
     """Variance of the residual stream by the number of blocks passed, logarithmic, with the best law of growth dashed.
 
-    One panel is over all tokens, one over all but the first; a panel's legend names the laws, and how many seeds have
-    each if they differ.
+    A panel for all tokens and one for all but the first. Legends name the laws, and the number of seeds if they differ.
 
     Args:
         variance: columns configuration, seed, tokens, layer, residual_variance, standard_error, fitted_variance; a
@@ -100,8 +99,8 @@ def residual_variance_over_depth(variance: pd.DataFrame, growth: pd.DataFrame) -
 def angular_distance_heatmaps(distances: pd.DataFrame) -> Figure:
     """Angular distance of the residual stream n blocks apart, a panel a configuration, on one colour scale from 0.
 
-    Layers to the right, n upwards, as Gromov et al. (2024) draw it; a ring marks each n's smallest distance, the
-    block that they would drop. Panels are means over seeds; cells that are not finite are hatched.
+    Layers to the right, n upwards, as in Gromov et al. (2024); a ring marks each n's smallest distance, across the
+    layers that they would drop. Panels are means over seeds; cells that are not finite are hatched.
 
     Args:
         distances: columns configuration, seed, layer, n_apart, angular_distance (in units of π); a row a run, layer
@@ -136,12 +135,12 @@ def angular_distance_heatmaps(distances: pd.DataFrame) -> Figure:
 def skipped_layer_losses(skipped: pd.DataFrame, dropped: pd.DataFrame) -> Figure:
     """Increase of the loss when each layer alone is skipped (left), and when the last k are dropped (right).
 
-    The axes are logarithmic beyond ±0.01 nats, and linear between.
+    Axes are linear up to ±0.01 nats, logarithmic beyond.
 
     Args:
         skipped: columns configuration, seed, layer, loss_increase_nats, standard_error; a row a run and layer.
         dropped: columns configuration, seed, n_dropped, loss_increase_nats, standard_error; a row a run and number of
-            dropped layers; models of one layer have none.
+            dropped layers, none for models of one layer.
 
     Raises:
         InputError: a column is missing, or a row occurs twice.
@@ -162,7 +161,7 @@ def skipped_layer_losses(skipped: pd.DataFrame, dropped: pd.DataFrame) -> Figure
         axes.yaxis.set_minor_formatter(NullFormatter())
         integer_axis(axes)
     left, right = grid.flat
-    # room for whiskers; a loss that falls has a place below zero
+    # Room for whiskers, and below zero for a loss that falls.
     left.set_ylim(1.6 * finite.min(initial=0.0), 1.6 * finite.max(initial=_LINEAR_NATS))
     left.set_ylabel("increase of the loss (nats per token)")
     left.set_title("each layer alone skipped")
@@ -177,8 +176,8 @@ def skipped_layer_losses(skipped: pd.DataFrame, dropped: pd.DataFrame) -> Figure
 def jacobian_distance_and_gradient_norms(jacobian: pd.DataFrame, gradients: pd.DataFrame) -> Figure:
     """Distance of each block's Jacobian from the identity, and gradient norms of the loss by layer, logarithmic.
 
-    An axis begins at 1e-4 of its panel's largest value: the gradients of a model that does not learn would press all
-    others together.
+    An axis begins at 1e-4 of its panel's largest value: the tiny gradients of a model that does not learn would
+    compress all others.
 
     Args:
         jacobian: columns configuration, seed, layer, jacobian_distance, standard_error; a row a run and layer.
@@ -216,7 +215,7 @@ def jacobian_distance_and_gradient_norms(jacobian: pd.DataFrame, gradients: pd.D
 def pruned_layer_losses(losses: pd.DataFrame) -> Figure:
     """A panel a model: the increase of the loss over the number of layers dropped, a line an order of dropping.
 
-    Whiskers are 95 % intervals (1.96 standard errors). Increases that are not finite break the line.
+    Whiskers are 95 % intervals (1.96 standard errors); increases that are not finite break the line.
 
     Args:
         losses: model, order, n_dropped, loss_increase_nats, standard_error.
@@ -246,20 +245,17 @@ def pruned_layer_losses(losses: pd.DataFrame) -> Figure:
 
 
 def _triangle(rows: pd.DataFrame, configuration: str) -> FloatArray:
-    """The mean over seeds, [n_layer, n_layer] by n less one and layer; NaN where there is no such pair."""
+    """The mean over seeds, [n_layer, n_layer] by n_apart − 1 and layer; NaN if there is no such pair."""
     n_layer = int(rows["n_apart"].max())
-    grid: FloatArray = np.full((n_layer, n_layer), np.nan)
-    cells = rows.groupby(["n_apart", "layer"])["angular_distance"]
-    means = {place: each.mean(skipna=False) for place, each in cells}
-    for n_apart in range(1, n_layer + 1):
-        for layer in range(n_layer - n_apart + 1):
-            if (n_apart, layer) not in means:
-                raise InputError(
-                    f"the angular distances frame has no row for layer {layer}, n_apart {n_apart} of "
-                    f"{configuration!r}; every pair of layers needs one, with NaN where there is no value"
-                )
-            grid[n_apart - 1, layer] = means[n_apart, layer]
-    return grid
+    cells = rows.groupby(["n_apart", "layer"])["angular_distance"].agg(lambda each: each.mean(skipna=False))
+    pairs = [(n_apart, layer) for n_apart in range(1, n_layer + 1) for layer in range(n_layer - n_apart + 1)]
+    for n_apart, layer in pairs:
+        if (n_apart, layer) not in cells.index:
+            raise InputError(
+                f"the angular distances frame has no row for layer {layer}, n_apart {n_apart} of "
+                f"{configuration!r}; every pair of layers needs one, with NaN where there is no value"
+            )
+    return cells.loc[pairs].unstack().to_numpy(dtype=np.float64)
 
 
 def _draw_triangle(axes: Axes, grid: FloatArray, norm: Normalize) -> None:
@@ -282,10 +278,7 @@ def _draw_triangle(axes: Axes, grid: FloatArray, norm: Normalize) -> None:
 
 
 def _law(laws: pd.Series) -> str:
-    """The best law of the runs of a configuration; of several that differ, how many have each."""
+    """The best law of a configuration's runs; if they differ, each with its number of runs."""
     counts = laws.value_counts()
-    if counts.empty:
-        return "undecided"
-    if len(counts) == 1:
-        return str(counts.index[0])
-    return ", ".join(f"{law} ({n})" for law, n in counts.items())
+    shown = [f"{law} ({n})" if len(counts) > 1 else str(law) for law, n in counts.items()]
+    return ", ".join(shown) or "undecided"

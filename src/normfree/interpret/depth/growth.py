@@ -1,7 +1,7 @@
-"""Which law the variance of the residual stream follows over depth: constant, linear, power law or exponential.
+"""Laws of growth of the residual stream's variance over depth: constant, linear, power law or exponential.
 
-All are models of log variance with Gaussian errors of one size, log v_l = log f(l) + ε_l, so that their likelihoods
-compare: a straight line fitted to v itself would be decided by the last layers alone.
+All model log variance with Gaussian errors of one size, log v_l = log f(l) + ε_l, so that their likelihoods are
+comparable; a line fitted to v itself would depend on the last layers alone.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from normfree.interpret.depth.averages import FloatArray
 CONSTANT, LINEAR, POWER, EXPONENTIAL = "constant", "linear", "power law", "exponential"
 LEVEL = 0.95
 DISTINCT = 2.0
-"""The difference of AICc below which another law is as good (Burnham & Anderson, "Model Selection", 2002, §2.6)."""
+"""Difference of AICc below which another law is as good (Burnham & Anderson, "Model Selection", 2002, §2.6)."""
 
 _ROUNDING = 1e-12
-"""The relative size below which errors of a fit are rounding: it keeps the likelihood of an exact fit finite."""
+"""Relative size of rounding errors, a floor that keeps the likelihood of an exact fit finite."""
 
 
 @dataclass(frozen=True)
@@ -45,20 +45,18 @@ def fit_growth(variance: FloatArray) -> tuple[pd.DataFrame, FloatArray]:
     exponential     f(l) = a e^(b l)
     ==============  ===============
 
-    The embedding, l = 0, is left out: no layer made its variance, and it can be orders of magnitude smaller.
+    The embedding, l = 0, is left out: its variance comes from no layer and can be orders of magnitude smaller.
 
-    Least squares on log variance: closed for three of them, iterative for the linear law, whose values at both ends
-    stay positive. Laws are compared by AICc = n ln(RSS / n) + 2 k + 2 k (k + 1) / (n − k − 1), where k counts the
-    parameters of f and the size of the errors. Intervals are of 95 %, from Student's t and the curvature of the sum of
-    squares (for the linear law by the delta method); layers are not independent of one another, so they are too
-    narrow rather than too wide.
+    Least squares on log variance, closed-form for three laws, iterative for the linear one, whose values at both ends
+    are kept positive. Laws are compared by AICc = n ln(RSS / n) + 2 k + 2 k (k + 1) / (n − k − 1), where k counts the
+    parameters of f and the size of the errors. 95 % intervals come from Student's t and the curvature of the sum of
+    squares (delta method for the linear law); as layers are not independent, they are rather too narrow.
 
     Returns:
         The laws, best first: law, scale, scale_low, scale_high (a, in units of the variance), rate, rate_low, rate_high
         (b: units of the variance a layer, an exponent, or 1 / layer; NaN for the constant), log_std (of ε), aicc,
-        delta_aicc, akaike_weight, is_best, is_distinct (the best law is ahead of all others by 2 or more). All NaN and
-        False where there are fewer than five layers, or a variance is not finite and positive.
-        And the best law's values, float64 [n_layer].
+        delta_aicc, akaike_weight, is_best, is_distinct (the best law leads by 2 or more). All NaN and False for fewer
+        than five layers, or if a variance is not finite and positive. And the best law's values, float64 [n_layer].
     """
     n = len(variance)
     if n < 5 or not (np.isfinite(variance).all() and (variance > 0).all()):
@@ -124,7 +122,7 @@ def _linear(observed: FloatArray) -> _Fit:
     """f(l) = (1 − s) e^u + s e^w with s = (l − 1) / (n_layer − 1): a line between two positive values."""
     n = len(observed)
     s = np.arange(n) / (n - 1)
-    # relative to the mean, so that exponentials stay in range
+    # Relative to the mean, which keeps exponentials in range.
     centre = observed.mean()
 
     def log_values(ends: FloatArray) -> FloatArray:
