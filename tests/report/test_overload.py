@@ -38,7 +38,7 @@ def test_both_panels_show_each_line_from_left_to_right_and_the_level() -> None:
     np.testing.assert_allclose(first, [[0, 90.0], [0, 110.0]])
     np.testing.assert_allclose(last, [[2, 280.0], [2, 350.0]])
     assert [tick.get_text() for tick in perplexity.get_xticklabels()] == ["none", "0.01", "0.1"]
-    assert [text.get_text() for text in perplexity.get_legend().get_texts()] == ["SM+LN+G", "SM+R", "SM+G"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["SM+LN+G", "SM+R", "SM+G"]
     assert perplexity.get_xlabel() == overload.get_xlabel() == "weight"
 
 

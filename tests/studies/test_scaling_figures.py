@@ -54,7 +54,7 @@ def test_missing_runs_are_nan_and_repeated_ones_an_error() -> None:
 def test_the_heatmap_writes_percent_of_perplexity() -> None:
     figure = loss_gap_heatmap(loss_gap(runs(LOSSES), "G", "R"), first="G", second="R")
     texts = {text.get_text() for text in figure.axes[0].texts}
-    assert texts == {"+146 %", "\N{MINUS SIGN}39 %", "+35 %", "+447 %"}  # 100 (exp(0.9) - 1) and so on
+    assert texts == {"+146 %", "\N{MINUS SIGN}39 %", "+35 %", "+447 %", "\N{EN DASH}"}  # 100 (exp(0.9) - 1) and so on
     assert len(figure.axes[0].patches) == 2  # the hatched cells
     assert figure.axes[0].get_ylabel() == "learning rate"
 

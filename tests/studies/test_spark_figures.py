@@ -111,7 +111,7 @@ def test_the_figure_shows_percent_by_layer_and_over_training() -> None:
     assert figure.get_supxlabel() == "not drawn, every neuron active: SM+LN+G"
     assert by_layer.get_yscale() == "log"
     assert by_layer.get_ylim()[0] < 8 * 0.98 * 0.7
-    assert by_layer.get_ylabel() == "active neurons (%, log scale)"
+    assert by_layer.get_ylabel() == "active neurons (%, log)"
 
 
 def test_dead_and_diverged_layers_leave_gaps() -> None:

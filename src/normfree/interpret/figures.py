@@ -23,8 +23,10 @@ from normfree.report.primitives import (
     depth_bar,
     integer_axis,
     layer_curves,
+    legend_above,
     logarithmic_axis,
     panel_grid,
+    title_panel,
 )
 from normfree.report.style import DASHED, INK, QUIET, TWO_COLUMN, Style, depth_colours, paper_style
 
@@ -38,6 +40,8 @@ RESIDUAL_STD_RANGES = ("model", "layer", "first", "others_median", "others_min",
 SINKS = ("model", "layer", "head", SINK_SHARE)
 
 _MOST_COLUMNS = 3
+_CELL_WIDTH, _CELL_HEIGHT = 0.16, 0.1
+"""Inches that a whole number of percent needs."""
 _ACCENT, _OTHERS = "#D55E00", "#0072B2"
 _IDENTITY: dict[str, Any] = {**DASHED, "color": QUIET, "zorder": 1}
 
@@ -60,17 +64,20 @@ def attribution_error_heatmaps(errors: pd.DataFrame) -> Figure:
     largest = float(finite.max(initial=0.0))
     end = min(largest, 1.0) or 1.0
     norm, colours = Normalize(0.0, end), matplotlib.colormaps["Blues"]
-    height = max(min(2.1 * grid.shape[0] / grid.shape[1], 2.6) for grid in grids.values())
+    shapes = [grid.shape for grid in grids.values()]
+    height = max(min(2.1 * n_layer / n_head, max(2.6, 0.1 * n_layer)) for n_layer, n_head in shapes)
     figure, panels = _panels(len(grids), row_height=0.6 + height, share=False)
     for axes, (model, grid) in zip(panels.flat, grids.items(), strict=False):
         n_layer, n_head = grid.shape
-        annotated_heatmap(axes, grid, norm, colours, rows=range(n_layer), columns=range(n_head))
+        is_roomy = height / n_layer >= _CELL_HEIGHT and 2.0 / n_head >= _CELL_WIDTH
+        names: Style = {"rows": range(n_layer), "columns": range(n_head)}
+        annotated_heatmap(axes, grid, norm, colours, text=_whole if is_roomy else None, fontsize=5.2, **names)
         axes.spines[:].set_visible(True)
-        axes.set_title(f"{model}\nmedian {_percent(grid)}")
+        title_panel(axes, model, f"median {_percent(grid)}")
         axes.set_xlabel("head")
         axes.set_ylabel("layer")
     extend = "max" if largest > end else "neither"
-    percent = PercentFormatter(1.0, decimals=0 if end > 0.05 else 1)
+    percent = PercentFormatter(1.0, decimals=0 if end > 0.05 else 1, symbol=" %")
     colour_bar(figure, panels, norm, colours, "error over direct effect (NMAE)", extend=extend, format=percent)
     return figure
 
@@ -100,7 +107,7 @@ def patching_agreement(patches: pd.DataFrame) -> Figure:
         activation, attribution = (rows[name].to_numpy(dtype=np.float64) for name in EFFECTS_OF_PATCHES)
         places = [layers.index(layer) for layer in rows["layer"]]
         axes.scatter(activation, attribution, s=7, c=colours(places), linewidths=0, alpha=0.8, zorder=2)
-        axes.set_title(f"{model} ({_correlation(activation, attribution)})")
+        title_panel(axes, model, _correlation(activation, attribution))
         axes.set_xlabel("activation patching (logits)")
         _square(axes, (low, high), most=5)
         axes.set_aspect("equal")
@@ -139,7 +146,7 @@ def confidence_neurons(weights: pd.DataFrame, effects: pd.DataFrame) -> Figure:
         above.scatter(every["weight_norm"], every["logit_variance"], s=4, color="#b6bcc6", linewidths=0)
         above.scatter(chosen["weight_norm"], chosen["logit_variance"], label="ablated", **dots)
         above.set_yscale("log")
-        above.set_title(model)
+        title_panel(above, model)
         above.set_xlabel("norm of output weight")
         below.plot([0, high], [0, high], **_IDENTITY)
         below.scatter(chosen["total_effect_nats"], chosen["frozen_effect_nats"], **dots)
@@ -150,7 +157,7 @@ def confidence_neurons(weights: pd.DataFrame, effects: pd.DataFrame) -> Figure:
         if broken:
             below.set_title(f"{broken} of {len(chosen)} not finite", fontweight="normal", fontsize=6.2)
     grid[0, 0].set_ylabel("LogitVar")
-    grid[1, 0].set_ylabel("effect, norm's std frozen (nats)")
+    grid[1, 0].set_ylabel("effect with the norm's\nstd frozen (nats)")
     grid[0, 0].legend(loc="best", handletextpad=0.2)
     return figure
 
@@ -173,7 +180,7 @@ def residual_std_by_position(stds: pd.DataFrame) -> Figure:
     figure, panels = _panels(len(models), row_height=1.95)
     for axes, (model, rows) in zip(panels.flat, models, strict=False):
         layer_curves(axes, rows, "residual_std", layers, over="position", marker="o", markersize=1.4)
-        axes.set_title(model)
+        title_panel(axes, model)
     logarithmic_axis(panels[0, 0], "x")
     logarithmic_axis(panels[0, 0], "y")
     figure.supxlabel("position (from 1)", fontsize=7)
@@ -209,20 +216,19 @@ def first_token_over_depth(stds: pd.DataFrame, sinks: pd.DataFrame) -> Figure:
         above.fill_between(finite.index, finite["others_min"], finite["others_max"], color=_OTHERS, alpha=0.2, lw=0)
         above.plot(finite.index, finite["others_median"], color=_OTHERS, label="all other tokens: median, range")
         above.plot(finite.index, finite["first"], color=_ACCENT, label="first token")
-        above.set_title(model)
+        title_panel(above, model)
         heads = sinks.loc[sinks["model"] == model, ["layer", SINK_SHARE]].where(np.isfinite)
         below.plot(heads["layer"], heads[SINK_SHARE], "o", markersize=1.8, color=QUIET, label="a head", linewidth=0)
         mean = heads.groupby("layer")[SINK_SHARE].mean()
         below.plot(mean.index, mean, color=INK, linewidth=1.0, label="mean over heads")
         integer_axis(below)
     logarithmic_axis(grid[0, 0])
-    grid[0, 0].set_ylabel("std of the residual stream")
+    grid[0, 0].set_ylabel("std of the\nresidual stream")
     grid[1, 0].set_ylim(-0.03, 1.03)
-    grid[1, 0].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    grid[1, 0].set_ylabel("attention to the first token")
+    grid[1, 0].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    grid[1, 0].set_ylabel("attention to\nthe first token")
     figure.supxlabel("layer (above: after its block)", fontsize=7)
-    keys = [pair for axes in grid[:, 0] for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
-    figure.legend(*zip(*keys, strict=True), loc="outside upper center", ncols=4, handlelength=1.6)
+    legend_above(figure, *grid[:, 0])
     return figure
 
 
@@ -271,6 +277,11 @@ def _correlation(activation: FloatArray, attribution: FloatArray) -> str:
     if len(activation) < 2 or not (np.ptp(activation) and np.ptp(attribution)):
         return "no correlation"
     return f"r = {np.corrcoef(activation, attribution)[0, 1]:.3f}"
+
+
+def _whole(error: float) -> str:
+    """Percent without digits after the point, as many as a cell has room for."""
+    return f"{100 * error:.0f}" if np.isfinite(error) else "NaN"
 
 
 def _percent(errors: FloatArray) -> str:

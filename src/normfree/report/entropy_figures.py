@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import groupby
+from math import ceil
 from typing import Literal
 
 import numpy as np
@@ -30,7 +31,16 @@ from normfree.report.frames import (
     in_order,
 )
 from normfree.report.intervals import BAND_LABELS, BANDS, Estimate, band_shares, mean_confidence_interval
-from normfree.report.primitives import annotated_heatmap, depth_bar, layer_curves, panel_grid, seeds_note
+from normfree.report.primitives import (
+    TITLE_CHARACTER,
+    annotated_heatmap,
+    depth_bar,
+    fitting,
+    layer_curves,
+    panel_grid,
+    seeds_note,
+    title_panel,
+)
 from normfree.report.style import (
     DASHED,
     INK,
@@ -48,8 +58,12 @@ from normfree.report.style import (
 _LEFT, _RIGHT, _TOP, _BOTTOM = 0.50, 0.62, 0.28, 0.38
 _GAP_X, _GAP_Y = 0.30, 0.54
 _NOTE = 0.13  # a line of notes below
+_TITLE_LINE = 0.13  # a further line of a title
+_TICK = 0.12  # the number of a head
 _BAR_WIDTH, _BAR_GAP = 0.10, 0.12
 _MAX_CELL_HEIGHT, _CELL_ASPECT = 0.24, 0.72  # height of a cell, at most; height over width
+_MAX_CELL_WIDTH, _MIN_WIDTH = 0.62, 1.2  # of a cell, at most; of a heatmap, at least
+_PAGE = 8.5  # all rows of heatmaps, where other widths allow it
 _MIN_HEIGHT = 1.35  # of a heatmap: the label of the colour bar next to it is that long
 
 _DIGIT_EM = 0.64  # width of a digit of DejaVu Sans
@@ -121,57 +135,76 @@ def headwise_entropy_heatmaps(
     rows: list[tuple[float, list[_Heatmap]]] = []  # width of a heatmap in inches, heatmaps in a row
     for group in settings:
         n_column = _columns(group, annotate)
-        rows += [(_width(n_column), group[start : start + n_column]) for start in range(0, len(group), n_column)]
+        width = _width(n_column, max(len(each.heads) for each in group))
+        rows += [(width, group[start : start + n_column]) for start in range(0, len(group), n_column)]
     heights = [max(each.height(width) for each in row) for width, row in rows]
-    all_rows = sum(heights) + (len(rows) - 1) * _GAP_Y
+    titles = [[_title(each.configuration, width) for each in row] for width, row in rows]
+    n_line = max(title.count("\n") for row in titles for title in row)
+    gap, top = _GAP_Y + _TITLE_LINE * n_line, _TOP + _TITLE_LINE * n_line
+    all_rows = sum(heights) + (len(rows) - 1) * gap
     notes = _notes(heatmaps)
-    total = _TOP + all_rows + _BOTTOM + _NOTE * len(notes)
-    figure = Figure(figsize=(TWO_COLUMN, total))
-    y = total - _TOP
-    for (width, row), height in zip(rows, heights, strict=True):
-        for column, each in enumerate(row):
+    total = top + all_rows + _BOTTOM + _NOTE * len(notes)
+    across = _LEFT + max(len(row) * (width + _GAP_X) for width, row in rows) - _GAP_X
+    figure = Figure(figsize=(across + _RIGHT, total))
+    y = total - top
+    for (width, row), height, names in zip(rows, heights, titles, strict=True):
+        for column, (each, name) in enumerate(zip(row, names, strict=True)):
             own = each.height(width)
             axes = _placed(figure, _LEFT + column * (width + _GAP_X), y - own, width, own)
-            _draw_heatmap(axes, each, norm, each.font_size(width, annotate))
+            _draw_heatmap(axes, each, width, norm, each.font_size(width, annotate))
+            axes.set_title(name)
             if column == 0:
                 axes.set_ylabel((f"{each.setting[0]}, T = {each.setting[1]}\n" if len(settings) > 1 else "") + "layer")
-        y -= height + _GAP_Y
-    bar = _placed(figure, TWO_COLUMN - _RIGHT + _BAR_GAP, total - _TOP - all_rows, _BAR_WIDTH, all_rows)
+        y -= height + gap
+    bar = _placed(figure, across + _BAR_GAP, total - top - all_rows, _BAR_WIDTH, all_rows)
     _draw_colour_bar(bar, figure, norm, maximum)
     for line, note in enumerate(reversed(notes)):
-        figure.text(_LEFT / TWO_COLUMN, (0.05 + _NOTE * line) / total, note, fontsize=6, color=QUIET, va="bottom")
+        figure.text(
+            _LEFT / figure.get_figwidth(), (0.05 + _NOTE * line) / total, note, fontsize=6, color=QUIET, va="bottom"
+        )
     return figure
 
 
 def _placed(figure: Figure, x: float, y: float, width: float, height: float) -> Axes:
     """Axes at a place in inches from the lower left corner."""
-    total = figure.get_figheight()
-    return figure.add_axes((x / TWO_COLUMN, y / total, width / TWO_COLUMN, height / total))
+    across, total = figure.get_size_inches()
+    return figure.add_axes((x / across, y / total, width / across, height / total))
 
 
-def _width(n_column: int) -> float:
-    return (TWO_COLUMN - _LEFT - _RIGHT - (n_column - 1) * _GAP_X) / n_column
+def _width(n_column: int, n_head: int) -> float:
+    """Of a heatmap of a row of ``n_column``: what the text's width leaves, or less where cells would be stretched."""
+    room = (TWO_COLUMN - _LEFT - _RIGHT - (n_column - 1) * _GAP_X) / n_column
+    return min(room, max(n_head * _MAX_CELL_WIDTH, _MIN_WIDTH))
 
 
 def _columns(heatmaps: list[_Heatmap], annotate: Annotate) -> int:
-    """Heatmaps in a row: as many as leave room for the numbers; up to four where even two leave none."""
+    """Heatmaps in a row: as many as leave room for the numbers; up to four where two leave none, or fill pages."""
     most = min(len(heatmaps), 4)
+    n_head = max(len(each.heads) for each in heatmaps)
     if annotate is not False:
         for n_column in dict.fromkeys((most, min(most, 2))):
-            if all(each.font_size(_width(n_column), "auto") is not None for each in heatmaps):
+            width = _width(n_column, n_head)
+            n_row = ceil(len(heatmaps) / n_column)
+            fits = n_row * (max(each.height(width) for each in heatmaps) + _GAP_Y) <= _PAGE or n_column == most
+            if fits and all(each.font_size(width, "auto") is not None for each in heatmaps):
                 return n_column
     return most
 
 
-def _draw_heatmap(axes: Axes, each: _Heatmap, norm: Normalize, fontsize: float | None) -> None:
+def _title(name: str, inches: float) -> str:
+    """``name`` in lines that fit above a heatmap."""
+    return fitting(name, inches + 0.5 * _GAP_X, TITLE_CHARACTER)
+
+
+def _draw_heatmap(axes: Axes, each: _Heatmap, width: float, norm: Normalize, fontsize: float | None) -> None:
     values = each.entropy
-    text = None if fontsize is None else nats
-    names: Style = {"rows": each.layers, "columns": each.heads}
+    is_empty = bool(np.isnan(values).all())
+    text = None if fontsize is None or is_empty else nats
+    names: Style = {"rows": each.layers, "columns": each.heads, "most_ticks": min(12, int(width / _TICK))}
     annotated_heatmap(axes, values, norm, entropy_colours(), text=text, fontsize=fontsize or 0, **names)
-    if text is None and np.isnan(values).all():
+    if is_empty:
         middle = ((len(each.heads) - 1) / 2, (len(each.layers) - 1) / 2)
         axes.text(*middle, "NaN", ha="center", va="center", fontsize=9, fontweight="bold", color=INK)
-    axes.set_title(each.configuration)
     axes.set_xlabel("head", labelpad=2)
 
 
@@ -268,7 +301,7 @@ def _annotate_bar(
     style: Style = {"color": INK, **font}
     if is_nan:
         style = {"fontsize": 5.5, "rotation": 90, **nan_style}
-    text, offset = ("NaN", 3.0) if is_nan else (f"{estimate.mean:.0f}", 1.5)
+    text, offset = ("NaN", 3.0) if is_nan else (f"{estimate.mean:.0f}", 1.5 if estimate.n == 1 else 2.6)
     axes.annotate(text, (place, top), xytext=(0, offset), textcoords="offset points", ha="center", **style)
 
 
@@ -295,21 +328,15 @@ def layerwise_entropy_dynamics(layer_entropy: pd.DataFrame, *, bound: float | No
         runs = layer_entropy[layer_entropy["configuration"] == configuration]
         layer_curves(axes, runs, ENTROPY_NATS, layers)
         _hatch_nan(axes, runs)
-        axes.set_title(configuration)
+        title_panel(axes, configuration)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         if bound is not None:
             axes.axhline(bound, zorder=1.5, **DASHED)
     finite = layer_entropy.loc[np.isfinite(layer_entropy[ENTROPY_NATS]), ENTROPY_NATS]
-    grid[0, 0].set_ylim(0, 1.06 * max([bound or 0.0, *finite]) or 1.0)
+    grid[0, 0].set_ylim(0, 1.17 * max([bound or 0.0, *finite]) or 1.0)
     if bound is not None:
-        place: Style = {
-            "xycoords": ("axes fraction", "data"),
-            "textcoords": "offset points",
-            "ha": "right",
-            "va": "top",
-        }
-        at = (1.0, bound)
-        grid[0, 0].annotate(f"uniform {bound:.2f}", at, (-1, -2), fontsize=5.8, color=INK, **place)
+        place: Style = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "ha": "right"}
+        grid[0, 0].annotate(f"uniform {bound:.2f}", (1.0, bound), (-1, 1.5), fontsize=5.8, color=INK, **place)
     figure.supxlabel("training step" + seeds_note(layer_entropy), fontsize=7)
     figure.supylabel("attention entropy (nats)", fontsize=7)
     depth_bar(figure, grid, layers, "layer")

@@ -6,24 +6,22 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from normfree.columns import EVAL_LOSS
 from normfree.report.frames import EVAL_CURVE, check_frame, check_one_setting, in_order
-from normfree.report.primitives import configuration_curves
-from normfree.report.style import ONE_COLUMN, TWO_COLUMN, Style, configuration_colours, paper_style
-
-LONGEST_LEGEND = 5
-"""Configurations whose legend fits into the corner of the loss curves."""
+from normfree.report.primitives import colour_families, configuration_curves, panel_grid
+from normfree.report.style import ONE_COLUMN, Style, paper_style
 
 
 @paper_style()
 def evaluation_loss_curves(eval_curve: pd.DataFrame) -> Figure:
     """Evaluation loss over training tokens, a line per configuration (ReLU's Revival, Figure 2b).
 
-    With several seeds the line is their mean and the band their range. A mean ends where one of its seeds diverges;
-    the seeds then are thin lines. A run whose loss stops being finite ends in a cross. The loss axis shows everything
-    after the first tenth of the training tokens and cuts off the steep start.
+    Of more than five configurations, each five have a panel, with all others grey behind them. With several seeds the
+    line is their mean and the band their range. A mean ends where one of its seeds diverges; the seeds then are thin
+    lines. A run whose loss stops being finite ends in a cross. The loss axis shows everything after the first tenth of
+    the training tokens and cuts off the steep start.
 
     Args:
         eval_curve: columns model, context_length, configuration, seed, step, tokens, eval_loss (nats per token).
@@ -33,23 +31,24 @@ def evaluation_loss_curves(eval_curve: pd.DataFrame) -> Figure:
     """
     check_frame(eval_curve, "eval_curve", EVAL_CURVE, (EVAL_LOSS, "tokens"))
     check_one_setting(eval_curve, "eval_curve")
-    configurations = in_order(eval_curve["configuration"])
-    is_long = len(configurations) > LONGEST_LEGEND
-    figure = Figure(figsize=(TWO_COLUMN if is_long else ONE_COLUMN, 2.25), layout="constrained")
-    axes = figure.subplots()
-    configuration_curves(axes, eval_curve, EVAL_LOSS, over="tokens", broken_word="diverged")
+    families = colour_families(in_order(eval_curve["configuration"]))
+    width = ONE_COLUMN if len(families) == 1 else None
+    figure, grid = panel_grid(len(families), 3, row_height=2.25, width=width, sharex=True, sharey=True)
     bottom, top = _loss_limits(eval_curve)
-    _mark_diverged_runs(axes, eval_curve, top)
-    axes.set_ylim(bottom, top)
-    axes.set_xlim(left=0)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    for axes, colours in zip(grid.flat, families, strict=False):
+        curves: Style = {"over": "tokens", "broken_word": "diverged", "colours": colours, "behind": True}
+        configuration_curves(axes, eval_curve, EVAL_LOSS, **curves)
+        _mark_diverged_runs(axes, eval_curve, colours, top)
+        axes.set_ylim(bottom, top)
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.legend(loc="upper right", handlelength=2.0)
     several = bool((eval_curve.groupby("configuration")["seed"].nunique() > 1).any())
-    axes.set_xlabel("training tokens" + (" (line: mean, band: range over seeds)" if several else ""))
-    axes.set_ylabel("evaluation loss (nats per token)")
-    if is_long:
-        figure.legend(loc="outside right upper", handlelength=1.6, ncols=1 + len(configurations) // 12)
-    else:
-        axes.legend(loc="upper right", handlelength=1.6)
+    notes = ["line: mean, band: range over seeds"] * several + ["grey: all others"] * (len(families) > 1)
+    figure.supxlabel("training tokens" + f" ({'; '.join(notes)})" * bool(notes), fontsize=7)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("evaluation loss (nats per token)")
     return figure
 
 
@@ -73,10 +72,10 @@ def _loss_limits(eval_curve: pd.DataFrame) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _mark_diverged_runs(axes: Axes, eval_curve: pd.DataFrame, top: float) -> None:
-    """A cross at the last finite loss of each diverged run, at most at ``top``."""
-    colours = configuration_colours(in_order(eval_curve["configuration"]))
-    for (configuration, _), run in eval_curve.sort_values("tokens").groupby(["configuration", "seed"]):
+def _mark_diverged_runs(axes: Axes, eval_curve: pd.DataFrame, colours: dict[str, str], top: float) -> None:
+    """A cross at the last finite loss of each diverged run of the configurations in ``colours``, at most at ``top``."""
+    drawn = eval_curve[eval_curve["configuration"].isin(colours)].sort_values("tokens")
+    for (configuration, _), run in drawn.groupby(["configuration", "seed"]):
         finite = run[np.isfinite(run[EVAL_LOSS])]
         if 0 < len(finite) < len(run):
             end = (float(finite["tokens"].iloc[-1]), min(float(finite[EVAL_LOSS].iloc[-1]), top))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import ceil
 from typing import Any
 
 import pandas as pd
@@ -11,9 +12,10 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 
 from normfree.columns import EVAL_PPL, EVAL_PPL_HIGH, EVAL_PPL_LOW
 from normfree.report.frames import check_frame, in_order
-from normfree.report.primitives import panel_grid
+from normfree.report.primitives import legend_above, panel_grid
 from normfree.report.style import DASHED, Style, configuration_colours, paper_style
 
+_MOST_TICKS = 13
 CURVES = ("line", "place", "value", EVAL_PPL, EVAL_PPL_LOW, EVAL_PPL_HIGH, "top_band")
 
 
@@ -33,7 +35,7 @@ def perplexity_and_overload(curves: pd.DataFrame, *, changed: str, level: Mappin
     """
     check_frame(curves, "curves", CURVES, CURVES[2:])
     ticks = curves.drop_duplicates("place").sort_values("place")
-    figure, grid = panel_grid(2, 2, row_height=2.1)
+    figure, grid = panel_grid(2, 2, row_height=2.2)
     perplexity, overload = grid.flat
     for name, colour in configuration_colours(in_order(curves["line"])).items():
         line = curves[curves["line"] == name].sort_values("place")
@@ -54,7 +56,8 @@ def perplexity_and_overload(curves: pd.DataFrame, *, changed: str, level: Mappin
     overload.set_ylabel("heads in the top quarter (%)")
     overload.set_ylim(0, 104)
     for axes in (perplexity, overload):
-        axes.set_xticks(ticks["place"], ticks["value"])
+        shown = ticks.iloc[:: ceil(len(ticks) / _MOST_TICKS)]
+        axes.set_xticks(shown["place"], shown["value"])
         axes.set_xlabel(changed)
-    perplexity.legend(loc="best")
+    legend_above(figure, perplexity)
     return figure

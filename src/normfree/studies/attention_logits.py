@@ -15,7 +15,7 @@ from matplotlib.ticker import EngFormatter
 from normfree.probes.optional.qk_logit_max import QK_LOGIT_MAX
 from normfree.report import Section, Table, paper_style
 from normfree.report.frames import in_order
-from normfree.report.primitives import depth_bar, layer_curves, panel_grid
+from normfree.report.primitives import depth_bar, layer_curves, panel_grid, title_panel
 from normfree.runner import KEY, Configuration, Findings, Study, StudyPage, telemetry_frame
 from normfree.studies.relu_revival import GELU, LAYERNORM_GELU
 
@@ -48,7 +48,8 @@ def attention_logits(logits: pd.DataFrame) -> Figure:
         largest = largest_by(of_seeds, "step", "layer").reset_index().assign(seed=0)
         layer_curves(axes, largest, QK_LOGIT_MAX, layers)
         axes.set_yscale("symlog", linthresh=1.0)
-        axes.set_title(configuration)
+        axes.yaxis.set_major_formatter("{x:,.12g}")
+        title_panel(axes, configuration)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.supxlabel("training step", fontsize=7)
     grid[0, 0].set_ylabel("largest attention logit")

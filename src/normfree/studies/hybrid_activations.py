@@ -156,7 +156,8 @@ def layer_entropy_by_configuration(
     means = head_entropy.groupby(["configuration", "layer"])[ENTROPY_NATS].agg(lambda x: x.mean(skipna=False))
     values = means.unstack("layer").loc[configurations, layers].to_numpy(dtype=np.float64)
     width = min(TWO_COLUMN, 1.6 + 0.48 * max(len(layers), 3))
-    figure = Figure(figsize=(width, 0.8 + max(0.22 * len(configurations), 1.0)), layout="constrained")
+    height = max(min(0.22 * len(configurations), 7.8), 0.13 * len(configurations), 1.0)
+    figure = Figure(figsize=(width, 0.8 + height), layout="constrained")
     axes = figure.subplots()
     is_wide = (width - 1.6) / len(layers) >= _NARROWEST_TEXT
     dots = [["\N{BULLET} " * (layer in marked.get(name, ())) for layer in layers] for name in configurations]

@@ -29,7 +29,7 @@ from normfree.report.frames import (
     check_one_setting,
     in_order,
 )
-from normfree.report.primitives import annotated_heatmap, colour_bar, depth_bar, layer_curves, panel_grid
+from normfree.report.primitives import annotated_heatmap, colour_bar, depth_bar, layer_curves, panel_grid, title_panel
 from normfree.report.style import DASHED, INK, ONE_COLUMN, entropy_colours
 from normfree.runner import Configuration, Findings, Study, StudyPage, layer_entropy_frame, telemetry_frame
 from normfree.studies.relu_revival import GELU, LAYERNORM_GELU, LAYERNORM_RELU, RELU, scale_limits
@@ -233,7 +233,7 @@ def negative_slope_trajectories(slopes: pd.DataFrame, *, decay_only: pd.DataFram
         alone = decay_only[decay_only["configuration"] == configuration]
         axes.plot(alone["step"], alone["negative_slope"], **DASHED)
         axes.axhline(0, color=INK, linewidth=0.5)
-        axes.set_title(configuration, fontsize=6.5)
+        title_panel(axes, configuration.replace(" -", " \N{MINUS SIGN}"), size=6.5)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     n_seeds = slopes["seed"].nunique()
     note = f"mean over {n_seeds} seeds; " if n_seeds > 1 else ""

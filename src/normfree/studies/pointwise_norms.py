@@ -16,8 +16,8 @@ from normfree.columns import ENTROPY_NATS, EVAL_LOSS
 from normfree.data import PackedData
 from normfree.report import Callout, Section
 from normfree.report.frames import in_order
-from normfree.report.primitives import integer_axis, panel_grid
-from normfree.report.style import QUIET, Style, configuration_colours, paper_style
+from normfree.report.primitives import configuration_curves, explain_empty, integer_axis, legend_above, panel_grid
+from normfree.report.style import QUIET, configuration_colours, paper_style
 from normfree.runner import (
     Configuration,
     Findings,
@@ -69,26 +69,25 @@ def entropy_and_alpha(heads: pd.DataFrame, alphas: pd.DataFrame, *, bound: float
         bound: entropy of uniform attention, in nats.
     """
     colours = configuration_colours(in_order(heads["configuration"]))
-    lines = {"attention_norm": "-", "ffn_norm": "--"}
-    figure, grid = panel_grid(2, 2, row_height=2.3)
-    left, right = grid.flat
-    dots: Style = {"marker": "o", "markersize": 2.2}
-    for label, colour in colours.items():
-        # A mean with a head that is NaN is NaN: it leaves a gap.
-        entropy = heads[heads["configuration"] == label].groupby("layer")[ENTROPY_NATS]
-        means = entropy.agg(lambda values: values.mean(skipna=False))
-        left.plot(means.index, means, color=colour, label=label, **dots)
+    places = in_order(alphas["place"])
+    figure, grid = panel_grid(1 + max(len(places), 1), 1 + max(len(places), 1), row_height=2.3)
+    left, *others = grid.flat
+    entropy = heads.groupby(["configuration", "layer"], sort=False)[ENTROPY_NATS]
+    # A mean with a head that is NaN is NaN: it leaves a gap.
+    means = entropy.agg(lambda values: values.mean(skipna=False)).reset_index().assign(seed=0)
+    configuration_curves(left, means, ENTROPY_NATS, over="layer", colours=colours)
     left.axhline(bound, color=QUIET, linestyle=":", label="uniform attention")
-    left.set(xlabel="layer", ylabel="attention entropy (nats)", ylim=(0, 1.08 * bound))
-    for (name, place), of_place in alphas.groupby(["configuration", "place"], sort=False):
-        means = of_place.groupby("layer")["alpha"].mean()
-        label = f"{name}, {str(place).replace('_', ' ')}"
-        right.plot(means.index, means, lines.get(str(place), ":"), color=colours[str(name)], label=label, **dots)
-    right.set(xlabel="layer", ylabel="learned α")
-    for axes in (left, right):
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend()
-        integer_axis(axes)
+    left.set(ylabel="attention entropy (nats)", ylim=(0, 1.08 * bound), title="Attention")
+    for axes, place in zip(others, places, strict=False):
+        of_place = alphas[alphas["place"] == place].groupby(["configuration", "layer"], as_index=False)["alpha"].mean()
+        configuration_curves(axes, of_place.assign(seed=0), "alpha", over="layer", colours=colours)
+        axes.set(ylabel="learned α", title=f"α of the {str(place).replace('_', ' ').replace('ffn', 'FFN')}")
+    for axes in grid.flat:
+        integer_axis(axes, most=7)
+    if not places:
+        explain_empty(others[0], "no run with a point-wise function has been measured")
+    figure.supxlabel("layer", fontsize=7)
+    legend_above(figure, left)
     return figure
 
 

@@ -239,7 +239,7 @@ def loss_gap_heatmap(gap: pd.DataFrame, *, first: str, second: str) -> Figure:
 
 
 def _percent(gap: float) -> str:
-    return f"{number(100 * np.expm1(gap), '+.0f')} %" if np.isfinite(gap) else ""
+    return f"{number(100 * np.expm1(gap), '+.0f')} %" if np.isfinite(gap) else "\N{EN DASH}"
 
 
 SCALING: Collection = Collection(

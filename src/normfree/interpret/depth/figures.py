@@ -7,14 +7,13 @@ legend counts their runs.
 
 from __future__ import annotations
 
-from textwrap import fill
-
 import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter, SymmetricalLogLocator
 
@@ -24,13 +23,18 @@ from normfree.report.frames import FloatArray, check_columns, check_frame, in_or
 from normfree.report.primitives import (
     colour_bar,
     configuration_curves,
+    explain_empty,
+    family_grid,
     integer_axis,
     legend_above,
     logarithmic_axis,
+    name_families,
     panel_grid,
     seeds_note,
+    title_panel,
+    turns,
 )
-from normfree.report.style import NON_FINITE, QUIET, TWO_COLUMN, Style, configuration_colours, paper_style, readable_on
+from normfree.report.style import NON_FINITE, QUIET, TWO_COLUMN, Style, paper_style, readable_on
 
 RUN = ("configuration", "seed")
 RESIDUAL_VARIANCE = (*RUN, "tokens", "layer", "residual_variance", STANDARD_ERROR, "fitted_variance")
@@ -47,10 +51,7 @@ _TOKENS = {"all": "all tokens", "without first": "all tokens but the first"}
 _LINEAR_NATS = 0.01
 """Loss increase below which the axis is linear, and beyond which logarithmic."""
 _LEAST_SHOWN = 1e-4
-_TITLE_ROW = 80
-"""Characters in the titles of a row of panels."""
 _MOST_COLUMNS = 4
-_MOST_LAWS = 6
 # Okabe and Ito's colours that no configuration has
 _ORDERS = (("#009E73", "o"), ("#CC79A7", "s"), ("#332288", "^"), ("#999933", "D"))
 
@@ -71,28 +72,38 @@ def residual_variance_over_depth(variance: pd.DataFrame, growth: pd.DataFrame) -
     """
     check_frame(variance, "residual variance", RESIDUAL_VARIANCE, RESIDUAL_VARIANCE[-3:])
     check_frame(growth, "variance growth", VARIANCE_GROWTH, ("is_best",))
-    colours = configuration_colours(in_order(variance["configuration"]))
-    figure, grid = panel_grid(len(_TOKENS), len(_TOKENS), row_height=2.5, sharey=True)
-    for axes, (tokens, title) in zip(grid.flat, _TOKENS.items(), strict=True):
-        rows = variance[variance["tokens"] == tokens]
-        configuration_curves(axes, rows, "residual_variance", over="layer", error=STANDARD_ERROR)
-        best = growth[(growth["tokens"] == tokens) & growth["is_best"].astype(bool)]
-        laws = {}
-        for configuration, colour in colours.items():
-            fitted = rows[rows["configuration"] == configuration].groupby("layer")["fitted_variance"]
-            fit = fitted.agg(lambda each: each.mean(skipna=False))
-            (line,) = axes.plot(fit.index, fit, color=colour, linewidth=1.0, linestyle=(0, (4, 2)))
-            laws[line] = _law(best.loc[best["configuration"] == configuration, "law"])
-        if len(colours) <= _MOST_LAWS:
-            axes.legend(laws.keys(), laws.values(), title="best law of growth", title_fontsize=6.2, handlelength=2.2)
+    figure, rows = family_grid(in_order(variance["configuration"]), len(_TOKENS), row_height=2.3, sharey=True)
+    for colours, panels in rows:
+        for axes, tokens in zip(panels, _TOKENS, strict=True):
+            of_tokens = variance[variance["tokens"] == tokens]
+            best = growth[(growth["tokens"] == tokens) & growth["is_best"].astype(bool)]
+            curves: Style = {"over": "layer", "error": STANDARD_ERROR, "colours": colours, "behind": True}
+            configuration_curves(axes, of_tokens, "residual_variance", **curves)
+            laws = _draw_laws(axes, of_tokens, best, colours)
+            if len(rows) == 1:
+                axes.legend(
+                    laws.keys(), laws.values(), title="best law of growth", title_fontsize=6.2, handlelength=2.2
+                )
+            integer_axis(axes)
+        panels[0].set_ylabel("residual variance\n(squared activation units)")
+    for axes, title in zip(rows[0][1], _TOKENS.values(), strict=True):
         axes.set_title(title)
-        integer_axis(axes)
     if np.isfinite(variance["residual_variance"]).any():
-        logarithmic_axis(grid[0, 0])
-    grid[0, 0].set_ylabel("variance of the residual stream\n(squared activation units)")
+        logarithmic_axis(rows[0][1][0])
     figure.supxlabel("blocks passed" + seeds_note(variance, band=True), fontsize=7)
-    legend_above(figure, grid[0, 0])
+    name_families(figure, rows)
     return figure
+
+
+def _draw_laws(axes: Axes, variance: pd.DataFrame, best: pd.DataFrame, colours: dict[str, str]) -> dict[Line2D, str]:
+    """A dashed line for each configuration's law of growth, with the law's name."""
+    laws = {}
+    for configuration, colour in colours.items():
+        fitted = variance[variance["configuration"] == configuration].groupby("layer")["fitted_variance"]
+        fit = fitted.agg(lambda each: each.mean(skipna=False))
+        (line,) = axes.plot(fit.index, fit, color=colour, linewidth=1.0, linestyle=(0, (4, 2)))
+        laws[line] = _law(best.loc[best["configuration"] == configuration, "law"])
+    return laws
 
 
 @paper_style()
@@ -122,7 +133,7 @@ def angular_distance_heatmaps(distances: pd.DataFrame) -> Figure:
     figure, panels = panel_grid(len(triangles), _MOST_COLUMNS, row_height=height, width=width)
     for axes, (configuration, triangle) in zip(panels.flat, triangles.items(), strict=False):
         _draw_triangle(axes, triangle, norm)
-        axes.set_title(fill(configuration, _TITLE_ROW // n_column))
+        title_panel(axes, configuration)
     for axes in panels[:, 0]:
         axes.set_ylabel("blocks between, n")
     label = "layer, at its input (ring: the smallest distance for this n)" + seeds_note(distances)
@@ -149,27 +160,35 @@ def skipped_layer_losses(skipped: pd.DataFrame, dropped: pd.DataFrame) -> Figure
     check_columns(dropped, "dropped last layers", DROPPED_LAST)
     if not dropped.empty:
         check_frame(dropped, "dropped last layers", DROPPED_LAST, LOSS_INCREASE)
-    figure, grid = panel_grid(2, 2, row_height=2.4, sharey=True)
+    figure, rows = family_grid(in_order(skipped["configuration"]), 2, row_height=2.2, sharey=True)
+    for colours, (left, right) in rows:
+        for axes, frame, over in ((left, skipped, "layer"), (right, dropped, "n_dropped")):
+            curves: Style = {"over": over, "error": STANDARD_ERROR, "colours": colours, "behind": True}
+            configuration_curves(axes, frame, "loss_increase_nats", **curves)
+            axes.axhline(0, color=QUIET, linewidth=0.6, zorder=1)
+            _symmetric_log(axes)
+            integer_axis(axes)
+        if dropped.empty:
+            explain_empty(right, "one layer: without it nothing is left")
+        left.set_ylabel("loss increase (nats per token)")
+    (first, second), (last_left, last_right) = rows[0][1], rows[-1][1]
+    # Room for whiskers, and below zero for a loss that falls.
     increases = pd.concat([skipped, dropped])["loss_increase_nats"].to_numpy(dtype=np.float64)
     finite = increases[np.isfinite(increases)]
-    for axes, frame, over in zip(grid.flat, (skipped, dropped), ("layer", "n_dropped"), strict=True):
-        configuration_curves(axes, frame, "loss_increase_nats", over=over, error=STANDARD_ERROR)
-        axes.axhline(0, color=QUIET, linewidth=0.6, zorder=1)
-        axes.set_yscale("symlog", linthresh=_LINEAR_NATS, linscale=0.6)
-        axes.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=_LINEAR_NATS))
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        integer_axis(axes)
-    left, right = grid.flat
-    # Room for whiskers, and below zero for a loss that falls.
-    left.set_ylim(1.6 * finite.min(initial=0.0), 1.6 * finite.max(initial=_LINEAR_NATS))
-    left.set_ylabel("increase of the loss (nats per token)")
-    left.set_title("each layer alone skipped")
-    left.set_xlabel("layer" + seeds_note(skipped, band=True))
-    right.set_title("the last k layers dropped")
-    right.set_xlabel("layers dropped, k")
-    legend_above(figure, left)
+    first.set_ylim(1.6 * finite.min(initial=0.0), 1.6 * finite.max(initial=_LINEAR_NATS))
+    first.set_title("each layer alone skipped")
+    second.set_title("the last k layers dropped")
+    last_left.set_xlabel("layer" + seeds_note(skipped, band=True))
+    last_right.set_xlabel("layers dropped, k")
+    name_families(figure, rows)
     return figure
+
+
+def _symmetric_log(axes: Axes) -> None:
+    axes.set_yscale("symlog", linthresh=_LINEAR_NATS, linscale=0.6)
+    axes.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=_LINEAR_NATS))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 @paper_style()
@@ -191,23 +210,26 @@ def jacobian_distance_and_gradient_norms(jacobian: pd.DataFrame, gradients: pd.D
     check_frame(gradients, "gradient norms", GRADIENT_NORMS, GRADIENT_NORMS[-3:])
     error, norm = STANDARD_ERROR, "norm (nats per unit)"
     panels = (
-        (jacobian, "jacobian_distance", error, "Jacobian against identity", "‖J − I‖ / √(T d)"),
-        (gradients, "parameter_gradient_norm", None, "Gradient, parameters", norm),
-        (gradients, "residual_gradient_norm", error, "Gradient, residual stream", norm),
+        (jacobian, "jacobian_distance", error, "Jacobian − identity", "‖J − I‖ / √(T d)"),
+        (gradients, "parameter_gradient_norm", None, "Parameter gradient", norm),
+        (gradients, "residual_gradient_norm", error, "Residual gradient", norm),
     )
-    figure, grid = panel_grid(len(panels), len(panels), row_height=2.1)
-    for axes, (frame, value, error_column, title, label) in zip(grid.flat, panels, strict=True):
-        configuration_curves(axes, frame, value, over="layer", error=error_column)
+    figure, rows = family_grid(in_order(jacobian["configuration"]), len(panels), row_height=2.0, sharey="col")
+    for colours, row in rows:
+        for axes, (frame, value, error_column, _, label) in zip(row, panels, strict=True):
+            curves: Style = {"over": "layer", "error": error_column, "colours": colours, "behind": True}
+            configuration_curves(axes, frame, value, **curves)
+            axes.set_ylabel(label)
+            integer_axis(axes)
+    for axes, (frame, value, _, title, _) in zip(rows[0][1], panels, strict=True):
         axes.set_title(title)
-        axes.set_ylabel(label)
-        integer_axis(axes)
         values = frame[value].to_numpy(dtype=np.float64)
         largest = values[np.isfinite(values)].max(initial=0.0)
         if largest > 0:
             logarithmic_axis(axes)
             axes.set_ylim(bottom=max(axes.get_ylim()[0], _LEAST_SHOWN * largest))
     figure.supxlabel("layer" + seeds_note(jacobian, band=True), fontsize=7)
-    legend_above(figure, grid[0, 0])
+    name_families(figure, rows)
     return figure
 
 
@@ -230,16 +252,18 @@ def pruned_layer_losses(losses: pd.DataFrame) -> Figure:
     width = min(TWO_COLUMN, 0.6 + 3.0 * len(models))
     figure, grid = panel_grid(len(models), len(models), row_height=2.4, width=width, sharey=True)
     for axes, model in zip(grid.flat, models, strict=True):
-        for order, (colour, marker) in zip(orders, _ORDERS, strict=False):
-            rows = losses[(losses["model"] == model) & (losses["order"] == order)].sort_values("n_dropped")
-            increase, error = (rows[name].where(np.isfinite(rows[name])) for name in LOSS_INCREASE)
-            line: Style = {"color": colour, "marker": marker, "markersize": 3, "label": order}
-            axes.errorbar(rows["n_dropped"], increase, 1.96 * error, elinewidth=0.7, **line)
+        of_model = losses[losses["model"] == model].set_index("n_dropped").sort_index()
+        lines = [of_model.loc[of_model["order"] == order, list(LOSS_INCREASE)] for order in orders]
+        lines = [line.where(np.isfinite(line)) for line in lines]
+        styles = turns([line["loss_increase_nats"] for line in lines])
+        for order, line, (colour, marker), turn in zip(orders, lines, _ORDERS, styles, strict=False):
+            style: Style = {"color": colour, "marker": marker, "markersize": 3, "label": order, **turn}
+            axes.errorbar(line.index, line["loss_increase_nats"], 1.96 * line[STANDARD_ERROR], elinewidth=0.7, **style)
         axes.axhline(0, color=QUIET, linewidth=0.6, zorder=1)
-        axes.set_title(model)
+        title_panel(axes, model)
         integer_axis(axes)
         axes.set_xlabel("layers dropped")
-    grid[0, 0].set_ylabel("increase of the loss (nats per token)")
+    grid[0, 0].set_ylabel("loss increase (nats per token)")
     legend_above(figure, grid[0, 0])
     return figure
 

@@ -12,7 +12,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatt
 from normfree.columns import LOSS_NATS
 from normfree.errors import InputError
 from normfree.report.frames import check_frame, in_order
-from normfree.report.primitives import panel_grid
+from normfree.report.primitives import panel_grid, title_panel
 from normfree.report.style import DASHED, INK, QUIET, TWO_COLUMN, Style, depth_colours, paper_style
 from normfree.studies.norm_removal.tables import NORM_FREE, VANILLA, PowerLaw
 
@@ -71,7 +71,7 @@ def removal_loss_curves(curves: pd.DataFrame, removed: pd.DataFrame) -> Figure:
             below.axhline(0, **{**DASHED, "color": QUIET})
             _line(below, losses[NORM_FREE] - losses[VANILLA], window, INK)
         _draw_removals(when, removed[removed["configuration"] == configuration])
-        when.set_title(configuration)
+        title_panel(when, configuration)
         below.set_xlabel("fine-tuning step")
         below.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     grid[0, 0].set_ylabel("removed", rotation=0, ha="right", va="center")
@@ -114,6 +114,8 @@ def removal_scaling(excess: pd.DataFrame, reached: pd.DataFrame, fit: PowerLaw, 
         interval = f" [{fit.low:.2f}, {fit.high:.2f}]" if np.isfinite(fit.low) else ""
         label = f"tokens ∝ parameters$^{{{fit.exponent:.2f}}}${interval}"
         right.plot(ends, fit.factor * ends**fit.exponent, color=INK, linewidth=1.0, label=label)
+    else:
+        right.set_title("no power law: fewer than two sizes reach it", fontsize=6.2, fontweight="normal")
     right.set_ylabel(f"tokens to within {threshold:g} nats")
     right.set(xscale="log", yscale="log")
     right.legend()
@@ -129,7 +131,7 @@ def _draw_removals(axes: Axes, removed: pd.DataFrame) -> None:
     """A row a part of the model, a tick each step at which a norm of it goes."""
     for row, part in enumerate(_PARTS):
         steps = removed.loc[removed["part"] == part, "step"] + 1
-        axes.vlines(steps, row + 0.1, row + 0.9, color=_PART_COLOURS[part], linewidth=1.0)
+        axes.vlines(steps, row + 0.1, row + 0.9, color=_PART_COLOURS[part], linewidth=1.0 if len(steps) < 16 else 0.4)
     axes.set_ylim(len(_PARTS), 0)
     axes.set_yticks([])
     axes.grid(visible=False)

@@ -65,7 +65,7 @@ def active_neurons(sparsity: pd.DataFrame, dynamics: pd.DataFrame, *, nominal: f
     by_layer.yaxis.set_major_locator(FixedLocator([tick for tick in _TICKS if tick >= 0.8 * lowest]))
     by_layer.yaxis.set_minor_locator(NullLocator())
     by_layer.yaxis.set_major_formatter("{x:g}")
-    by_layer.set(ylabel="active neurons (%, log scale)", xlabel="layer", title="After training, evaluation tokens")
+    by_layer.set(ylabel="active neurons (%, log)", xlabel="layer", title="After training, evaluation tokens")
     integer_axis(by_layer)
     over_training.set(xlabel="training tokens", title="Over training, mean over layers")
     over_training.xaxis.set_major_formatter(EngFormatter(sep=""))
