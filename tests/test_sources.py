@@ -6,18 +6,24 @@ import hashlib
 import io
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from normfree.data import DataConfig, load_tokenizer
 from normfree.data.corpus import CORPORA, open_corpus
 from normfree.data.corpus_name import KINDS
 from normfree.errors import InputError
-from normfree.files import local_or_hub, looks_local
 from normfree.modeling.loading import load_model
+from normfree.sources import local_or_hub, looks_local, split_revision, with_revision
 from normfree.training import RunConfig, load_pretrained
 
 Normfree = Callable[..., tuple[int, str, str]]
@@ -43,6 +49,86 @@ def test_a_missing_path_is_not_looked_for_on_the_hub(source: str, monkeypatch: p
 def test_hub_ids_stay_possible(source: str) -> None:
     assert not looks_local(source)
     assert local_or_hub(source, "model") == source
+
+
+@pytest.mark.parametrize("source", ["runs/x", "runs/x@main"])
+def test_a_missing_folder_in_a_folder_that_is_here_is_a_path(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert local_or_hub(source, "model") == source
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(InputError, match="correct the path, or give a Hub id from a folder without 'runs' in it"):
+        local_or_hub(source, "model")
+
+
+def test_revisions_are_of_the_hub_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a@b").mkdir()
+    assert split_revision("gpt2") == ("gpt2", None)
+    assert split_revision("o/gpt2@refs/pr/1") == ("o/gpt2", "refs/pr/1")
+    assert split_revision("a@b") == ("a@b", None)
+    assert with_revision("gpt2", None) == "gpt2"
+    assert with_revision("gpt2", "step1000") == "gpt2@step1000"
+    for source, revision, message in (
+        ("a@b", "main", "a@b is a path"),
+        ("./x", "main", "./x is a path"),
+        ("gpt2@main", "main", "names a revision itself"),
+        ("gpt2", "", "the revision is empty"),
+    ):
+        with pytest.raises(InputError, match=message):
+            with_revision(source, revision)
+    with pytest.raises(InputError, match="ends with @"):
+        local_or_hub("gpt2@", "model")
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A cache with two revisions of ``owner/name``, branch ``early`` and the newest, and no network: their commits."""
+    commits = ["a" * 40, "b" * 40]
+    root = tmp_path / "hub" / "models--owner--name"
+    (root / "refs").mkdir(parents=True)
+    for seed, (commit, ref) in enumerate(zip(commits, ("early", "main"), strict=True)):
+        torch.manual_seed(seed)
+        config = GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=290, n_positions=64)
+        GPT2LMHeadModel(config).save_pretrained(root / "snapshots" / commit)
+        words = Tokenizer(WordLevel({"a": 0, "<eos>": 1, "?": 2}, unk_token="?"))
+        words.pre_tokenizer = Whitespace()
+        PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?", eos_token="<eos>").save_pretrained(
+            root / "snapshots" / commit
+        )
+        (root / "refs" / ref).write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("normfree.sources.is_offline", lambda: True)
+    return commits
+
+
+def test_a_revision_is_loaded_recorded_and_compared(
+    normfree: Normfree, hub_cache: list[str], corpus_folder: Path, tmp_path: Path
+) -> None:
+    early, newest = (load_pretrained(source) for source in ("owner/name@early", "owner/name"))
+    assert [each.loaded_as["commit"] for each in (early, newest)] == hub_cache
+    assert not torch.equal(early.model.lm_head.weight, newest.model.lm_head.weight)
+    code, out, error = normfree(
+        *("depth", "owner/name", "owner/name@early", "--corpus", corpus_folder, "--cache-dir", tmp_path / "cache"),
+        *("--sequences", "4", "--sequence-length", "16", "--probes", "2", "--json"),
+    )
+    assert code == 0, error
+    assert [each["commit"] for each in json.loads(out)["loaded_as"].values()] == hub_cache[::-1]
+    options = ("--corpus", corpus_folder, "--cache-dir", tmp_path / "cache", "--sequence-length", "16", "--json")
+    code, out, error = normfree("entropy", "owner/name", "--revision", "early", *options)
+    assert code == 0, error
+    assert json.loads(out)["loaded_as"] == {"device": "cpu", "dtype": "fp32", "commit": hub_cache[0]}
+
+
+@pytest.mark.usefixtures("hub_cache")
+def test_without_a_network_what_is_not_cached_fails_at_once(normfree: Normfree, corpus_folder: Path) -> None:
+    start = time.monotonic()
+    for model in ("owner/none", "owner/name@late"):
+        code, _, error = normfree("entropy", model, "--corpus", corpus_folder)
+        assert code == 2
+        assert "the Hub cannot be reached, and the model is not in its cache" in error
+    assert time.monotonic() - start < 10  # the Hub's client tries again for half a minute
 
 
 def test_a_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
@@ -30,12 +30,14 @@ class ExportedModel:
 
     parameters, parameters_before: of the model written, and of the one it was made from.
     quantization: how the weights of the latter were quantized; None if they were not.
+    loaded_as: its ``device``, ``dtype`` and, if it is of the Hub, ``commit``.
     """
 
     folder: Path
     parameters: int
     parameters_before: int
     quantization: str | None
+    loaded_as: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ def export_without_layers(
     drop: Sequence[int] | None = None,
     drop_last: int | None = None,
     drop_similar: int | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
     **sequences: Unpack[SequenceOptions],
 ) -> PrunedModel:
     """Writes the model ``source`` without some of its layers to ``folder``, whole or not at all.
@@ -68,6 +72,7 @@ def export_without_layers(
         folder: must not hold anything.
         drop, drop_last, drop_similar: exactly one of: layers from 0; how many of the last; how many consecutive ones,
             those across which the angular distance is smallest (:func:`~normfree.interpret.most_similar_block`).
+        device, dtype: as for :func:`~normfree.training.load_pretrained`; the model is written in ``dtype``.
         sequences: what ``drop_similar`` is measured on; see :func:`~normfree.interpret.token_sequences`.
 
     Raises:
@@ -78,7 +83,7 @@ def export_without_layers(
         raise InputError("give exactly one of --drop, --drop-last and --drop-similar")
     if drop_similar is None and any(sequences.get(name) is not None for name in ("corpus", "sequence_length", "bos")):
         raise InputError("--corpus, --sequence-length and --bos are for --drop-similar; leave them out")
-    loaded = load_pretrained(source)
+    loaded = load_pretrained(source, device=device, dtype=dtype)
     n_layer = len(decoder_blocks(loaded.model))
     read = None
     if drop is not None:
@@ -98,6 +103,7 @@ def export_without_layers(
         pruned.num_parameters(),
         loaded.model.num_parameters(),
         loaded.quantization,
+        loaded.loaded_as,
         dropped_layers=sorted(chosen),
         n_layer=n_layer - len(chosen),
         has_tokenizer=saved_tokenizer is not None,
@@ -105,12 +111,15 @@ def export_without_layers(
     )
 
 
-def export_spark(source: str, folder: Path, **options: Any) -> ExportedModel:
+def export_spark(
+    source: str, folder: Path, *, device: str | None = None, dtype: str | None = None, **options: Any
+) -> ExportedModel:
     """Writes a sparse model that starts from the dense one ``source``, with its tokenizer, to ``folder``.
 
     Args:
         source: a Hub id, a model folder, a ``.gguf`` file, or a run or checkpoint folder.
         folder: must not hold anything.
+        device, dtype: as for :func:`~normfree.training.load_pretrained`; the model is written in ``dtype``.
         options: of :func:`~normfree.spark.to_spark`.
 
     Raises:
@@ -119,14 +128,15 @@ def export_spark(source: str, folder: Path, **options: Any) -> ExportedModel:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not empty; give another folder with --out")
-    loaded = load_pretrained(source)
+    loaded = load_pretrained(source, device=device, dtype=dtype)
     dense = loaded.as_normfree()
     tokenizer = tokenizer_of(loaded)
     spark = to_spark(dense, **options)
     with folder_written_whole(folder) as temporary:
         spark.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-    return ExportedModel(folder, spark.num_parameters(), dense.num_parameters(), loaded.quantization)
+    sizes = spark.num_parameters(), dense.num_parameters()
+    return ExportedModel(folder, *sizes, loaded.quantization, loaded.loaded_as)
 
 
 def _tokenizer_or_none(loaded: LoadedModel) -> Any:

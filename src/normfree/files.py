@@ -141,51 +141,12 @@ def user_path(text: str) -> Path:
         return Path(text)
 
 
-FILE_SUFFIXES = (
-    *(".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".npy", ".yaml", ".yml", ".py"),
-    *(".txt", ".text", ".md", ".rst", ".html", ".xml", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"),
-    *(".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz"),
-)
-"""File endings that no Hub id has, dots in ids such as Qwen2.5-0.5B included."""
-
-
 def exists(path: Path) -> bool:
     """True if ``path`` exists; False for names that no file can have."""
     try:
         return path.exists()
     except (OSError, ValueError):
         return False
-
-
-def looks_local(source: str) -> bool:
-    """True for a name that can only be a path: a Hub id has at most one slash, inside, and no file's ending."""
-    return (
-        source.startswith(("/", "./", "../", "~"))
-        or source in (".", "..")
-        or source.endswith("/")
-        or source.count("/") > 1
-        or Path(source).suffix.lower() in FILE_SUFFIXES
-    )
-
-
-def local_or_hub(source: str, what: str) -> str:
-    """An existing path with ``~`` expanded, or ``source`` itself if it may be a Hub id. Never queries the Hub.
-
-    Args:
-        source: a path or a Hub id.
-        what: what is looked for, for the message: "model".
-
-    Raises:
-        InputError: it looks like a path (see :func:`looks_local`), and nothing is there.
-    """
-    path = user_path(source)
-    if exists(path):
-        return str(path) if source.startswith("~") else source
-    if looks_local(source):
-        raise InputError(
-            f"there is no file or folder {source!r} for the {what}; correct the path, or give a Hub id (OWNER/NAME)"
-        )
-    return source
 
 
 def sha256(path: Path) -> str:

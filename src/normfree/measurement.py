@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -49,17 +50,20 @@ class Measurement(AttentionEntropy):
     name: the model's name in figures.
     beginning: tokens that were put before each text.
     quantization: how the model's weights were quantized in their file; None if they were not.
+    loaded_as: the ``device`` and ``dtype`` it was measured in, and the ``commit`` of a model of the Hub.
     """
 
     name: str
     beginning: Beginning
     quantization: str | None
+    loaded_as: Mapping[str, str]
 
     @classmethod
-    def of(cls, entropy: AttentionEntropy, name: str, beginning: Beginning, quantization: str | None) -> Measurement:
+    def of(cls, entropy: AttentionEntropy, name: str, beginning: Beginning, model: LoadedModel) -> Measurement:
         """``entropy`` with what is known of the model and its sequences."""
         values = {field.name: getattr(entropy, field.name) for field in fields(AttentionEntropy)}
-        return cls(**values, name=name, beginning=beginning, quantization=quantization)
+        origin: dict[str, Any] = {"quantization": model.quantization, "loaded_as": model.loaded_as}
+        return cls(**values, name=name, beginning=beginning, **origin)
 
     @property
     def head_entropy(self) -> pd.DataFrame:
@@ -145,6 +149,8 @@ def measure(
     sequence_length: int | None = None,
     batch_size: int = 8,
     name: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
 ) -> Measurement:
     """The attention entropy of every head of ``model`` on ``texts`` (ReLU's Revival, Eq. 8), in nats. ::
 
@@ -153,8 +159,9 @@ def measure(
     A given model keeps its device, dtype, mode, gradients and random numbers.
 
     Args:
-        model: a transformers model, wrapped (DDP, PEFT, ``torch.compile``) or not; or a Hub id, a model folder, a
-            ``.gguf`` file, or a run or checkpoint folder of Normfree, which is loaded, on CUDA if available.
+        model: a transformers model, wrapped (DDP, PEFT, ``torch.compile``) or not; or a Hub id (``ID@REVISION`` for
+            a branch, tag or commit), a model folder, a ``.gguf`` file, or a run or checkpoint folder of Normfree, which
+            is loaded.
         texts: a string, strings, a ``datasets`` column, or a ``datasets.Dataset`` with a column ``text`` or
             ``input_ids``; or token ids: a tensor or array [n, T] or [T], lists, or what a tokenizer returns. Texts are
             measured one by one, at any length, without padding; empty ones are skipped.
@@ -166,6 +173,8 @@ def measure(
             for other models 512, or their positions if fewer.
         batch_size: sequences in one forward pass.
         name: of the model in figures; default: what it was loaded by, or its class.
+        device: that a named model is loaded on: ``cpu``, ``cuda`` or ``cuda:N``; default: CUDA if available.
+        dtype: that a named model is loaded in: ``fp32``, ``bf16`` or ``fp16``; default: as saved.
 
     Raises:
         InputError: no such model, no tokenizer, texts of another kind, no tokens, tokens or lengths that the model
@@ -173,7 +182,7 @@ def measure(
     """
     if batch_size < 1:
         raise InputError(f"batch_size has to be at least 1, got {batch_size}")
-    loaded, called = _model(model)
+    loaded, called = _model(model, device, dtype)
     if loaded.model.config.is_encoder_decoder:
         raise InputError(
             f"{loaded.source} is an encoder-decoder, and measure calls a model on one text; use "
@@ -181,29 +190,41 @@ def measure(
         )
     sequences, beginning = given_sequences(loaded, texts, tokenizer, bos=bos, sequence_length=sequence_length)
     entropy = measure_attention_entropy(called, sequences, batch_size)
-    return Measurement.of(entropy, name or loaded.source, beginning, loaded.quantization)
+    return Measurement.of(entropy, name or loaded.source, beginning, loaded)
 
 
-def measure_on_corpus(source: str, *, name: str | None = None, **sequences: Unpack[SequenceOptions]) -> Measurement:
+def measure_on_corpus(
+    source: str,
+    *,
+    name: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    **sequences: Unpack[SequenceOptions],
+) -> Measurement:
     """As :func:`measure`, on sequences of a corpus, or of a run's own evaluation data: ``normfree entropy``.
 
     Args:
         source: a Hub id, a model folder, a ``.gguf`` file, or a run or checkpoint folder.
         name: the model's name in figures; default: ``source``.
+        device, dtype: as for :func:`measure`.
         sequences: see :func:`~normfree.interpret.token_sequences`.
 
     Raises:
         InputError: the model or the corpus cannot be used, or no attention layer can be read.
     """
-    loaded = load_pretrained(source)
+    loaded = load_pretrained(source, device=device, dtype=dtype)
     read = token_sequences(loaded, **sequences)
     return replace(measure(loaded, read.tokens, name=name), beginning=read.beginning)
 
 
-def _model(model: PreTrainedModel | nn.Module | LoadedModel | str | Path) -> tuple[LoadedModel, nn.Module]:
+def _model(
+    model: PreTrainedModel | nn.Module | LoadedModel | str | Path, device: str | None, dtype: str | None
+) -> tuple[LoadedModel, nn.Module]:
     """The transformers model with where it came from, and the module to call."""
     if isinstance(model, (str, Path)):
-        model = load_pretrained(str(model))
+        model = load_pretrained(str(model), device=device, dtype=dtype)
+    elif device is not None or dtype is not None:
+        raise InputError("device and dtype are for a model that is loaded by its name; move this one with .to()")
     if isinstance(model, LoadedModel):
         return model, model.model
     if not isinstance(model, nn.Module):

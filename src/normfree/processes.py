@@ -115,5 +115,7 @@ def _group() -> Any:
     import torch.distributed
     from accelerate import PartialState
 
-    PartialState(cpu=not torch.accelerator.is_available())
+    from normfree.devices import runs_on_cpu
+
+    PartialState(cpu=runs_on_cpu())
     return torch.distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)

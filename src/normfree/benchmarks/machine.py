@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
+from normfree.devices import DTYPES as DTYPES
 from normfree.errors import InputError, unknown_name
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MODEL_DTYPES = ("fp32", "bf16")
 """Dtypes that whole models are measured in."""
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from normfree.cli.console import open_console, print_json, records, say, say_quantized, table
+from normfree.cli.console import open_console, print_json, records, say, say_origin, table
 from normfree.cli.names import model_name, output_folder
 from normfree.cli.options import (
     DEFAULT_CACHE_DIR,
@@ -17,8 +17,13 @@ from normfree.cli.options import (
     ComparedCorpus,
     ComparedLength,
     ComparedTokenizer,
+    Device,
+    Dtype,
     Json,
+    Revision,
+    at_revision,
     checked_folder,
+    command_line,
 )
 from normfree.errors import InputError
 
@@ -49,6 +54,9 @@ def depth(
         ),
     ] = None,
     bos: Bos = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
     cache_dir: CacheDir = DEFAULT_CACHE_DIR,
     json_: Json = False,
 ) -> None:
@@ -62,12 +70,15 @@ def depth(
 
     if len(set(models)) < len(models):
         raise InputError("a model is named twice; name each once")
+    models = at_revision(models, revision)
     folder = output_folder(out, "depth", models)
     console = open_console(json_)
     found = compare_depth(
         {model_name(source, models): source for source in models},
         n_probe=probes,
         batch_size=batch_size,
+        device=device,
+        dtype=dtype,
         corpus=corpus,
         tokenizer=tokenizer,
         sequence_length=sequence_length,
@@ -75,19 +86,19 @@ def depth(
         cache_dir=cache_dir,
         bos=bos,
     )
-    found.write(folder, f"normfree depth {' '.join(models)}")
+    found.write(folder, command_line())
     if json_:
         rows = {
             name: {key: records(frame) for key, frame in measurement.frames().items()}
             for name, measurement in found.models.items()
         }
         read = {"beginning": found.sequences.beginning.summary(), "quantization": found.quantization}
-        print_json(folder=str(folder), **read, models=rows)
+        print_json(folder=str(folder), **read, loaded_as=found.loaded_as, models=rows)
         return
     shown = [[form.format_map(row) for form in _COLUMNS.values()] for row in found.summary.to_dict("records")]
     console.print(table(_COLUMNS, shown, n_left=1))
     say(console, f"Read on {found.sequences}")
-    say_quantized(console, found.quantization)
+    say_origin(console, found.quantization, found.loaded_as)
     for row in found.summary[found.summary["nonfinite_entries"] > 0].to_dict("records"):
         say(console, f"{row['model']}: {row['nonfinite_entries']:,} entries of the residual stream are NaN or infinite")
     say(console, f"Report: {folder / 'report.html'}")

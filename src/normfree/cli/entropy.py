@@ -8,16 +8,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from normfree.cli.console import open_console, print_json, say, say_quantized, table
+from normfree.cli.console import open_console, print_json, say, say_origin, table
 from normfree.cli.names import model_name, output_folder
 from normfree.cli.options import (
     DEFAULT_CACHE_DIR,
     Bos,
     CacheDir,
+    Device,
+    Dtype,
     Json,
     Model,
+    Revision,
     Sequences,
     Tokenizer,
+    at_revision,
     checked_corpus,
     checked_folder,
 )
@@ -43,6 +47,9 @@ def entropy(
         Path | None, typer.Option(help="Folder for CSV and figures; default entropy/MODEL.", callback=checked_folder)
     ] = None,
     bos: Bos = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
     cache_dir: CacheDir = DEFAULT_CACHE_DIR,
     json_: Json = False,
 ) -> None:
@@ -52,6 +59,7 @@ def entropy(
     """
     from normfree.measurement import measure_on_corpus
 
+    (model,) = at_revision([model], revision)
     folder, name = output_folder(out, "entropy", [model]), model_name(model, [model])
     console = open_console(json_)
     with stage(f"attention entropy of {name}"):
@@ -63,13 +71,15 @@ def entropy(
             n_sequences=sequences,
             bos=bos,
             name=name,
+            device=device,
+            dtype=dtype,
             cache_dir=cache_dir,
         )
     result.save(folder)
     read = f"{result.n_sequences} sequences of {result.sequence_length} tokens ({result.beginning})"
     if json_:
         origin = {"beginning": result.beginning.summary(), "quantization": result.quantization}
-        print_json(folder=str(folder), **origin, **result.summary())
+        print_json(folder=str(folder), **origin, loaded_as=result.loaded_as, **result.summary())
         return
     say(
         console,
@@ -79,7 +89,7 @@ def entropy(
     console.print(_layers_table(result))
     for module, reason in result.unreadable.items():
         say(console, f"not read: {module}: {reason}")
-    say_quantized(console, {name: result.quantization})
+    say_origin(console, {name: result.quantization}, {name: result.loaded_as})
     say(console, f"Files: {folder}")
 
 

@@ -6,16 +6,20 @@ from typing import Annotated
 
 import typer
 
-from normfree.cli.console import open_console, print_json, say, say_quantized
+from normfree.cli.console import open_console, print_json, say, say_origin
 from normfree.cli.options import (
     DEFAULT_CACHE_DIR,
     Bos,
     CacheDir,
+    Device,
     Json,
     Model,
+    Precision,
+    Revision,
     RunFolder,
     Seed,
     Set,
+    at_revision,
     changes,
     checked_corpus,
 )
@@ -37,6 +41,9 @@ def finetune(
     lora: Annotated[int | None, typer.Option(min=1, help="Train low-rank changes of this rank only.")] = None,
     set_: Set = None,
     bos: Bos = None,
+    device: Device = None,
+    dtype: Precision = None,
+    revision: Revision = None,
     cache_dir: CacheDir = DEFAULT_CACHE_DIR,
     json_: Json = False,
 ) -> None:
@@ -48,7 +55,8 @@ def finetune(
     """
     from normfree.training.single_run import finetune as finetune_model
 
-    wanted = changes(set_, tokens=tokens, steps=steps, corpus=corpus, tokenizer=None, bos=bos)
+    (model,) = at_revision([model], revision)
+    wanted = changes(set_, tokens=tokens, steps=steps, corpus=corpus, tokenizer=None, bos=bos, dtype=dtype)
     console = open_console(json_)
     tuned = finetune_model(
         model,
@@ -57,6 +65,7 @@ def finetune(
         epochs=epochs,
         seed=seed,
         lora_rank=lora,
+        device=device,
         cache_dir=cache_dir,
     )
     row = tuned.run.row
@@ -64,7 +73,7 @@ def finetune(
         read = {"beginning": tuned.beginning.summary(), "quantization": tuned.quantization}
         print_json(folder=str(out), **read, **row)
         return
-    say_quantized(console, {model: tuned.quantization})
+    say_origin(console, {model: tuned.quantization})
     say(
         console,
         f"{model}: evaluation loss of the completions {row['eval_loss']:.4f} nats per token, perplexity "

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from normfree.cli.console import open_console, print_json, records, say, say_quantized, table
+from normfree.cli.console import open_console, print_json, records, say, say_origin, table
 from normfree.cli.names import model_name, output_folder
 from normfree.cli.options import (
     DEFAULT_CACHE_DIR,
@@ -17,8 +17,13 @@ from normfree.cli.options import (
     ComparedCorpus,
     ComparedLength,
     ComparedTokenizer,
+    Device,
+    Dtype,
     Json,
+    Revision,
+    at_revision,
     checked_folder,
+    command_line,
 )
 
 
@@ -40,6 +45,9 @@ def interpret(
         ),
     ] = None,
     bos: Bos = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
     cache_dir: CacheDir = DEFAULT_CACHE_DIR,
     json_: Json = False,
 ) -> None:
@@ -49,12 +57,15 @@ def interpret(
     """
     from normfree.interpret import compare_interpretability
 
+    models = at_revision(models, revision)
     folder = output_folder(out, "interpretation", models)
     console = open_console(json_)
     found = compare_interpretability(
         {model_name(each, models): each for each in models},
         prompts=prompts,
         n_neuron=neurons,
+        device=device,
+        dtype=dtype,
         corpus=corpus,
         tokenizer=tokenizer,
         sequence_length=sequence_length,
@@ -62,10 +73,10 @@ def interpret(
         cache_dir=cache_dir,
         bos=bos,
     )
-    found.write(folder, f"normfree interpret {' '.join(models)}")
+    found.write(folder, command_line())
     if json_:
         read = {"beginning": found.sequences.beginning.summary(), "quantization": found.quantization}
-        print_json(folder=str(folder), **read, summary=records(found.summary))
+        print_json(folder=str(folder), **read, loaded_as=found.loaded_as, summary=records(found.summary))
         return
     columns = [str(column).replace("_", " ") for column in found.summary.columns]
     rows = [
@@ -74,5 +85,5 @@ def interpret(
     ]
     console.print(table(columns, rows, n_left=1))
     say(console, f"Read on {found.sequences}")
-    say_quantized(console, found.quantization)
+    say_origin(console, found.quantization, found.loaded_as)
     say(console, f"Report: {folder / 'report.html'}")

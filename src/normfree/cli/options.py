@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,8 +13,9 @@ import yaml
 
 from normfree.errors import InputError
 from normfree.files import DEFAULT_CACHE_DIR as DEFAULT_CACHE_DIR
-from normfree.files import check_output_folder, exists, local_or_hub
+from normfree.files import check_output_folder, exists
 from normfree.processes import is_main_process
+from normfree.sources import local_or_hub, with_revision
 
 FINISHED = ("results.csv", "removal.csv")
 """Files of a folder whose work is done: it is read, and may be read-only."""
@@ -93,6 +96,17 @@ Compared = Annotated[
         help="Hub ids, model folders, .gguf files or runs of Normfree; compared on one page.", callback=_MODEL
     ),
 ]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: CUDA where there is a device.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="Of weights and computation: fp32, bf16 or fp16; default: as the model was saved.")
+]
+Precision = Annotated[
+    str | None,
+    typer.Option("--dtype", help="Of the computation: fp32, bf16 or fp16 (recipe.precision); weights are fp32."),
+]
+Revision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of a model on the Hub; for one of several: MODEL@REVISION.")
+]
 ComparedCorpus = Annotated[
     str | None, typer.Option(help="As for a study; default: the first run's own sequences.", callback=checked_corpus)
 ]
@@ -141,6 +155,7 @@ def changes(
     corpus: str | None,
     tokenizer: str | None,
     bos: bool | None = None,
+    dtype: str | None = None,
 ) -> dict[str, Any]:
     """What the options and ``--set`` change, by dotted name; an option overrides a ``--set`` of the same name.
 
@@ -155,6 +170,7 @@ def changes(
         "recipe.steps": steps,
         "data.corpus": corpus,
         "data.tokenizer": tokenizer,
+        "recipe.precision": dtype,
         "data.beginning": None if bos is None else "bos_token" if bos else "none",
     }
     given = {option: value for option, value in options.items() if value is not None}
@@ -189,6 +205,20 @@ def nested_assignments(option: str, texts: list[str] | None) -> dict[str, Any]:
         else:
             content[name] = value
     return content
+
+
+def at_revision(models: list[str], revision: str | None) -> list[str]:
+    """``MODEL@REVISION`` of each model.
+
+    Raises:
+        InputError: see :func:`normfree.sources.with_revision`.
+    """
+    return [with_revision(model, revision) for model in models]
+
+
+def command_line() -> str:
+    """The command that is at work, with all its options, for a shell."""
+    return shlex.join(["normfree", *sys.argv[1:]])
 
 
 def numbers(option: str, text: str, example: str) -> list[int]:

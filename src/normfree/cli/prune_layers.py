@@ -7,14 +7,18 @@ from typing import Annotated
 
 import typer
 
-from normfree.cli.console import open_console, print_json, say, say_quantized
+from normfree.cli.console import open_console, print_json, say, say_origin
 from normfree.cli.options import (
     DEFAULT_CACHE_DIR,
     Bos,
     CacheDir,
+    Device,
+    Dtype,
     Json,
     Model,
+    Revision,
     Tokenizer,
+    at_revision,
     checked_corpus,
     checked_folder,
     numbers,
@@ -42,6 +46,9 @@ def prune_layers(
     sequence_length: Annotated[int | None, typer.Option(help="T, for --drop-similar; default: the model's.")] = None,
     sequences: Annotated[int, typer.Option(help="Sequences for --drop-similar.")] = 32,
     bos: Bos = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
     cache_dir: CacheDir = DEFAULT_CACHE_DIR,
     json_: Json = False,
 ) -> None:
@@ -51,6 +58,7 @@ def prune_layers(
     """
     from normfree.exports import export_without_layers
 
+    (model,) = at_revision([model], revision)
     console = open_console(json_)
     pruned = export_without_layers(
         model,
@@ -58,6 +66,8 @@ def prune_layers(
         drop=None if drop is None else numbers("--drop", drop, "8,9,10"),
         drop_last=drop_last,
         drop_similar=drop_similar,
+        device=device,
+        dtype=dtype,
         corpus=corpus,
         tokenizer=tokenizer,
         sequence_length=sequence_length,
@@ -67,7 +77,7 @@ def prune_layers(
     )
     read, dropped = pruned.sequences, pruned.dropped_layers
     if json_:
-        names = ("dropped_layers", "n_layer", "parameters", "parameters_before", "quantization")
+        names = ("dropped_layers", "n_layer", "parameters", "parameters_before", "quantization", "loaded_as")
         beginning = {} if read is None else {"beginning": read.beginning.summary()}
         found = {name: getattr(pruned, name) for name in names} | {"tokenizer": pruned.has_tokenizer}
         print_json(folder=str(out), **found, **beginning)
@@ -79,5 +89,5 @@ def prune_layers(
         + ("" if read is None else f"; chosen on {read}")
         + ("" if pruned.has_tokenizer else "; no tokenizer was saved with the model"),
     )
-    say_quantized(console, {model: pruned.quantization})
+    say_origin(console, {model: pruned.quantization}, {model: pruned.loaded_as})
     say(console, f"Model: {out}")

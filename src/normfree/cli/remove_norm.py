@@ -8,17 +8,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from normfree.cli.console import open_console, print_json, records, say, say_quantized, table
+from normfree.cli.console import open_console, print_json, records, say, say_origin, table
 from normfree.cli.names import model_name, output_folder
 from normfree.cli.options import (
     DEFAULT_CACHE_DIR,
     Bos,
     CacheDir,
+    Device,
     Json,
     Model,
+    Precision,
+    Revision,
     Seed,
     Set,
     Tokenizer,
+    at_revision,
     changes,
     checked_corpus,
     checked_folder,
@@ -56,6 +60,9 @@ def remove_norm(
     vanilla: Annotated[bool, typer.Option(help="Also fine-tune with the norms kept, as a control.")] = True,
     set_: Set = None,
     bos: Bos = None,
+    device: Device = None,
+    dtype: Precision = None,
+    revision: Revision = None,
     cache_dir: CacheDir = DEFAULT_CACHE_DIR,
     json_: Json = False,
 ) -> None:
@@ -68,8 +75,9 @@ def remove_norm(
     from normfree.removal.from_pretrained import remove_from_pretrained
 
     check_alone("normfree remove-norm", "leave the launcher out: its statistics would be those of one of them")
+    (model,) = at_revision([model], revision)
     folder, name = output_folder(out, "removal", [model]), model_name(model, [model])
-    wanted = changes(set_, tokens=tokens, steps=steps, corpus=corpus, tokenizer=tokenizer, bos=bos)
+    wanted = changes(set_, tokens=tokens, steps=steps, corpus=corpus, tokenizer=tokenizer, bos=bos, dtype=dtype)
     console = open_console(json_)
     removal = remove_from_pretrained(
         model,
@@ -79,6 +87,7 @@ def remove_norm(
         seed=seed,
         lora_rank=lora,
         vanilla=vanilla,
+        device=device,
         cache_dir=cache_dir,
     )
     if json_:
@@ -99,7 +108,7 @@ def _show(removal: PretrainedRemoval, name: str, console: Console) -> None:
     )
     console.print(table(("variant", "fine-tuning tokens", "loss, nats", "perplexity", "Δ loss"), rows, n_left=1))
     say(console, f"Sequences of {removal.run.data.sequence_length} tokens, {removal.beginning}")
-    say_quantized(console, {name: removal.quantization})
+    say_origin(console, {name: removal.quantization})
     say(console, f"Without norms: {result.norm_free}")
     if result.stock is not None:
         say(console, f"As a stock model: {result.stock}")

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from normfree.cli.console import open_console, print_json, say, say_quantized
-from normfree.cli.options import Json, Model, checked_folder, count_or_share
+from normfree.cli.console import open_console, print_json, say, say_origin
+from normfree.cli.options import Device, Dtype, Json, Model, Revision, at_revision, checked_folder, count_or_share
 
 
 def to_spark(
@@ -29,6 +29,9 @@ def to_spark(
         str | None, typer.Option(help="Dimensions of a head that choose them; default: half.")
     ] = None,
     topk: Annotated[str | None, typer.Option(help="statistical (default) or exact.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
     json_: Json = False,
 ) -> None:
     """Turn a trained dense model into a sparse one to train on: the start_from of a run.
@@ -39,6 +42,7 @@ def to_spark(
     """
     from normfree.exports import export_spark
 
+    (model,) = at_revision([model], revision)
     console = open_console(json_)
     spark = export_spark(
         model,
@@ -50,12 +54,14 @@ def to_spark(
         attention_active=count_or_share("--attention-active", attention_active),
         attention_predictor_dim=count_or_share("--attention-predictor-dim", attention_predictor_dim),
         topk=topk,
+        device=device,
+        dtype=dtype,
     )
     if json_:
         sizes = {"parameters": spark.parameters, "dense_parameters": spark.parameters_before}
-        print_json(folder=str(out), **sizes, quantization=spark.quantization)
+        print_json(folder=str(out), **sizes, quantization=spark.quantization, loaded_as=spark.loaded_as)
         return
-    say_quantized(console, {model: spark.quantization})
+    say_origin(console, {model: spark.quantization}, {model: spark.loaded_as})
     say(
         console,
         f"{out}: {spark.parameters:,} parameters, {spark.parameters_before:,} in the dense model; train it with "

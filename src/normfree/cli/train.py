@@ -8,12 +8,13 @@ from typing import Annotated
 import typer
 
 from normfree.cli.console import open_console, print_json, say
-from normfree.cli.options import DEFAULT_CACHE_DIR, CacheDir, Json, RunFolder
+from normfree.cli.options import DEFAULT_CACHE_DIR, CacheDir, Device, Json, RunFolder
 
 
 def train(
     config: Annotated[Path, typer.Argument(help="A run's YAML file, such as the config.yaml of an earlier run.")],
     out: RunFolder,
+    device: Device = None,
     cache_dir: CacheDir = DEFAULT_CACHE_DIR,
     json_: Json = False,
 ) -> None:
@@ -29,7 +30,7 @@ def train(
     from normfree.training.single_run import train_file
 
     console = open_console(json_)
-    row = train_file(config, out, cache_dir=cache_dir).row
+    row = train_file(config, out, device=device, cache_dir=cache_dir).row
     if json_:
         print_json(folder=str(out), **row)
         return

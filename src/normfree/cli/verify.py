@@ -8,12 +8,13 @@ from typing import Annotated
 import typer
 
 from normfree.cli.console import open_console, print_json, say
-from normfree.cli.options import DEFAULT_CACHE_DIR, CacheDir, Json
+from normfree.cli.options import DEFAULT_CACHE_DIR, CacheDir, Device, Json
 
 
 def verify(
     folder: Annotated[Path, typer.Argument(help="The folder of a run, or of a study: all finished runs in it.")],
     evaluate: Annotated[bool, typer.Option(help="Also measure the loss of the last checkpoint again.")] = True,
+    device: Device = None,
     cache_dir: CacheDir = DEFAULT_CACHE_DIR,
     json_: Json = False,
 ) -> None:
@@ -28,7 +29,7 @@ def verify(
     console = open_console(json_)
     found = []
     for run in run_folders(folder):
-        each = verify_run(run, cache_dir, evaluate=evaluate)
+        each = verify_run(run, cache_dir, evaluate=evaluate, device=device)
         found.append(each)
         for line in (*each.problems, *(f"not checked: {what}" for what in each.unchecked)):
             say(console, f"{run}: {line}")

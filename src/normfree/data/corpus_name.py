@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 from normfree.errors import InputError, unknown_name
-from normfree.files import exists, looks_local, user_path, written_whole
+from normfree.files import exists, user_path, written_whole
 from normfree.processes import check_alone
+from normfree.sources import looks_local
 
 KINDS = ("installed-python", "directory", "file", "codeparrot", "hf", "pairs")
 """What may precede the first colon."""

@@ -7,8 +7,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from normfree.errors import InputError
-from normfree.files import local_or_hub
 from normfree.modeling.gguf import is_gguf, load_gguf_tokenizer, open_gguf
+from normfree.sources import hub_access, local_or_hub, no_source
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -76,9 +76,10 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     if is_gguf(name_or_path):
         return load_gguf_tokenizer(open_gguf(Path(name_or_path)))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+        with hub_access(name_or_path) as (name, options):
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
     except Exception as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = no_source(name_or_path, "tokenizer", next(iter(str(error).splitlines()), type(error).__name__))
         raise InputError(
             f"cannot load tokenizer {name_or_path!r} ({reason}); give 'train', a tokenizer's name on the "
             "Hugging Face hub, or a folder with a saved tokenizer"

@@ -56,11 +56,13 @@ class InterpretabilityComparison:
     models: the frames of :func:`interpret_model`, by the model's name.
     sequences: those that all models read.
     quantization: how weights were quantized, by model; models without are left out.
+    loaded_as: device, dtype and, of a model from the Hub, commit, by model.
     """
 
     models: Mapping[str, Mapping[str, pd.DataFrame]]
     sequences: TokenSequences
     quantization: Mapping[str, str]
+    loaded_as: Mapping[str, Mapping[str, str]]
 
     @cached_property
     def frames(self) -> dict[str, pd.DataFrame]:
@@ -89,7 +91,11 @@ class InterpretabilityComparison:
             title="What the norms hide: interpretability of " + ", ".join(self.models),
             lead=_lead(self.summary),
             sections=self._sections(folder / FIGURES_FOLDER),
-            meta={"Command": command, "Read on": str(self.sequences), **weights_entry(self.quantization)},
+            meta={
+                "Command": command,
+                "Read on": str(self.sequences),
+                **weights_entry(self.quantization, self.loaded_as),
+            },
         )
 
     def _sections(self, folder: Path) -> list[Section]:
@@ -139,6 +145,8 @@ def compare_interpretability(
     *,
     prompts: Path | None = None,
     n_neuron: int = 20,
+    device: str | None = None,
+    dtype: str | None = None,
     **sequences: Unpack[SequenceOptions],
 ) -> InterpretabilityComparison:
     """Runs every tool on each of ``models``, on the same sequences and prompts, one model in memory at a time.
@@ -148,13 +156,14 @@ def compare_interpretability(
         prompts: a file of prompt pairs (see :func:`~normfree.interpret.read_prompts`); default: induction prompts
             made from the sequences, half as many.
         n_neuron: candidate confidence neurons to ablate.
+        device, dtype: as for :func:`~normfree.training.load_pretrained`.
         sequences: as for :func:`~normfree.interpret.token_sequences`, for the first model; default: 64 sequences.
 
     Raises:
         InputError: a model cannot be loaded or is of a kind the tools cannot read, the models have different
             vocabularies, or the sequences or prompts do not fit.
     """
-    compared = ComparedModels.of(models, 64, sequences)
+    compared = ComparedModels.of(models, 64, sequences, device=device, dtype=dtype)
     read, beginning = compared.sequences, compared.sequences.beginning
     if len(beginning) > 1:
         raise InputError(
@@ -169,7 +178,7 @@ def compare_interpretability(
     for name, each in compared:
         with stage(f"{name}: {read}, {len(pairs.answers)} prompts, {n_neuron} neurons"):
             found[name] = interpret_model(each.as_normfree(), read.tokens, pairs, n_neuron=n_neuron)
-    return InterpretabilityComparison(found, read, compared.quantization)
+    return InterpretabilityComparison(found, read, compared.quantization, compared.loaded_as)
 
 
 def interpret_model(

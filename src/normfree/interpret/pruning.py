@@ -102,7 +102,7 @@ def export_pruned(
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         write_text(temporary / PRUNING_FILE, json.dumps(origin, indent=2) + "\n")
-        reloaded = load_model(str(temporary), local_files_only=True)
+        reloaded = load_model(str(temporary))
         _check_same_options(model, reloaded, kept)
         _check_same_logits(model, layers, _on(model, reloaded.eval()))
     return reloaded

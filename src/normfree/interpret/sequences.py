@@ -63,22 +63,36 @@ class ComparedModels:
 
     sources: by name.
     loaded: the model loaded last; before iteration the first, whose tokenizer made ``sequences``.
+    device, dtype: as for :func:`~normfree.training.load_pretrained`.
     quantization: how weights were quantized, by name, of the models loaded so far; models without are left out.
+    loaded_as: device, dtype and, of a model from the Hub, commit, of the models loaded so far.
     """
 
     sources: Mapping[str, str]
     loaded: LoadedModel
     sequences: TokenSequences
+    device: str | None = None
+    dtype: str | None = None
     quantization: dict[str, str] = field(default_factory=dict)
+    loaded_as: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, models: Sequence[str] | Mapping[str, str], default_n: int, options: SequenceOptions) -> ComparedModels:
+    def of(
+        cls,
+        models: Sequence[str] | Mapping[str, str],
+        default_n: int,
+        options: SequenceOptions,
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
+    ) -> ComparedModels:
         """``models``, by name or each its own name, with sequences for the first.
 
         Args:
             models: sources, or sources by name.
             default_n: how many sequences if ``options`` do not say.
             options: of :func:`token_sequences`.
+            device, dtype: as for :func:`~normfree.training.load_pretrained`.
 
         Raises:
             InputError: a model is named twice, there is none, or the first or its sequences cannot be loaded.
@@ -88,9 +102,9 @@ class ComparedModels:
         if len(set(models)) < len(models):
             raise InputError("a model is named twice; name each once")
         sources = dict(models) if isinstance(models, Mapping) else {source: source for source in models}
-        first = load_pretrained(next(iter(sources.values())))
+        first = load_pretrained(next(iter(sources.values())), device=device, dtype=dtype)
         options.setdefault("n_sequences", default_n)
-        return cls(sources, first, token_sequences(first, **options))
+        return cls(sources, first, token_sequences(first, **options), device, dtype)
 
     def __iter__(self) -> Iterator[tuple[str, LoadedModel]]:
         """Each model with its name.
@@ -101,8 +115,9 @@ class ComparedModels:
         first = self.loaded.checkpoint
         for name, source in self.sources.items():
             if source != self.loaded.source:
-                self.loaded = load_pretrained(source)
+                self.loaded = load_pretrained(source, device=self.device, dtype=self.dtype)
                 check_same_tokens(first, self.loaded.checkpoint)
+            self.loaded_as[name] = self.loaded.loaded_as
             if self.loaded.quantization is not None:
                 self.quantization[name] = self.loaded.quantization
             yield name, self.loaded

@@ -21,8 +21,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from normfree.errors import InputError
-from normfree.files import local_or_hub
 from normfree.modeling.gguf import check_gguf_model, gguf_reader, is_gguf, open_gguf
+from normfree.sources import hub_access, local_or_hub, no_source
 
 NAMES_SHOWN = 3
 INDEX_FILE = "model.safetensors.index.json"
@@ -99,41 +99,41 @@ class LoadingReport:
         return "the save was cut short, or a file of it is missing; save or copy the model again"
 
 
-def load_model(source: str, *, local_files_only: bool = False) -> PreTrainedModel:
+def load_model(source: str, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The causal language model of a Hub id, a folder in transformers' form or a GGUF file, in evaluation mode.
 
-    Reads safetensors and GGUF weights only and runs no remote code. Weights of a GGUF file are float32.
+    Reads safetensors and GGUF weights only and runs no remote code.
 
     Args:
-        source: Hub id, folder or file.
-        local_files_only: do not ask the Hub.
+        source: Hub id, with ``@REVISION`` or without, folder or file.
+        dtype: of the weights; default: as saved, and float32 for those of a GGUF file.
 
     Raises:
         InputError: there is no such model, it cannot be read, or a tensor is missing, unexpected or of another shape.
     """
     source = local_or_hub(source, "model")
     if is_gguf(source):
-        return _load_gguf(Path(source))
+        return _load_gguf(Path(source), dtype or torch.float32)
     folder = Path(source)
     if folder.is_dir():
         _check_folder(folder)
-    with _one_line_errors(source):
-        model, report = _from_pretrained(source, use_safetensors=True, local_files_only=local_files_only)
+    with _one_line_errors(source), hub_access(source) as (name, options):
+        model, report = _from_pretrained(name, use_safetensors=True, dtype=dtype or "auto", **options)
     report.check(source, model)
     return model
 
 
-def _load_gguf(path: Path) -> PreTrainedModel:
+def _load_gguf(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     file = open_gguf(path)
     # An absolute path: a file of that name in the working directory would be read instead.
-    options = {"gguf_file": str(path.resolve()), "dtype": torch.float32, "local_files_only": True}
+    options = {"gguf_file": str(path.resolve()), "dtype": dtype, "local_files_only": True}
     with _one_line_errors(str(path)), gguf_reader():
         model, report = _from_pretrained(str(path.parent), **options)
     report.check(str(path), model)
     check_gguf_model(file, model)
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
-        # The weights are float32: save, convert and train them like any others.
+        # The weights are dequantized: save, convert and train them like any others.
         quantizer.remove_quantization_config(model)
     return model
 
@@ -222,6 +222,7 @@ def _one_line_errors(source: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = no_source(source, "model", reason)
         if "Unrecognized configuration class" in reason:
             reason = "config.json is of an architecture that is no causal language model"
         raise InputError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from normfree.data import Beginning
+from normfree.devices import on_device
 from normfree.files import DEFAULT_CACHE_DIR
 from normfree.locks import locked
 from normfree.removal.plan import plan
@@ -40,6 +41,7 @@ def remove_from_pretrained(
     seed: int = 0,
     lora_rank: int | None = None,
     vanilla: bool = True,
+    device: str | None = None,
     cache_dir: Path = DEFAULT_CACHE_DIR,
 ) -> PretrainedRemoval:
     """Removes every norm of the model ``source`` by fine-tuning (:func:`~normfree.removal.removal.remove`).
@@ -54,24 +56,26 @@ def remove_from_pretrained(
         seed: of the order of the data and of dropout.
         lora_rank: trains low-rank changes of this rank, and the norms; default: all weights.
         vanilla: also fine-tune with the norms kept, as a control.
+        device: ``cpu``, ``cuda`` or ``cuda:N``; default: CUDA where there is a device.
         cache_dir: of tokenized corpora.
 
     Raises:
         InputError: the model, the corpus, a change, the schedule or the folder cannot be used.
         RemovalDivergedError: the removal diverged too often.
     """
-    chosen = load_schedule(schedule) if schedule is not None else None
-    planned = plan(source, changes=changes or {}, seed=seed, lora_rank=lora_rank, schedule=chosen)
-    data = planned.prepare_data(cache_dir)
-    run = planned.run
-    total = run.recipe.n_tokens(run.data.sequence_length) * (2 if vanilla else 1)
-    with locked(folder), StudyProgress(total, "remove-norm") as progress:
-        result = remove(
-            run,
-            data,
-            folder,
-            chosen,
-            vanilla=vanilla,
-            callbacks=lambda variant, n_tokens: (progress.run(variant, n_tokens),),
-        )
+    with on_device(device):
+        chosen = load_schedule(schedule) if schedule is not None else None
+        planned = plan(source, changes=changes or {}, seed=seed, lora_rank=lora_rank, schedule=chosen)
+        data = planned.prepare_data(cache_dir)
+        run = planned.run
+        total = run.recipe.n_tokens(run.data.sequence_length) * (2 if vanilla else 1)
+        with locked(folder), StudyProgress(total, "remove-norm") as progress:
+            result = remove(
+                run,
+                data,
+                folder,
+                chosen,
+                vanilla=vanilla,
+                callbacks=lambda variant, n_tokens: (progress.run(variant, n_tokens),),
+            )
     return PretrainedRemoval(result, run, Beginning.of(data.tokenizer, run.data.beginning), quantization_of(source))

@@ -134,9 +134,17 @@ class Section:
     elements: Sequence[Element]
 
 
-def weights_entry(quantized: Mapping[str, str]) -> dict[str, str]:
-    """The entry of a page's ``meta`` for how the weights of models were quantized, by model; none if none were."""
-    return {"Weights": "; ".join(f"{name}: {how}" for name, how in quantized.items())} if quantized else {}
+def weights_entry(
+    quantized: Mapping[str, str], loaded_as: Mapping[str, Mapping[str, str]] | None = None
+) -> dict[str, str]:
+    """Entries of a page's ``meta``: how weights were quantized, by model, and device and dtype; none for neither."""
+    entries = {"Weights": "; ".join(f"{name}: {how}" for name, how in quantized.items())} if quantized else {}
+    places = {name: ", ".join(each.values()) for name, each in (loaded_as or {}).items()}
+    if len(set(places.values())) == 1:
+        entries["Device and dtype"] = next(iter(places.values()))
+    elif places:
+        entries["Device and dtype"] = "; ".join(f"{name}: {place}" for name, place in places.items())
+    return entries
 
 
 def render_report(*, title: str, lead: str, sections: Sequence[Section], meta: Mapping[str, str]) -> str:

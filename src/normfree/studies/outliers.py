@@ -21,6 +21,7 @@ from normfree.columns import (
     TOKEN_COSINE_SIMILARITY,
 )
 from normfree.data import PackedData
+from normfree.devices import default_device
 from normfree.interpret import PRECISIONS, check_quantization, measure_signal_propagation, quantization_cost
 from normfree.progress import stage
 from normfree.report import Callout, Element, Paragraph, Section, Table
@@ -69,7 +70,7 @@ def check() -> None:
     Raises:
         InputError: see :func:`normfree.interpret.check_quantization`.
     """
-    check_quantization(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    check_quantization(default_device())
 
 
 def measure(result: RunResult, data: PackedData, console: Console) -> None:

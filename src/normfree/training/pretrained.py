@@ -10,11 +10,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from normfree.data import DataConfig, PackedData, vocabulary_size
+from normfree.devices import default_device, dtype_name, named_device, named_dtype
 from normfree.errors import InputError
-from normfree.files import local_or_hub
 from normfree.modeling import NormfreeForCausalLM, from_hf
 from normfree.modeling.gguf import is_gguf, open_gguf
 from normfree.modeling.loading import load_model
+from normfree.progress import stage
+from normfree.sources import commit_of, local_or_hub
 from normfree.training.run_config import RunConfig, load_run_config, read_yaml
 from normfree.training.run_folder import CONFIG_FILE, PROVENANCE, last_checkpoint
 
@@ -23,11 +25,12 @@ from normfree.training.run_folder import CONFIG_FILE, PROVENANCE, last_checkpoin
 class LoadedModel:
     """A causal language model in evaluation mode, and where it came from.
 
-    source: what was asked for: a Hub id, a folder or a GGUF file.
+    source: what was asked for: a Hub id, with ``@REVISION`` or without, a folder or a GGUF file.
     checkpoint: what was loaded; another folder than ``source`` for a run.
     run: the run that trained it, None for other models; ``fingerprint`` identifies its tokens.
     quantization: how the weights were quantized in the file, such as "Q4_1, dequantized to float32"; None if they were
         not.
+    commit: of a model of the Hub.
     """
 
     source: str
@@ -36,12 +39,24 @@ class LoadedModel:
     run: RunConfig | None = None
     fingerprint: str | None = None
     quantization: str | None = None
+    commit: str | None = None
 
     def __repr__(self) -> str:
         model = f"{type(self.model).__name__}, {self.model.num_parameters():,} parameters"
         from_run = "" if self.run is None else f", run {self.run.configuration} seed {self.run.seed}"
         weights = "" if self.quantization is None else f", {self.quantization}"
         return f"LoadedModel({self.source!r}: {model} on {self.model.device}{from_run}{weights})"
+
+    @property
+    def loaded_as(self) -> dict[str, str]:
+        """What results record: ``device``, ``dtype``, and for a model of the Hub its ``commit``."""
+        device = self.model.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        return {
+            "device": name,
+            "dtype": dtype_name(self.model.dtype),
+            **({} if self.commit is None else {"commit": self.commit}),
+        }
 
     @property
     def data(self) -> DataConfig | None:
@@ -77,15 +92,21 @@ class LoadedModel:
         return self.model if isinstance(self.model, NormfreeForCausalLM) else from_hf(self.model)
 
 
-def load_pretrained(source: str) -> LoadedModel:
+def load_pretrained(source: str, *, device: str | None = None, dtype: str | None = None) -> LoadedModel:
     """A model from the Hub, a folder of transformers' form, a GGUF file, or a run or checkpoint folder of our own.
 
-    Only safetensors and GGUF weights are read, and no remote code is run. On CUDA where there is a device.
+    Only safetensors and GGUF weights are read, and no remote code is run.
+
+    Args:
+        source: a Hub id, ``ID@REVISION`` for a branch, tag or commit of it, a folder or a file.
+        device: ``cpu``, ``cuda`` or ``cuda:N``; default: see :mod:`normfree.devices`.
+        dtype: of weights and computation: ``fp32``, ``bf16`` or ``fp16``; default: as saved.
 
     Raises:
-        InputError: there is no such model, or its weights are not all there (see
+        InputError: there is no such model, device or dtype, or the weights are not all there (see
             :func:`normfree.modeling.loading.load_model`).
     """
+    place, weights = default_device() if device is None else named_device(device), named_dtype(dtype)
     source = local_or_hub(source, "model")
     folder = Path(source)
     checkpoint, run = source, None
@@ -102,11 +123,11 @@ def load_pretrained(source: str) -> LoadedModel:
             f"{source} holds no model: neither transformers' config.json nor a run's {CONFIG_FILE}; "
             "give a Hub id, a model folder, a .gguf file, a run folder or a checkpoint folder"
         )
-    model = load_model(checkpoint)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = model.eval().to(device)
+    with stage(f"loading {source}"):
+        model = load_model(checkpoint, dtype=weights).eval().to(place)
     if run is None:
-        return LoadedModel(source, checkpoint, model, quantization=quantization_of(checkpoint))
+        origin = {"quantization": quantization_of(checkpoint), "commit": commit_of(checkpoint)}
+        return LoadedModel(source, checkpoint, model, **origin)
     fingerprint = read_yaml(run / CONFIG_FILE)[PROVENANCE]["corpus_fingerprint"]
     return LoadedModel(source, checkpoint, model, load_run_config(run / CONFIG_FILE), fingerprint)
 
@@ -141,12 +162,12 @@ def quantizations(models: Mapping[str, str]) -> dict[str, str]:
 
 
 def starting_model(source: str, data: PackedData) -> NormfreeForCausalLM:
-    """The model that a run starts from: :func:`load_pretrained`, converted.
+    """The model that a run starts from: :func:`load_pretrained` in float32, in which weights are trained, converted.
 
     Raises:
         InputError: it cannot be loaded or converted, or is not one for these tokens.
     """
-    model = load_pretrained(source).as_normfree()
+    model = load_pretrained(source, dtype="fp32").as_normfree()
     vocab_size, T = data.statistics["vocab_size"], data.train.sequence_length
     if model.config.vocab_size < vocab_size:
         raise InputError(

@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from normfree.data import DataConfig, PackedData
+from normfree.devices import default_device
 from normfree.errors import InputError, field_names, invalid_fields, unknown_name
 from normfree.files import read_regular
 from normfree.modeling import NormfreeConfig
@@ -183,12 +184,12 @@ def load_run_config(path: Path) -> RunConfig:
 def provenance(data: PackedData) -> dict[str, Any]:
     """Versions, hardware kind and corpus: what a number has to be reported with."""
     packages = ("normfree", "torch", "transformers", "tokenizers", "accelerate", "numpy")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    device = default_device()
     return {
         "corpus_fingerprint": data.fingerprint,
         "corpus": data.statistics,
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "python": platform.python_version(),
-        "device": device,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "cpu_threads": torch.get_num_threads(),
     }

@@ -7,9 +7,9 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 
+from normfree.devices import runs_on_cpu
 from normfree.training.run_config import RunConfig
 from normfree.training.run_folder import run_identity
 
@@ -19,9 +19,7 @@ PROJECT = "normfree"
 def accelerator_for(config: RunConfig, folder: Path) -> Accelerator:
     """Device, processes and tracker of a run; precision, DDP and sharding are torch's own (see the loop)."""
     name = config.recipe.report_to
-    return Accelerator(
-        cpu=not torch.accelerator.is_available(), project_dir=folder, log_with=None if name == "none" else name
-    )
+    return Accelerator(cpu=runs_on_cpu(), project_dir=folder, log_with=None if name == "none" else name)
 
 
 def begin_tracking(accelerator: Accelerator, config: RunConfig, folder: Path, step: int) -> None:

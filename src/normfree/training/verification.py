@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from normfree.columns import ENTROPY_NATS, EVAL_LOSS, EVAL_PPL, LOSS_NATS, TRAIN_LOSS
 from normfree.data import PackedData, same_data
+from normfree.devices import on_device
 from normfree.errors import InputError
 from normfree.training.evaluation import losses_of
 from normfree.training.half_precision import autocast, float32_accumulation
@@ -50,8 +51,8 @@ class Verification:
         return not self.problems
 
 
-def verify_run(folder: Path, cache_dir: Path, *, evaluate: bool = True) -> Verification:
-    """Checks the finished run in ``folder``.
+def verify_run(folder: Path, cache_dir: Path, *, evaluate: bool = True, device: str | None = None) -> Verification:
+    """Checks the finished run in ``folder``; its loss on ``device``, as of :func:`load_pretrained`.
 
     Every checkpoint is whole (SHA-256 of its files); configuration and results agree; the telemetry has every row that
     the recipe asks for, none twice, and finite losses unless the run diverged; the loss in ``results.csv`` is the mean
@@ -73,7 +74,8 @@ def verify_run(folder: Path, cache_dir: Path, *, evaluate: bool = True) -> Verif
         found.problems.append(str(error))
         return found
     if evaluate:
-        _check_loss(found, run, result, cache_dir)
+        with on_device(device):
+            _check_loss(found, run, result, cache_dir)
     return found
 
 

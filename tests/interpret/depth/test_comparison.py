@@ -99,7 +99,7 @@ def test_a_diverged_model_ends_in_a_report(tmp_path: Path) -> None:
     with torch.no_grad():
         broken.transformer.h[1].mlp.c_proj.bias.fill_(torch.inf)
     found = {"broken": measure_depth(broken, tokens(3, 8)), "whole": measure_depth(stock("llama"), tokens(3, 8))}
-    compared = DepthComparison(found, TokenSequences(tokens(3, 8), Beginning()), {})
+    compared = DepthComparison(found, TokenSequences(tokens(3, 8), Beginning()), {}, {})
     compared.write(tmp_path, "normfree depth")
     assert compared.summary.set_index("model")["nonfinite_entries"]["broken"] > 0
     text = (tmp_path / "report.html").read_text()

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from normfree.cli.console import open_console, print_json, records, say, say_quantized, table
+from normfree.cli.console import open_console, print_json, records, say, say_origin, table
 from normfree.cli.names import model_name, output_folder
-from normfree.cli.options import DEFAULT_CACHE_DIR, CacheDir, Json, checked_folder, checked_source
+from normfree.cli.options import DEFAULT_CACHE_DIR, CacheDir, Json, checked_folder, checked_source, command_line
 from normfree.errors import InputError
 from normfree.progress import stage
 
@@ -104,7 +104,7 @@ def private_cost(
             cache_dir=cache_dir,
             progress=lambda note: progress.update(note=note),
         )
-    write_page(costs, folder, command=f"normfree private-cost {' '.join(models)}")
+    write_page(costs, folder, command=command_line())
     _show(costs, folder, console, json_=json_)
 
 
@@ -114,7 +114,7 @@ def _show(costs: PrivateCosts, folder: Path, console: Console, *, json_: bool) -
         print_json(folder=str(folder), quantization=costs.quantization, **frames)
         return
     console.print(_totals_table(costs))
-    say_quantized(console, costs.quantization)
+    say_origin(console, costs.quantization)
     say(console, f"Report: {folder / 'report.html'}")
 
 

@@ -67,11 +67,13 @@ class DepthComparison:
     models: the measurement of each model, by its name.
     sequences: those that all models read.
     quantization: how weights were quantized, by model; models without are left out.
+    loaded_as: device, dtype and, of a model from the Hub, commit, by model.
     """
 
     models: Mapping[str, DepthMeasurement]
     sequences: TokenSequences
     quantization: Mapping[str, str]
+    loaded_as: Mapping[str, Mapping[str, str]]
 
     @cached_property
     def frames(self) -> dict[str, pd.DataFrame]:
@@ -98,7 +100,11 @@ class DepthComparison:
                 Section("Result", [table, *_warnings(self.summary)]),
                 *depth_sections(of_runs, folder / FIGURES_FOLDER),
             ],
-            meta={"Command": command, "Read on": str(self.sequences), **weights_entry(self.quantization)},
+            meta={
+                "Command": command,
+                "Read on": str(self.sequences),
+                **weights_entry(self.quantization, self.loaded_as),
+            },
         )
 
 
@@ -107,6 +113,8 @@ def compare_depth(
     *,
     n_probe: int = 8,
     batch_size: int = 8,
+    device: str | None = None,
+    dtype: str | None = None,
     **sequences: Unpack[SequenceOptions],
 ) -> DepthComparison:
     """Measures each of ``models`` with :func:`measure_depth` on the same sequences, one model in memory at a time.
@@ -115,20 +123,21 @@ def compare_depth(
         models: Hub ids, model folders, GGUF files or runs; or a mapping from names to these.
         n_probe: random vectors a sequence for each Jacobian.
         batch_size: sequences in memory at once.
+        device, dtype: as for :func:`~normfree.training.load_pretrained`.
         sequences: as for :func:`~normfree.interpret.token_sequences`, for the first model.
 
     Raises:
         InputError: a model cannot be loaded or read, or is named twice, the models have different vocabularies, or the
             sequences do not fit.
     """
-    compared = ComparedModels.of(models, 32, sequences)
+    compared = ComparedModels.of(models, 32, sequences, device=device, dtype=dtype)
     read = compared.sequences
     options = {"n_probe": n_probe, "batch_size": batch_size, "n_beginning": len(read.beginning)}
     found = {}
     for name, each in compared:
         with stage(f"depth of {name} on {read}"):
             found[name] = measure_depth(each.model, read.tokens, **options)
-    return DepthComparison(found, read, compared.quantization)
+    return DepthComparison(found, read, compared.quantization, compared.loaded_as)
 
 
 def depth_sections(frames: Mapping[str, pd.DataFrame], folder: Path) -> list[Section]:

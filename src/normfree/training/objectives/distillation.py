@@ -134,7 +134,7 @@ def load_teacher(folder: Path, student: NormfreeConfig, *, same_heads: bool) -> 
             "safetensors weights"
         ) from error
     try:
-        teacher = load_model(path, local_files_only=True)
+        teacher = load_model(path)
     except InputError as error:
         raise InputError(f"objective.teacher: {error}") from error
     return teacher.eval().requires_grad_(False)
