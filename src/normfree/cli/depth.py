@@ -27,6 +27,10 @@ from normfree.cli.options import (
 )
 from normfree.errors import InputError
 
+Out = Annotated[
+    Path | None,
+    typer.Option(help="Folder for CSV files, figures and the report; default depth/MODEL.", callback=checked_folder),
+]
 _COLUMNS = {
     "model": "{model}",
     "layers": "{n_layer}",
@@ -47,12 +51,7 @@ def depth(
     sequences: Annotated[int, typer.Option(help="Sequences to measure on.")] = 32,
     probes: Annotated[int, typer.Option(help="Random vectors a sequence for each Jacobian.")] = 8,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences in memory at once.")] = 8,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder for CSV files, figures and the report; default depth/MODEL.", callback=checked_folder
-        ),
-    ] = None,
+    out: Out = None,
     bos: Bos = None,
     device: Device = None,
     dtype: Dtype = None,

@@ -24,24 +24,28 @@ from normfree.cli.options import (
     numbers,
 )
 
+Out = Annotated[
+    Path, typer.Option(help="Folder for the pruned model; must not hold anything yet.", callback=checked_folder)
+]
+DropSimilar = Annotated[
+    int | None,
+    typer.Option(help="Drop so many consecutive layers, those across which the angular distance is smallest."),
+]
+Corpus = Annotated[
+    str | None,
+    typer.Option(
+        help="For --drop-similar, as for a study; default, for a run: its own sequences.", callback=checked_corpus
+    ),
+]
+
 
 def prune_layers(
     model: Model,
-    out: Annotated[
-        Path, typer.Option(help="Folder for the pruned model; must not hold anything yet.", callback=checked_folder)
-    ],
+    out: Out,
     drop: Annotated[str | None, typer.Option(help="Layers to drop, counted from 0, e.g. 8,9,10.")] = None,
     drop_last: Annotated[int | None, typer.Option(help="Drop so many of the last layers.")] = None,
-    drop_similar: Annotated[
-        int | None,
-        typer.Option(help="Drop so many consecutive layers, those across which the angular distance is smallest."),
-    ] = None,
-    corpus: Annotated[
-        str | None,
-        typer.Option(
-            help="For --drop-similar, as for a study; default, for a run: its own sequences.", callback=checked_corpus
-        ),
-    ] = None,
+    drop_similar: DropSimilar = None,
+    corpus: Corpus = None,
     tokenizer: Tokenizer = None,
     sequence_length: Annotated[int | None, typer.Option(help="T, for --drop-similar; default: the model's.")] = None,
     sequences: Annotated[int, typer.Option(help="Sequences for --drop-similar.")] = 32,

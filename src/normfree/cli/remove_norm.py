@@ -34,29 +34,35 @@ if TYPE_CHECKING:
     from normfree.removal.from_pretrained import PretrainedRemoval
 
 
+Corpus = Annotated[
+    str | None, typer.Option(help="As for a study; default, for a run: its own.", callback=checked_corpus)
+]
+Out = Annotated[
+    Path | None, typer.Option(help="Folder for runs and models; default removal/MODEL.", callback=checked_folder)
+]
+Schedule = Annotated[
+    str | None,
+    typer.Option(
+        help="gpt2, gpt2-medium, gpt2-large, gpt2-xl (published, with their recipe) or a YAML file; "
+        "default: by depth and budget."
+    ),
+]
+Lora = Annotated[
+    int | None,
+    typer.Option(min=1, help="Train low-rank changes of this rank, and the norms; the other weights are frozen."),
+]
+
+
 def remove_norm(
     model: Model,
-    corpus: Annotated[
-        str | None, typer.Option(help="As for a study; default, for a run: its own.", callback=checked_corpus)
-    ] = None,
+    corpus: Corpus = None,
     tokenizer: Tokenizer = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for runs and models; default removal/MODEL.", callback=checked_folder)
-    ] = None,
-    schedule: Annotated[
-        str | None,
-        typer.Option(
-            help="gpt2, gpt2-medium, gpt2-large, gpt2-xl (published, with their recipe) or a YAML file; "
-            "default: by depth and budget."
-        ),
-    ] = None,
+    out: Out = None,
+    schedule: Schedule = None,
     tokens: Annotated[int | None, typer.Option(help="Fine-tuning budget, in tokens.")] = None,
     steps: Annotated[int | None, typer.Option(help="Fine-tuning budget, in optimizer steps.")] = None,
     seed: Seed = 0,
-    lora: Annotated[
-        int | None,
-        typer.Option(min=1, help="Train low-rank changes of this rank, and the norms; the other weights are frozen."),
-    ] = None,
+    lora: Lora = None,
     vanilla: Annotated[bool, typer.Option(help="Also fine-tune with the norms kept, as a control.")] = True,
     set_: Set = None,
     bos: Bos = None,

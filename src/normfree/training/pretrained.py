@@ -52,11 +52,8 @@ class LoadedModel:
         """What results record: ``device``, ``dtype``, and for a model of the Hub its ``commit``."""
         device = self.model.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        return {
-            "device": name,
-            "dtype": dtype_name(self.model.dtype),
-            **({} if self.commit is None else {"commit": self.commit}),
-        }
+        found = {"device": name, "dtype": dtype_name(self.model.dtype)}
+        return found if self.commit is None else found | {"commit": self.commit}
 
     @property
     def data(self) -> DataConfig | None:
@@ -126,8 +123,8 @@ def load_pretrained(source: str, *, device: str | None = None, dtype: str | None
     with stage(f"loading {source}"):
         model = load_model(checkpoint, dtype=weights).eval().to(place)
     if run is None:
-        origin = {"quantization": quantization_of(checkpoint), "commit": commit_of(checkpoint)}
-        return LoadedModel(source, checkpoint, model, **origin)
+        how = quantization_of(checkpoint)
+        return LoadedModel(source, checkpoint, model, quantization=how, commit=commit_of(checkpoint))
     fingerprint = read_yaml(run / CONFIG_FILE)[PROVENANCE]["corpus_fingerprint"]
     return LoadedModel(source, checkpoint, model, load_run_config(run / CONFIG_FILE), fingerprint)
 
