@@ -4,7 +4,7 @@ BIN := .venv/bin
 PRIVATE := packages/normfree-private
 LOCK := constraints/locked.txt
 
-.PHONY: study test test-oldest coverage nightly models real check audit format lock upgrade private clean
+.PHONY: study test test-oldest coverage nightly models real docs check audit format lock upgrade private clean
 
 # glibc's allocator returns large buffers to the system and asks for them again in every step; keeping them makes a
 # training step on the CPU a fifth faster. Other allocators ignore the two settings.
@@ -42,6 +42,11 @@ models: .venv/.installed-dev
 real: .venv/.installed-real
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -m real tests/real
 	OMP_NUM_THREADS=2 $(BIN)/python -m examples.real_models
+
+# The site, docs/_build/html/index.html, without the network; a warning such as a lost link is an error. Runs the
+# tutorials.
+docs: .venv/.installed-docs
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m sphinx -W --keep-going -q -j 2 docs docs/_build/html
 
 check: .venv/.installed-dev
 	$(BIN)/ruff check
@@ -87,6 +92,10 @@ upgrade:
 	$(BIN)/python -m pip install --quiet --constraint $(LOCK) --editable '.[dev]' --editable $(PRIVATE)
 	touch .venv/.installed .venv/.installed-private $@
 
+.venv/.installed-docs: .venv/bin/python pyproject.toml $(LOCK)
+	$(BIN)/python -m pip install --quiet --constraint $(LOCK) --editable '.[docs]'
+	touch $@
+
 # The lowest versions that pyproject.toml allows. Old releases have no wheels for newer Pythons: use 3.11.
 .venv-oldest/.installed: pyproject.toml $(PRIVATE)/pyproject.toml constraints/oldest.txt
 	$(PYTHON) -m venv --clear .venv-oldest
@@ -121,4 +130,4 @@ private: .venv/.installed-private .venv-private/.installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .venv-private .coverage* htmlcov .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .venv .venv-oldest .venv-private .coverage* htmlcov docs/_build docs/reference .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -36,6 +36,7 @@ from normfree.training.loop import check_data
 from normfree.training.run_folder import checkpoints, step_of
 
 DEFAULT_RETRIES = 2
+"""Tries of a run after its first failure without progress."""
 LOOK_AGAIN_SECONDS = 10.0
 """After which a run that another process has is checked again."""
 

@@ -14,6 +14,7 @@ from normfree.training.records import LAYERS_FILE, METRICS_FILE
 from normfree.training.run_folder import last_checkpoint
 
 KEY = ("model", "context_length", "configuration", "seed")
+"""Columns that identify a run in every frame of a study."""
 
 
 def results_frame(results: Iterable[RunResult], labels: Sequence[str], baseline: str) -> pd.DataFrame:

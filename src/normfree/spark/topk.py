@@ -159,3 +159,4 @@ TOPKS = {
     "statistical": TopK(statistical_topk, statistical_topk_mask),
     "exact": TopK(exact_topk, exact_topk_mask),
 }
+"""Ways to keep the k largest entries of a row, by the name that ``NormfreeConfig.topk`` gives."""

@@ -22,6 +22,7 @@ EXECUTORS: dict[str, type[Executor]] = {
     "slurm": SlurmExecutor,
     "ray": RayExecutor,
 }
+"""Places where the runs of a study are trained, by the name that ``--executor`` gives."""
 
 __all__ = ["EXECUTORS", "Executor", "Job", "Settings", "Task", "ThisProcess", "make_executor"]
 

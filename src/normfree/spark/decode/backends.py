@@ -14,6 +14,7 @@ from normfree.spark.decode.extension import ELEMENT_TYPES, extension_refuses
 from normfree.spark.decode.shapes import AttentionInputs, FeedForwardInputs
 
 BACKENDS = ("torch", "cpu", "triton")
+"""Names of the kernels; :func:`decode_backends` says which are usable here."""
 PREDICTOR_BY_NEURON = {"cpu"}
 """Backends that read the predictor with one row a neuron, as ``nn.Linear`` stores it: as one stream."""
 HALF_PRECISION = (torch.bfloat16, torch.float16)
