@@ -92,8 +92,10 @@ upgrade:
 	$(BIN)/python -m pip install --quiet --constraint $(LOCK) --editable '.[dev]' --editable $(PRIVATE)
 	touch .venv/.installed .venv/.installed-private $@
 
-.venv/.installed-docs: .venv/bin/python pyproject.toml $(LOCK)
-	$(BIN)/python -m pip install --quiet --constraint $(LOCK) --editable '.[docs]'
+# What the extra `docs` names, without building the package again.
+.venv/.installed-docs: .venv/.installed pyproject.toml
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])' \
+	  | xargs $(BIN)/python -m pip install --quiet --constraint $(LOCK)
 	touch $@
 
 # The lowest versions that pyproject.toml allows. Old releases have no wheels for newer Pythons: use 3.11.

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-DOCS = Path(__file__).parent
+DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS))
 
 import generate  # noqa: E402
@@ -36,18 +36,23 @@ exclude_patterns = ["_build", "**.ipynb_checkpoints"]
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 4
 nb_execution_mode = "force"
+nb_execution_in_temp = True
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_merge_streams = True
+nb_output_stderr = "remove"
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
+# A method that its base describes is not described again.
+autodoc_inherit_docstrings = False
 python_maximum_signature_line_length = 88
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 
 # Nothing comes from the network: the theme brings its fonts and scripts along.
+smartquotes = False
 html_theme = "pydata_sphinx_theme"
 html_title = f"Normfree {version}"
 html_static_path = ["static"]
@@ -64,24 +69,28 @@ html_theme_options = {
     "footer_start": ["copyright"],
     "footer_end": [],
 }
-html_sidebars = {name: [] for name in ("index", "reference/gallery", "reference/changelog")}
+html_sidebars = {
+    name: []
+    for name in ("index", *(f"reference/{page}" for page in generate.pages(DOCS) if page.endswith(".md")))
+    if name != "reference/index.md"
+}
 html_context = {"default_mode": "auto"}
 copybutton_exclude = ".linenos, .gp, .go"
 
-_OUTWARD = re.compile(r"\[([^\]]*)\]\((\.\./[^)\s#]+)(#[^)\s]*)?\)")
-_PAGES = {"../CONTRIBUTING.md": "reference/contributing.md", "../README.md": "index.md"}
+_LINK = re.compile(r"(?<!!)\[([^\]]*)\]\((\.\./[^)\s#]+)(#[^)\s]*)?\)")
+_PAGES = {"CONTRIBUTING.md": "/reference/contributing.md", "README.md": "/index.md"}
 
 
 def rewrite_outward_links(app: Sphinx, name: str, source: list[str]) -> None:
     """Points links out of docs/ to the page of the site that has the file, and turns links to folders into text."""
 
     def inside(link: re.Match[str]) -> str:
-        text, target, anchor = link[1], link[2], link[3] or ""
-        if target in _PAGES:
-            return f"[{text}]({_PAGES[target]}{anchor})"
-        return text if (DOCS / target).is_dir() else link[0]
+        words, target, anchor = link[1], (DOCS / name).parent / link[2], link[3] or ""
+        if target.resolve().parent == DOCS.parent and target.name in _PAGES:
+            return f"[{words}]({_PAGES[target.name]}{anchor})"
+        return words if target.is_dir() else link[0]
 
-    source[0] = _OUTWARD.sub(inside, source[0])
+    source[0] = _LINK.sub(inside, source[0])
 
 
 _FIELD = re.compile(r"(\w+(?:, \w+)*): (?=\S)|(\w+(?:, \w+)+):$")
@@ -93,14 +102,18 @@ def typeset_docstring(app: Sphinx, what: str, name: str, value: object, options:
     in_fields = False
     for line, before in zip(lines, ["", *lines], strict=False):
         starts = not before.strip()
+        last = next((each for each in reversed(typeset) if each.strip()), "")
         if (field := _FIELD.match(line)) and what == "class" and (starts or in_fields):
             in_fields = True
             line = f"- **{field[1] or field[2]}**: {line[field.end() :]}"
-        elif not line.strip() or (in_fields and not line.startswith(" ")):
+        elif not line.strip():
             in_fields = False
+        elif in_fields and not line.startswith(" "):
+            in_fields = False
+            typeset.append("")
         elif in_fields:
             line = f"  {line.strip()}"
-        elif line.startswith("    ") and starts and typeset and not typeset[-1].endswith("::"):
+        elif line.startswith("    ") and starts and not last.endswith("::"):
             typeset += ["::", ""]
         parts = line.split("``")
         parts[::2] = [part if line.startswith("    ") else part.replace("|", r"\|") for part in parts[::2]]
@@ -109,6 +122,7 @@ def typeset_docstring(app: Sphinx, what: str, name: str, value: object, options:
 
 
 def setup(app: Sphinx) -> None:
+    """What Sphinx calls first."""
     app.connect("builder-inited", lambda app: generate.write_pages(DOCS))
     app.connect("source-read", rewrite_outward_links)
     app.connect("autodoc-process-docstring", typeset_docstring, priority=100)

@@ -1,6 +1,6 @@
 """Pages of the site that are written from the package and the repository: API, commands, gallery, contributing.
 
-They are in docs/reference, rewritten by each build and not tracked. ``undocumented`` is what the tests and the build ask of public names.
+They are in docs/reference, rewritten by each build and not tracked.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import typer
+import yaml
 from typer.core import TyperCommand, TyperGroup
 
 ROOMS = {
@@ -34,10 +35,11 @@ ROOMS = {
     "normfree.runner.executors": "Where the runs of a study are trained",
 }
 """Modules with public names, ``__all__``, and what they are for. A name is described in the first that has it."""
+PARTS = ("normfree.modeling.conversion", "normfree.removal.stock")
+"""Modules whose public names are those of a room."""
 
 _IMAGE = re.compile(r"^!\[([^\]]*)\]\((images/[^)]+)\)", re.MULTILINE)
 _HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
-_DRAWN_BY = re.compile(r"(?:^|`)((?:\$ )?(?:normfree (?:study|interpret|private-cost|depth|entropy) [^`\n#]+|make real))")
 _LINK = re.compile(r"\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
 
@@ -71,15 +73,25 @@ def undocumented() -> list[str]:
 
 
 def write_pages(docs: Path) -> None:
-    """Writes the generated pages into ``docs``.
+    """Writes the generated pages into ``docs/reference``.
 
     Raises:
         ValueError: if a public name has no docstring.
     """
     if missing := undocumented():
         raise ValueError(f"public names without a docstring: {', '.join(missing)}")
+    for name, text in pages(docs).items():
+        path = docs / "reference" / name
+        path.parent.mkdir(exist_ok=True)
+        # An unchanged page is left alone, so that the next build is quick.
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
+
+
+def pages(docs: Path) -> dict[str, str]:
+    """Name and text of each generated page."""
     before, house, after = _section(_inward(docs, "CONTRIBUTING.md"), "The house")
-    pages = {
+    return {
         "index.md": _reference_index(),
         **{f"{room}.rst": _room_page(room) for room in ROOMS},
         "commands.md": "\n".join(_command_pages()),
@@ -88,15 +100,6 @@ def write_pages(docs: Path) -> None:
         "contributing.md": f"{before}{after}",
         "changelog.md": _inward(docs, "CHANGELOG.md"),
     }
-    for name, text in pages.items():
-        _write(docs / "reference" / name, text)
-
-
-def _write(path: Path, text: str) -> None:
-    """Leaves an unchanged page alone, so that the next build is quick."""
-    path.parent.mkdir(exist_ok=True)
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
-        path.write_text(text, encoding="utf-8")
 
 
 def _doc_of_constant(module: str, name: str) -> str:
@@ -177,32 +180,33 @@ def _command(path: str, command: Any) -> Iterator[str]:
 
 
 def _paragraphs(text: str | None) -> str:
-    return "\n\n".join(_cell(each, escape=True) for each in inspect.cleandoc(text or "").replace("\b", "").split("\n\n"))
+    paragraphs = inspect.cleandoc(text or "").replace("\b", "").split("\n\n")
+    return "\n\n".join(_cell(each, escape=True) for each in paragraphs)
 
 
 def _cell(text: str, *, escape: bool = False) -> str:
-    text = " ".join(text.split())
+    """Text of one line of Markdown; code in backticks stays code."""
+    parts = " ".join(text.replace(str(Path.home()), "~").split()).split("`")
     if escape:
-        text = re.sub(r"([\\`*_<>\[\]$])", r"\\\1", text)
-    return text.replace("|", r"\|")
+        parts[::2] = [re.sub(r"([\\*_<>\[\]$])", r"\\\1", part) for part in parts[::2]]
+    return "`".join(parts).replace("|", r"\|")
 
 
 def _gallery(docs: Path) -> str:
-    """Every figure of the pages, with the section that discusses it and the command named last before it."""
+    """Every figure of the pages, with the command that draws it and the section that discusses it."""
+    drawn_by = yaml.safe_load((docs / "figures.yaml").read_text(encoding="utf-8"))
     cards, seen = [], set()
-    for page in sorted(docs.glob("*.md")):
+    for page in sorted(set(docs.glob("*.md")) - {docs / "index.md"}):
         text = page.read_text(encoding="utf-8")
         for image in _IMAGE.finditer(text):
             if image[2] in seen:
                 continue
             seen.add(image[2])
-            before = text[: image.start()].replace("\\\n", " ")
-            command = _DRAWN_BY.findall(before) or _DRAWN_BY.findall(text)
-            heading = _HEADING.findall(re.sub(r"```.*?```", "", before, flags=re.DOTALL))[-1]
-            drawn = f"`{' '.join(command[-1].split())}`" if command else ""
+            before = re.sub(r"```.*?```", "", text[: image.start()], flags=re.DOTALL)
+            heading = _HEADING.findall(before)[-1]
             cards.append(
                 f":::{{grid-item-card}} {image[1]}\n:img-top: ../{image[2]}\n:img-alt: {image[1]}\n\n"
-                f"{drawn}\n\n[{_plain(heading)}](../{page.name}#{_anchor(heading)})\n:::\n"
+                f"`{drawn_by[Path(image[2]).name]}`\n\n[{_plain(heading)}](../{page.name}#{_anchor(heading)})\n:::\n"
             )
     head = "# Gallery\n\nEvery figure of these pages: what draws it, and where it is discussed.\n\n"
     return head + "::::{grid} 1 1 2 2\n:gutter: 3\n\n" + "\n".join(cards) + "::::\n"

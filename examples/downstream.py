@@ -3,7 +3,7 @@
     python examples/downstream.py studies/relu-revival-cpu/runs/sm-ln-r/seed-0
     python examples/downstream.py openai-community/gpt2 --batch-size 8
 
-The default task is examples/lm_eval/python_syntax.yaml, whose data are local: run it in the root of the repository.
+The default task is examples/lm_eval/python_syntax.yaml, whose data are local.
 """
 
 from __future__ import annotations

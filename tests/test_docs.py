@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import typer
+import yaml
 from typer.core import TyperCommand, TyperGroup
 
 from normfree.cli import app
 from normfree.runner import installed_studies, preset_names
 
 ROOT = Path(__file__).parents[1]
-DOCS = sorted((ROOT / "docs").glob("*.md"))
+GENERATED = ("_build", "reference")
+DOCS = sorted(
+    page for page in (ROOT / "docs").rglob("*.md") if page.relative_to(ROOT / "docs").parts[0] not in GENERATED
+)
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *DOCS]
 PLUG_INS = {"private-cost"}
 ENTRY_POINT_GROUPS = {"normfree.commands", "normfree.studies"}
@@ -25,11 +31,26 @@ MOST_WORDS = 25_000
 
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
-_FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(r"^```(\w*|\{[\w-]+\}[^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_TOCTREE = re.compile(r"^```\{toctree\}\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_CARD = re.compile(r"^:link: (\S+)\n:link-type: doc$", re.MULTILINE)
 _COMMAND = re.compile(r"(?<![\w/.-])normfree ([a-z][a-z-]+)([^`#\n]*)")
 _OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 
-of_each_page = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+
+def _site() -> ModuleType:
+    """docs/generate.py, which writes pages of the site."""
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+SITE = _site()
+
+of_each_page = pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
 
 
 @pytest.mark.parametrize("page", [*PAGES, *sorted(ROOT.glob("CONTRIBUTING.md"))], ids=lambda page: page.name)
@@ -90,7 +111,7 @@ def test_studies_and_presets_exist(page: Path) -> None:
 @of_each_page
 def test_python_parses_and_imports_normfree(page: Path) -> None:
     for language, code in _FENCE.findall(page.read_text(encoding="utf-8")):
-        if language != "python":
+        if language != "python" and not language.startswith("{code-cell}"):
             continue
         for node in ast.walk(ast.parse(code)):
             if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "normfree":
@@ -102,8 +123,69 @@ def test_every_figure_is_shown() -> None:
     assert [path.name for path in (ROOT / "docs" / "images").iterdir() if path.resolve() not in shown] == []
 
 
+def test_every_page_is_in_the_table_of_contents_of_the_site() -> None:
+    listed = []
+    for page in DOCS:
+        for tree in _TOCTREE.findall(page.read_text(encoding="utf-8")):
+            names = [line for line in tree.splitlines() if line and not line.startswith(":")]
+            listed += [(page.parent / f"{name}.md").relative_to(ROOT / "docs") for name in names]
+    generated = sorted(Path("reference", name) for name in SITE.pages(ROOT / "docs") if name.endswith(".md"))
+    pages = {page.relative_to(ROOT / "docs") for page in DOCS} - {Path("index.md")}
+    assert sorted(listed) == sorted([*pages, *generated])
+
+
+def test_cards_of_the_home_page_lead_somewhere() -> None:
+    cards = _CARD.findall((ROOT / "docs" / "index.md").read_text(encoding="utf-8"))
+    assert len(cards) >= 5
+    assert [name for name in cards if not (ROOT / "docs" / f"{name}.md").exists()] == []
+
+
+def test_every_public_name_is_documented() -> None:
+    assert SITE.undocumented() == []
+    rooms = {room for room in SITE.ROOMS if room != "normfree"}
+    with_names = {
+        path.relative_to(ROOT / "src").with_suffix("").as_posix().removesuffix("/__init__").replace("/", ".")
+        for path in (ROOT / "src").rglob("*.py")
+        if re.search(r"^__all__ = ", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert with_names - rooms - {"normfree", *SITE.PARTS} == set()
+
+
+def test_links_of_generated_pages_lead_somewhere() -> None:
+    generated = SITE.pages(ROOT / "docs")
+    lost = []
+    for name, text in generated.items():
+        for link in _LINK.findall(_FENCE.sub("", text)):
+            target, _, anchor = link.partition("#")
+            path = ROOT / "docs" / "reference" / target
+            if link.startswith("http"):
+                continue
+            page = generated.get(target or name) or (path.read_text(encoding="utf-8") if path.exists() else None)
+            if page is None or (anchor and anchor not in _anchors_of(page)):
+                lost.append(f"{name}: {link}")
+    assert lost == []
+
+
+def test_the_gallery_says_how_each_figure_is_drawn() -> None:
+    drawn_by = yaml.safe_load((ROOT / "docs" / "figures.yaml").read_text(encoding="utf-8"))
+    assert set(drawn_by) == {path.name for path in (ROOT / "docs" / "images").iterdir()}
+    gallery = SITE.pages(ROOT / "docs")["gallery.md"]
+    targets = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for figure, line in drawn_by.items():
+        assert f"`{line}`" in gallery.partition(f":img-top: ../images/{figure}\n")[2].partition("\n:::")[0]
+        program, name, words = (*line.split(" ", 2), "")[:3]
+        if program == "make":
+            assert f"\n{name}: " in targets
+        elif name not in PLUG_INS:
+            command = _command(name, words)
+            assert command is not None, line
+            assert {*_OPTION.findall(words)} <= {option for each in command.params for option in each.opts}, line
+            assert name != "study" or words.split()[0] in installed_studies(), line
+
+
 def test_pages_stay_short() -> None:
-    words = {page.name: len(page.read_text(encoding="utf-8").split()) for page in (ROOT / "README.md", *DOCS)}
+    pages = (ROOT / "README.md", *DOCS)
+    words = {str(page.relative_to(ROOT)): len(_without_cells(page).split()) for page in pages}
     assert words["README.md"] <= 1_500
     assert sum(words.values()) <= MOST_WORDS, words
 
@@ -112,9 +194,19 @@ def _without_code(page: Path) -> str:
     return _FENCE.sub("", page.read_text(encoding="utf-8"))
 
 
+def _without_cells(page: Path) -> str:
+    """A page without the programs of a tutorial and the tables of contents."""
+    return re.sub(r"^```\{(?:code-cell|toctree)\}.*?^```", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
 def _anchors(page: Path) -> set[str]:
+    return _anchors_of(page.read_text(encoding="utf-8"))
+
+
+def _anchors_of(text: str) -> set[str]:
     """The anchors of a page's headings, as GitHub makes them."""
-    headings = (re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", each).lower() for each in _HEADING.findall(_without_code(page)))
+    without_code = _FENCE.sub("", text)
+    headings = (re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", each).lower() for each in _HEADING.findall(without_code))
     return {re.sub(r"[^\w\- ]", "", each.strip()).replace(" ", "-") for each in headings}
 
 

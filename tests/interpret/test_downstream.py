@@ -29,12 +29,12 @@ ITEMS = [json.loads(line) for line in (ROOT / "examples/lm_eval/python_syntax.js
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """In the root of the repository, with an empty cache, and every connection an error."""
+    """In another folder than the repository, with an empty cache, and every connection an error."""
 
     def refuse(*_: Any) -> None:
         raise AssertionError("the example needs no network")
 
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(tmp_path)
     # a list of the installed packages in the results: slower than all the rest
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
