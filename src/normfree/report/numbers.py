@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 
@@ -32,3 +34,12 @@ def mean_and_half(values: pd.Series, *, signed: bool = False, digits: int = 2) -
     size = abs(estimate.mean)
     form = ",.0f" if size >= 1000 else ".1f" if size >= 100 else f".{digits}f"
     return plus_minus(estimate, f"+{form}" if signed else form)
+
+
+def over_seeds(runs: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
+    """A row a configuration: Configuration, Seeds, and :func:`mean_and_half` of the ``columns``, by their headings."""
+    rows = []
+    for configuration, chosen in runs.groupby("configuration", sort=False):
+        cells = {heading: mean_and_half(chosen[column]) for heading, column in columns.items()}
+        rows.append({"Configuration": configuration, "Seeds": len(chosen), **cells})
+    return pd.DataFrame(rows)

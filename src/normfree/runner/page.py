@@ -6,14 +6,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from normfree.columns import DELTA_PERCENT
+from normfree.columns import DELTA_PERCENT, EVAL_PPL, EVAL_PPL_HIGH, EVAL_PPL_LOW
 from normfree.entropy import uniform_entropy_bound
 from normfree.errors import InputError
-from normfree.report import FIGURES_FOLDER, FigureElement, Section, load_published, perplexity_table, saved_figure
+from normfree.report import (
+    BANDS,
+    FIGURES_FOLDER,
+    Callout,
+    FigureElement,
+    Section,
+    load_published,
+    perplexity_table,
+    saved_figure,
+)
 from normfree.report.entropy_figures import headwise_entropy_heatmaps, layerwise_entropy_dynamics
 from normfree.report.loss_curves import evaluation_loss_curves
 from normfree.runner.run_frames import (
@@ -101,6 +111,26 @@ class StudyPage:
             for source, results in sources.items()
         ]
         return pd.concat(frames, ignore_index=True)
+
+    @cached_property
+    def overload(self) -> dict[str, dict[str, Any]]:
+        """By configuration: itself, eval_ppl, eval_ppl_low, eval_ppl_high, and top_band, the share of overloaded heads.
+
+        As :func:`~normfree.report.overload.perplexity_and_overload` takes them.
+        """
+        columns = ["configuration", EVAL_PPL, EVAL_PPL_LOW, EVAL_PPL_HIGH, BANDS[-1]]
+        rows = self.table[columns].rename(columns={BANDS[-1]: "top_band"}).to_dict("records")
+        return {row["configuration"]: {str(name): value for name, value in row.items()} for row in rows}
+
+    def measured(self, file: str) -> tuple[list[RunResult], list[Section]]:
+        """The runs in whose folder a measurement wrote ``file``, and a section that names the others, if any."""
+        missing = [each for each in self.results if not (each.folder / file).exists()]
+        names = ", ".join(f"{each.row['configuration']} seed {each.row['seed']}" for each in missing)
+        told = (
+            f"Not measured yet, or diverged: {names}. `normfree study {self.folder.study_name}` measures what it can."
+        )
+        sections = [Section("Missing", [Callout(told, "warning")])] if missing else []
+        return [each for each in self.results if (each.folder / file).exists()], sections
 
     def figure(self, name: str, figure: Figure, caption: str) -> FigureElement:
         """Saves ``figure`` in the study's folder, as PNG and PDF, and returns it for the report."""

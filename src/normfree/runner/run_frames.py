@@ -82,10 +82,9 @@ def layer_entropy_frame(results: Iterable[RunResult]) -> pd.DataFrame:
 
 
 def measured_frame(results: Iterable[RunResult], file: str) -> pd.DataFrame:
-    """What a study's measurement left in ``file`` of each run, with model, context_length, configuration and seed."""
-    return pd.concat(
-        [pd.read_parquet(each.folder / file).assign(**run_key(each)) for each in results], ignore_index=True
-    )
+    """A study's measurements in the Parquet or CSV ``file`` of each run, with the columns of :func:`run_key`."""
+    read: Any = pd.read_csv if file.endswith(".csv") else pd.read_parquet
+    return pd.concat([read(each.folder / file).assign(**run_key(each)) for each in results], ignore_index=True)
 
 
 def run_key(result: RunResult) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from normfree.errors import InputError
 from normfree.interpret import measure_depth, write_depth
 from normfree.interpret.depth.comparison import depth_sections
 from normfree.progress import stage
-from normfree.report import FIGURES_FOLDER, Callout, Element, Section, Table, load_published
-from normfree.report.frames import SIGNAL_STATISTICS, check_frame, in_order
-from normfree.report.numbers import mean_and_half
+from normfree.report import FIGURES_FOLDER, Element, Section, Table, load_published
+from normfree.report.frames import SIGNAL_STATISTICS, check_frame
+from normfree.report.numbers import mean_and_half, over_seeds
 from normfree.report.signal_curves import signal_propagation_dynamics, signal_propagation_over_depth
 from normfree.runner import (
     Configuration,
@@ -27,7 +27,7 @@ from normfree.runner import (
     Study,
     StudyPage,
     final_checkpoint,
-    run_key,
+    measured_frame,
     telemetry_frame,
 )
 from normfree.training import RunResult, load_pretrained
@@ -55,11 +55,11 @@ DEPTH_SUMMARY = (
     "variance_ratio",
 )
 _MEANS = {
-    "effective_depth": "Effective depth",
-    "useful_layers": "Useful layers",
-    "deep_half_percent": "Deep half's share, %",
-    "deep_layer_millinats": "Deep layer, 10⁻³ nats",
-    "variance_ratio": "Variance, last over first",
+    "Effective depth": "effective_depth",
+    "Useful layers": "useful_layers",
+    "Deep half's share, %": "deep_half_percent",
+    "Deep layer, 10⁻³ nats": "deep_layer_millinats",
+    "Variance, last over first": "variance_ratio",
 }
 
 
@@ -67,12 +67,11 @@ def configurations(preset: Preset) -> tuple[Configuration, ...]:
     """The methods of the paper's Table 1, HybridNorm, Dynamic Tanh, Dynamic erf and no norm in the blocks.
 
     Norms are of the preset's kind. Four methods appear twice, the second time with residual projections that start
-    smaller with depth (GPT-2's 1/√(2 n_layer)): Pre-LN and LayerNorm Scaling, because both hold the residual stream
-    back, the one at the start of training and the other throughout; HybridNorm and HybridNorm*, because their paper
-    starts so.
+    smaller with depth (GPT-2's 1/√(2 n_layer)): Pre-LN and LayerNorm Scaling, as both limit the residual stream, one at
+    the start of training and one throughout; HybridNorm and HybridNorm*, as in their paper.
 
     Raises:
-        InputError: the preset's ``model.norm`` is no LayerNorm and no RMSNorm.
+        InputError: the preset's ``model.norm`` is neither LayerNorm nor RMSNorm.
     """
     kind = str(preset.model.get("norm", "layernorm"))
     if kind not in ("layernorm", "rmsnorm"):
@@ -103,7 +102,7 @@ def configurations(preset: Preset) -> tuple[Configuration, ...]:
 
 
 def measure(result: RunResult, data: PackedData, console: Console) -> None:
-    """Leaves the diagnostics of a run's final weights in its folder; a run that diverged has none."""
+    """Writes the diagnostics of a run's final weights into its folder; a run that diverged has none."""
     folder, checkpoint = result.folder / FOLDER, final_checkpoint(result)
     if (folder / "summary.csv").exists() or checkpoint is None:
         return
@@ -115,22 +114,13 @@ def measure(result: RunResult, data: PackedData, console: Console) -> None:
 
 def describe(page: StudyPage) -> Findings:
     """The published table, the diagnostics, and whether the deep half of the layers matters more with the scaling."""
-    measured = [each for each in page.results if (each.folder / FOLDER / "summary.csv").exists()]
+    measured, missing = page.measured(f"{FOLDER}/summary.csv")
     dynamics = telemetry_frame(page.results, SIGNAL_STATISTICS)
-    without = [each for each in page.results if each not in measured]
-    sections = [
-        Section(
-            "Training",
-            [
-                page.loss_figure(),
-                _published_table(),
-            ],
-        ),
-        *_signal_sections(page, dynamics),
-    ]
+    sections = [Section("Training", [page.loss_figure(), _published_table()]), *_signal_sections(page, dynamics)]
     lead = _lead(page)
     if measured:
-        frames = _frames(measured)
+        names = sorted(path.stem for path in (measured[0].folder / FOLDER).glob("*.csv"))
+        frames = {name: measured_frame(measured, f"{FOLDER}/{name}.csv") for name in names}
         blocks: list[Element] = [
             Table(
                 depth_table(frames["summary"]),
@@ -140,11 +130,7 @@ def describe(page: StudyPage) -> Findings:
         ]
         sections += [Section("How the layers are used", blocks), *depth_sections(frames, page.path / FIGURES_FOLDER)]
         lead += " " + _deep_half(frames["summary"])
-    if without:
-        names = ", ".join(f"{each.row['configuration']} seed {each.row['seed']}" for each in without)
-        told = f"Without diagnostics, because they diverged or are not measured yet: {names}."
-        sections.append(Section("Missing", [Callout(told, "warning")]))
-    return Findings(lead, sections, _limits(page))
+    return Findings(lead, [*sections, *missing], _limits(page))
 
 
 def _signal_sections(page: StudyPage, dynamics: pd.DataFrame) -> list[Section]:
@@ -167,23 +153,6 @@ def _signal_sections(page: StudyPage, dynamics: pd.DataFrame) -> list[Section]:
         ),
     ]
     return [Section("Signal propagation", blocks)]
-
-
-def _frames(results: list[RunResult]) -> dict[str, pd.DataFrame]:
-    """Each frame of the diagnostics over all runs, with configuration and seed."""
-    names = sorted(path.stem for path in (results[0].folder / FOLDER).glob("*.csv"))
-    return {
-        name: pd.concat(
-            [
-                pd.read_csv(each.folder / FOLDER / f"{name}.csv").assign(
-                    configuration=run_key(each)["configuration"], seed=run_key(each)["seed"]
-                )
-                for each in results
-            ],
-            ignore_index=True,
-        )
-        for name in names
-    }
 
 
 def _published_table() -> Table:
@@ -220,7 +189,7 @@ def _lead(page: StudyPage) -> str:
 
 
 def _deep_half(summary: pd.DataFrame) -> str:
-    """What a skipped layer of the deeper half costs without the scaling and with it, whichever is more."""
+    """The cost of a skipped layer of the deeper half, without the scaling and with it."""
     told = []
     for name in (PRE_LN, LNS):
         runs = summary[summary["configuration"] == name]
@@ -233,7 +202,7 @@ def _deep_half(summary: pd.DataFrame) -> str:
 def depth_table(summary: pd.DataFrame) -> pd.DataFrame:
     """The diagnostics of :func:`normfree.interpret.measure_depth`: ``mean ± half`` of a 95 % t-interval over seeds.
 
-    The law of the residual stream's variance is named with the number of seeds that have it, where they differ.
+    Where seeds differ in the law of the residual stream's variance, each law has its number of seeds.
 
     Args:
         summary: the columns ``DEPTH_SUMMARY``, one row a run.
@@ -242,24 +211,20 @@ def depth_table(summary: pd.DataFrame) -> pd.DataFrame:
         InputError: a column is missing, or a run occurs twice.
     """
     check_frame(summary, "depth summary", DEPTH_SUMMARY, DEPTH_SUMMARY[2:])
-    rows = []
-    for configuration in in_order(summary["configuration"]):
-        runs = summary[summary["configuration"] == configuration]
-        runs = runs.assign(
-            deep_half_percent=100 * runs["deep_half_share"], deep_layer_millinats=1000 * runs["deep_layer_nats"]
-        )
-        laws = runs["variance_growth"].value_counts()
-        growth = laws.index[0] if len(laws) == 1 else ", ".join(f"{law} ({n})" for law, n in laws.items())
-        cells = {shown: mean_and_half(runs[name]) for name, shown in _MEANS.items()}
-        rows.append({"Configuration": configuration, "Seeds": len(runs), **cells, "Variance grows": growth})
-    return pd.DataFrame(rows)
+    shares = {"deep_half_percent": 100 * summary["deep_half_share"]}
+    table = over_seeds(summary.assign(**shares, deep_layer_millinats=1000 * summary["deep_layer_nats"]), _MEANS)
+    growth = []
+    for configuration in table["Configuration"]:
+        laws = summary.loc[summary["configuration"] == configuration, "variance_growth"].value_counts()
+        growth.append(laws.index[0] if len(laws) == 1 else ", ".join(f"{law} ({n})" for law, n in laws.items()))
+    return table.assign(**{"Variance grows": growth})
 
 
 _NOTES = (
     "± is half of a 95 % t-interval over seeds, where there are several.",
-    "Effective depth: participation ratio of what the loss gains when each layer alone is skipped. Useful layers: "
-    "those that cost at least 1 % of what the costliest does. Deep half's share: of all increases of the loss. Deep "
-    "layer: mean increase when a single layer of the deeper half is skipped.",
+    "Effective depth: participation ratio of the loss increases when each layer alone is skipped. Useful layers: those "
+    "that cost at least 1 % of the costliest. Deep half's share: of all loss increases. Deep layer: mean increase when "
+    "a single layer of the deeper half is skipped.",
     "Variance: of the residual stream after the last block over that after the first, all tokens but the first of a "
     "sequence, and the law that describes its growth best.",
 )

@@ -17,7 +17,7 @@ TEACHER = LAYERNORM_GELU
 LOGITS = DistillationOptions(teacher=TEACHER.label, weight=0.5, temperature=2.0)
 ENTROPY = DistillationOptions(teacher=TEACHER.label, weight=0.5, temperature=2.0, entropy_weight=1.0)
 WAYS = {"distilled": LOGITS, "distilled with entropy": ENTROPY}
-"""The ways a student is taught, by what its label says of them."""
+"""Objectives of taught students, by the ending of their labels."""
 
 
 def taught(student: Configuration, way: str) -> Configuration:
@@ -29,7 +29,7 @@ STUDENTS = (GELU, RELU)
 
 
 def describe(page: StudyPage) -> Findings:
-    """What part of the gap to the teacher each way of teaching closes, and what the students attend to."""
+    """The part of the gap to the teacher that each way of teaching closes, and attention entropy."""
     gaps = _gaps(page)
     sections = [
         Section(
@@ -48,13 +48,7 @@ def describe(page: StudyPage) -> Findings:
                 page.loss_figure("Evaluation loss over training: plain cross-entropy for all."),
             ],
         ),
-        Section(
-            "Attention entropy of teacher and students",
-            [
-                page.head_entropy_figure(),
-                page.layer_entropy_figure(),
-            ],
-        ),
+        Section("Attention entropy of teacher and students", [page.head_entropy_figure(), page.layer_entropy_figure()]),
     ]
     return Findings(_lead(page, gaps), sections, scale_limits(page) + _LIMITS)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,9 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 
-from normfree.columns import ENTROPY_NATS, ENTROPY_THRESHOLD_NATS, EVAL_PPL, EVAL_PPL_HIGH, EVAL_PPL_LOW
+from normfree.columns import ENTROPY_NATS, ENTROPY_THRESHOLD_NATS, EVAL_PPL
 from normfree.errors import InputError
-from normfree.report import BANDS, Callout, Element, Section, Table, paper_style
+from normfree.report import Callout, Element, Section, Table, paper_style
 from normfree.report.frames import THRESHOLDS, check_frame, check_one_setting, in_order
 from normfree.report.overload import perplexity_and_overload
 from normfree.report.primitives import depth_bar, layer_curves, panel_grid, seeds_note
@@ -39,8 +38,8 @@ MODELS = tuple((plain, *(penalised(plain, weight) for weight in WEIGHTS)) for pl
 
 
 def describe(page: StudyPage) -> Findings:
-    """What became of the overload, of perplexity, and who moved: the heads or their thresholds."""
-    curves, level = _curves(page), _overload(page)[LAYERNORM_GELU.label]
+    """Overload and perplexity by penalty, and whether heads or their thresholds moved."""
+    curves, level = _curves(page), page.overload[LAYERNORM_GELU.label]
     sections = [
         Section(
             "Entropy with and without the penalty",
@@ -138,7 +137,7 @@ def _penalties(page: StudyPage, label: str) -> tuple[float, float]:
 
 def _curves(page: StudyPage) -> pd.DataFrame:
     """One row a model (``line``) and a weight of the penalty (``place``), as ``perplexity_and_overload`` takes them."""
-    measured = _overload(page)
+    measured = page.overload
     values = ("none", *(f"{weight:g}" for weight in WEIGHTS))
     return pd.DataFrame(
         {"line": model[0].label, "place": place, "value": value, **measured[each.label]}
@@ -146,17 +145,6 @@ def _curves(page: StudyPage) -> pd.DataFrame:
         for place, (value, each) in enumerate(zip(values, model, strict=True))
         if each.label in measured
     )
-
-
-def _overload(page: StudyPage) -> dict[str, dict[str, Any]]:
-    """By configuration: eval_ppl, eval_ppl_low, eval_ppl_high, and top_band, the share of heads in the top band."""
-    return {
-        str(row["configuration"]): {
-            **{name: row[name] for name in ("configuration", EVAL_PPL, EVAL_PPL_LOW, EVAL_PPL_HIGH)},
-            "top_band": row[BANDS[-1]],
-        }
-        for row in page.table.to_dict("records")
-    }
 
 
 def _lead(page: StudyPage, curves: pd.DataFrame) -> str:
@@ -173,7 +161,7 @@ def _lead(page: StudyPage, curves: pd.DataFrame) -> str:
             f"{model} by the weight of the penalty, heads in the top entropy band and perplexity: "
             f"{'; '.join(readings)}."
         )
-    baseline = _overload(page)[LAYERNORM_GELU.label]
+    baseline = page.overload[LAYERNORM_GELU.label]
     sentences.append(
         f"{LAYERNORM_GELU.label} has {100 * baseline['top_band']:.0f} % there, and a perplexity of "
         f"{baseline['eval_ppl']:.1f}."
@@ -229,9 +217,6 @@ STUDY = Study(
     title="Does a penalty on attention entropy cure the overload of norm-free models?",
     question="Does a penalty on entropy cure overload, and at what perplexity?",
     baseline=LAYERNORM_GELU.label,
-    configurations=lambda preset: (
-        LAYERNORM_GELU,
-        *(each for model in MODELS for each in model),
-    ),
+    configurations=lambda preset: (LAYERNORM_GELU, *(each for model in MODELS for each in model)),
     describe=describe,
 )

@@ -9,8 +9,8 @@ import pandas as pd
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from normfree.columns import ENTROPY_NATS, EVAL_PPL, EVAL_PPL_HIGH, EVAL_PPL_LOW
-from normfree.report import BANDS, Section, paper_style
+from normfree.columns import ENTROPY_NATS, EVAL_PPL
+from normfree.report import Section, paper_style
 from normfree.report.entropy_figures import nats
 from normfree.report.frames import HEAD_ENTROPY, check_frame, check_one_setting, in_order
 from normfree.report.overload import perplexity_and_overload
@@ -81,27 +81,13 @@ def _activations(page: StudyPage, configuration: Configuration) -> list[str]:
 def _splits(page: StudyPage) -> pd.DataFrame:
     """One row an order of the two activations (``line``) and a split point (``place``)."""
     n_layer = page.folder.preset.n_layer
-    table = page.table.set_index("configuration")
+    whole = {"gelu": GELU.label, "relu": RELU.label}
     rows = []
     for order, first, then in (("GELU first", "gelu", "relu"), ("ReLU first", "relu", "gelu")):
-        whole = {"gelu": GELU.label, "relu": RELU.label}
-        labels = {0: whole[then], n_layer: whole[first]}
-        labels |= {split: hybrid(first, then, split, n_layer).label for split in range(1, n_layer)}
-        for split in range(n_layer + 1):
-            if labels[split] in table.index:
-                row = table.loc[labels[split]]
-                rows.append(
-                    {
-                        "line": order,
-                        "place": split,
-                        "value": str(split),
-                        "configuration": labels[split],
-                        EVAL_PPL: row[EVAL_PPL],
-                        EVAL_PPL_LOW: row[EVAL_PPL_LOW],
-                        EVAL_PPL_HIGH: row[EVAL_PPL_HIGH],
-                        "top_band": row[BANDS[-1]],
-                    }
-                )
+        splits = (hybrid(first, then, split, n_layer).label for split in range(1, n_layer))
+        for place, label in enumerate((whole[then], *splits, whole[first])):
+            if label in page.overload:
+                rows.append({"line": order, "place": place, "value": str(place), **page.overload[label]})
     return pd.DataFrame(rows)
 
 

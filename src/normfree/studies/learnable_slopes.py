@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -152,12 +153,10 @@ def _ends(page: StudyPage) -> pd.DataFrame:
 
 def _decay_only(page: StudyPage) -> pd.DataFrame:
     """configuration, step, negative_slope: the slopes under decay and no gradient."""
-    frames: list[pd.DataFrame] = []
-    for result in page.results:
-        label = result.row["configuration"]
-        if label not in LEARNABLE or any(label == each["configuration"].iloc[0] for each in frames):
-            continue
-        metrics = pd.read_parquet(result.folder / METRICS_FILE)
+    first = {each.row["configuration"]: each for each in reversed(page.results)}
+    frames = []
+    for label in [label for label in reversed(first) if label in LEARNABLE]:
+        metrics = pd.read_parquet(first[label].folder / METRICS_FILE)
         rates = metrics[metrics["name"] == "learning_rate"].set_index("step")["value"].sort_index()
         _, initial, decayed = LEARNABLE[label]
         path = slope_under_decay_only(initial, rates, page.folder.preset.recipe.weight_decay if decayed else 0.0)
@@ -281,13 +280,11 @@ def entropy_trajectory_distance(layer_entropy: pd.DataFrame) -> pd.DataFrame:
     check_frame(layer_entropy, "layer_entropy", LAYER_ENTROPY, (ENTROPY_NATS,))
     check_one_setting(layer_entropy, "layer_entropy")
     configurations = in_order(layer_entropy["configuration"])
-    trajectories = {}
-    seeds: dict[str, list[int]] = {name: [] for name in configurations}
-    for name, runs in layer_entropy.groupby("configuration", sort=False):
-        for seed in in_order(runs["seed"]):
-            run = runs[runs["seed"] == seed]
-            seeds[str(name)].append(seed)
-            trajectories[str(name), seed] = run.set_index(["step", "layer"])[ENTROPY_NATS].sort_index()
+    runs = layer_entropy.groupby(["configuration", "seed"], sort=False)
+    trajectories: dict[Any, pd.Series] = {
+        run: each.set_index(["step", "layer"])[ENTROPY_NATS].sort_index() for run, each in runs
+    }
+    seeds = {name: [seed for label, seed in trajectories if label == name] for name in configurations}
     distances = pd.DataFrame(np.nan, index=configurations, columns=configurations)
     for a, b in product(configurations, repeat=2):
         if a == b:
@@ -328,10 +325,6 @@ def trajectory_distance_matrix(distances: pd.DataFrame) -> Figure:
     axes.set_xticks(range(n), names, rotation=30, ha="right", rotation_mode="anchor")
     colour_bar(figure, axes, norm, colours, "distance of trajectories (nats)")
     return figure
-
-
-def _nats_or_dash(distance: float) -> str:
-    return f"{distance:.2f}" if np.isfinite(distance) else "\N{EN DASH}"
 
 
 STUDY = Study(

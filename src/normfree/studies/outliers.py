@@ -26,7 +26,7 @@ from normfree.interpret import PRECISIONS, check_quantization, measure_signal_pr
 from normfree.progress import stage
 from normfree.report import Callout, Element, Paragraph, Section, Table
 from normfree.report.frames import SETTING, SIGNAL_STATISTICS, check_frame, check_one_setting, in_order
-from normfree.report.numbers import mean_and_half
+from normfree.report.numbers import mean_and_half, over_seeds
 from normfree.report.signal_curves import (
     SIGNAL_PROPAGATION,
     largest_over_layers,
@@ -65,7 +65,7 @@ PRECISION_NAMES = {
 
 
 def check() -> None:
-    """Whether this machine can quantize.
+    """Checks that this machine can quantize.
 
     Raises:
         InputError: see :func:`normfree.interpret.check_quantization`.
@@ -74,11 +74,11 @@ def check() -> None:
 
 
 def measure(result: RunResult, data: PackedData, console: Console) -> None:
-    """Measures the final weights of a run on all its evaluation sequences, unless its folder has it already.
+    """Measures the final weights of a run on all its evaluation sequences, unless that is done.
 
-    Leaves ``signal_propagation.parquet`` (see :func:`~normfree.interpret.measure_signal_propagation`) and
-    ``quantization.parquet`` (see :func:`~normfree.interpret.quantization_cost`) in the run's folder. A run that
-    diverged has no final weights; its rows are NaN.
+    Writes ``signal_propagation.parquet`` (see :func:`~normfree.interpret.measure_signal_propagation`) and
+    ``quantization.parquet`` (see :func:`~normfree.interpret.quantization_cost`) into the run's folder; NaN for a run
+    that diverged, as it has no final weights.
     """
     signal_path, quantization_path = result.folder / SIGNAL_FILE, result.folder / QUANTIZATION_FILE
     if signal_path.exists() and quantization_path.exists():
@@ -101,23 +101,13 @@ def measure(result: RunResult, data: PackedData, console: Console) -> None:
 
 def describe(page: StudyPage) -> Findings:
     """Statistics of the trained models over depth and over training, and perplexity at each precision."""
-    measured = [each for each in page.results if (each.folder / QUANTIZATION_FILE).exists()]
-    missing = [each for each in page.results if not (each.folder / QUANTIZATION_FILE).exists()]
-    sections = []
-    lead = "No run has been measured yet."
-    if measured:
-        signal = measured_frame(measured, SIGNAL_FILE)
-        quantization = measured_frame(measured, QUANTIZATION_FILE)
-        lead = _lead(signal, quantization)
-        sections = [
-            _signal_section(page, signal, telemetry_frame(measured, SIGNAL_STATISTICS)),
-            _quantization_section(quantization),
-        ]
-    if missing:
-        names = ", ".join(f"{each.row['configuration']} seed {each.row['seed']}" for each in missing)
-        told = f"Not measured yet, and not in these sections: {names}. `normfree study {STUDY.name}` measures them."
-        sections.append(Section("Missing", [Callout(told, "warning")]))
-    return Findings(lead, sections, scale_limits(page) + _LIMITS)
+    measured, missing = page.measured(QUANTIZATION_FILE)
+    limits = scale_limits(page) + _LIMITS
+    if not measured:
+        return Findings("No run has been measured yet.", missing, limits)
+    signal, quantization = (measured_frame(measured, file) for file in (SIGNAL_FILE, QUANTIZATION_FILE))
+    signals = _signal_section(page, signal, telemetry_frame(measured, SIGNAL_STATISTICS))
+    return Findings(_lead(signal, quantization), [signals, _quantization_section(quantization), *missing], limits)
 
 
 def _signal_section(page: StudyPage, signal: pd.DataFrame, dynamics: pd.DataFrame) -> Section:
@@ -206,12 +196,7 @@ def outlier_table(signal: pd.DataFrame, *, layer: str) -> pd.DataFrame:
         runs = signal[signal["layer"] == signal["layer"].max()]
     else:
         runs = largest_over_layers(signal, ["configuration", "seed"])
-    rows = []
-    for configuration in in_order(runs["configuration"]):
-        chosen = runs[runs["configuration"] == configuration]
-        cells = {name: mean_and_half(chosen[statistic]) for name, statistic in OUTLIER_COLUMNS.items()}
-        rows.append({"Configuration": configuration, "Seeds": len(chosen), **cells})
-    return pd.DataFrame(rows)
+    return over_seeds(runs, OUTLIER_COLUMNS)
 
 
 def quantization_table(quantization: pd.DataFrame) -> pd.DataFrame:

@@ -48,7 +48,7 @@ _ALPHA = re.compile(r"blocks\.(\d+)\.(\w+)\.alpha")
 def measure(result: RunResult, data: PackedData, console: Console) -> None:
     """Writes ``alpha.parquet`` into the folder of a run with a point-wise function: layer, place, alpha.
 
-    Of the final weights, α of each norm in the blocks (``place`` is its module's name); a run that diverged has none.
+    α of the final weights, for each norm in the blocks (``place`` is its module's name); a run that diverged has none.
     """
     path, checkpoint = result.folder / ALPHA_FILE, final_checkpoint(result)
     if result.row["configuration"] not in {each.label for each in POINTWISE} or path.exists() or checkpoint is None:

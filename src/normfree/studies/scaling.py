@@ -19,7 +19,7 @@ from normfree.columns import EVAL_LOSS
 from normfree.errors import InputError
 from normfree.modeling import NormfreeConfig
 from normfree.report import FIGURES_FOLDER, Section, Table, paper_style, saved_figure
-from normfree.report.frames import in_order
+from normfree.report.frames import check_columns, in_order
 from normfree.report.numbers import number
 from normfree.report.primitives import annotated_heatmap, colour_bar
 from normfree.report.style import TWO_COLUMN, difference_colours
@@ -76,14 +76,6 @@ def _losses(page: StudyPage, base_name: str) -> pd.DataFrame:
     return pd.DataFrame(rows).replace({"size": {BASE: base_name}})
 
 
-def _all_sizes(preset: Preset) -> tuple[Configuration, ...]:
-    return tuple(configuration for _, configuration in _grid(preset, _sizes(preset)))
-
-
-def _own_size(preset: Preset) -> tuple[Configuration, ...]:
-    return tuple(configuration for _, configuration in _grid(preset, {BASE: {}}))
-
-
 def _describe_member(page: StudyPage) -> Findings:
     gap = loss_gap(_losses(page, BASE), GELU.label, RELU.label)
     figure = page.figure("loss-gap", _heatmap(gap), _CAPTION)
@@ -100,7 +92,7 @@ SIZES: Study = Study(
     title="ReLU against GELU without LayerNorm: width, depth and learning rate",
     question="At which widths, depths and learning rates does ReLU beat GELU?",
     baseline=GELU.label,
-    configurations=_all_sizes,
+    configurations=lambda preset: tuple(each for _, each in _grid(preset, _sizes(preset))),
     describe=_describe_member,
 )
 CONTEXT: Study = Study(
@@ -108,7 +100,7 @@ CONTEXT: Study = Study(
     title="ReLU against GELU without LayerNorm: twice the context length",
     question="Does ReLU beat GELU at twice the context length?",
     baseline=GELU.label,
-    configurations=_own_size,
+    configurations=lambda preset: tuple(each for _, each in _grid(preset, {BASE: {}})),
     describe=_describe_member,
 )
 
@@ -116,24 +108,15 @@ CONTEXT: Study = Study(
 def _members(preset_name: str, changed: Callable[[Preset], Preset]) -> list[Member]:
     """Every size at the preset's context length, and its own size at twice that, with as many tokens in a step."""
     preset, stem = changed(load_preset(preset_name)), Path(preset_name).stem
-    length, batch, micro = (
-        preset.data.sequence_length,
-        preset.recipe.batch_size,
-        preset.recipe.micro_batch_size,
-    )
+    length, recipe = preset.data.sequence_length, preset.recipe
+    batch, micro = recipe.batch_size, recipe.micro_batch_size
     if batch % 2 or micro % 2:
         raise InputError(
             f"the scaling study halves batch_size ({batch}) and micro_batch_size ({micro}) at twice the context "
             "length; use even numbers"
         )
-    longer = preset.with_changes(
-        **{
-            "data.sequence_length": 2 * length,
-            "recipe.batch_size": batch // 2,
-            "recipe.micro_batch_size": micro // 2,
-            "published": None,
-        }
-    )
+    halved = {"recipe.batch_size": batch // 2, "recipe.micro_batch_size": micro // 2}
+    longer = preset.with_changes(**halved, **{"data.sequence_length": 2 * length, "published": None})
     return [
         Member(f"context-{length}", SIZES, stem, preset),
         Member(f"context-{2 * length}", CONTEXT, stem, longer),
@@ -141,10 +124,7 @@ def _members(preset_name: str, changed: Callable[[Preset], Preset]) -> list[Memb
 
 
 def _gap(pages: Sequence[StudyPage]) -> pd.DataFrame:
-    frames = []
-    for page in pages:
-        length = page.folder.preset.data.sequence_length
-        frames.append(_losses(page, f"{BASE}, T = {length}"))
+    frames = [_losses(page, f"{BASE}, T = {page.folder.preset.data.sequence_length}") for page in pages]
     return loss_gap(pd.concat(frames, ignore_index=True), GELU.label, RELU.label)
 
 
@@ -156,12 +136,9 @@ def _describe(pages: Sequence[StudyPage], _: pd.DataFrame, path: Path) -> Findin
     """The map of where the claim holds."""
     gap = _gap(pages)
     figure = saved_figure(path / FIGURES_FOLDER, "loss-gap", _heatmap(gap), _CAPTION)
+    formats = dict.fromkeys(map(str, gap.columns), "+.3f")
     shown = gap.reset_index(names="Learning rate")
-    table = Table(
-        shown,
-        "Loss of SM+G less that of SM+R, nats per token.",
-        formats=dict.fromkeys(map(str, gap.columns), "+.3f"),
-    )
+    table = Table(shown, "Loss of SM+G less that of SM+R, nats per token.", formats=formats)
     return Findings(_lead(gap), [Section("Where ReLU beats GELU", [figure, table])], scale_limits(pages[0]).strip())
 
 
@@ -194,28 +171,18 @@ def loss_gap(results: pd.DataFrame, first: str, second: str) -> pd.DataFrame:
     Raises:
         InputError: a column is missing, or a run occurs twice.
     """
-    missing = [name for name in GAP_COLUMNS if name not in results.columns]
-    if missing:
-        raise InputError(f"the results frame lacks {', '.join(missing)}; it needs {', '.join(GAP_COLUMNS)}")
-    key = list(GAP_COLUMNS[:-1])
-    if results.duplicated(key).any():
+    check_columns(results, "results", GAP_COLUMNS)
+    if results.duplicated(list(GAP_COLUMNS[:-1])).any():
         raise InputError("the results frame has a run twice; give one row for each size, activation, rate and seed")
-    runs: dict[tuple[str, str, float], list[float]] = {}
-    for size, activation, rate, _, loss in results[list(GAP_COLUMNS)].itertuples(index=False):
-        runs.setdefault((size, activation, rate), []).append(loss)
-    losses = {run: float(np.mean(each)) for run, each in runs.items()}
-    rates = sorted(in_order(results["learning_rate"]))
-    gap = pd.DataFrame(np.nan, index=[*(f"{rate:g}" for rate in rates), OWN_BEST], columns=in_order(results["size"]))
-    for size in in_order(results["size"]):
-        of_first, of_second = (
-            np.array([losses.get((size, activation, rate), np.nan) for rate in rates]) for activation in (first, second)
-        )
-        gap[size] = [*(of_first - of_second), _lowest(of_first) - _lowest(of_second)]
+    of_seeds = results.groupby(["activation", "size", "learning_rate"])[EVAL_LOSS]
+    losses: Any = of_seeds.agg(lambda each: each.mean(skipna=False))
+    sizes, rates = in_order(results["size"]), sorted(in_order(results["learning_rate"]))
+    cells = pd.MultiIndex.from_product([sizes, rates])
+    of_first, of_second = (losses[each].reindex(cells).unstack().loc[sizes].T for each in (first, second))
+    gap = of_first - of_second
+    gap.index = pd.Index([f"{rate:g}" for rate in rates])
+    gap.loc[OWN_BEST] = of_first.min() - of_second.min()
     return gap
-
-
-def _lowest(losses: np.ndarray) -> float:
-    return float(np.nanmin(losses)) if np.isfinite(losses).any() else float("nan")
 
 
 @paper_style()

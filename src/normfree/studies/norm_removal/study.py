@@ -1,5 +1,6 @@
-"""Norm removal over architectures and seeds ("Transformers Don't Need LayerNorm at Inference Time", Table 1): what a
-model without norms loses to the one it was made from, and to the same fine-tuning with the norms kept.
+"""Norm removal over architectures and seeds ("Transformers Don't Need LayerNorm at Inference Time", Table 1).
+
+A model without norms is compared with the one it was made from, and with the same fine-tuning with the norms kept.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from normfree.removal.midway import check_removable
 from normfree.removal.plan import plan
 from normfree.removal.removal import NORM_FREE, REMOVAL_FOLDER, TABLE_FILE, VANILLA, remove
 from normfree.removal.schedule import automatic_schedule
-from normfree.report import Callout, Element, Estimate, Section, Table, load_published
+from normfree.report import Callout, Element, Section, Table, load_published
 from normfree.report.numbers import plus_minus
 from normfree.runner import Configuration, Findings, Measurement, Preset, RemovalOptions, Study, StudyPage, run_config
 from normfree.studies.norm_removal.figures import removal_loss_curves
 from normfree.studies.norm_removal.tables import (
     REMOVALS,
     at_best_rates,
+    estimate,
     formatted_removals,
     published_removals,
     removal_table,
@@ -99,11 +101,10 @@ def options(preset: Preset) -> RemovalOptions:
 
 
 def measurement(study_configurations: Configurations, *, vanilla: bool) -> Callable[[Preset], Measurement]:
-    """Takes the norms out of each finished run, at every budget and learning rate of the preset.
+    """Removes the norms of each finished run, at every budget and learning rate of the preset.
 
-    Each removal has a folder of its own in the run's folder (see :func:`place` and :func:`normfree.removal.remove`);
-    one that has its table is not repeated. With ``vanilla`` each comes with its control. A run that diverged
-    keeps its norms.
+    Each removal has its own folder in the run's (see :func:`place` and :func:`normfree.removal.remove`); a finished one
+    is not repeated. With ``vanilla`` each has a control. A run that diverged keeps its norms.
     """
 
     def of_preset(preset: Preset) -> Measurement:
@@ -274,17 +275,12 @@ def _curves(page: StudyPage, removals: pd.DataFrame) -> tuple[pd.DataFrame, pd.D
 
 def _lead(table: pd.DataFrame) -> str:
     """How far the norm-free models are behind."""
-    sentences = []
-    for row in table.to_dict("records"):
-        against = {
-            name: Estimate(row[name], row[f"{name}_low"], row[f"{name}_high"], row["seeds"])
-            for name in ("to_vanilla", "to_original")
-        }
-        sentences.append(
-            f"{row['configuration']}, {100 * row['share']:g} % of the training tokens: without norms "
-            f"{plus_minus(against['to_vanilla'], '+.4f')} nats to the same fine-tuning with norms, "
-            f"{plus_minus(against['to_original'], '+.4f')} to the model before."
-        )
+    sentences = [
+        f"{row['configuration']}, {100 * row['share']:g} % of the training tokens: without norms "
+        f"{plus_minus(estimate(row, 'to_vanilla'), '+.4f')} nats to the same fine-tuning with norms, "
+        f"{plus_minus(estimate(row, 'to_original'), '+.4f')} to the model before."
+        for row in table.to_dict("records")
+    ]
     return " ".join(sentences) + " Published for GPT-2 Small: +0.0671 and \N{MINUS SIGN}0.0209."
 
 

@@ -1,4 +1,4 @@
-"""What removing norms costs: losses of models with and without them, and the tokens it takes by model size."""
+"""The cost of removing norms: losses with and without them, and the tokens it takes by model size."""
 
 from __future__ import annotations
 
@@ -16,15 +16,7 @@ from normfree.report.frames import check_frame, in_order
 from normfree.report.intervals import Estimate, mean_confidence_interval
 from normfree.report.numbers import number, plus_minus
 
-REMOVALS = (
-    "configuration",
-    "share",
-    "learning_rate",
-    "seed",
-    "variant",
-    "finetuning_tokens",
-    EVAL_LOSS,
-)
+REMOVALS = ("configuration", "share", "learning_rate", "seed", "variant", "finetuning_tokens", EVAL_LOSS)
 VARIANTS = ("original", "vanilla", "norm-free")
 ORIGINAL, VANILLA, NORM_FREE = VARIANTS
 _BUDGET = ["configuration", "share"]
@@ -97,29 +89,33 @@ def removal_table(removals: pd.DataFrame) -> pd.DataFrame:
             "to_original": losses[NORM_FREE] - losses[ORIGINAL],
         }
         for name, column in values.items():
-            estimate = mean_confidence_interval(column.to_numpy(dtype=np.float64))
-            row |= {name: estimate.mean, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+            found = mean_confidence_interval(column.to_numpy(dtype=np.float64))
+            row |= {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
         rows.append(row | {f"{each}_learning_rate": rates.get(each, np.nan) for each in (VANILLA, NORM_FREE)})
     return pd.DataFrame(rows)
 
 
 def formatted_removals(table: pd.DataFrame) -> pd.DataFrame:
-    """The table of :func:`removal_table` as a reader sees it: ``mean ± half`` of the interval."""
-    rows = [row.to_dict() for _, row in table.iterrows()]
+    """The table of :func:`removal_table` for readers: ``mean ± half`` of the interval."""
+    losses = {"Original": ORIGINAL, "Vanilla": VANILLA, "Norm-free": NORM_FREE}
+    differences = {"To vanilla": "to_vanilla", "To original": "to_original"}
     return pd.DataFrame(
         {
-            "Configuration": [row["configuration"] for row in rows],
-            "Budget": [f"{100 * row['share']:g} %" for row in rows],
-            "Tokens": [f"{row['finetuning_tokens']:,}" for row in rows],
-            "Seeds": [str(row["seeds"]) for row in rows],
-            "Original": [plus_minus(_estimate(row, ORIGINAL), ".4f") for row in rows],
-            "Vanilla": [plus_minus(_estimate(row, VANILLA), ".4f") for row in rows],
-            "Norm-free": [plus_minus(_estimate(row, NORM_FREE), ".4f") for row in rows],
-            "To vanilla": [plus_minus(_estimate(row, "to_vanilla"), "+.4f") for row in rows],
-            "To original": [plus_minus(_estimate(row, "to_original"), "+.4f") for row in rows],
-            "Rates": [f"{row['vanilla_learning_rate']:g}, {row['norm-free_learning_rate']:g}" for row in rows],
+            "Configuration": row["configuration"],
+            "Budget": f"{100 * row['share']:g} %",
+            "Tokens": f"{row['finetuning_tokens']:,}",
+            "Seeds": str(row["seeds"]),
+            **{heading: plus_minus(estimate(row, name), ".4f") for heading, name in losses.items()},
+            **{heading: plus_minus(estimate(row, name), "+.4f") for heading, name in differences.items()},
+            "Rates": f"{row['vanilla_learning_rate']:g}, {row['norm-free_learning_rate']:g}",
         }
+        for row in table.to_dict("records")
     )
+
+
+def estimate(row: Mapping[Any, Any], name: str) -> Estimate:
+    """The mean ``name`` in a row of :func:`removal_table`, with its interval."""
+    return Estimate(row[name], row[f"{name}_low"], row[f"{name}_high"], row["seeds"])
 
 
 def published_removals(published: pd.DataFrame) -> pd.DataFrame:
@@ -182,8 +178,8 @@ class PowerLaw:
     n: int
 
 
-def power_law(x: Sequence[float], y: Sequence[float], level: float = 0.95) -> PowerLaw:
-    """A straight line through log y against log x by least squares, with a Student t-interval (n - 2 degrees).
+def power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw:
+    """Least squares of log y on log x, with a 95 % Student t-interval of the slope (n - 2 degrees of freedom).
 
     With two points the bounds are NaN; with fewer than two different x, so is everything.
 
@@ -196,16 +192,6 @@ def power_law(x: Sequence[float], y: Sequence[float], level: float = 0.95) -> Po
     n, nan = len(xs), float("nan")
     if len(set(xs.tolist())) < 2:
         return PowerLaw(nan, nan, nan, nan, n)
-    centred, logs = np.log(xs) - np.log(xs).mean(), np.log(ys)
-    spread = float(centred @ centred)
-    slope = float(centred @ logs) / spread
-    residual = logs - logs.mean() - slope * centred
-    half = (
-        float(stats.t.ppf(0.5 + level / 2, n - 2) * np.sqrt(residual @ residual / (n - 2) / spread)) if n > 2 else nan
-    )
-    factor = float(np.exp(logs.mean() - slope * np.log(xs).mean()))
-    return PowerLaw(slope, slope - half, slope + half, factor, n)
-
-
-def _estimate(row: Mapping[Any, Any], name: str) -> Estimate:
-    return Estimate(row[name], row[f"{name}_low"], row[f"{name}_high"], row["seeds"])
+    line = stats.linregress(np.log(xs), np.log(ys))
+    slope, half = float(line.slope), float(stats.t.ppf(0.975, n - 2) * line.stderr) if n > 2 else nan
+    return PowerLaw(slope, slope - half, slope + half, float(np.exp(line.intercept)), n)

@@ -11,20 +11,12 @@ import pandas as pd
 import torch
 from rich.console import Console
 
-from normfree.columns import (
-    ACTIVE_SHARE,
-    ATTENDED_KEYS,
-    DELTA_PERCENT,
-    EVAL_LOSS,
-    EVAL_PPL,
-    EVAL_PPL_HIGH,
-    EVAL_PPL_LOW,
-)
+from normfree.columns import ACTIVE_SHARE, ATTENDED_KEYS, DELTA_PERCENT, EVAL_LOSS
 from normfree.data import PackedData
 from normfree.modeling import NormfreeConfig
 from normfree.probes.sparsity_probe import SparsityProbe
 from normfree.progress import stage
-from normfree.report import BANDS, Callout, Element, Paragraph, Section, Table, load_published, mean_confidence_interval
+from normfree.report import Element, Paragraph, Section, Table, load_published, mean_confidence_interval
 from normfree.report.overload import perplexity_and_overload
 from normfree.runner import (
     Configuration,
@@ -90,10 +82,10 @@ def active(share: float) -> Configuration:
 
 
 def measure(result: RunResult, data: PackedData, console: Console) -> None:
-    """Leaves ``sparsity.parquet`` in the run's folder, unless it is there: layer, active_share, attended_keys. Beside
-    it, of a model that decodes sparsely, ``decode.parquet`` as :func:`decode_seconds` has it.
+    """Writes ``sparsity.parquet`` into the run's folder, unless it is there: layer, active_share, attended_keys.
 
-    Of the final weights, on all evaluation sequences; NaN for a run that diverged, and keys for softmax attention.
+    For a model that decodes sparsely, also ``decode.parquet`` (see :func:`decode_seconds`). Final weights, all evaluation
+    sequences; NaN for a run that diverged, and for the attended keys of softmax attention.
     """
     _measure_sparsity(result, data, console)
     _measure_decode(result, console)
@@ -194,23 +186,17 @@ def describe_norms(page: StudyPage) -> Findings:
 
 def describe_curve(page: StudyPage) -> Findings:
     """Perplexity by the share of neurons that top-k aims at, and what is measured."""
-    table = page.table.set_index("configuration")
-    places = [(place, share) for place, share in enumerate(ACTIVE_SHARES) if active(share).label in table.index]
-    columns = [EVAL_PPL, EVAL_PPL_LOW, EVAL_PPL_HIGH]
-    rows: list[dict[str, Any]] = []
-    for place, share in places:
-        row = table.loc[active(share).label]
-        about = {"line": SPARK_FFN.label, "place": place, "value": f"{100 * share:g}", "top_band": row[BANDS[-1]]}
-        rows.append({**about, **{name: row[name] for name in columns}})
+    rows = [
+        {"line": SPARK_FFN.label, "place": place, "value": f"{100 * share:g}", **page.overload[active(share).label]}
+        for place, share in enumerate(ACTIVE_SHARES)
+        if active(share).label in page.overload
+    ]
     sections = _sparsity_sections(page, nominal=None)
     if rows:
-        dense = table.loc[LAYERNORM_GELU.label]
-        level = {"configuration": f"{LAYERNORM_GELU.label}, dense", EVAL_PPL: dense[EVAL_PPL]}
+        level = {**page.overload[LAYERNORM_GELU.label], "configuration": f"{LAYERNORM_GELU.label}, dense"}
         figure = page.figure(
             "perplexity-by-share",
-            perplexity_and_overload(
-                pd.DataFrame(rows), changed="neurons kept (%)", level={**level, "top_band": dense[BANDS[-1]]}
-            ),
+            perplexity_and_overload(pd.DataFrame(rows), changed="neurons kept (%)", level=level),
             "Perplexity and share of heads in the top quarter of the entropy range by the share of neurons that top-k "
             "aims at. At 100 % nothing is cut off: the product of the two parts alone. Dashed: the dense network.",
         )
@@ -219,9 +205,7 @@ def describe_curve(page: StudyPage) -> Findings:
 
 
 def _sparsity_sections(page: StudyPage, *, nominal: float | None) -> list[Section]:
-    measured = [each for each in page.results if (each.folder / SPARSITY_FILE).exists()]
-    missing = [each for each in page.results if each not in measured]
-    sections = []
+    measured, sections = page.measured(SPARSITY_FILE)
     if measured:
         sparsity = measured_frame(measured, SPARSITY_FILE)
         timed = [each for each in measured if (each.folder / DECODE_FILE).exists()]
@@ -249,12 +233,7 @@ def _sparsity_sections(page: StudyPage, *, nominal: float | None) -> list[Sectio
                 + (f"; the dashed line is what top-k aims at, {100 * nominal:g} %." if nominal else "."),
             ),
         ]
-        sections.append(Section("Sparsity", blocks))
-    if missing:
-        names = ", ".join(f"{each.row['configuration']} seed {each.row['seed']}" for each in missing)
-        command = f"normfree study {page.folder.study_name}"
-        told = f"Not measured yet, and not in these tables: {names}. `{command}` measures them."
-        sections.append(Section("Missing", [Callout(told, "warning")]))
+        sections = [Section("Sparsity", blocks), *sections]
     return sections
 
 
@@ -384,16 +363,12 @@ def _with_and_without_norms(preset: Preset) -> tuple[Configuration, ...]:
     )
 
 
-def _curve(preset: Preset) -> tuple[Configuration, ...]:
-    return (LAYERNORM_GELU, *(active(share) for share in ACTIVE_SHARES))
-
-
 CURVE = Study(
     name="spark-active",
     title="Spark Transformer: perplexity by the share of active neurons",
     question="How does perplexity depend on the share of active neurons?",
     baseline=LAYERNORM_GELU.label,
-    configurations=_curve,
+    configurations=lambda preset: (LAYERNORM_GELU, *(active(share) for share in ACTIVE_SHARES)),
     describe=describe_curve,
     measurement=lambda preset: _MEASUREMENT,
 )
