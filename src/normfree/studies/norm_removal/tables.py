@@ -192,6 +192,11 @@ def power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw:
     n, nan = len(xs), float("nan")
     if len(set(xs.tolist())) < 2:
         return PowerLaw(nan, nan, nan, nan, n)
-    line = stats.linregress(np.log(xs), np.log(ys))
-    slope, half = float(line.slope), float(stats.t.ppf(0.975, n - 2) * line.stderr) if n > 2 else nan
-    return PowerLaw(slope, slope - half, slope + half, float(np.exp(line.intercept)), n)
+    # scipy's linregress has the standard error from 1 − r², which loses its digits in a close fit.
+    centred, logs = np.log(xs) - np.log(xs).mean(), np.log(ys)
+    spread = float(centred @ centred)
+    slope = float(centred @ logs) / spread
+    residual = logs - logs.mean() - slope * centred
+    half = float(stats.t.ppf(0.975, n - 2) * np.sqrt(residual @ residual / (n - 2) / spread)) if n > 2 else nan
+    factor = float(np.exp(logs.mean() - slope * np.log(xs).mean()))
+    return PowerLaw(slope, slope - half, slope + half, factor, n)

@@ -84,8 +84,8 @@ def active(share: float) -> Configuration:
 def measure(result: RunResult, data: PackedData, console: Console) -> None:
     """Writes ``sparsity.parquet`` into the run's folder, unless it is there: layer, active_share, attended_keys.
 
-    For a model that decodes sparsely, also ``decode.parquet`` (see :func:`decode_seconds`). Final weights, all evaluation
-    sequences; NaN for a run that diverged, and for the attended keys of softmax attention.
+    For a model that decodes sparsely, also ``decode.parquet`` (see :func:`decode_seconds`). On final weights and all
+    evaluation sequences; NaN for a run that diverged, and for the attended keys of softmax attention.
     """
     _measure_sparsity(result, data, console)
     _measure_decode(result, console)
