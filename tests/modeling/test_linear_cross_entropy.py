@@ -324,6 +324,33 @@ def test_kernel_is_the_plain_way(n_row: int, vocab_size: int, scale: float, dtyp
     )
 
 
+@pytest.mark.skipif(library_refuses(module.NAME, module.INTERFACE) is not None, reason="the kernels are not compiled")
+@settings(max_examples=60, deadline=None)
+@given(
+    n_row=st.integers(1, 5),
+    vocab_size=st.integers(1, 200),
+    scale=st.floats(0.01, 30),
+    share=st.floats(0.01, 1),
+    tau=st.floats(0.25, 8),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 2**16),
+)
+def test_kernel_of_mixed_losses_is_the_plain_way(
+    n_row: int, vocab_size: int, scale: float, share: float, tau: float, dtype: torch.dtype, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits, teacher = (torch.randn(2, n_row, vocab_size, generator=generator) * scale).to(dtype)
+    targets = torch.randint(-1, vocab_size, (n_row,), generator=generator)
+    by_kernel, by_torch, untouched = logits.clone(), logits.double(), teacher.clone()
+    found = module._mixed_losses(by_kernel, teacher, targets, share, tau, True)
+    expected = module._plain_mixed_losses(by_torch, teacher.double(), targets, share, tau, True)
+    assert torch.equal(teacher, untouched)
+    for values, exact in zip(found, expected, strict=True):
+        torch.testing.assert_close(values, exact, rtol=1e-5, atol=3e-5 * max(1, scale / tau))
+    half = dtype == torch.bfloat16
+    torch.testing.assert_close(by_kernel.double(), by_torch, rtol=2**-7 if half else 1e-5, atol=2e-6 * max(1, tau))
+
+
 def test_threads_change_nothing() -> None:
     hidden, unembedding, labels = made_up(1003)
     before = torch.get_num_threads()

@@ -19,7 +19,7 @@ from normfree.entropy.scoring import soft_capped
 
 NOT_PREDICTED = -100
 """Label of a token that is not predicted, in transformers and torch."""
-NAME, INTERFACE = "cross_entropy", 1
+NAME, INTERFACE = "cross_entropy", 2
 KERNEL_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}
 """Bytes of logits in a block: what stays in a core's cache; on a GPU, what keeps it busy."""
@@ -94,10 +94,15 @@ def linear_cross_entropy(
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """The next-token loss of each token but the first, nats: float32 [batch, T - 1], 0 where its label is -100.
 
-    From whole logits [batch, T, vocab_size], with gradients.
+    From whole logits [batch, T, vocab_size], with their gradients.
     """
     targets = labels[:, 1:]
-    return _definition(logits[:, :-1].float(), targets.where(targets != NOT_PREDICTED, -1))
+    targets = targets.where(targets != NOT_PREDICTED, -1)
+    if logits.requires_grad and torch.is_grad_enabled():
+        return _definition(logits[:, :-1].float(), targets)
+    # The last token's row is passed over, not cut off, which would copy all others.
+    targets = nn.functional.pad(targets, (0, 1), value=-1)
+    return _losses(logits.flatten(0, 1), targets.flatten(), with_gradient=False).view(labels.shape)[:, :-1]
 
 
 class _Unembedded:
@@ -217,8 +222,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _losses(logits: Tensor, targets: Tensor, *, with_gradient: bool) -> Tensor:
     """The loss of each row of logits [n_row, vocab_size], float32; its gradient, if asked for, replaces the logits."""
-    is_taken = logits.device.type == "cpu" and logits.dtype in KERNEL_TYPES
-    if not is_taken or library_refuses(NAME, INTERFACE) is not None:
+    if not _has_kernel(logits):
         return _plain_losses(logits, targets, with_gradient=with_gradient)
     losses = torch.empty(len(logits))
     library(NAME, INTERFACE).normfree_cross_entropy(
@@ -246,6 +250,11 @@ def _widened(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype.itemsize < 4 else logits
 
 
+def _has_kernel(logits: Tensor) -> bool:
+    is_taken = logits.device.type == "cpu" and logits.dtype in KERNEL_TYPES
+    return is_taken and library_refuses(NAME, INTERFACE) is None
+
+
 def _plain_losses(logits: Tensor, targets: Tensor, *, with_gradient: bool) -> Tensor:
     """The same without a kernel."""
     wide = _widened(logits)
@@ -265,6 +274,26 @@ def _mixed_losses(
     logits: Tensor, teacher: Tensor, targets: Tensor, share: float, temperature: float, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """Loss and KL(teacher ‖ student) of each row, float32; their mixture's gradient, if asked for, replaces logits."""
+    if not _has_kernel(logits) or teacher.dtype != logits.dtype:
+        return _plain_mixed_losses(logits, teacher, targets, share, temperature, with_gradient)
+    losses, divergences = (torch.empty(len(logits)) for _ in range(2))
+    library(NAME, INTERFACE).normfree_mixed_cross_entropy(
+        KERNEL_TYPES[logits.dtype],
+        *map(address, (logits, teacher.contiguous())),
+        *sizes(*logits.shape),
+        address(targets.contiguous()),
+        *map(ctypes.c_double, (share, temperature)),
+        *map(address, (losses, divergences)),
+        ctypes.c_int(with_gradient),
+        torch.get_num_threads(),
+    )
+    return losses, divergences
+
+
+def _plain_mixed_losses(
+    logits: Tensor, teacher: Tensor, targets: Tensor, share: float, temperature: float, with_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """The same without a kernel."""
     wide = _widened(logits)
     is_predicted = targets >= 0
     losses = _definition(wide, targets)
