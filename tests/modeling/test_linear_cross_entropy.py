@@ -346,7 +346,7 @@ def test_kernel_of_mixed_losses_is_the_plain_way(
     expected = module._plain_mixed_losses(by_torch, teacher.double(), targets, share, tau, True)
     assert torch.equal(teacher, untouched)
     for values, exact in zip(found, expected, strict=True):
-        torch.testing.assert_close(values, exact, rtol=1e-5, atol=3e-5 * max(1, scale / tau))
+        torch.testing.assert_close(values.double(), exact, rtol=1e-5, atol=3e-5 * max(1, scale / tau))
     half = dtype == torch.bfloat16
     torch.testing.assert_close(by_kernel.double(), by_torch, rtol=2**-7 if half else 1e-5, atol=2e-6 * max(1, tau))
 

@@ -14,10 +14,18 @@ import pandas as pd
 import torch
 
 from normfree.errors import InputError
-from normfree.interpret.decoder_parts import check_decoder, intercepted, neuron_projections, read_inputs
+from normfree.interpret.decoder_parts import (
+    check_decoder,
+    intercepted,
+    neuron_projections,
+    read_inputs,
+    readers_of_residual_stream,
+    starting_at,
+)
 from normfree.interpret.direct_logit_attribution import check_predicting
 from normfree.interpret.readout import Readout
 from normfree.modeling import NormfreeForCausalLM
+from normfree.modeling.linear_cross_entropy import linear_cross_entropy
 from normfree.progress import track
 
 NULL_SPACE_SHARE = 0.01
@@ -98,7 +106,7 @@ def neuron_ablation_effects(
     A neuron's activation is replaced at all positions by its mean over the tokens of ``sequences``. For the frozen
     effect the final norm's σ of each token keeps its value without the ablation, which excludes what σ mediates (Stolfo
     et al., Section 3). Norms inside blocks are never frozen. Without a final norm the two are equal. Each neuron costs
-    one pass over the sequences.
+    a pass from its layer on, and the unembedding twice.
 
     Args:
         model: a pre-norm decoder in evaluation mode.
@@ -121,24 +129,33 @@ def neuron_ablation_effects(
     batches = sequences.to(model.device).split(batch_size)
     means, losses, stds = _unablated(model, readout, batches)
     projections = neuron_projections(model)
-    rows = []
-    for layer, neuron in track(pairs, "confidence neurons", unit="neurons"):
-        mean = means[layer][neuron]
+    blocks = readers_of_residual_stream(model)
+    changes: list[list[torch.Tensor]] = [[] for _ in pairs]
+    work = [(number, pair) for number in range(len(batches)) for pair in enumerate(pairs)]
+    streams: list[torch.Tensor] = []
+    for number, (place, (layer, neuron)) in track(work, "confidence neurons", unit="neurons"):
+        batch, loss, std = batches[number], losses[number], stds[number]
+        if place == 0:
+            streams = read_inputs(model, batch, blocks)
 
-        def ablate(_: int, activations: torch.Tensor, neuron: int = neuron, mean: torch.Tensor = mean) -> torch.Tensor:
+        def ablate(_: int, activations: torch.Tensor, layer: int = layer, neuron: int = neuron) -> torch.Tensor:
             ablated = activations.clone()
-            ablated[..., neuron] = mean
+            ablated[..., neuron] = means[layer][neuron]
             return ablated
 
-        total, frozen = [], []
-        for batch, loss, std in zip(batches, losses, stds, strict=True):
-            with intercepted([projections[layer]], ablate):
-                (final,) = read_inputs(model, batch, [model.model.final_norm])
-            total.append(_losses(model, readout, final, readout.std(final), batch) - loss)
-            frozen.append(_losses(model, readout, final, std, batch) - loss)
-        effects = _effects(torch.cat(total), torch.cat(frozen))
-        rows.append({"layer": layer, "neuron": neuron, "mean_activation": mean.item(), **effects})
-    return pd.DataFrame(rows)
+        with starting_at(model, layer, streams[layer]), intercepted([projections[layer]], ablate):
+            (final,) = read_inputs(model, batch, blocks[-1:])
+        found = [_losses(model, readout, final, each, batch) - loss for each in (readout.std(final), std)]
+        changes[place].append(torch.stack(found))
+    return pd.DataFrame(
+        {
+            "layer": layer,
+            "neuron": neuron,
+            "mean_activation": means[layer][neuron].item(),
+            **_effects(*torch.cat(each, dim=1)),
+        }
+        for (layer, neuron), each in zip(pairs, changes, strict=True)
+    )
 
 
 def _effects(total: torch.Tensor, frozen: torch.Tensor) -> dict[str, float]:
@@ -219,7 +236,5 @@ def _losses(
     model: NormfreeForCausalLM, readout: Readout, final: torch.Tensor, std: torch.Tensor, tokens: torch.Tensor
 ) -> torch.Tensor:
     """Loss of every predicted token, nats, float64 [batch, T − 1], for a given σ of the final norm."""
-    hidden = readout.normalized(final, std)[:, :-1].to(model.dtype)
-    logits = model.lm_head(hidden).to(torch.promote_types(model.dtype, torch.float32))
-    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
-    return losses.double().unflatten(0, (len(tokens), -1))
+    hidden = readout.normalized(final, std).to(model.dtype)
+    return linear_cross_entropy(hidden, model.lm_head, tokens).losses.double()

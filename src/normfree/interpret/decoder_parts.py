@@ -103,5 +103,27 @@ def read_inputs(
     return [inputs[place] for place in range(len(modules))]
 
 
+@contextmanager
+def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """While active, ``module`` computes ``forward``."""
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+
+@contextmanager
+def starting_at(model: NormfreeForCausalLM, layer: int, stream: torch.Tensor) -> Iterator[None]:
+    """While active, passes over the same tokens start at block ``layer``, which reads ``stream`` [batch, T, n_embd]."""
+    with ExitStack() as stack:
+        for block in _blocks(model)[:layer]:
+            stack.enter_context(replaced(block, lambda *_, **__: stream))
+        yield
+
+
 def _blocks(model: NormfreeForCausalLM) -> list[Any]:
     return list(model.model.blocks)

@@ -27,6 +27,7 @@ from normfree.interpret.prompts import induction_pairs, read_prompts
 from normfree.interpret.sequences import ComparedModels, SequenceOptions, TokenSequences, tokenizer_of
 from normfree.interpret.sinks import attention_sinks, residual_std_by_position
 from normfree.modeling import NormfreeForCausalLM
+from normfree.modeling.float32_products import FastProducts
 from normfree.progress import stage
 from normfree.report import FIGURES_FOLDER, Callout, Section, Table, figure_section, weights_entry, write_page
 
@@ -181,6 +182,7 @@ def compare_interpretability(
     return InterpretabilityComparison(found, read, compared.quantization, compared.loaded_as)
 
 
+@FastProducts()
 def interpret_model(
     model: NormfreeForCausalLM, sequences: torch.Tensor, pairs: PromptPairs, *, n_neuron: int
 ) -> dict[str, pd.DataFrame]:

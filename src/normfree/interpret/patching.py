@@ -23,6 +23,7 @@ from normfree.interpret.decoder_parts import (
     intercepted,
     read_inputs,
     readers_of_residual_stream,
+    starting_at,
 )
 from normfree.modeling import NormfreeForCausalLM
 from normfree.progress import track
@@ -81,8 +82,8 @@ def patch_heads(
     """Both patchings of the output of every attention head, before ``o_proj``, at all positions at once or at each.
 
     An effect is the change of :func:`logit_difference` from the corrupted run, in logits: measured with the clean
-    output in its place (a pass a head and, by position, a position), and estimated as Σ (clean − corrupted) · gradient
-    at the corrupted run (one backward pass).
+    output in its place (half a pass a head and, by position, a position), and estimated as Σ (clean − corrupted) ·
+    gradient at the corrupted run (one backward pass).
 
     Args:
         model: a pre-norm decoder in evaluation mode; the ``.grad`` of its weights is not changed.
@@ -163,13 +164,15 @@ def _patch(
         each = batch.to(model.device)
         with torch.no_grad():
             clean = read_inputs(model, each.clean, modules)
+            streams = read_inputs(model, each.corrupted, readers_of_residual_stream(model)[:-1])
         corrupted_metric, attribution = _attribution(model, each, modules, clean, n_head)
         if not by_position:
             attribution = attribution.sum(dim=-1, keepdim=True)
         activation = torch.empty_like(attribution)
         for layer, head, position in np.ndindex(*attribution.shape[1:]):
             where = (slice(None), slice(position, position + 1) if by_position else slice(None), head)
-            patched = _patched_metric(model, each, modules[layer], clean[layer].unflatten(-1, (n_head, -1)), where)
+            with starting_at(model, layer, streams[layer]):
+                patched = _patched_metric(model, each, modules[layer], clean[layer].unflatten(-1, (n_head, -1)), where)
             activation[:, layer, head, position] = patched - corrupted_metric
         results.append(torch.stack([activation, attribution]).cpu())
     effects = torch.cat(results, dim=1).numpy()

@@ -7,26 +7,36 @@ fast; torch's compiler takes it, through the operator that is called here.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
+P = ParamSpec("P")
+R = TypeVar("R")
 FEWEST_ROWS = 8
 """Fewer are bound by memory bandwidth, with either library."""
 _CPU_INFO = Path("/proc/cpuinfo")
 
 
 class FastProducts(TorchFunctionMode):
-    """Context manager: linear layers of any model multiply float32 on this CPU by oneDNN, where that is faster.
+    """Context manager and decorator: linear layers of any model multiply float32 by oneDNN, if that is faster here.
 
     Equal to the usual products to rounding, forward and backward. It changes nothing on other machines, for other
     dtypes and under autocast.
     """
+
+    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
+        @wraps(function)
+        def fast(*args: P.args, **kwargs: P.kwargs) -> R:
+            with FastProducts():
+                return function(*args, **kwargs)
+
+        return fast
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

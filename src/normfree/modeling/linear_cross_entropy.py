@@ -70,7 +70,8 @@ def linear_cross_entropy(
 ) -> CrossEntropy:
     """Next-token losses in nats: to rounding ``cross_entropy(unembedding(hidden)[:, :-1].float(), labels[:, 1:])``.
 
-    Products are made in the dtype of autocast; losses, softmax and the sums over blocks in float32.
+    Products are made in the dtype of autocast; losses, softmax and the sums over blocks in float32. All is float64 for
+    a float64 model.
 
     Args:
         hidden: the normalized final residual stream [batch, T, n_embd].
@@ -134,7 +135,8 @@ class _Blocks:
         block_bytes = BLOCK_BYTES.get(student.hidden.device.type, OTHER_BLOCK_BYTES)
         assert student.weight is not None
         self.n_row = max(FEWEST_ROWS, block_bytes // (student.weight.shape[0] * student.hidden.dtype.itemsize))
-        self.losses, self.divergences = (torch.empty(len(self.targets), device=student.hidden.device) for _ in range(2))
+        wide = torch.promote_types(student.hidden.dtype, torch.float32)
+        self.losses, self.divergences = (student.hidden.new_empty(len(self.targets), dtype=wide) for _ in range(2))
 
     def fill(self, gradients: _Gradients | None) -> None:
         """Makes losses, divergences and, if asked for, gradients."""
@@ -261,7 +263,7 @@ def _plain_losses(logits: Tensor, targets: Tensor, *, with_gradient: bool) -> Te
     losses = _definition(wide, targets)
     if with_gradient:
         logits.copy_(_gradient(wide, targets).where((targets >= 0)[:, None], 0))
-    return losses.float()
+    return losses
 
 
 def _gradient(wide: Tensor, targets: Tensor) -> Tensor:
@@ -304,7 +306,7 @@ def _plain_mixed_losses(
         mixed = log_q.exp_().sub_(p).mul_(share * temperature)
         mixed.add_(_gradient(wide, targets), alpha=1 - share)
         logits.copy_(mixed.where(is_predicted[:, None], 0))
-    return losses.float(), divergences.float()
+    return losses, divergences
 
 
 def _log_softmax(wide: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, default_data_collator
 
 from normfree.data.packed_sequences import PackedSequences
 from normfree.modeling import NormfreeForCausalLM
+from normfree.modeling.float32_products import FastProducts
 from normfree.modeling.linear_cross_entropy import NOT_PREDICTED, token_losses
 from normfree.probes import EntropyProbe
 from normfree.processes import n_processes, process_index
@@ -31,6 +32,7 @@ def sequence_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return _means(token_losses(logits, labels), labels)
 
 
+@FastProducts()
 @torch.no_grad()
 def losses_of(model: PreTrainedModel, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The mean next-token loss of each sequence in nats, float32 [batch], of ``tokens`` [batch, T] without padding.

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from normfree.errors import InputError
+from normfree.interpret.decoder_parts import replaced
 from normfree.modeling.decoder_blocks import decoder_blocks
 from normfree.training.evaluation import sequence_losses
 
@@ -100,7 +101,7 @@ class RecordedPass:
     def _replaced(self, forwards: Mapping[int, Callable[..., Any]]) -> Iterator[None]:
         with ExitStack() as stack:
             for layer, forward in forwards.items():
-                stack.enter_context(_replaced(self.calls[layer].block, forward))
+                stack.enter_context(replaced(self.calls[layer].block, forward))
             yield
 
 
@@ -227,16 +228,3 @@ def _constants(outputs: Mapping[int, Any]) -> dict[int, Callable[..., Any]]:
 
 def _stream_of(arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> Any:
     return keywords[STREAM_KEYWORD] if STREAM_KEYWORD in keywords else next(iter(arguments), None)
-
-
-@contextmanager
-def _replaced(block: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """While active, ``block`` computes ``forward``."""
-    own = block.__dict__.get("forward")
-    block.forward = forward
-    try:
-        yield
-    finally:
-        del block.forward
-        if own is not None:
-            block.forward = own

@@ -21,6 +21,7 @@ from normfree.interpret.depth.gradient_norms import measure_gradient_norms
 from normfree.interpret.depth.jacobian import jacobian_frame, squared_jacobian_distances
 from normfree.interpret.depth.layer_skipping import loss_increase_frame, losses_without_each, losses_without_last
 from normfree.interpret.depth.variance import WITHOUT_FIRST, nonfinite_entries, residual_variances, variance_frames
+from normfree.modeling.float32_products import FastProducts
 from normfree.progress import track
 
 UNDECIDED = "undecided"
@@ -54,6 +55,7 @@ class DepthMeasurement:
         return {name: frame.assign(**run)[[*run, *frame.columns]] for name, frame in frames.items()}
 
 
+@FastProducts()
 def measure_depth(
     model: PreTrainedModel,
     tokens: torch.Tensor,
