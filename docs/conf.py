@@ -52,7 +52,7 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 
 # Nothing comes from the network: the theme brings its fonts and scripts along.
-smartquotes = False
+smartquotes_action = "D"  # dashes, not quotes
 html_theme = "pydata_sphinx_theme"
 html_title = f"Normfree {version}"
 html_static_path = ["static"]

@@ -144,11 +144,12 @@ def _room_page(room: str) -> str:
         else:
             doc = inspect.cleandoc(each.doc).replace("\n", "\n   ")
             lines += [f".. py:data:: {each.name}", "", f"   {doc}", ""]
-    others = {each.name for each in public_names() if each.room == room}
+    described = {each.name for each in public_names() if each.room == room}
+    home = {id(each.value): f"{each.room}.{each.name}" for each in public_names()}
     module = importlib.import_module(room)
-    elsewhere = sorted(set(module.__all__) - others)
+    elsewhere = [home.get(id(getattr(module, name)), name) for name in sorted({*module.__all__} - described)]
     if elsewhere:
-        lines += ["Also here: " + ", ".join(f"``{name}``" for name in elsewhere) + ".", ""]
+        lines += ["Also here: " + ", ".join(f":py:obj:`{name}`" for name in elsewhere) + ".", ""]
     return "\n".join(lines)
 
 
@@ -185,8 +186,11 @@ def _paragraphs(text: str | None) -> str:
 
 
 def _cell(text: str, *, escape: bool = False) -> str:
-    """Text of one line of Markdown; code in backticks stays code."""
-    parts = " ".join(text.replace(str(Path.home()), "~").split()).split("`")
+    """Text of one line of Markdown; code in backticks stays code, and options become code."""
+    text = " ".join(text.replace(str(Path.home()), "~").split())
+    if escape:
+        text = re.sub(r"(?<![\w`-])--[a-z][a-z-]*", r"`\g<0>`", text)
+    parts = text.split("`")
     if escape:
         parts[::2] = [re.sub(r"([\\*_<>\[\]$])", r"\\\1", part) for part in parts[::2]]
     return "`".join(parts).replace("|", r"\|")
