@@ -69,11 +69,8 @@ html_theme_options = {
     "footer_start": ["copyright"],
     "footer_end": [],
 }
-html_sidebars = {
-    name: []
-    for name in ("index", *(f"reference/{page}" for page in generate.pages(DOCS) if page.endswith(".md")))
-    if name != "reference/index.md"
-}
+# Pages without others below them need no list of them.
+html_sidebars = {page: [] for page in ("index", *(f"reference/{name}" for name in generate.PAGES))}
 html_context = {"default_mode": "auto"}
 copybutton_exclude = ".linenos, .gp, .go"
 

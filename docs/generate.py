@@ -37,6 +37,8 @@ ROOMS = {
 """Modules with public names, ``__all__``, and what they are for. A name is described in the first that has it."""
 PARTS = ("normfree.modeling.conversion", "normfree.removal.stock")
 """Modules whose public names are those of a room."""
+PAGES = ("commands", "gallery", "architecture", "contributing", "changelog")
+"""Generated pages next to the API reference."""
 
 _IMAGE = re.compile(r"^!\[([^\]]*)\]\((images/[^)]+)\)", re.MULTILINE)
 _HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
