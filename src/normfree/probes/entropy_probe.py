@@ -12,7 +12,7 @@ from normfree.entropy.fused import BACKENDS
 from normfree.errors import InputError, unknown_name
 from normfree.probes.attention_probe import AttentionProbe
 from normfree.probes.layer_statistics import LayerStatistics
-from normfree.probes.measuring import measure
+from normfree.probes.measuring import measure_call
 from normfree.probes.probe import LayerRow, rows_by_head, rows_by_layer
 from normfree.probes.watching import Attending, Row
 
@@ -156,8 +156,8 @@ class EntropyProbe(AttentionProbe[LayerStatistics]):
             yield from rows_by_layer({SCORES_NAN_COUNT: nan.sum(dim=1), SCORES_INF_COUNT: inf.sum(dim=1)})
 
     def _read(self, row: Row, attending: Attending) -> None:
-        parts = self._parts.of(attending)
-        for queries, entropy, sink_share, nonfinite in measure(parts, self._backend, self._count_nonfinite):
+        measured = measure_call(self._parts, attending, self._backend, self._count_nonfinite)
+        for queries, entropy, sink_share, nonfinite in measured:
             n_head, n_position = entropy.shape[1], queries.start + entropy.shape[2]
             if row not in self._seen:
                 self._seen[row] = LayerStatistics.zeros(n_head, n_position, entropy.device)

@@ -60,7 +60,8 @@ class ForwardPasses:
     """Stack of running modules of one model, per thread, kept while the block of ``watch`` runs."""
 
     def __init__(self, modules: Collection[nn.Module]) -> None:
-        self._modules = set(modules)
+        # of a pass's many calls, those of torch's elementary modules tell nothing, but for the ids that embeddings take
+        self._modules = {module for module in modules if not _is_elementary(module)}
         self._local = threading.local()
         self._ends: weakref.WeakKeyDictionary[Cache, int] = weakref.WeakKeyDictionary()
         self.reset()
@@ -141,6 +142,11 @@ class ForwardPasses:
         depth = next((depth for depth, (outer, _) in enumerate(frames) if outer is module), None)
         if depth is not None:
             del frames[depth:]
+
+
+def _is_elementary(module: nn.Module) -> bool:
+    is_torchs = type(module).__module__.startswith("torch.nn.modules")
+    return is_torchs and not module._modules and not isinstance(module, nn.Embedding)
 
 
 @contextmanager

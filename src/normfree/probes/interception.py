@@ -12,7 +12,6 @@ Nothing is attached to a model: it can be copied, pickled and saved while it is 
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -155,27 +154,25 @@ def _get_observed_interface(
 def _describe(
     function: Callable[..., Any], is_eager: bool, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
 ) -> InterfaceCall:
-    bound = _INTERFACE.bind(*args, **kwargs)
-    given = bound.arguments
+    module, query, key, mask, n_positional, others = _given(*args, **kwargs)
     return InterfaceCall(
         function=function,
         is_eager=is_eager,
-        module=given["module"],
-        query=given["query"],
-        key=given["key"],
-        attention_mask=given.get("attention_mask"),
+        module=module,
+        query=query,
+        key=key,
+        attention_mask=mask,
         weights=result[1] if isinstance(result, tuple) and len(result) > 1 else None,
-        n_positional=len(given.get("args", ())),
-        others=given.get("kwargs", {}),
+        n_positional=n_positional,
+        others=others,
     )
 
 
-def _interface(
+def _given(
     module: Any, query: Any, key: Any, value: Any, attention_mask: Any = None, *args: Any, **kwargs: Any
-) -> None: ...
-
-
-_INTERFACE = inspect.signature(_interface)
+) -> tuple[Any, Any, Any, Any, int, dict[str, Any]]:
+    """The arguments of an attention function, which has this signature."""
+    return module, query, key, attention_mask, len(args), kwargs
 
 
 def _observed_softmax(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

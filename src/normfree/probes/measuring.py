@@ -6,13 +6,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from normfree.entropy.compiled_attention import Attended
 from normfree.entropy.fused import attention_entropy_and_sink
 from normfree.entropy.nonfinite_scores import NonFiniteCount, count_nonfinite
-from normfree.entropy.reference import ReadWeights, read_weights
+from normfree.entropy.reference import read_weights
 from normfree.entropy.visibility import Visibility, visibility_of
-from normfree.probes.interception import SoftmaxCall
+from normfree.probes.interception import InterfaceCall, SoftmaxCall
 from normfree.probes.layer_statistics import Queries
 from normfree.probes.padding import UnclearPaddingError, first_own_key, valid_queries
 from normfree.probes.reading import Attention, UnreadableCallError, read_call
@@ -76,9 +78,17 @@ class Parts:
 
     def __init__(self) -> None:
         self._mask: _KnownMask | None = None
+        self._causal: Queries | None = None
 
     def forget_mask(self) -> None:
         self._mask = None
+
+    def causal(self, n_row: int, n_query: int) -> Queries:
+        """The queries of sequences from their first token on, of which each sees the keys up to its own."""
+        if self._causal is None or self._causal.valid.shape != (n_row, n_query):
+            counts = torch.arange(1, n_query + 1)[None, None]
+            self._causal = Queries(0, torch.ones(n_row, n_query, dtype=torch.bool), counts)
+        return self._causal
 
     def of(self, attending: Attending) -> Iterator[Part]:
         """One item for each sequence of a packed row, or one for all rows.
@@ -116,6 +126,21 @@ class Parts:
         return masked
 
 
+def measure_call(parts: Parts, attending: Attending, backend: str, counts_nonfinite: bool) -> Iterator[Measured]:
+    """The entropies of one call: those that came with its output, or else of each of its parts.
+
+    Raises:
+        UnreadableCallError, InputError: with the reason.
+    """
+    call = attending.call
+    attended = call.weights if isinstance(call, InterfaceCall) and isinstance(call.weights, Attended) else None
+    if attended is None or backend != "auto" or attending.start or bool(attended.entropy.isnan().any()):
+        yield from measure(parts.of(attending), backend, counts_nonfinite)
+    else:  # every score is finite
+        n_row, _, n_query = attended.entropy.shape
+        yield Measured(parts.causal(n_row, n_query), attended.entropy, attended.first, None)
+
+
 def measure(parts: Iterable[Part], backend: str, counts_nonfinite: bool) -> Iterator[Measured]:
     """The entropies of each part.
 
@@ -140,10 +165,7 @@ def _measure_scores(scores: Tensor, part: Part, counts_nonfinite: bool) -> Measu
 def _measure_attention(attention: Attention, part: Part, backend: str, counts_nonfinite: bool) -> Measured:
     queries, visibility = part.queries, part.visibility
     read = None
-    if attention.attended is not None and backend == "auto":
-        entropy, first = attention.attended.entropy, attention.attended.first
-        read = ReadWeights(entropy, first, all_scores_finite=not bool(entropy.isnan().any()))
-    elif attention.weights is not None and backend == "auto":
+    if attention.weights is not None and backend == "auto":
         read = read_weights(attention.weights, visibility)
     if attention.selects and read is None:
         raise UnreadableCallError("it attends to selected keys, and handed back no float32 distribution over them")
@@ -245,7 +267,6 @@ def part_of(attention: Attention, sequence: Sequence | None) -> Attention:
         k=attention.k[row : row + 1, :, inside],
         attention_mask=cut(mask, 1) if mask is not None and mask.dim() == 2 else cut(mask, 2, 3),
         weights=cut(attention.weights, 2, 3),
-        attended=None,
         bias=cut(attention.bias, 2, 3),
         sinks=cut(sinks, 2) if sinks is not None and sinks.dim() == 3 else sinks,
         sequences=(),

@@ -121,10 +121,10 @@ def read_calls(stack: ExitStack, module: nn.Module, read: Callable[[Any, Any], N
     It runs without gradients, and not in calls that recompute under gradient checkpointing.
     """
 
-    @torch.no_grad()
     def hook(module: nn.Module, inputs: Any, output: Any) -> None:
         if not is_backward():
-            read(inputs, output)
+            with torch.no_grad():
+                read(inputs, output)
 
     stack.callback(module.register_forward_hook(hook).remove)
 

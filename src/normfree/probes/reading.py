@@ -22,7 +22,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_flash_attention_utils import _is_packed_sequence, prepare_fa_kwargs_from_position_ids
 
 from normfree.entropy import attention_entropy
-from normfree.entropy.compiled_attention import Attended
 from normfree.modeling.attention import compiled_attention_forward
 from normfree.probes.interception import TORCH_SDPA, InterfaceCall
 from normfree.probes.sequences import Sequence, sequences_of_lengths
@@ -58,7 +57,6 @@ class Attention:
 
     weights: float32 or float64 [batch, n_head, n_query, n_key], if the attention function returned them; None with a
         learned sink, as functions differ in whether they then sum to 1.
-    attended: entropy and attention to the first key, if the attention function computed them with its output.
     selects: it attends to some of the visible keys only, and only ``weights`` tell the distribution.
     sequences: those packed into the row, if the call names them.
     """
@@ -70,7 +68,6 @@ class Attention:
     attention_mask: Tensor | None
     sliding_window: int | None
     weights: Tensor | None
-    attended: Attended | None = None
     selects: bool = False
     softcap: float | None = None
     bias: Tensor | None = None
@@ -140,7 +137,6 @@ def read_call(call: InterfaceCall) -> Attention:
         attention_mask=masking.attention_mask,
         sliding_window=masking.sliding_window,
         weights=_weights(call) if sinks is None else None,
-        attended=call.weights if isinstance(call.weights, Attended) else None,
         selects=any(call.others.get(name) is not None for name in SELECTING_ARGUMENTS),
         softcap=_softcap(call),
         bias=_bias(call, masking.n_key),

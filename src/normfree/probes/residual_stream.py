@@ -140,6 +140,7 @@ class ResidualStreamProbe(Probe):
 
     def reset(self) -> None:
         self._statistics: list[StreamStatistics | None] = [None] * len(self._blocks)
+        self._stacked: StreamStatistics | None = None
         self._refused: dict[int, str] = {}
 
     @property
@@ -234,6 +235,7 @@ class ResidualStreamProbe(Probe):
             read_calls(stack, block, partial(self._read, layer))
 
     def _reduce(self) -> None:
+        self._stacked = None
         for layer, seen in enumerate(self._statistics):
             if seen is not None:
                 everyones = [torch.empty_like(seen.packed) for _ in range(torch.distributed.get_world_size())]
@@ -247,12 +249,16 @@ class ResidualStreamProbe(Probe):
             what = f"a tensor of {x.ndim} dimensions" if isinstance(x, Tensor) else type(x).__name__
             self._refused[layer] = f"it puts out {what}, not activations [n_sequence, T, d]"
             return
+        self._stacked = None
         seen, new = self._statistics[layer], StreamStatistics.of(x)
         self._statistics[layer] = new if seen is None else seen + new
 
     def _seen(self) -> StreamStatistics:
         """Statistics of all layers, [n_layer, 11 + d] on the CPU; zeros for a layer that was not read."""
-        read = {layer: each.packed.cpu() for layer, each in enumerate(self._statistics) if each is not None}
-        size = next((packed.shape for packed in read.values()), (CHANNEL_SQUARES.start + 1,))
-        nothing = torch.zeros(size, dtype=torch.float64)
-        return StreamStatistics(torch.stack([read.get(layer, nothing) for layer in range(len(self._statistics))]))
+        if self._stacked is None:
+            read = {layer: each.packed.cpu() for layer, each in enumerate(self._statistics) if each is not None}
+            size = next((packed.shape for packed in read.values()), (CHANNEL_SQUARES.start + 1,))
+            nothing = torch.zeros(size, dtype=torch.float64)
+            layers = range(len(self._statistics))
+            self._stacked = StreamStatistics(torch.stack([read.get(layer, nothing) for layer in layers]))
+        return self._stacked

@@ -86,6 +86,7 @@ class AttentionWatch:
     def reset(self) -> None:
         self.refused: dict[Row, str] = {}
         self._seen: set[Row] = set()
+        self._ordered: tuple[int, list[Row]] | None = None
         self.passes.reset()
 
     @contextmanager
@@ -96,6 +97,11 @@ class AttentionWatch:
     @property
     def rows(self) -> list[Row]:
         """Rows seen or expected: all first softmaxes in the model's order, then all second ones."""
+        if self._ordered is None or self._ordered[0] != len(self._seen):  # rows are never taken back
+            self._ordered = len(self._seen), self._in_order()
+        return self._ordered[1]
+
+    def _in_order(self) -> list[Row]:
         seen = {self._modules[row.layer] for row in self._seen}
         inside = {inner for module in seen for inner in module.modules()}
         unseen = {
