@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from normfree.cli.console import open_console, print_json, records, say, say_origin, table
 from normfree.cli.names import model_name, output_folder
-from normfree.cli.options import (
-    DEFAULT_CACHE_DIR,
-    Bos,
-    CacheDir,
-    Compared,
-    ComparedCorpus,
-    ComparedLength,
-    ComparedTokenizer,
-    Device,
-    Dtype,
-    Json,
-    Revision,
-    at_revision,
-    checked_folder,
-    command_line,
-)
+from normfree.cli.options import Compared, Json, Output, Revision, at_revision, command_line, reads_sequences
 from normfree.errors import InputError
 
-Out = Annotated[
-    Path | None,
-    typer.Option(help="Folder for CSV files, figures and the report; default depth/MODEL.", callback=checked_folder),
-]
 _COLUMNS = {
     "model": "{model}",
     "layers": "{n_layer}",
@@ -43,21 +23,15 @@ _COLUMNS = {
 }
 
 
+@reads_sequences(32)
 def depth(
     models: Compared,
-    corpus: ComparedCorpus = None,
-    tokenizer: ComparedTokenizer = None,
-    sequence_length: ComparedLength = None,
-    sequences: Annotated[int, typer.Option(help="Sequences to measure on.")] = 32,
     probes: Annotated[int, typer.Option(help="Random vectors a sequence for each Jacobian.")] = 8,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences in memory at once.")] = 8,
-    out: Out = None,
-    bos: Bos = None,
-    device: Device = None,
-    dtype: Dtype = None,
+    out: Output = None,
     revision: Revision = None,
-    cache_dir: CacheDir = DEFAULT_CACHE_DIR,
     json_: Json = False,
+    **reading: Any,
 ) -> None:
     """Which layers of a model do little: variance, skipped layers, angular distance, Jacobians, gradients.
 
@@ -72,19 +46,8 @@ def depth(
     models = at_revision(models, revision)
     folder = output_folder(out, "depth", models)
     console = open_console(json_)
-    found = compare_depth(
-        {model_name(source, models): source for source in models},
-        n_probe=probes,
-        batch_size=batch_size,
-        device=device,
-        dtype=dtype,
-        corpus=corpus,
-        tokenizer=tokenizer,
-        sequence_length=sequence_length,
-        n_sequences=sequences,
-        cache_dir=cache_dir,
-        bos=bos,
-    )
+    named = {model_name(source, models): source for source in models}
+    found = compare_depth(named, n_probe=probes, batch_size=batch_size, **reading)
     found.write(folder, command_line())
     if json_:
         rows = {

@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.table import Table
 
 from normfree.cli.console import open_console, print_json, say, say_origin, table
 from normfree.cli.names import model_name, output_folder
-from normfree.cli.options import (
-    DEFAULT_CACHE_DIR,
-    Bos,
-    CacheDir,
-    Device,
-    Dtype,
-    Json,
-    Model,
-    Revision,
-    Sequences,
-    Tokenizer,
-    at_revision,
-    checked_corpus,
-    checked_folder,
-)
+from normfree.cli.options import Json, Model, Output, Revision, at_revision, reads_sequences
 from normfree.columns import SHARE_OF_UNIFORM, SINK_SHARE, UNIFORM_NATS
 from normfree.progress import stage
 
@@ -32,27 +16,8 @@ if TYPE_CHECKING:
     from normfree.measurement import Measurement
 
 
-def entropy(
-    model: Model,
-    corpus: Annotated[
-        str | None,
-        typer.Option(help="As for a study; default, for a run: its own evaluation sequences.", callback=checked_corpus),
-    ] = None,
-    tokenizer: Tokenizer = None,
-    sequence_length: Annotated[
-        int | None, typer.Option(help="T; default: the run's, or 512 or the model's positions.")
-    ] = None,
-    sequences: Sequences = 32,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for CSV and figures; default entropy/MODEL.", callback=checked_folder)
-    ] = None,
-    bos: Bos = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    revision: Revision = None,
-    cache_dir: CacheDir = DEFAULT_CACHE_DIR,
-    json_: Json = False,
-) -> None:
+@reads_sequences(32)
+def entropy(model: Model, out: Output = None, revision: Revision = None, json_: Json = False, **reading: Any) -> None:
     """Measure the attention entropy of every head of a model: a table, a CSV file a head and layer, a heatmap.
 
     Example: normfree entropy gpt2 --corpus installed-python --sequence-length 256
@@ -63,18 +28,7 @@ def entropy(
     folder, name = output_folder(out, "entropy", [model]), model_name(model, [model])
     console = open_console(json_)
     with stage(f"attention entropy of {name}"):
-        result = measure_on_corpus(
-            model,
-            corpus=corpus,
-            tokenizer=tokenizer,
-            sequence_length=sequence_length,
-            n_sequences=sequences,
-            bos=bos,
-            name=name,
-            device=device,
-            dtype=dtype,
-            cache_dir=cache_dir,
-        )
+        result = measure_on_corpus(model, name=name, **reading)
     result.save(folder)
     read = f"{result.n_sequences} sequences of {result.sequence_length} tokens ({result.beginning})"
     if json_:

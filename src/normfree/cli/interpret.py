@@ -3,53 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from normfree.cli.console import open_console, print_json, records, say, say_origin, table
 from normfree.cli.names import model_name, output_folder
-from normfree.cli.options import (
-    DEFAULT_CACHE_DIR,
-    Bos,
-    CacheDir,
-    Compared,
-    ComparedCorpus,
-    ComparedLength,
-    ComparedTokenizer,
-    Device,
-    Dtype,
-    Json,
-    Revision,
-    at_revision,
-    checked_folder,
-    command_line,
-)
+from normfree.cli.options import Compared, Json, Output, Revision, at_revision, command_line, reads_sequences
 
 
+@reads_sequences(64)
 def interpret(
     models: Compared,
-    corpus: ComparedCorpus = None,
-    tokenizer: ComparedTokenizer = None,
-    sequence_length: ComparedLength = None,
-    sequences: Annotated[int, typer.Option(help="Sequences to measure on.")] = 64,
     prompts: Annotated[
         Path | None,
         typer.Option(help="JSON lines with clean, corrupted, answer, wrong_answer; default: induction prompts."),
     ] = None,
     neurons: Annotated[int, typer.Option(help="Candidate confidence neurons to ablate.")] = 20,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder for CSV files, figures and the report; default interpretation/MODEL.", callback=checked_folder
-        ),
-    ] = None,
-    bos: Bos = None,
-    device: Device = None,
-    dtype: Dtype = None,
+    out: Output = None,
     revision: Revision = None,
-    cache_dir: CacheDir = DEFAULT_CACHE_DIR,
     json_: Json = False,
+    **reading: Any,
 ) -> None:
     """Direct logit attribution, patching, confidence neurons and sinks, of models with and without norms.
 
@@ -60,19 +34,8 @@ def interpret(
     models = at_revision(models, revision)
     folder = output_folder(out, "interpretation", models)
     console = open_console(json_)
-    found = compare_interpretability(
-        {model_name(each, models): each for each in models},
-        prompts=prompts,
-        n_neuron=neurons,
-        device=device,
-        dtype=dtype,
-        corpus=corpus,
-        tokenizer=tokenizer,
-        sequence_length=sequence_length,
-        n_sequences=sequences,
-        cache_dir=cache_dir,
-        bos=bos,
-    )
+    named = {model_name(each, models): each for each in models}
+    found = compare_interpretability(named, prompts=prompts, n_neuron=neurons, **reading)
     found.write(folder, command_line())
     if json_:
         read = {"beginning": found.sequences.beginning.summary(), "quantization": found.quantization}

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from normfree.cli.console import open_console, print_json, say, say_origin
 from normfree.cli.options import (
-    DEFAULT_CACHE_DIR,
-    Bos,
-    CacheDir,
-    Device,
-    Dtype,
     Json,
     Model,
     Revision,
-    Tokenizer,
     at_revision,
-    checked_corpus,
     checked_folder,
     numbers,
+    reads_sequences,
 )
 
 Out = Annotated[
@@ -31,30 +25,18 @@ DropSimilar = Annotated[
     int | None,
     typer.Option(help="Drop so many consecutive layers, those across which the angular distance is smallest."),
 ]
-Corpus = Annotated[
-    str | None,
-    typer.Option(
-        help="For --drop-similar, as for a study; default, for a run: its own sequences.", callback=checked_corpus
-    ),
-]
 
 
+@reads_sequences(32, "choose layers by --drop-similar on")
 def prune_layers(
     model: Model,
     out: Out,
     drop: Annotated[str | None, typer.Option(help="Layers to drop, counted from 0, e.g. 8,9,10.")] = None,
     drop_last: Annotated[int | None, typer.Option(help="Drop so many of the last layers.")] = None,
     drop_similar: DropSimilar = None,
-    corpus: Corpus = None,
-    tokenizer: Tokenizer = None,
-    sequence_length: Annotated[int | None, typer.Option(help="T, for --drop-similar; default: the model's.")] = None,
-    sequences: Annotated[int, typer.Option(help="Sequences for --drop-similar.")] = 32,
-    bos: Bos = None,
-    device: Device = None,
-    dtype: Dtype = None,
     revision: Revision = None,
-    cache_dir: CacheDir = DEFAULT_CACHE_DIR,
     json_: Json = False,
+    **reading: Any,
 ) -> None:
     """Export a model without some of its layers, for transformers to load.
 
@@ -70,14 +52,7 @@ def prune_layers(
         drop=None if drop is None else numbers("--drop", drop, "8,9,10"),
         drop_last=drop_last,
         drop_similar=drop_similar,
-        device=device,
-        dtype=dtype,
-        corpus=corpus,
-        tokenizer=tokenizer,
-        sequence_length=sequence_length,
-        n_sequences=sequences,
-        bos=bos,
-        cache_dir=cache_dir,
+        **reading,
     )
     read, dropped = pruned.sequences, pruned.dropped_layers
     if json_:
