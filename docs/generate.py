@@ -35,7 +35,7 @@ ROOMS = {
     "normfree.runner.executors": "Where the runs of a study are trained",
 }
 """Modules with public names, ``__all__``, and what they are for. A name is described in the first that has it."""
-PARTS = ("normfree.modeling.conversion", "normfree.removal.stock")
+PARTS = ("normfree.modeling.conversion",)
 """Modules whose public names are those of a room."""
 PAGES = ("commands", "gallery", "architecture", "contributing", "changelog")
 """Generated pages next to the API reference."""

@@ -75,6 +75,11 @@ class PackedSequences(Dataset[dict[str, torch.Tensor]]):
             all_labels[torch.from_numpy(~self.predicted[indices])] = NOT_PREDICTED
         return [{"input_ids": ids, "labels": labels} for ids, labels in zip(input_ids, all_labels, strict=True)]
 
+    def whole(self, n: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and labels of all, or of the first ``n``, sequences: int64 [n, T] each."""
+        items = self.__getitems__(list(range(len(self)))[:n])
+        return torch.stack([each["input_ids"] for each in items]), torch.stack([each["labels"] for each in items])
+
     def n_predicted(self) -> NDArray[np.int64]:
         """Predicted tokens of each sequence, [n_sequences]: all but the first, or those that are marked."""
         if self.predicted is None:

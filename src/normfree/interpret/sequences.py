@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict
 
-import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -274,7 +273,7 @@ def _own_sequences(
     if bos is not None:
         raise InputError("a run's own evaluation sequences begin as they do; name a corpus, or leave --bos out")
     data = same_data(measured.data, cache_dir, measured.fingerprint)
-    return _tensor(data.eval), Beginning.of(data.tokenizer, measured.data.beginning)
+    return data.eval.whole()[0], Beginning.of(data.tokenizer, measured.data.beginning)
 
 
 def _corpus_sequences(
@@ -291,8 +290,4 @@ def _corpus_sequences(
             beginning=beginning.token_ids,
             max_tokens=n_sequences * sequence_length,
         )
-        return _tensor(PackedSequences(path))
-
-
-def _tensor(packed: PackedSequences) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(packed.tokens, dtype=np.int64))
+        return PackedSequences(path).whole()[0]

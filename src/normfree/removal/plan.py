@@ -8,14 +8,12 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from normfree.data import PackedData, natural_rule, prepare_data, same_data
-from normfree.errors import InputError, invalid_fields
+from normfree.errors import InputError
 from normfree.removal.schedule import RemovalSchedule
 from normfree.training import RunConfig, load_pretrained
+from normfree.training.finetuning import changed_sections, continued_run
 from normfree.training.pretrained import check_embeddings
-from normfree.training.run_config import unknown_option, with_changes
 
 PUBLISHED_STEPS = 300
 SHARE_OF_TRAINING = 0.05
@@ -94,30 +92,12 @@ def plan(
         recipe["steps"] = max(1, round(SHARE_OF_TRAINING * trained.recipe.n_steps(trained.data.sequence_length)))
     if schedule is not None:
         recipe |= schedule.recipe.model_dump(exclude_none=True)
-    sections = {"data": data, "recipe": recipe}
-    if lora_rank is not None:
-        sections["lora"] = {"rank": lora_rank}
-    for name in changes:
-        section, _, option = name.partition(".")
-        if section not in sections or not option:
-            raise unknown_option(name, sections)
-    sections = with_changes(sections, changes)
+    sections = changed_sections({"data": data, "recipe": recipe}, changes, lora_rank)
     if trained is None and "corpus" not in sections["data"]:
         raise InputError(f"{source} is no run with data of its own; name a corpus to fine-tune on with --corpus")
     if trained is None and "beginning" not in sections["data"] and sections["data"]["tokenizer"] != "train":
         sections["data"]["beginning"] = natural_rule(sections["data"]["tokenizer"])
-    content = {
-        "model_name": source,
-        "configuration": "removal",
-        "seed": seed,
-        "model": {},
-        "start_from": str(Path(source).resolve()) if Path(source).exists() else source,
-        **sections,
-    }
-    try:
-        run = RunConfig.model_validate(content)
-    except ValidationError as error:
-        raise invalid_fields("remove-norm", error, RunConfig) from error
+    run = continued_run(source, "removal", seed, sections, "remove-norm")
     fingerprint = loaded.fingerprint if run.data == loaded.data else None
     return Plan(_with_checkpoints(run), fingerprint, loaded.n_embedding)
 

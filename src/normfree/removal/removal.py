@@ -9,7 +9,6 @@ from math import nan
 from pathlib import Path
 
 import pandas as pd
-import torch
 import yaml
 from transformers import PreTrainedModel
 
@@ -122,9 +121,8 @@ def remove(
 
 
 def _loss(model: NormfreeForCausalLM, blocks: PackedSequences) -> float:
-    items = blocks.__getitems__(list(range(len(blocks))))
-    sequences, labels = (torch.stack([item[name] for item in items]) for name in ("input_ids", "labels"))
-    return mean_loss(evaluation_losses(model.eval(), sequences, labels=labels), blocks.n_predicted())
+    tokens, labels = blocks.whole()
+    return mean_loss(evaluation_losses(model.eval(), tokens, labels=labels), blocks.n_predicted())
 
 
 def _claim(folder: Path, schedule: RemovalSchedule) -> None:

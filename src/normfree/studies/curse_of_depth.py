@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pandas as pd
-import torch
 from rich.console import Console
 
 from normfree.columns import EVAL_PPL, LOSS_NATS
@@ -106,7 +104,7 @@ def measure(result: RunResult, data: PackedData, console: Console) -> None:
     folder, checkpoint = result.folder / FOLDER, final_checkpoint(result)
     if (folder / "summary.csv").exists() or checkpoint is None:
         return
-    tokens = torch.from_numpy(np.asarray(data.eval.tokens[:SEQUENCES], dtype=np.int64))
+    tokens, _ = data.eval.whole(SEQUENCES)
     with stage(f"Measuring {result.row['configuration']} seed {result.row['seed']}"):
         found = measure_depth(load_pretrained(str(checkpoint)).model, tokens)
     write_depth(found.frames(), folder)

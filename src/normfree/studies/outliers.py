@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-import torch
 from rich.console import Console
 
 from normfree.columns import (
@@ -91,7 +90,7 @@ def measure(result: RunResult, data: PackedData, console: Console) -> None:
         quantization = pd.DataFrame({"precision": PRECISIONS, **dict.fromkeys(columns, np.nan)})
     else:
         model = load_pretrained(str(checkpoint)).model
-        sequences = torch.from_numpy(np.asarray(data.eval.tokens, dtype=np.int64))
+        sequences, _ = data.eval.whole()
         with stage(f"Measuring {result.row['configuration']} seed {result.row['seed']}"):
             signal = measure_signal_propagation(model, sequences, BATCH_SIZE)
             quantization = quantization_cost(model, sequences, BATCH_SIZE)

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: a run with defaults for what its user does not set."""
+"""Runs that start from a finished model; defaults of supervised fine-tuning."""
 
 from __future__ import annotations
 
@@ -39,48 +39,65 @@ def finetuning_run(
     seed: int,
     lora_rank: int | None = None,
 ) -> tuple[RunConfig, PackedData]:
-    """A run that continues from ``loaded`` on a corpus of prompts and completions, and its data.
+    """A run that starts from ``loaded`` on a corpus of prompts and completions, and its data.
 
-    The model keeps its tokenizer, what its sequences begin with, and its sequence length up to ``LONGEST_SEQUENCE``.
+    The model keeps its tokenizer, the beginning of its sequences, and its sequence length up to ``LONGEST_SEQUENCE``.
 
     Args:
-        loaded: the model to begin with.
-        cache_dir: where packed tokens are kept.
-        changes: any value by its dotted name; ``data.corpus`` among them.
-        epochs: budget in passes over the training split, where ``changes`` give none.
+        loaded: the model to start from.
+        cache_dir: of packed tokens.
+        changes: values by dotted name, ``data.corpus`` among them.
+        epochs: budget in passes over the training split, if ``changes`` set none.
         seed: of the order of the data and of dropout.
-        lora_rank: with it, low-rank changes train.
+        lora_rank: trains low-rank changes of this rank; default: all weights.
 
     Raises:
         InputError: no corpus is named, it cannot be used, or a name or value is wrong.
     """
     sections = _sections(loaded, changes, lora_rank)
-    has_budget = bool({"steps", "tokens"} & sections["recipe"].keys())
-    content = {
-        "model_name": loaded.source,
-        "configuration": "finetuned",
-        "seed": seed,
-        "model": {},
-        "start_from": str(Path(loaded.source).resolve()) if Path(loaded.source).exists() else loaded.source,
-        **sections,
-    }
-    try:
-        # Checked before the data are prepared, which takes long; epochs become steps afterwards.
-        run = RunConfig.model_validate(
-            content if has_budget else {**content, "recipe": {**sections["recipe"], "steps": 1}}
-        )
-        data = prepare_data(run.data, cache_dir)
-        loaded.check_tokenizer(data.tokenizer, "the tokenizer of the corpus")
-        if not has_budget:
-            steps = max(1, math.ceil(epochs * len(data.train) / run.recipe.batch_size))
-            run = RunConfig.model_validate({**content, "recipe": {**sections["recipe"], "steps": steps}})
-    except ValidationError as error:
-        raise invalid_fields("finetune", error, RunConfig) from error
+    recipe = sections["recipe"]
+    has_budget = "steps" in recipe or "tokens" in recipe
+    if not has_budget:
+        recipe["steps"] = 1  # checks all else before the data are prepared, which takes long
+    run = continued_run(loaded.source, "finetuned", seed, sections, "finetune")
+    data = prepare_data(run.data, cache_dir)
+    loaded.check_tokenizer(data.tokenizer, "the tokenizer of the corpus")
+    if not has_budget:
+        recipe["steps"] = max(1, math.ceil(epochs * len(data.train) / run.recipe.batch_size))
+        run = continued_run(loaded.source, "finetuned", seed, sections, "finetune")
     return run, data
 
 
+def changed_sections(sections: Mapping[str, Any], changes: Mapping[str, Any], lora_rank: int | None) -> dict[str, Any]:
+    """``sections`` of a run's configuration, and ``lora`` for a rank, with ``changes`` by dotted name.
+
+    Raises:
+        InputError: a name is not of an option in one of the sections.
+    """
+    sections = {**sections, **({} if lora_rank is None else {"lora": {"rank": lora_rank}})}
+    for name in changes:
+        section, _, option = name.partition(".")
+        if section not in sections or not option:
+            raise unknown_option(name, sections)
+    return with_changes(sections, changes)
+
+
+def continued_run(source: str, configuration: str, seed: int, sections: Mapping[str, Any], command: str) -> RunConfig:
+    """A run that starts from the model ``source``, with these ``sections`` of its configuration.
+
+    Raises:
+        InputError: a value is wrong; the message names ``command``.
+    """
+    start = str(Path(source).resolve()) if Path(source).exists() else source
+    named = {"model_name": source, "configuration": configuration, "seed": seed, "model": {}, "start_from": start}
+    try:
+        return RunConfig.model_validate({**named, **sections})
+    except ValidationError as error:
+        raise invalid_fields(command, error, RunConfig) from error
+
+
 def _sections(loaded: LoadedModel, changes: Mapping[str, Any], lora_rank: int | None) -> dict[str, Any]:
-    """The sections of a run's configuration (data, recipe, lora) that ``changes`` change.
+    """The sections data, recipe and lora with ``changes``.
 
     Raises:
         InputError: no corpus is named, or a name is wrong.
@@ -94,12 +111,7 @@ def _sections(loaded: LoadedModel, changes: Mapping[str, Any], lora_rank: int | 
     }
     if not Path(loaded.checkpoint).exists():
         sections["data"]["tokenizer"] = loaded.checkpoint
-    if lora_rank is not None:
-        sections["lora"] = {"rank": lora_rank}
-    for name in changes:
-        if name.partition(".")[0] not in sections:
-            raise unknown_option(name, sections)
-    sections = with_changes(sections, changes)
+    sections = changed_sections(sections, changes, lora_rank)
     if "corpus" not in sections["data"]:
         raise InputError("name what to fine-tune on with --corpus, such as pairs:FILE.jsonl")
     if "beginning" not in sections["data"]:

@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from normfree.columns import ENTROPY_NATS, EVAL_LOSS, EVAL_PPL, LOSS_NATS, TRAIN_LOSS
 from normfree.data import PackedData, same_data
 from normfree.devices import on_device
 from normfree.errors import InputError
-from normfree.training.evaluation import losses_of
+from normfree.training.evaluation import evaluation_losses
 from normfree.training.half_precision import autocast, float32_accumulation
 from normfree.training.pretrained import load_pretrained
 from normfree.training.records import LAYERS_FILE, METRICS_FILE, read_parquet
@@ -31,15 +30,17 @@ from normfree.training.run_folder import (
 )
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}
-"""By how many nats the loss of any one sequence may differ when it is measured again, by the precision of the run: on
-the same machine it is the same but for rounding, on another its kernels add in another order."""
+"""Most nats by which a sequence's loss may differ when it is measured again, by precision.
+
+Another machine adds in another order.
+"""
 
 
 @dataclass
 class Verification:
-    """What was found in one run folder; it holds if there are no ``problems``.
+    """The result for one run folder, which holds if there are no ``problems``.
 
-    unchecked: what could not be looked at, and why.
+    unchecked: what could not be checked, and why.
     """
 
     folder: Path
@@ -60,7 +61,7 @@ def verify_run(folder: Path, cache_dir: Path, *, evaluate: bool = True, device: 
     :data:`TOLERANCE`.
 
     Raises:
-        InputError: there is no run in ``folder``, or its tokens cannot be had any more.
+        InputError: there is no run in ``folder``, or its tokens are no longer available.
     """
     found = Verification(folder)
     run = load_run_config(folder / CONFIG_FILE)
@@ -80,7 +81,7 @@ def verify_run(folder: Path, cache_dir: Path, *, evaluate: bool = True, device: 
 
 
 def run_folders(folder: Path) -> list[Path]:
-    """The finished runs in ``folder``, be it a run or a study of any depth.
+    """The finished runs in ``folder``, a run or a study of any depth.
 
     Raises:
         InputError: there are none.
@@ -88,8 +89,8 @@ def run_folders(folder: Path) -> list[Path]:
     found = sorted(path.parent for path in folder.rglob(CONFIG_FILE) if (path.parent / RESULTS_FILE).exists())
     if not found:
         raise InputError(
-            f"{folder} holds no finished run ({CONFIG_FILE} and {RESULTS_FILE} are nowhere together); give the folder "
-            "of a run or of a study"
+            f"{folder} holds no finished run (a folder with {CONFIG_FILE} and {RESULTS_FILE}); give the folder of a "
+            "run or of a study"
         )
     return found
 
@@ -149,7 +150,7 @@ def _check_metrics(found: Verification, run: RunConfig, result: RunResult) -> No
         rows = metrics[metrics["name"] == name]
         _check_steps(found, METRICS_FILE, name, set(rows["step"]), at)
         n_bad = int((~np.isfinite(rows["value"])).sum())
-        # An overflow in fp16 is a step that is skipped, and no divergence.
+        # In fp16 a step that overflows is skipped: it is no divergence.
         if n_bad and result.row.get("status") == "finished" and recipe.precision != "fp16":
             found.problems.append(f"{METRICS_FILE}: {n_bad} values of {name} are not finite, and the run is finished")
     if not metrics["wall_seconds"].is_monotonic_increasing:
@@ -213,19 +214,13 @@ def _check_loss(found: Verification, run: RunConfig, result: RunResult, cache_di
         found.problems.append(f"{RESULTS_FILE}: eval_loss is {loss}, and the mean of the sequences' losses {mean}")
 
 
-@torch.no_grad()
 def _losses(run: RunConfig, data: PackedData, checkpoint: Path) -> NDArray[np.float64]:
     """The loss of each evaluation sequence in the run's own precision and batches: float64 [n]."""
     model = load_pretrained(str(checkpoint)).as_normfree()
     model.set_attn_implementation(run.recipe.attn_implementation)
-    losses = []
-    precision = run.recipe.precision
+    precision, (tokens, labels) = run.recipe.precision, data.eval.whole()
     with float32_accumulation(precision, model.device), autocast(precision, model.device):
-        for start in range(0, len(data.eval), run.recipe.micro_batch_size):
-            rows = data.eval.__getitems__(list(range(start, min(start + run.recipe.micro_batch_size, len(data.eval)))))
-            batch = {name: torch.stack([row[name] for row in rows]).to(model.device) for name in rows[0]}
-            losses.append(losses_of(model, batch["input_ids"], batch["labels"]).cpu())
-    return torch.cat(losses).double().numpy()
+        return evaluation_losses(model, tokens, run.recipe.micro_batch_size, labels=labels)
 
 
 def _same(first: float, second: float, tolerance: float) -> bool:

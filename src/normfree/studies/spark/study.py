@@ -101,7 +101,7 @@ def _measure_sparsity(result: RunResult, data: PackedData, console: Console) -> 
         write_parquet(pd.DataFrame({"layer": layers, ACTIVE_SHARE: np.nan, ATTENDED_KEYS: np.nan}), path)
         return
     model = load_pretrained(str(checkpoint)).as_normfree()
-    sequences = torch.from_numpy(np.asarray(data.eval.tokens, dtype=np.int64))
+    sequences, _ = data.eval.whole()
     told = f"{result.row['configuration']} seed {result.row['seed']}: sparsity"
     with stage(told), SparsityProbe(model) as probe, torch.inference_mode():
         for batch in sequences.split(BATCH_SIZE):
