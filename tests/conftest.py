@@ -13,7 +13,7 @@ import torch
 
 from normfree import cli, compiled
 from normfree.data import DataConfig, PackedData, prepare_data
-from normfree.training import Recipe, RunConfig
+from normfree.training import Recipe, RunConfig, RunResult, train
 from tests.data.made_up import document, write_documents
 from tests.small_study import blank_figures, preset_content, preset_file
 
@@ -61,7 +61,7 @@ def data(corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Packe
     return prepare_data(data_config(corpus_folder), tmp_path_factory.mktemp("cache"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_run(corpus_folder: Path) -> Callable[..., RunConfig]:
     """A factory of runs: two layers of width 16, a few steps, in float32."""
 
@@ -88,6 +88,14 @@ def tiny_run(corpus_folder: Path) -> Callable[..., RunConfig]:
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def plain_run(
+    tiny_run: Callable[..., RunConfig], data: PackedData, tmp_path_factory: pytest.TempPathFactory
+) -> RunResult:
+    """``tiny_run()``, finished: for tests that read it. It has been trained once for all of them."""
+    return train(tiny_run(), data, tmp_path_factory.mktemp("plain") / "run")
 
 
 @pytest.fixture

@@ -45,7 +45,8 @@ def ops(implementation: str = "sdpa", **options: Any) -> set[str]:
 
 def ops_of(model: NormfreeForCausalLM) -> set[str]:
     inputs = {"input_ids": torch.randint(19, (2, 9)), "use_cache": False}
-    program = torch.export.export(model, (), inputs).run_decompositions()
+    with torch.no_grad():
+        program = torch.export.export(model, (), inputs).run_decompositions()
     names = set()
     for node in program.graph.nodes:
         if not isinstance(node.target, torch._ops.OpOverload):

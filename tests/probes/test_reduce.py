@@ -1,9 +1,9 @@
 """Statistics summed over processes equal those of one process that saw everything."""
 
 import torch
-import torch.multiprocessing as mp
 
 from normfree.probes import EntropyProbe
+from tests.distributed.launch import together
 
 from .small_models import batch_of, build
 
@@ -24,18 +24,18 @@ def results_of(probe):
     return [probe.per_head(), probe.per_position(), probe.maximum(), probe.sink_share(), probe.rows()]
 
 
-def one_process(rank, folder):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=N_PROCESS
-    )
+def one_process(folder):
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
     probe = probe_batches([rank])
     probe.reduce()
-    torch.save(results_of(probe), f"{folder}/{rank}.pt")
+    torch.save(results_of(probe), folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 def test_two_processes_give_what_one_gives(tmp_path):
-    mp.spawn(one_process, args=(str(tmp_path),), nprocs=N_PROCESS)  # type: ignore[attr-defined]
+    ended = together(N_PROCESS, lambda: one_process(tmp_path), tmp_path)
+    assert ended.codes == [0, 0], ended.output
     expected = results_of(probe_batches(range(N_PROCESS)))
     for rank in range(N_PROCESS):
         for mine, right in zip(torch.load(tmp_path / f"{rank}.pt"), expected, strict=True):

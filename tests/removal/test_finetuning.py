@@ -31,7 +31,7 @@ from normfree.removal.finetuning import (
 from normfree.removal.midway import Midway
 from normfree.removal.plan import plan
 from normfree.removal.schedule import Removal, automatic_schedule, load_schedule
-from normfree.training import Callback, RunConfig, RunState, train
+from normfree.training import Callback, RunConfig, RunResult, RunState
 from normfree.training.lora import LoraOptions
 from normfree.training.objectives import CROSS_ENTROPY
 
@@ -420,21 +420,21 @@ def test_bad_input_writes_nothing(
 
 
 def test_a_run_of_ours_takes_another_tokenizer_with_its_vocabulary(
-    tiny_run: Callable[..., RunConfig], data: PackedData, tmp_path: Path
+    plain_run: RunResult, tiny_run: Callable[..., RunConfig], data: PackedData
 ) -> None:
-    train(tiny_run(), data, tmp_path / "run")
-    planned = plan(str(tmp_path / "run"), changes={}, seed=3)
+    model = str(plain_run.folder)
+    planned = plan(model, changes={}, seed=3)
     assert (planned.run.data, planned.run.seed) == (tiny_run().data, 3)
     assert planned.fingerprint == data.fingerprint, "on the very tokens it was trained on"
-    changed = plan(str(tmp_path / "run"), changes={"data.tokenizer": "gpt2"}, seed=0)
+    changed = plan(model, changes={"data.tokenizer": "gpt2"}, seed=0)
     assert (changed.run.data.tokenizer, changed.fingerprint) == ("gpt2", None)
     assert changed.run.recipe.batch_size == tiny_run().recipe.batch_size
-    low_rank = plan(str(tmp_path / "run"), changes={"lora.alpha": 3}, seed=0, lora_rank=6)
+    low_rank = plan(model, changes={"lora.alpha": 3}, seed=0, lora_rank=6)
     assert low_rank.run.lora == LoraOptions(rank=6, alpha=3)
 
 
 def test_a_schedule_brings_its_recipe(
-    tiny_run: Callable[..., RunConfig], data: PackedData, gpt2: Path, corpus: Path, tmp_path: Path
+    plain_run: RunResult, tiny_run: Callable[..., RunConfig], gpt2: Path, corpus: Path
 ) -> None:
     published = load_schedule("gpt2-xl")
     changes = {"data.corpus": f"directory:{corpus}", "data.tokenizer": "train"}
@@ -444,8 +444,7 @@ def test_a_schedule_brings_its_recipe(
     given = {**changes, "recipe.learning_rate": 3e-4, "recipe.steps": 900}
     recipe = plan(str(gpt2), changes=given, seed=0, schedule=published).run.recipe
     assert (recipe.steps, recipe.learning_rate, recipe.decay_steps) == (900, 3e-4, 1200)
-    train(tiny_run(), data, tmp_path / "run")
-    recipe = plan(str(tmp_path / "run"), changes={}, seed=0, schedule=published).run.recipe
+    recipe = plan(str(plain_run.folder), changes={}, seed=0, schedule=published).run.recipe
     assert (recipe.steps, recipe.batch_size) == (800, tiny_run().recipe.batch_size)
 
 

@@ -14,7 +14,7 @@ from normfree import NormfreeConfig, NormfreeForCausalLM
 from normfree.data import PackedData
 from normfree.errors import InputError
 from normfree.spark import to_spark
-from normfree.training import RunConfig, train
+from normfree.training import RunConfig, RunResult, train
 from tests.modeling import reference
 
 SIZES: dict[str, Any] = {"vocab_size": 19, "n_positions": 32, "n_layer": 2, "n_head": 4, "n_embd": 32}
@@ -88,11 +88,10 @@ def test_what_cannot_be_converted_is_one_line(
 
 
 def test_a_run_starts_from_what_the_command_made(
-    normfree: Command, tiny_run: Callable[..., RunConfig], data: PackedData, tmp_path: Path
+    normfree: Command, plain_run: RunResult, tiny_run: Callable[..., RunConfig], data: PackedData, tmp_path: Path
 ) -> None:
-    train(tiny_run(), data, tmp_path / "dense")
     options = ("--ffn-active", "0.25", "--attention-active", "4", "--topk", "exact")
-    code, out, err = normfree("to-spark", tmp_path / "dense", "--out", tmp_path / "spark", *options, "--json")
+    code, out, err = normfree("to-spark", plain_run.folder, "--out", tmp_path / "spark", *options, "--json")
     assert code == 0, err
     told = json.loads(out)
     assert told["parameters"] == told["dense_parameters"]
@@ -104,10 +103,10 @@ def test_a_run_starts_from_what_the_command_made(
     assert (config.ffn, config.attention, config.topk) == ("spark", "spark", "exact")
     assert (config.spark_sizes.ffn_active, config.spark_sizes.attention_active) == (16, 4)
 
-    code, _, err = normfree("to-spark", tmp_path / "dense", "--out", tmp_path / "spark")
+    code, _, err = normfree("to-spark", plain_run.folder, "--out", tmp_path / "spark")
     assert code == 2
     assert "exists and is not empty" in err
-    code, _, err = normfree("to-spark", tmp_path / "dense", "--out", tmp_path / "new", "--ffn-active", "many")
+    code, _, err = normfree("to-spark", plain_run.folder, "--out", tmp_path / "new", "--ffn-active", "many")
     assert code == 2
     assert err.count("\n") == 1
     assert "--ffn-active is 'many'" in err

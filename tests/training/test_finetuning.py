@@ -11,7 +11,7 @@ from scipy.special import log_softmax
 
 from normfree.data import PackedData
 from normfree.errors import InputError
-from normfree.training import RunConfig, load_pretrained, train
+from normfree.training import RunConfig, RunResult, load_pretrained, train
 from normfree.training.finetuning import finetuning_run
 from tests.data.test_pairs import PAIRS, write
 
@@ -19,9 +19,8 @@ QUICK = {"recipe.batch_size": 8, "recipe.precision": "fp32", "recipe.learning_ra
 
 
 @pytest.fixture
-def base(data: PackedData, tiny_run: Callable[..., RunConfig], tmp_path: Path) -> Path:
-    train(tiny_run(), data, tmp_path / "base")
-    return tmp_path / "base"
+def base(plain_run: RunResult) -> Path:
+    return plain_run.folder
 
 
 def finetuned(base: Path, folder: Path, **options: Any) -> tuple[RunConfig, PackedData]:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from normfree import NormfreeConfig, NormfreeForCausalLM
 from normfree.data import PackedData
 from normfree.errors import InputError
-from normfree.training import Callback, RunConfig, RunState, load_pretrained, train
+from normfree.training import Callback, RunConfig, RunResult, RunState, load_pretrained, train
 from normfree.training.lora import ADAPTERS_FILE, Adapters, LoraOptions
 from normfree.training.run_folder import last_checkpoint
 
@@ -107,16 +107,10 @@ def test_half_precision_weights_have_changes_in_float32_and_are_rounded_once() -
     torch.testing.assert_close(merged.double(), expected, rtol=2**-8, atol=1e-7)
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return [tmp_path_factory.mktemp("base") / "run"]
-
-
 @pytest.fixture
-def run(base: list[Path], tiny_run: Callable[..., RunConfig], data: PackedData) -> RunConfig:
-    train(tiny_run(), data, base[0])
+def run(plain_run: RunResult, tiny_run: Callable[..., RunConfig]) -> RunConfig:
     return tiny_run().model_copy(
-        update={"model": {}, "start_from": str(base[0]), "lora": LoraOptions(rank=2), "configuration": "lora"}
+        update={"model": {}, "start_from": str(plain_run.folder), "lora": LoraOptions(rank=2), "configuration": "lora"}
     )
 
 

@@ -14,7 +14,7 @@ from normfree import NormfreeConfig, NormfreeForCausalLM
 from normfree.data import PackedData
 from normfree.probes import EntropyProbe
 from normfree.probes.residual_stream import ResidualStreamProbe
-from normfree.training import Callback, RunConfig, RunState, train
+from normfree.training import Callback, RunConfig, RunResult, RunState, train
 from normfree.training.nonfinite import all_finite
 from normfree.training.records import LAYERS_FILE, METRICS_FILE
 from normfree.training.run_folder import last_checkpoint
@@ -108,11 +108,8 @@ def test_learned_slopes_are_recorded(data: PackedData, tiny_run: Callable[..., R
     assert slopes["head"].isna().all()
 
 
-def test_metrics_hold_losses_rates_norms_and_speed(
-    data: PackedData, tiny_run: Callable[..., RunConfig], tmp_path: Path
-) -> None:
-    train(tiny_run(), data, tmp_path / "run")
-    metrics = pd.read_parquet(tmp_path / "run" / METRICS_FILE)
+def test_metrics_hold_losses_rates_norms_and_speed(plain_run: RunResult) -> None:
+    metrics = pd.read_parquet(plain_run.folder / METRICS_FILE)
     steps = metrics.groupby("name")["step"].apply(list).to_dict()
     every = [1, 2, 3, 4, 5, 6]
     assert {name: steps[name] for name in ("train_loss", "grad_norm", "learning_rate", "tokens_per_second")} == {

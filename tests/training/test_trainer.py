@@ -181,13 +181,12 @@ def test_accumulated_micro_batches_are_one_batch(
 
 
 def test_gradient_checkpointing_changes_no_loss(
-    data: PackedData, tiny_run: Callable[..., RunConfig], tmp_path: Path
+    plain_run: RunResult, data: PackedData, tiny_run: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    plain = train(tiny_run(), data, tmp_path / "plain")
     checkpointed = train(tiny_run(gradient_checkpointing=True), data, tmp_path / "checkpointed")
-    np.testing.assert_allclose(losses(plain), losses(checkpointed), rtol=1e-6)
+    np.testing.assert_allclose(losses(plain_run), losses(checkpointed), rtol=1e-6)
     for name in ("layers", "entropy"):
-        assert len(measured(plain)[name]) == len(measured(checkpointed)[name])
+        assert len(measured(plain_run)[name]) == len(measured(checkpointed)[name])
 
 
 def test_eager_attention_changes_neither_the_losses_nor_the_telemetry(
@@ -209,23 +208,21 @@ def test_eager_attention_changes_neither_the_losses_nor_the_telemetry(
 
 
 def test_compiled_training_gives_the_same_losses_and_telemetry(
-    data: PackedData, tiny_run: Callable[..., RunConfig], tmp_path: Path
+    plain_run: RunResult, data: PackedData, tiny_run: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    plain = train(tiny_run(), data, tmp_path / "plain")
     compiled = train(tiny_run(torch_compile=True), data, tmp_path / "compiled")
-    np.testing.assert_allclose(losses(plain), losses(compiled), rtol=1e-5)
-    layers = measured(plain)["layers"], measured(compiled)["layers"]
+    np.testing.assert_allclose(losses(plain_run), losses(compiled), rtol=1e-5)
+    layers = measured(plain_run)["layers"], measured(compiled)["layers"]
     np.testing.assert_allclose(layers[0]["value"], layers[1]["value"], rtol=1e-3, atol=1e-5)
     assert last_checkpoint(compiled.folder) is not None
-    assert set(final_weights(plain)) == set(final_weights(compiled))
+    assert set(final_weights(plain_run)) == set(final_weights(compiled))
 
 
 def test_a_finished_run_is_not_trained_again(
-    data: PackedData, tiny_run: Callable[..., RunConfig], tmp_path: Path
+    plain_run: RunResult, data: PackedData, tiny_run: Callable[..., RunConfig]
 ) -> None:
-    first = train(tiny_run(), data, tmp_path / "run")
-    again = train(tiny_run(), data, tmp_path / "run", callbacks=(StopAt(0),))
-    assert again.row == first.row
+    again = train(tiny_run(), data, plain_run.folder, callbacks=(StopAt(0),))
+    assert again.row == plain_run.row
 
 
 def test_a_run_that_diverges_goes_on_and_keeps_its_last_good_checkpoint(
@@ -265,10 +262,8 @@ def test_sequence_losses_are_the_mean_next_token_cross_entropy() -> None:
     np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-5)
 
 
-def test_the_result_row_is_measured_on_all_evaluation_sequences(
-    data: PackedData, tiny_run: Callable[..., RunConfig], tmp_path: Path
-) -> None:
-    result = train(tiny_run(), data, tmp_path / "run")
+def test_the_result_row_is_measured_on_all_evaluation_sequences(plain_run: RunResult, data: PackedData) -> None:
+    result = plain_run
     model = NormfreeForCausalLM.from_pretrained(last_checkpoint(result.folder))
     tokens = torch.stack([data.eval[index]["input_ids"] for index in range(len(data.eval))])
     with torch.no_grad():
@@ -282,11 +277,8 @@ def test_the_result_row_is_measured_on_all_evaluation_sequences(
     assert load_result(result.folder).row == result.row
 
 
-def test_weights_on_disk_are_safetensors_only(
-    data: PackedData, tiny_run: Callable[..., RunConfig], tmp_path: Path
-) -> None:
-    result = train(tiny_run(), data, tmp_path / "run")
-    checkpoint = last_checkpoint(result.folder)
+def test_weights_on_disk_are_safetensors_only(plain_run: RunResult) -> None:
+    checkpoint = last_checkpoint(plain_run.folder)
     assert checkpoint is not None
     assert (checkpoint / "model.safetensors").exists()
     assert not list(checkpoint.glob("pytorch_model*"))
@@ -294,13 +286,12 @@ def test_weights_on_disk_are_safetensors_only(
 
 
 def test_a_folder_with_another_run_is_refused_and_left_alone(
-    data: PackedData, tiny_run: Callable[..., RunConfig], tmp_path: Path
+    plain_run: RunResult, data: PackedData, tiny_run: Callable[..., RunConfig]
 ) -> None:
-    train(tiny_run(), data, tmp_path / "run")
-    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    before = {path: path.read_bytes() for path in plain_run.folder.rglob("*") if path.is_file()}
     with pytest.raises(InputError, match=r"another configuration \(recipe.learning_rate: 0.001 there, 0.002 asked"):
-        train(tiny_run(learning_rate=0.002), data, tmp_path / "run")
-    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+        train(tiny_run(learning_rate=0.002), data, plain_run.folder)
+    assert {path: path.read_bytes() for path in plain_run.folder.rglob("*") if path.is_file()} == before
 
 
 def test_a_folder_with_other_files_is_refused(
@@ -330,12 +321,9 @@ def test_perplexity_of_a_hopeless_model_is_infinite() -> None:
     assert math.isnan(perplexity(math.nan))
 
 
-def test_every_checkpoint_has_its_tokenizer(
-    data: PackedData, tiny_run: Callable[..., RunConfig], tmp_path: Path
-) -> None:
-    train(tiny_run(), data, tmp_path / "run")
+def test_every_checkpoint_has_its_tokenizer(plain_run: RunResult, data: PackedData) -> None:
     for step in (3, 6):
-        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / f"checkpoint-{step}")
+        tokenizer = AutoTokenizer.from_pretrained(plain_run.folder / f"checkpoint-{step}")
         assert tokenizer.get_vocab() == data.tokenizer.get_vocab()
         text = "def f(x):\n    return x ** 2  # é"
         assert tokenizer(text)["input_ids"] == data.tokenizer(text)["input_ids"]

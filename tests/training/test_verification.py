@@ -23,16 +23,15 @@ Command = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {"folder": tmp_path_factory.mktemp("runs")}
+def finished(data: PackedData, tiny_run: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tiny_run(steps=7, telemetry_steps=2, logging_steps=2)
+    return train(run, data, tmp_path_factory.mktemp("finished") / "run").folder
 
 
 @pytest.fixture
-def run(runs: dict[str, Path], data: PackedData, tiny_run: Callable[..., RunConfig], tmp_path: Path) -> Path:
+def run(finished: Path, tmp_path: Path) -> Path:
     """A copy of a finished run."""
-    if not (runs["folder"] / "run").exists():
-        train(tiny_run(steps=7, telemetry_steps=2, logging_steps=2), data, runs["folder"] / "run")
-    return shutil.copytree(runs["folder"] / "run", tmp_path / "run")
+    return shutil.copytree(finished, tmp_path / "run")
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -148,7 +148,8 @@ def layer_entropy_by_configuration(
     is_wide = (width - 1.6) / len(layers) >= _NARROWEST_TEXT
     dots = [["\N{BULLET} " * (layer in marked.get(name, ())) for layer in layers] for name in configurations]
     numbers = [[nats(value) if is_wide else "" for value in row] for row in values]
-    text = np.strings.add(dots, numbers)
+    # np.strings.add needs NumPy 2.
+    text = np.char.add(dots, numbers)
     norm, colours = Normalize(0, maximum), entropy_colours()
     annotated_heatmap(axes, values, norm, colours, rows=configurations, columns=layers, text=text, fontsize=5.5)
     axes.set_xlabel(f"layer (dot: {mark})")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,10 +44,9 @@ FRAMES = {
 FIGURES = {"residual-variance", "angular-distance", "skipped-layers", "jacobian-and-gradients"}
 
 
-@pytest.fixture
-def run_folder(tiny_run: Callable[..., RunConfig], data: PackedData, tmp_path: Path) -> Path:
-    train(tiny_run("SM+LN+G", model={"n_layer": 5}), data, tmp_path / "run")
-    return tmp_path / "run"
+@pytest.fixture(scope="module")
+def run_folder(tiny_run: Callable[..., RunConfig], data: PackedData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tiny_run("SM+LN+G", model={"n_layer": 5}), data, tmp_path_factory.mktemp("depth") / "run").folder
 
 
 def stock_folder(folder: Path, vocab_size: int) -> Path:
@@ -87,7 +87,8 @@ def test_a_run_and_a_stock_model_on_one_page(normfree: Command, run_folder: Path
 
 @pytest.mark.usefixtures("blank_figures")
 def test_the_console_shows_a_row_a_model(normfree: Command, run_folder: Path, tmp_path: Path) -> None:
-    code, out, err = normfree("depth", run_folder, "--cache-dir", tmp_path / "cache", "--sequences", "4")
+    shutil.copytree(run_folder, tmp_path / "run")
+    code, out, err = normfree("depth", "run", "--cache-dir", tmp_path / "cache", "--sequences", "4")
     assert code == 0, err
     assert "effective depth" in out
     assert "Report: depth/run/report.html" in out

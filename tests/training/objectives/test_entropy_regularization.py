@@ -211,12 +211,13 @@ def test_it_trains_in_bf16(data: PackedData, tiny_run: Make, tmp_path: Path) -> 
     assert thresholds(result).dtype == torch.float32
 
 
-def test_the_model_on_disk_has_no_thresholds(data: PackedData, tiny_run: Make, tmp_path: Path) -> None:
-    plain = train(tiny_run(), data, tmp_path / "plain")
+def test_the_model_on_disk_has_no_thresholds(
+    plain_run: RunResult, data: PackedData, tiny_run: Make, tmp_path: Path
+) -> None:
     result = train(regularized(tiny_run()), data, tmp_path / "run")
-    weights = [load_file(last_checkpoint(each.folder) / "model.safetensors") for each in (plain, result)]
+    weights = [load_file(last_checkpoint(each.folder) / "model.safetensors") for each in (plain_run, result)]
     assert weights[0].keys() == weights[1].keys()
-    assert result.row["n_parameters"] == plain.row["n_parameters"]
+    assert result.row["n_parameters"] == plain_run.row["n_parameters"]
 
 
 def test_the_entropy_at_the_start_is_what_the_probe_reads(data: PackedData, tiny_run: Make, tmp_path: Path) -> None:
