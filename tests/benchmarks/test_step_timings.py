@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from normfree.benchmarks import norm_free_inference, step_cost, training
 
@@ -111,11 +112,26 @@ def test_the_quartiles_of_a_ratio() -> None:
 
 def test_norm_free_inference(normfree: Command) -> None:
     result = found(normfree, "norm-free-inference", *TINY)
-    assert result["shape"] == {"layers": 1, "heads": 1, "tokens": 8, "batch": 1}
+    assert result["shape"] == {"layers": 1, "heads": 1, "tokens": 8, "batch": 1, "vocabulary": 50257}
     milliseconds = result["milliseconds"]
-    assert set(milliseconds) == {f"{what}, {name}" for what in ("prefill", "decode") for name in MODELS}
+    timed = (*MODELS, "norms alone")
+    assert set(milliseconds) == {f"{what}, {name}" for what in ("prefill", "decode") for name in timed}
     assert all(each > 0 for each in milliseconds.values())
     assert result["layernorm_time_over_norm_free"].keys() == {"prefill", "decode"}
+    assert all(0 < share < 1 for share in result["norms_share_of_layernorm_time"].values())
+
+
+def test_norms_alone_are_all_of_the_models_norms() -> None:
+    model = norm_free_inference._models(3, 1, 8, 16)["LayerNorm"]
+    counts: list[torch.Size] = []
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.register_forward_hook(lambda _, inputs, output: counts.append(output.shape))
+    calls = norm_free_inference._norms_alone(model, 2, {"prefill": 5, "decode": 1})
+    for name, n_position in (("prefill", 5), ("decode", 1)):
+        counts.clear()
+        calls[f"{name}, norms alone"]()
+        assert counts == [(2, n_position, 64)] * 7
 
 
 MODELS = ("LayerNorm", "norm-free")
@@ -129,6 +145,8 @@ def test_decode_is_timed_without_the_copy_of_its_cache(normfree: Command, monkey
         "prefill, norm-free": [2.0, 4.0],
         "decode, norm-free": [3.0, 4.0],
         "copy of the cache, norm-free": [1.0, 2.0],
+        "prefill, norms alone": [0.6, 0.6],
+        "decode, norms alone": [1.5, 0.6],
     }
 
     def made_up(calls: dict[str, object], rounds: int, device: torch.device) -> dict[str, list[float]]:
@@ -142,9 +160,12 @@ def test_decode_is_timed_without_the_copy_of_its_cache(normfree: Command, monkey
         "decode, LayerNorm": 3000.0,
         "prefill, norm-free": 3000.0,
         "decode, norm-free": 2000.0,
+        "prefill, norms alone": 600.0,
+        "decode, norms alone": 1050.0,
     }
     assert result["layernorm_time_over_norm_free"] == {"prefill": 2.25, "decode": 1.5}
+    assert result["norms_share_of_layernorm_time"] == {"prefill": 0.1, "decode": 0.35}
     _, out, _ = normfree("bench", "norm-free-inference", *TINY)
     assert [line.split() for line in out.splitlines() if "decode" in line] == [
-        ["decode", "3000.000", "2000.000", "1.500"]
+        ["decode", "3000.000", "2000.000", "1.500", "35.0%"]
     ]

@@ -5,14 +5,20 @@ output and not the cost. Variants alternate within each round, and ratios are ta
 
     prefill     one pass over the prompt, last logits only
     decode      one more token after the prompt in the KV cache
+
+Without norms a model cannot gain more than the norms' own time. They are timed alone, one after the other on inputs of
+the same shape; their share of the LayerNorm model's time is the bound. Only in eager mode: a compiler fuses norms with
+the operations around them.
 """
 
 from __future__ import annotations
 
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from normfree import NormfreeConfig, NormfreeForCausalLM, remove_norms
@@ -20,6 +26,7 @@ from normfree.benchmarks.machine import DTYPES, check_at_least, choose_dtype, mi
 from normfree.timing import Call, interleaved, median_ratio
 
 NORM, NORM_FREE = "LayerNorm", "norm-free"
+STEPS = ("prefill", "decode")
 HEAD_DIM = 64
 
 
@@ -29,6 +36,7 @@ def benchmark_norm_free_inference(
     heads: int = 12,
     tokens: int = 256,
     batch: int = 1,
+    vocabulary: int = 50257,
     dtype: str | None = None,
     compiled: bool = False,
     rounds: int = 15,
@@ -40,13 +48,19 @@ def benchmark_norm_free_inference(
     """
     device = usual_device()
     dtype = choose_dtype(dtype, device)
-    shape = {"layers": layers, "heads": heads, "tokens": tokens, "batch": batch}
+    shape = {"layers": layers, "heads": heads, "tokens": tokens, "batch": batch, "vocabulary": vocabulary}
     check_at_least(1, **shape, rounds=rounds)
+    models = {
+        name: model.eval().to(device, DTYPES[dtype])
+        for name, model in _models(layers, heads, tokens, vocabulary).items()
+    }
     variants = {
         f"{what}, {name}": call
-        for name, model in _models(layers, heads, tokens).items()
-        for what, call in _calls(model.eval().to(device, DTYPES[dtype]), batch, tokens, compiled).items()
+        for name, model in models.items()
+        for what, call in _calls(model, batch, tokens, compiled).items()
     }
+    if not compiled:
+        variants |= _norms_alone(models[NORM], batch, {"prefill": tokens, "decode": 1})
     seconds = interleaved(variants, rounds, device)
     # Every decoding step copies the cache first; the copy is timed alone and subtracted.
     for name in (NORM, NORM_FREE):
@@ -60,14 +74,24 @@ def benchmark_norm_free_inference(
         "compiled": compiled,
         "milliseconds": milliseconds(seconds),
         "layernorm_time_over_norm_free": {
-            what: median_ratio(seconds[f"{what}, {NORM}"], seconds[f"{what}, {NORM_FREE}"])
-            for what in ("prefill", "decode")
+            what: median_ratio(seconds[f"{what}, {NORM}"], seconds[f"{what}, {NORM_FREE}"]) for what in STEPS
+        },
+        "norms_share_of_layernorm_time": {
+            what: median_ratio(seconds[f"{what}, norms alone"], seconds[f"{what}, {NORM}"])
+            for what in STEPS
+            if not compiled
         },
     }
 
 
-def _models(layers: int, heads: int, tokens: int) -> dict[str, NormfreeForCausalLM]:
-    sizes: dict[str, Any] = {"n_layer": layers, "n_head": heads, "n_embd": HEAD_DIM * heads, "n_positions": tokens + 1}
+def _models(layers: int, heads: int, tokens: int, vocabulary: int) -> dict[str, NormfreeForCausalLM]:
+    sizes: dict[str, Any] = {
+        "n_layer": layers,
+        "n_head": heads,
+        "n_embd": HEAD_DIM * heads,
+        "n_positions": tokens + 1,
+        "vocab_size": vocabulary,
+    }
     constant: dict[str, Any] = {"norm": "constant_std", "final_norm": "constant_std"}
     torch.manual_seed(0)
     return {
@@ -97,3 +121,18 @@ def _calls(model: Any, batch: int, tokens: int, compiled: bool) -> dict[str, Cal
         deepcopy(full)
 
     return {"prefill": prefill, "decode": decode, "copy of the cache": copy_cache}
+
+
+def _norms_alone(model: NormfreeForCausalLM, batch: int, positions: dict[str, int]) -> dict[str, Call]:
+    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
+
+    @torch.inference_mode()
+    def run(x: torch.Tensor) -> None:
+        for norm in norms:
+            norm(x)
+
+    def call(n_position: int) -> Call:
+        x = torch.randn(batch, n_position, model.config.n_embd, dtype=model.dtype, device=model.device)
+        return partial(run, x)
+
+    return {f"{what}, norms alone": call(n_position) for what, n_position in positions.items()}

@@ -124,6 +124,7 @@ def norm_free_inference(
     heads: Heads = 12,
     tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 256,
     batch: Batch = 1,
+    vocabulary: Annotated[int, typer.Option(help="Entries of the vocabulary.")] = 50257,
     dtype: Dtype = None,
     compile_: Compile = False,
     rounds: Rounds = 15,
@@ -134,7 +135,7 @@ def norm_free_inference(
 
     Example: normfree bench norm-free-inference --tokens 512 --compile
     """
-    sizes = {"layers": layers, "heads": heads, "tokens": tokens, "batch": batch}
+    sizes = {"layers": layers, "heads": heads, "tokens": tokens, "batch": batch, "vocabulary": vocabulary}
     _run("norm_free_inference", out, json_, **sizes, dtype=dtype, compiled=compile_, rounds=rounds)
 
 

@@ -58,12 +58,17 @@ def _step_cost(result: Result) -> list[Table]:
 
 
 def _norm_free_inference(result: Result) -> list[Table]:
-    milliseconds = result["milliseconds"]
+    milliseconds, shares = result["milliseconds"], result["norms_share_of_layernorm_time"]
     rows = (
-        (what, *(f"{milliseconds[f'{what}, {name}']:.3f}" for name in ("LayerNorm", "norm-free")), f"{ratio:.3f}")
+        (
+            what,
+            *(f"{milliseconds[f'{what}, {name}']:.3f}" for name in ("LayerNorm", "norm-free")),
+            f"{ratio:.3f}",
+            f"{shares[what]:.1%}" if what in shares else NONE,
+        )
         for what, ratio in result["layernorm_time_over_norm_free"].items()
     )
-    columns = ("", "LayerNorm, ms", "norm-free, ms", "times as fast without norms")
+    columns = ("", "LayerNorm, ms", "norm-free, ms", "times as fast without norms", "norms alone")
     return [_named(columns, rows, title=f"{result['shape']['tokens']:,} tokens in {_how(result)}")]
 
 
