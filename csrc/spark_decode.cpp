@@ -1,8 +1,8 @@
 // Kernels of sparse decode on the CPU (Spark Transformer, arXiv 2506.06644, Sections 2.1 and 2.2), and the dense
 // products they are compared with.
 //
-// Everything is made of two products with the rows of a matrix: dots with a vector (dot_rows) and a weighted sum of
-// rows (sum_rows). A dense product takes all rows, a sparse one a list of them; nothing else differs, so a comparison
+// Everything is made of two products with the rows of a matrix: dots with a vector (dot_all, dot_rows) and a weighted
+// sum of rows (sum_rows). A dense product takes all rows, a sparse one a list of them; nothing else differs, so a comparison
 // of the two compares the bytes that are read and not the care that was taken.
 //
 // The vectors are those of GCC and Clang, so one source serves AVX-512, AVX2, NEON and machines without any: it is
@@ -46,6 +46,18 @@ inline Floats load(const float* from) {
 }
 
 inline void store(float* to, Floats vector) { std::memcpy(to, &vector, sizeof vector); }
+
+// Zeros, from the start of a cache line: a vector that spans two lines takes twice as long to load.
+class Room {
+    struct alignas(64) Line {
+        float values[16];
+    };
+    std::vector<Line> lines;
+
+  public:
+    explicit Room(int64_t n) : lines((n + 15) / 16) {}
+    float* data() { return reinterpret_cast<float*>(lines.data()); }
+};
 
 // A block of 32 elements as two vectors. Those of bfloat16 are the even and the odd elements: a shift and a mask, where
 // elements in order would need slower instructions. Vectors that meet such blocks are kept in the same order.
@@ -114,57 +126,63 @@ inline void fetch(const T* row, int64_t n) {
     for (int64_t i = 0; i < n && i < AHEAD; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + i, 0, 2);
 }
 
-// Dots of N rows with `vector` (in block order).
-template <int N, class T>
-inline void dot_group(const T* const* rows, const float* vector, int64_t dim, float* out) {
-    Floats first[N] = {}, second[N] = {};
+// out[v][row] = rows[row] · vectors[v] of N rows and M vectors (in block order).
+template <int N, int M, class T>
+inline void dot_block(const T* const* rows, const float* vectors, int64_t dim, float* out, int64_t out_stride) {
+    Floats first[N][M] = {}, second[N][M] = {};
     const int64_t whole = dim / BLOCK * BLOCK;
-    for (int64_t i = 0; i < whole; i += BLOCK) {
-        const Floats a = load(vector + i), b = load(vector + i + 16);
+    for (int64_t i = 0; i < whole; i += BLOCK)
         for (int row = 0; row < N; ++row) {
             const Block block = load_block(rows[row] + i);
-            first[row] += block.first * a;
-            second[row] += block.second * b;
+            for (int v = 0; v < M; ++v) {
+                first[row][v] += block.first * load(vectors + v * dim + i);
+                second[row][v] += block.second * load(vectors + v * dim + i + 16);
+            }
         }
-    }
-    for (int row = 0; row < N; ++row) {
-        float rest = 0;
-        for (int64_t i = whole; i < dim; ++i) rest += widen(rows[row][i]) * vector[i];
-        out[row] = sum(first[row] + second[row]) + rest;
-    }
+    for (int row = 0; row < N; ++row)
+        for (int v = 0; v < M; ++v) {
+            float rest = 0;
+            for (int64_t i = whole; i < dim; ++i) rest += widen(rows[row][i]) * vectors[v * dim + i];
+            out[v * out_stride + row] = sum(first[row][v] + second[row][v]) + rest;
+        }
 }
 
-// out[v][i] = rows[i] · vectors[v] for rows start to stop, N at a time.
-template <int N, class T>
-void dot_groups(Rows<T> rows, Range range, const float* vectors, int64_t n_vector, int64_t dim, float* out,
-                int64_t out_stride) {
-    const T* group[N];
+// out[v][i] = rows[i] · vectors[v] for rows start to stop, several rows at a time.
+template <class T>
+void dot_rows(Rows<T> rows, Range range, const float* vectors, int64_t n_vector, int64_t dim, float* out,
+              int64_t out_stride) {
+    const T* group[LISTED];
     int64_t i = range.start;
-    for (; i + N <= range.stop; i += N) {
-        for (int64_t row = 0; row < N; ++row) {
+    for (; i + LISTED <= range.stop; i += LISTED) {
+        for (int64_t row = 0; row < LISTED; ++row) {
             group[row] = rows[i + row];
-            if (rows.list && i + N + row < range.stop) fetch(rows[i + N + row], dim);
+            if (i + LISTED + row < range.stop) fetch(rows[i + LISTED + row], dim);
         }
         for (int64_t v = 0; v < n_vector; ++v)
-            dot_group<N>(group, vectors + v * dim, dim, out + v * out_stride + i);
+            dot_block<LISTED, 1>(group, vectors + v * dim, dim, out + v * out_stride + i, 0);
     }
     for (; i < range.stop; ++i) {
         group[0] = rows[i];
         for (int64_t v = 0; v < n_vector; ++v)
-            dot_group<1>(group, vectors + v * dim, dim, out + v * out_stride + i);
+            dot_block<1, 1>(group, vectors + v * dim, dim, out + v * out_stride + i, 0);
     }
 }
 
-// The same: all rows with one vector are a single stream.
+// The same for all rows in order: with few vectors one stream, at the memory's speed. More of them are what is read
+// most, and have to meet several rows once read.
 template <class T>
-void dot_rows(Rows<T> rows, Range range, const float* vectors, int64_t n_vector, int64_t dim, float* out,
-              int64_t out_stride) {
-    if (rows.list)
-        dot_groups<LISTED>(rows, range, vectors, n_vector, dim, out, out_stride);
-    else if (n_vector > 1)
-        dot_groups<IN_ORDER>(rows, range, vectors, n_vector, dim, out, out_stride);
-    else
-        dot_groups<1>(rows, range, vectors, 1, dim, out, out_stride);
+void dot_all(const T* matrix, Range range, const float* vectors, int64_t n_vector, int64_t dim, float* out,
+             int64_t out_stride) {
+    if (n_vector > 4) return dot_rows<T>({matrix, dim, nullptr}, range, vectors, n_vector, dim, out, out_stride);
+    for (int64_t i = range.start; i < range.stop; ++i) {
+        const T* row = matrix + i * dim;
+        switch (n_vector) {
+            case 1: dot_block<1, 1>(&row, vectors, dim, out + i, out_stride); break;
+            case 2: dot_block<1, 2>(&row, vectors, dim, out + i, out_stride); break;
+            case 3: dot_block<1, 3>(&row, vectors, dim, out + i, out_stride); break;
+            case 4: dot_block<1, 4>(&row, vectors, dim, out + i, out_stride); break;
+        }
+    }
 }
 
 // sums += Σ weights[row] · rows[row] for N rows and `width` columns, sums in block order.
@@ -271,7 +289,7 @@ struct FeedForward {
     Activation activation;
 };
 
-// Room to work in, [n, n_inner] each, and counts [n].
+// What is worked in, [n, n_inner] each, and counts [n].
 struct Scratch {
     float *scores, *weights, *multipliers;
     int32_t *indices, *counts;
@@ -305,7 +323,7 @@ void multiply(const FeedForward<T>& ffn, const float* rest_q, Range range, const
 template <class T>
 void feed_forward(const FeedForward<T>& ffn, const float* q, const Scratch& scratch, float* out, int threads) {
     const int64_t n = ffn.n, r = ffn.r, rest_dim = ffn.rest_dim, n_inner = ffn.n_inner, dim = r + rest_dim;
-    std::vector<float> predictor_q(n * r), rest_q(n * rest_dim), sums(n * ffn.out_dim);
+    Room predictor_q(n * r), rest_q(n * rest_dim), sums(n * ffn.out_dim);
     for (int64_t v = 0; v < n; ++v) {
         to_block_order<T>(q + v * dim, predictor_q.data() + v * r, r);
         to_block_order<T>(q + v * dim + r, rest_q.data() + v * rest_dim, rest_dim);
@@ -314,7 +332,7 @@ void feed_forward(const FeedForward<T>& ffn, const float* q, const Scratch& scra
     {
         const int64_t thread = omp_get_thread_num(), n_thread = omp_get_num_threads();
         const Range neurons = part(n_inner, BLOCK, thread, n_thread);
-        dot_rows<T>({ffn.predictor, r, nullptr}, neurons, predictor_q.data(), n, r, scratch.scores, n_inner);
+        dot_all(ffn.predictor, neurons, predictor_q.data(), n, r, scratch.scores, n_inner);
         for (int64_t v = 0; ffn.predictor_bias && v < n; ++v)
             for (int64_t i = neurons.start; i < neurons.stop; ++i)
                 scratch.scores[v * n_inner + i] += ffn.predictor_bias[i];
@@ -341,7 +359,7 @@ void feed_forward(const FeedForward<T>& ffn, const float* q, const Scratch& scra
 template <class T>
 void weighted_rows(const T* matrix, int64_t n, int64_t n_row, int64_t dim, const int32_t* indices,
                    const int32_t* counts, const float* weights, float* out, int threads) {
-    std::vector<float> sums(n * dim);
+    Room sums(n * dim);
 #pragma omp parallel num_threads(threads)
     {
         const Range columns = part(dim, BLOCK, omp_get_thread_num(), omp_get_num_threads());
@@ -358,11 +376,10 @@ void weighted_rows(const T* matrix, int64_t n, int64_t n_row, int64_t dim, const
 
 template <class T>
 void all_dots(const T* matrix, int64_t n, int64_t n_row, int64_t dim, const float* vectors, float* out, int threads) {
-    std::vector<float> ordered(n * dim);
+    Room ordered(n * dim);
     for (int64_t v = 0; v < n; ++v) to_block_order<T>(vectors + v * dim, ordered.data() + v * dim, dim);
 #pragma omp parallel num_threads(threads)
-    dot_rows<T>({matrix, dim, nullptr}, part(n_row, 4, omp_get_thread_num(), omp_get_num_threads()), ordered.data(),
-                n, dim, out, n_row);
+    dot_all(matrix, part(n_row, 4, omp_get_thread_num(), omp_get_num_threads()), ordered.data(), n, dim, out, n_row);
 }
 
 struct AttentionShape {
@@ -380,7 +397,7 @@ void attend(const AttentionShape& s, const T* predictor, const T* rest, const T*
             float* scores, int32_t* counts, float* out, int threads) {
     const int64_t head_dim = s.r + s.rest_dim, n_head = s.n_kv_head * s.group;
     const int64_t n_chunk = (s.n_key + CHUNK - 1) / CHUNK;
-    std::vector<float> predictor_q(s.batch * n_head * s.r), rest_q(s.batch * n_head * s.rest_dim);
+    Room predictor_q(s.batch * n_head * s.r), rest_q(s.batch * n_head * s.rest_dim);
     for (int64_t i = 0; i < s.batch * n_head; ++i) {
         to_block_order<T>(q + i * head_dim, predictor_q.data() + i * s.r, s.r);
         to_block_order<T>(q + i * head_dim + s.r, rest_q.data() + i * s.rest_dim, s.rest_dim);
@@ -393,11 +410,12 @@ void attend(const AttentionShape& s, const T* predictor, const T* rest, const T*
                 for (int64_t chunk = 0; chunk < n_chunk; ++chunk) {
                     const int64_t first = (b * s.n_kv_head + h) * s.group, start = chunk * CHUNK;
                     const Range range = {start, start + CHUNK < s.n_key ? start + CHUNK : s.n_key};
-                    dot_rows<T>({predictor + b * s.predictor_batch + h * s.predictor_head, s.r, nullptr}, range,
-                                predictor_q.data() + first * s.r, s.group, s.r, scores + first * s.n_key, s.n_key);
+                    dot_all(predictor + b * s.predictor_batch + h * s.predictor_head, range,
+                            predictor_q.data() + first * s.r, s.group, s.r, scores + first * s.n_key, s.n_key);
                 }
         std::vector<int32_t> kept(s.n_key);
-        std::vector<float> seen(s.n_key), weights(s.n_key), products(s.n_key), sums(s.value_dim);
+        std::vector<float> seen(s.n_key), weights(s.n_key), products(s.n_key);
+        Room sums(s.value_dim);
 #pragma omp for
         for (int64_t i = 0; i < s.batch * n_head; ++i) {
             const int64_t b = i / n_head, h = i % n_head / s.group;
@@ -431,7 +449,7 @@ void attend(const AttentionShape& s, const T* predictor, const T* rest, const T*
                 total += weight;
                 weights[j] = weight * softplus(static_cast<float>(products[j] * rest_scale));
             }
-            for (int64_t c = 0; c < s.value_dim; ++c) sums[c] = 0;
+            std::memset(sums.data(), 0, s.value_dim * sizeof(float));
             sum_rows<T>({value + b * s.value_batch + h * s.value_head, s.value_dim, kept.data()}, n_kept,
                         {0, s.value_dim}, weights.data(), 0, 1, sums.data(), 0);
             from_block_order<T>(sums.data(), result, s.value_dim);

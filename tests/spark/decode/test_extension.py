@@ -41,7 +41,9 @@ def test_every_library_that_this_cpu_runs_computes_the_same(library_for, instruc
 
 @NEEDS_LIBRARY
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("n", "n_row", "dim"), [(1, 1, 1), (2, 33, 31), (1, 70, 64), (3, 13, 700)])
+@pytest.mark.parametrize(
+    ("n", "n_row", "dim"), [(1, 1, 1), (2, 33, 31), (1, 70, 64), (3, 13, 700), (4, 9, 65), (7, 21, 96)]
+)
 def test_dense_products_agree_with_float64_numpy(dtype, n, n_row, dim):
     torch.manual_seed(0)
     matrix = torch.randn(n_row, dim).to(dtype)
@@ -55,10 +57,11 @@ def test_dense_products_agree_with_float64_numpy(dtype, n, n_row, dim):
 
 
 @NEEDS_LIBRARY
-def test_threads_do_not_change_a_bit():
+@pytest.mark.parametrize("n", [1, 2, 3, 6])
+def test_threads_do_not_change_a_bit(n):
     torch.manual_seed(0)
     packed = pack_feed_forward(torch.randn(40, 700), torch.randn(60, 700), torch.randn(700, 90))
-    q = torch.randn(2, 100)
+    q = torch.randn(n, 100)
     one = sparse_feed_forward(q, *packed, 60, F.gelu, backend="cpu")
     torch.set_num_threads(2)
     try:
