@@ -115,8 +115,9 @@ def _doc_of_constant(module: str, name: str) -> str:
             return _doc_of_constant(node.module, name)
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         if any(isinstance(target, ast.Name) and target.id == name for target in targets):
-            is_doc = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
-            return str(following.value.value) if is_doc else ""
+            if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+                return str(following.value.value)
+            return ""
     return ""
 
 
