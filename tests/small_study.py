@@ -13,6 +13,7 @@ from normfree.report import save_figure
 
 PRESET = {
     "description": "For tests.",
+    "caution": "A test proves nothing.",
     "model_name": "tiny",
     "published": {"model": "GPT-2", "context_length": 128},
     "seeds": [0],

@@ -1,6 +1,7 @@
 import base64
 import io
 import re
+from datetime import date
 from html.parser import HTMLParser
 from typing import Any
 
@@ -15,12 +16,15 @@ from normfree.report import (
     Code,
     FigureElement,
     KeyValues,
+    Link,
     Paragraph,
     Section,
     Table,
     render_report,
+    write_page,
     write_report,
 )
+from normfree.report.glossary import glossary
 
 HOSTILE = "<script>alert('x')</script><img src=http://example.org/x.png onerror=\"alert(1)\">&amp;"
 VOID = {"meta", "link", "img", "br", "hr"}
@@ -141,6 +145,64 @@ def test_table_has_scopes_formats_and_nan():
     assert sum("nan" in cell.get("class", "").split() for cell in page.all("td")) == 1
     labels = {attributes.get("aria-labelledby") for tag, attributes in page.elements if tag == "table"}
     assert labels <= {attributes.get("id") for _, attributes in page.elements}
+
+
+def test_grouped_columns_have_a_common_head():
+    frame = pd.DataFrame({"name": ["a"], "x": [-1.5], "low": [1], "high": [2]})
+    table = Table(frame, "", {"x": "+.1f"}, groups={"range, %": ["low", "high"]})
+    page = Page(render_report(title="t", lead="l", sections=[Section("s", [table])], meta={}))
+    name, x, group, low, high, _ = page.all("th")
+    assert name == {"scope": "col", "rowspan": "2"}
+    assert x == {"scope": "col", "rowspan": "2", "class": "quantity"}
+    assert group == {"scope": "colgroup", "colspan": "2", "class": "group"}
+    assert low == high == {"scope": "col", "class": "quantity"}
+    assert page.cells == ["name", "x", "range, %", "low", "high", "a", "\N{MINUS SIGN}1.5", "1", "2"]
+    with pytest.raises(InputError, match="unknown column to group 'lo'"):
+        Table(frame, "", groups={"range": ["lo", "high"]})
+    with pytest.raises(InputError, match="the columns of the group 'both' are no neighbours"):
+        Table(frame, "", groups={"both": ["x", "high"]})
+
+
+def test_caution_comes_before_the_lead_and_sources_are_linked():
+    page = Page(
+        render_report(
+            title="t",
+            lead="the lead",
+            sections=[],
+            meta={},
+            byline="28 November 2026",
+            sources=[Link("a paper", "https://example.org/a?b=1&c=2")],
+            caution=HOSTILE,
+        )
+    )
+    (link,) = page.all("a")
+    assert link["href"] == "https://example.org/a?b=1&c=2"
+    assert page.text.index("28 November 2026 · a paper") < page.text.index(HOSTILE) < page.text.index("the lead")
+    with pytest.raises(InputError, match="begin with https://"):
+        Link("a paper", "javascript:alert(1)")
+
+
+def test_the_byline_has_the_date_and_facts(tmp_path):
+    path = write_page(tmp_path / "report.html", title="t", lead="l", sections=[], meta={}, facts=["preset smoke"])
+    today = date.today()
+    assert f"{today.day} {today:%B %Y} · preset smoke" in Page(path.read_text()).text
+
+
+def test_the_glossary_explains_the_words_that_are_used():
+    section = glossary(["SM+LN+G", "SM+G2R4", "Loss, nats"])
+    assert section is not None
+    (terms,) = section.elements
+    assert isinstance(terms, KeyValues)
+    assert list(terms.items) == ["SM", "LN", "G", "R", "nats"]
+    assert glossary(["Pre-norm", "Gemma", "Result"]) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "form", "written"),
+    [(0.206, ".1%", "20.6 %"), (-1.0, ".1f", "\N{MINUS SIGN}1.0"), (-3, "", "\N{MINUS SIGN}3"), (np.nan, ".1%", "NaN")],
+)
+def test_numbers_in_cells(value, form, written):
+    assert Table(pd.DataFrame({"name": ["a"], "x": [value]}), "", {"x": form}).rows == [["a", written]]
 
 
 def test_figure_is_embedded_whole():

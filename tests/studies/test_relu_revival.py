@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -53,6 +54,12 @@ def test_a_study_leaves_tables_figures_and_a_report(normfree: Command, preset_fi
         assert label in out
         assert label in page
     assert "80 documents" in page
+    assert page.index("A test proves nothing.") < page.index('class="lead"')
+    assert 'href="https://arxiv.org/abs/2410.09637"' in page
+    assert re.search(r"preset \w+ · 8 runs, \d+ s of training", page)
+    assert "softmax attention, which every model here has" in page
+    assert '<th scope="colgroup" colspan="2" class="group">Against SM+LN+G</th>' in page
+    assert re.search(r"cpu, 1 CPU thread\b[^s]", page)
     assert "evaluation loss" in out  # progress, line by line where there is no terminal
 
 

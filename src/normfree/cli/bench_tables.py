@@ -36,7 +36,10 @@ def entropy_table(length: Result) -> Table:
 def _training(result: Result) -> list[Table]:
     speeds = ((name, f"{tokens:,}") for name, tokens in result[TOKENS_PER_SECOND].items())
     ratios = (
-        (name.replace("_", " "), f"{value:.2%}" if name.startswith(("telemetry", "share")) else f"{value:.3f} times")
+        (
+            name.replace("_", " "),
+            f"{100 * value:.2f} %" if name.startswith(("telemetry", "share")) else f"{value:.3f} times",
+        )
         for name, value in result.items()
         if isinstance(value, float)
     )

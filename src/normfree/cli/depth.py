@@ -57,7 +57,10 @@ def depth(
         read = {"beginning": found.sequences.beginning.summary(), "quantization": found.quantization}
         print_json(folder=str(folder), **read, loaded_as=found.loaded_as, models=rows)
         return
-    shown = [[form.format_map(row) for form in _COLUMNS.values()] for row in found.summary.to_dict("records")]
+    shown = [
+        [form.format_map(row).replace("%", " %") for form in _COLUMNS.values()]
+        for row in found.summary.to_dict("records")
+    ]
     console.print(table(_COLUMNS, shown, n_left=1))
     say(console, f"Read on {found.sequences}")
     say_origin(console, found.quantization, found.loaded_as)

@@ -109,9 +109,10 @@ class Alerts:
         ):
             is_above = threshold is not None and row.get(name, 0.0) > threshold
             if is_above and name not in self._raised:
+                assert threshold is not None
                 said.append(
-                    f"step {step}: {row[name]:.1%} of the attention heads are {what} of the entropy of uniform "
-                    f"attention (threshold {threshold:.1%})"
+                    f"step {step}: {100 * row[name]:.1f} % of the attention heads are {what} of the entropy of uniform "
+                    f"attention (threshold {100 * threshold:.1f} %)"
                 )
             (self._raised.add if is_above else self._raised.discard)(name)
         return said

@@ -8,6 +8,7 @@ from normfree.report.html import Code as Code
 from normfree.report.html import Element as Element
 from normfree.report.html import FigureElement as FigureElement
 from normfree.report.html import KeyValues as KeyValues
+from normfree.report.html import Link as Link
 from normfree.report.html import Paragraph as Paragraph
 from normfree.report.html import Section as Section
 from normfree.report.html import Table as Table
@@ -31,6 +32,7 @@ from normfree.report.saving import figure_section as figure_section
 from normfree.report.saving import save_figure as save_figure
 from normfree.report.saving import saved_figure as saved_figure
 from normfree.report.style import paper_style as paper_style
+from normfree.report.tables import column_groups as column_groups
 from normfree.report.tables import formatted as formatted
 from normfree.report.tables import perplexity_table as perplexity_table
 from normfree.report.tables import table_notes as table_notes

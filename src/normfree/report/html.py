@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import version
+from itertools import chain
 from math import isnan
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -18,6 +19,7 @@ from pandas.api.types import is_string_dtype
 
 from normfree.errors import InputError, unknown_name
 from normfree.files import written_whole
+from normfree.report.numbers import number
 
 _DASH = "\N{EN DASH}"
 
@@ -31,14 +33,41 @@ class Paragraph:
 
 
 @dataclass(frozen=True, slots=True)
+class Link:
+    """A source, such as a paper: how it is cited, and its address.
+
+    Raises:
+        InputError: the address does not begin with ``https://``.
+    """
+
+    text: str
+    url: str
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith("https://"):
+            raise InputError(f"the address of {self.text!r} is {self.url!r}; it has to begin with https://")
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A cell of a table's head: over ``width`` columns, and both rows of the head if ``is_whole``."""
+
+    name: str
+    width: int = 1
+    is_whole: bool = False
+    is_quantity: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Table:
     """A data frame; its first column names the rows. Missing text is a dash, a missing number NaN.
 
     ``formats`` gives a format specification per column, such as ``{"eval_ppl": ".2f"}``; numbers without one
-    have four significant digits. ``notes`` are printed below the table.
+    have four significant digits. ``notes`` are printed below the table. ``groups`` gives neighbouring columns a
+    common head.
 
     Raises:
-        InputError: ``formats`` names a column the frame lacks.
+        InputError: ``formats`` or ``groups`` name a column the frame lacks, or a group's columns are no neighbours.
     """
 
     tag: ClassVar[str] = "table"
@@ -46,12 +75,18 @@ class Table:
     caption: str
     formats: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         names = [str(name) for name in self.frame.columns]
-        for name in self.formats:
-            if name not in names:
-                raise unknown_name("column to format", name, names)
+        for what, asked in (("format", self.formats), ("group", chain(*self.groups.values()))):
+            for name in asked:
+                if name not in names:
+                    raise unknown_name(f"column to {what}", name, names)
+        for head, members in self.groups.items():
+            first = names.index(members[0])
+            if names[first : first + len(members)] != list(members):
+                raise InputError(f"the columns of the group {head!r} are no neighbours; order the frame's columns")
 
     @property
     def columns(self) -> list[tuple[str, bool]]:
@@ -60,6 +95,20 @@ class Table:
             (str(name), i > 0 and all(_is_quantity(value) for value in self.frame.iloc[:, i]))
             for i, name in enumerate(self.frame.columns)
         ]
+
+    @property
+    def heads(self) -> list[list[Head]]:
+        """The rows of the head: one, or two where columns are grouped."""
+        group_of = {name: head for head, members in self.groups.items() for name in members}
+        above: list[Head] = []
+        for name, is_quantity in self.columns:
+            head = group_of.get(name)
+            if head is None:
+                above.append(Head(name, is_whole=True, is_quantity=is_quantity))
+            elif name == self.groups[head][0]:
+                above.append(Head(head, len(self.groups[head])))
+        below = [Head(name, is_quantity=is_quantity) for name, is_quantity in self.columns if name in group_of]
+        return [above, below] if below else [above]
 
     @property
     def rows(self) -> list[list[str]]:
@@ -147,7 +196,16 @@ def weights_entry(
     return entries
 
 
-def render_report(*, title: str, lead: str, sections: Sequence[Section], meta: Mapping[str, str]) -> str:
+def render_report(
+    *,
+    title: str,
+    lead: str,
+    sections: Sequence[Section],
+    meta: Mapping[str, str],
+    byline: str = "",
+    sources: Sequence[Link] = (),
+    caution: str = "",
+) -> str:
     """The whole report as HTML.
 
     All text is escaped, so a name that looks like HTML is shown as it is written.
@@ -156,7 +214,10 @@ def render_report(*, title: str, lead: str, sections: Sequence[Section], meta: M
         title: the heading of the page.
         lead: what was found, in two or three sentences.
         sections: the parts of the report, in order.
-        meta: facts about the report as a whole (date, version, command), shown at its end.
+        meta: facts about the report as a whole (version, command), shown at its end.
+        byline: when and in how long it was made, below the title.
+        sources: the papers it is about, linked below the title.
+        caution: why its numbers prove nothing, before everything else.
 
     Raises:
         InputError: a figure is not a PNG image.
@@ -170,18 +231,45 @@ def render_report(*, title: str, lead: str, sections: Sequence[Section], meta: M
     )
     anchors = _anchors([section.title for section in sections])
     return environment.get_template("template.html.j2").render(
-        title=title, lead=lead, sections=list(zip(anchors, sections, strict=True)), meta=meta
+        title=title,
+        lead=lead,
+        sections=list(zip(anchors, sections, strict=True)),
+        meta=meta,
+        byline=byline,
+        sources=sources,
+        caution=caution,
     )
 
 
-def write_page(path: Path, *, title: str, lead: str, sections: Sequence[Section], meta: Mapping[str, str]) -> Path:
-    """Writes :func:`render_report` to ``path``; ``meta`` follows the version that made the page and the date.
+def write_page(
+    path: Path,
+    *,
+    title: str,
+    lead: str,
+    sections: Sequence[Section],
+    meta: Mapping[str, str],
+    facts: Sequence[str] = (),
+    sources: Sequence[Link] = (),
+    caution: str = "",
+) -> Path:
+    """Writes :func:`render_report` to ``path``, with the version that made the page.
+
+    The byline is the date and ``facts``, such as how long the runs took.
 
     Raises:
         InputError: a figure is not a PNG image.
     """
-    made = {"Made by": f"normfree {version('normfree')}", "Date": date.today().isoformat()}
-    return write_report(path, render_report(title=title, lead=lead, sections=sections, meta={**made, **meta}))
+    today = date.today()
+    html = render_report(
+        title=title,
+        lead=lead,
+        sections=sections,
+        meta={"Made by": f"normfree {version('normfree')}", **meta},
+        byline=" · ".join([f"{today.day} {today:%B %Y}", *facts]),
+        sources=sources,
+        caution=caution,
+    )
+    return write_report(path, html)
 
 
 def write_report(path: Path, html: str) -> Path:
@@ -217,6 +305,10 @@ def _cell(value: Any, form: str | None, missing: str) -> str:
         return _DASH
     if isinstance(value, float) and isnan(value):
         return missing
-    if form is not None:
-        return format(value, form)
-    return format(value, ".4g") if isinstance(value, float) else str(value)
+    if isinstance(value, (bool, np.bool_)):
+        return "yes" if value else "no"
+    if isinstance(value, (float, np.floating)):
+        return number(float(value), form or ".4g")
+    if isinstance(value, (int, np.integer)):
+        return number(int(value), form or "")
+    return format(value, form or "")

@@ -11,10 +11,16 @@ from normfree.report.intervals import Estimate, mean_confidence_interval
 
 
 def number(value: float, form: str) -> str:
-    """``value`` by the format specification ``form``; one of exactly zero, such as a baseline's to itself, unsigned."""
+    """``value`` by the format specification ``form``, as in ``20.6 %``; one of exactly zero is unsigned."""
     if np.isnan(value):
         return "NaN"
-    return format(value, form.removeprefix("+") if value == 0 else form).replace("-", "\N{MINUS SIGN}")
+    written = format(value, form.removeprefix("+") if value == 0 else form)
+    return written.replace("-", "\N{MINUS SIGN}").replace("%", " %")
+
+
+def counted(n: int, noun: str) -> str:
+    """``1 thread``, ``2 threads``, ``1,000 steps``."""
+    return f"{n:,} {noun}" + "s" * (n != 1)
 
 
 def plus_minus(estimate: Estimate, form: str) -> str:

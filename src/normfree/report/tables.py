@@ -207,6 +207,13 @@ def formatted(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
+def column_groups(table: pd.DataFrame) -> dict[str, list[str]]:
+    """Common heads of the columns of ``formatted(table)``: what is taken to the baseline, and the bands."""
+    baselines = in_order(table.loc[table["loss_difference_over"] == "baseline", "configuration"])
+    to_baseline = f"Against {baselines[0]}" if len(baselines) == 1 else "Against the baseline"
+    return {to_baseline: ["Δ ppl, %", "Δ loss, nats"], "Heads by entropy band, %": list(BAND_LABELS)}
+
+
 def _perplexity_format(perplexity: float) -> str:
     return ".3f" if perplexity < 10 else ".2f" if perplexity < 100 else ".1f"
 

@@ -35,6 +35,7 @@ from normfree.runner.run_frames import (
 )
 from normfree.runner.study_folder import StudyFolder
 from normfree.training import RunResult
+from normfree.training.records import METRICS_FILE, read_parquet
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,12 @@ class StudyPage:
         tuned = self._in_order([*kept, *self.folder.results("tuned")])
         trained, with_own = ({each.row["configuration"] for each in group} for group in (self.results, tuned))
         return tuned if with_own == trained else []
+
+    @property
+    def training_seconds(self) -> float:
+        """Wall-clock seconds of training, all finished runs together."""
+        runs = {each.folder: each for each in [*self.results, *self.tuned, *self.folder.results("sweep")]}
+        return sum(_training_seconds(folder) for folder in runs)
 
     @cached_property
     def table(self) -> pd.DataFrame:
@@ -178,3 +185,7 @@ class StudyPage:
         # The published Δ % refer to one configuration; next to differences from another they would mislead.
         is_baseline = table["configuration"] == self.baseline
         return table if table.loc[is_baseline, DELTA_PERCENT].eq(0).any() else None
+
+
+def _training_seconds(run: Path) -> float:
+    return float(read_parquet(run / METRICS_FILE)["wall_seconds"].max())

@@ -52,6 +52,7 @@ class RemovalOptions(BaseModel):
 class Preset(BaseModel):
     """What all configurations of a study share: the model's sizes, the data, the recipe and the seeds.
 
+    caution: why its results prove nothing, if so; reports begin with it.
     columns: presets (itself among them) whose results make the columns of the paper's Table 2 at this scale; names, or
         paths relative to the preset's own file.
     removal: for the studies of norm removal.
@@ -60,6 +61,7 @@ class Preset(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     description: str
+    caution: str | None = None
     model_name: str
     published: PublishedColumn | None = None
     seeds: list[int] = Field(default=[0], min_length=1)

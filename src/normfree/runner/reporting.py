@@ -11,19 +11,24 @@ import pandas as pd
 
 from normfree.columns import EVAL_LOSS
 from normfree.files import write_text
+from normfree.progress import duration
 from normfree.report import (
     Callout,
     Code,
     Element,
+    FigureElement,
     KeyValues,
     Paragraph,
     Section,
     Table,
+    column_groups,
     formatted,
     table_notes,
     write_page,
 )
 from normfree.report.entropy_figures import headwise_entropy_heatmaps
+from normfree.report.glossary import glossary
+from normfree.report.numbers import counted
 from normfree.runner.page import StudyPage
 from normfree.runner.run_frames import head_entropy_frame
 from normfree.runner.run_order import LEARNING_RATE_FACTORS, SWEEP_DECAY
@@ -44,12 +49,16 @@ def write_study_report(study: Study, page: StudyPage) -> Path:
     write_text(page.path / RESULTS_FILE, page.runs.to_csv(index=False, na_rep="nan"))
     findings = study.describe(page)
     sections = [_result_section(page), *([_tuned_section(page)] if page.tuned else []), *findings.sections]
+    terms = glossary([*page.labels, *_words(sections)])
     return write_page(
         page.path / REPORT_FILE,
         title=study.title,
         lead=findings.lead,
-        sections=[*sections, _method_section(page, findings.limits)],
+        sections=[*sections, *([terms] if terms else []), _method_section(page, findings.limits)],
         meta={"Preset": page.folder.preset_name},
+        facts=_runs_facts([page]),
+        sources=study.papers,
+        caution=page.folder.preset.caution or "",
     )
 
 
@@ -75,9 +84,38 @@ def write_collection_report(
         *findings.sections,
         Section("How it was made", [Paragraph(how), Callout(findings.limits, "warning")]),
     ]
-    presets = ", ".join(page.folder.preset_name for page in pages)
-    meta = {"Presets": presets}
-    return write_page(path / REPORT_FILE, title=collection.title, lead=findings.lead, sections=sections, meta=meta)
+    terms = glossary([label for page in pages for label in page.labels] + _words(sections))
+    cautions = dict.fromkeys(filter(None, (page.folder.preset.caution for page in pages)))
+    return write_page(
+        path / REPORT_FILE,
+        title=collection.title,
+        lead=findings.lead,
+        sections=[*sections[:-1], *([terms] if terms else []), sections[-1]],
+        meta={"Presets": ", ".join(page.folder.preset_name for page in pages)},
+        facts=_runs_facts(pages),
+        sources=collection.papers,
+        caution=" ".join(cautions),
+    )
+
+
+def _runs_facts(pages: Sequence[StudyPage]) -> list[str]:
+    """The presets, and how many runs there are and how long they trained."""
+    presets = list(dict.fromkeys(page.folder.preset_name for page in pages))
+    n_run = sum(len(page.runs) for page in pages)
+    seconds = sum(page.training_seconds for page in pages)
+    named = f"preset{'s' * (len(presets) > 1)} {', '.join(presets)}"
+    return [named, f"{counted(n_run, 'run')}, {duration(seconds)} of training"]
+
+
+def _words(sections: Sequence[Section]) -> list[str]:
+    """What the tables and figures of ``sections`` say, for the glossary."""
+    words = []
+    for element in (each for section in sections for each in section.elements):
+        if isinstance(element, Table):
+            words += [element.caption, *map(str, element.frame.columns), *element.groups]
+        elif isinstance(element, FigureElement):
+            words.append(element.caption)
+    return words
 
 
 def _result_section(page: StudyPage) -> Section:
@@ -108,6 +146,7 @@ def _tuned_section(page: StudyPage) -> Section:
             losses,
             "The sweep: evaluation loss in nats by learning rate, one seed. NaN: diverged.",
             formats=dict.fromkeys(losses.columns[1:], ".3f"),
+            groups={"Learning rate": list(losses.columns[1:])},
         ),
         page.figure(
             "headwise-entropy-tuned",
@@ -158,12 +197,13 @@ def _facts(page: StudyPage, seeds: Sequence[int]) -> dict[str, str]:
     return {
         "Model": f"{preset.model_name}: {row['n_parameters']:,} parameters ({row['configuration']})",
         "Corpus": _corpus_facts(preset.data.corpus, provenance),
-        "Training": f"{int(row['tokens']):,} tokens ({row['epochs']:.2f} epochs), {int(row['steps']):,} steps of "
-        f"{preset.recipe.batch_size} sequences of {preset.data.sequence_length} tokens",
-        "Evaluation": f"{int(row['eval_sequences']):,} sequences of files that no run was trained on",
+        "Training": f"{int(row['tokens']):,} tokens ({row['epochs']:.2f} epochs), "
+        f"{counted(int(row['steps']), 'step')} of {counted(preset.recipe.batch_size, 'sequence')} of "
+        f"{preset.data.sequence_length} tokens",
+        "Evaluation": f"{counted(int(row['eval_sequences']), 'sequence')} of files that no run was trained on",
         "Seeds": ", ".join(str(seed) for seed in seeds),
         "Precision": preset.recipe.precision,
-        "Device": f"{provenance['device']}, {provenance['cpu_threads']} CPU threads",
+        "Device": f"{provenance['device']}, {counted(provenance['cpu_threads'], 'CPU thread')}",
         "Versions": ", ".join(f"{name} {version}" for name, version in provenance["versions"].items()),
     }
 
@@ -174,12 +214,13 @@ def _corpus_facts(corpus: str, provenance: dict[str, Any]) -> str:
     reasons = ("duplicates", "undecodable", "binary", "too_large", "empty", "unreadable")
     skipped = ", ".join(f"{found[reason]:,} {reason.replace('_', ' ')}" for reason in reasons if found[reason])
     return (
-        f"{corpus}: {found['documents']:,} documents, {found['bytes'] / 1e6:.0f} MB"
+        f"{corpus}: {counted(found['documents'], 'document')}, {found['bytes'] / 1e6:.0f} MB"
         f" (skipped: {skipped or 'none'});"
-        f" {train['documents']:,} documents tokenized for training and {evaluation['documents']:,} for evaluation,"
+        f" {counted(train['documents'], 'document')} tokenized for training and {evaluation['documents']:,} for "
+        "evaluation,"
         f" {evaluation['bytes_per_token']:.2f} bytes a token; fingerprint {provenance['corpus_fingerprint']}"
     )
 
 
 def _table_block(table: pd.DataFrame, caption: str) -> Table:
-    return Table(formatted(table), caption, notes=table_notes(table))
+    return Table(formatted(table), caption, notes=table_notes(table), groups=column_groups(table))

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from normfree.data import PackedData
 from normfree.errors import InputError
-from normfree.report import FIGURES_FOLDER
+from normfree.report import FIGURES_FOLDER, Link
 from normfree.runner.page import Findings, StudyPage
 from normfree.runner.presets import Preset
 from normfree.runner.study_folder import StudyFolder
@@ -75,6 +75,7 @@ class Study:
     measurement: from the preset.
     question: what the study asks, in one line.
     presets: those that fit it.
+    papers: those it follows; the report links them.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Study:
     measurement: Callable[[Preset], Measurement] | None = None
     question: str = ""
     presets: tuple[str, ...] = GENERAL_PRESETS
+    papers: tuple[Link, ...] = ()
 
     def __post_init__(self) -> None:
         _check_name(self.name)
@@ -122,6 +124,7 @@ class Collection:
     describe: Callable[[Sequence[StudyPage], pd.DataFrame, Path], Findings]
     question: str = ""
     presets: tuple[str, ...] = GENERAL_PRESETS
+    papers: tuple[Link, ...] = ()
 
     def __post_init__(self) -> None:
         _check_name(self.name)

@@ -137,4 +137,4 @@ def check_unused(path: Path, why: str) -> None:
 
 
 def _identity(preset: Preset) -> dict[str, Any]:
-    return preset.model_dump(mode="json", exclude={"seeds", "description", "columns"})
+    return preset.model_dump(mode="json", exclude={"seeds", "description", "caution", "columns"})

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from normfree.probes.optional.qk_logit_max import QK_LOGIT_MAX
-from normfree.report import Section, Table, paper_style
+from normfree.report import Link, Section, Table, paper_style
 from normfree.report.frames import in_order
 from normfree.report.primitives import depth_bar, layer_curves, panel_grid, title_panel
 from normfree.runner import KEY, Configuration, Findings, Study, StudyPage, telemetry_frame
@@ -106,4 +106,5 @@ STUDY = Study(
     baseline=LAYERNORM_GELU.label,
     configurations=lambda preset: CONFIGURATIONS,
     describe=describe,
+    papers=(Link("Scaling Vision Transformers to 22 Billion Parameters, 2023", "https://arxiv.org/abs/2302.05442"),),
 )

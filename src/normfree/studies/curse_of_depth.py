@@ -13,7 +13,7 @@ from normfree.errors import InputError
 from normfree.interpret import measure_depth, write_depth
 from normfree.interpret.depth.comparison import depth_sections
 from normfree.progress import stage
-from normfree.report import FIGURES_FOLDER, Element, Section, Table, load_published
+from normfree.report import FIGURES_FOLDER, Element, Link, Section, Table, load_published
 from normfree.report.frames import SIGNAL_STATISTICS, check_frame
 from normfree.report.numbers import mean_and_half, over_seeds
 from normfree.report.signal_curves import signal_propagation_dynamics, signal_propagation_over_depth
@@ -170,9 +170,9 @@ def _limits(page: StudyPage) -> str:
     tokens = page.results[0].row["tokens"]
     least = load_published("curse_of_depth_table1")["training_tokens_billion"].min()
     return (
-        f"These runs saw {tokens / (1e9 * least):.2%} of the {least:g} billion tokens of the paper's smallest model. "
-        "Perplexities are comparable only between rows of one table: another tokenizer or corpus changes them. All "
-        "methods have one learning rate; with --tune-lr each gets its own."
+        f"These runs saw {100 * tokens / (1e9 * least):.2g} % of the {least:g} billion tokens of the paper's smallest "
+        "model. Perplexities are comparable only between rows of one table: another tokenizer or corpus changes them. "
+        "All methods have one learning rate; with --tune-lr each gets its own."
     )
 
 
@@ -238,4 +238,5 @@ STUDY = Study(
     configurations=configurations,
     describe=describe,
     measurement=lambda preset: Measurement(lambda: None, measure),
+    papers=(Link("The Curse of Depth in Large Language Models, Sun et al. 2025", "https://arxiv.org/abs/2502.05795"),),
 )

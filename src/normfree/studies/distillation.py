@@ -8,7 +8,7 @@ from dataclasses import replace
 import pandas as pd
 
 from normfree.columns import EVAL_LOSS, EVAL_PPL
-from normfree.report import Section, Table
+from normfree.report import Link, Section, Table
 from normfree.runner import Configuration, Findings, Study, StudyPage
 from normfree.studies.relu_revival import GELU, LAYERNORM_GELU, RELU, scale_limits
 from normfree.training.objectives import DistillationOptions
@@ -117,4 +117,7 @@ STUDY = Study(
         *(each for student in STUDENTS for each in (student, *(taught(student, way) for way in WAYS))),
     ),
     describe=describe,
+    papers=(
+        Link("Distilling the Knowledge in a Neural Network, Hinton et al. 2015", "https://arxiv.org/abs/1503.02531"),
+    ),
 )

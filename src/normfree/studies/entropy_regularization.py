@@ -12,7 +12,7 @@ from matplotlib.ticker import EngFormatter
 
 from normfree.columns import ENTROPY_NATS, ENTROPY_THRESHOLD_NATS, EVAL_PPL
 from normfree.errors import InputError
-from normfree.report import Callout, Element, Section, Table, paper_style
+from normfree.report import Callout, Element, Link, Section, Table, paper_style
 from normfree.report.frames import THRESHOLDS, check_frame, check_one_setting, in_order
 from normfree.report.overload import perplexity_and_overload
 from normfree.report.primitives import depth_bar, layer_curves, panel_grid, seeds_note
@@ -219,4 +219,5 @@ STUDY = Study(
     baseline=LAYERNORM_GELU.label,
     configurations=lambda preset: (LAYERNORM_GELU, *(each for model in MODELS for each in model)),
     describe=describe,
+    papers=(Link("AERO, Jha & Reagen 2024", "https://arxiv.org/abs/2410.13060"),),
 )

@@ -17,7 +17,7 @@ from normfree.report.overload import perplexity_and_overload
 from normfree.report.primitives import annotated_heatmap, colour_bar
 from normfree.report.style import TWO_COLUMN, entropy_colours
 from normfree.runner import Configuration, Findings, Preset, Study, StudyPage, head_entropy_frame
-from normfree.studies.relu_revival import GELU, RELU, scale_limits
+from normfree.studies.relu_revival import GELU, PAPER, RELU, scale_limits
 
 LETTERS = {"gelu": "G", "relu": "R"}
 
@@ -164,4 +164,5 @@ STUDY = Study(
     baseline=GELU.label,
     configurations=configurations,
     describe=describe,
+    papers=(PAPER,),
 )

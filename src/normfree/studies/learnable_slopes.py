@@ -33,7 +33,7 @@ from normfree.report.frames import (
 from normfree.report.primitives import annotated_heatmap, colour_bar, depth_bar, layer_curves, panel_grid, title_panel
 from normfree.report.style import DASHED, INK, ONE_COLUMN, entropy_colours
 from normfree.runner import Configuration, Findings, Study, StudyPage, layer_entropy_frame, telemetry_frame
-from normfree.studies.relu_revival import GELU, LAYERNORM_GELU, LAYERNORM_RELU, RELU, scale_limits
+from normfree.studies.relu_revival import GELU, LAYERNORM_GELU, LAYERNORM_RELU, PAPER, RELU, scale_limits
 from normfree.training.records import METRICS_FILE
 
 INITIAL_SLOPES = (0.01, 0.25, 0.0, -0.1)
@@ -340,4 +340,5 @@ STUDY = Study(
         *(learnable(sharing, initial, decayed=decayed) for sharing, initial, decayed in LEARNABLE.values()),
     ),
     describe=describe,
+    papers=(PAPER,),
 )

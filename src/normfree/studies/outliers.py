@@ -42,7 +42,7 @@ from normfree.runner import (
     measured_frame,
     telemetry_frame,
 )
-from normfree.studies.relu_revival import GELU, LAYERNORM_GELU, LAYERNORM_RELU, RELU, scale_limits
+from normfree.studies.relu_revival import GELU, LAYERNORM_GELU, LAYERNORM_RELU, PAPER, RELU, scale_limits
 from normfree.training import RunResult, load_pretrained
 from normfree.training.records import write_parquet
 
@@ -232,4 +232,5 @@ STUDY = Study(
     configurations=lambda preset: (LAYERNORM_GELU, LAYERNORM_RELU, GELU, RELU),
     describe=describe,
     measurement=lambda preset: Measurement(check, measure),
+    papers=(PAPER,),
 )

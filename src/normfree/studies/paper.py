@@ -51,6 +51,7 @@ FIGURES: Study = Study(
     baseline=relu_revival.STUDY.baseline,
     configurations=_configurations,
     describe=_describe_figures,
+    papers=relu_revival.STUDY.papers,
 )
 
 
@@ -96,6 +97,7 @@ TABLE_2: Collection = Collection(
     _describe,
     question="GELU or ReLU, with or without LayerNorm, for each model and context length of Table 2?",
     presets=COLUMN_PRESETS,
+    papers=relu_revival.STUDY.papers,
 )
 EVERYTHING: Collection = Collection(
     "relu-revival-all",
@@ -105,5 +107,6 @@ EVERYTHING: Collection = Collection(
     _describe,
     question="Every table and figure of ReLU's Revival; also: relu-revival --all.",
     presets=COLUMN_PRESETS,
+    papers=relu_revival.STUDY.papers,
 )
 STUDIES = (FIGURES, TABLE_2, EVERYTHING)

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from normfree.columns import ENTROPY_NATS, EVAL_LOSS
 from normfree.data import PackedData
-from normfree.report import Callout, Section
+from normfree.report import Callout, Link, Section
 from normfree.report.frames import in_order
 from normfree.report.primitives import configuration_curves, explain_empty, integer_axis, legend_above, panel_grid
 from normfree.report.style import QUIET, configuration_colours, paper_style
@@ -136,4 +136,8 @@ STUDY = Study(
     configurations=lambda preset: CONFIGURATIONS,
     describe=describe,
     measurement=lambda preset: Measurement(lambda: None, measure),
+    papers=(
+        Link("Transformers without Normalization, 2025", "https://arxiv.org/abs/2503.10622"),
+        Link("Stronger Normalization-Free Transformers, 2025", "https://arxiv.org/abs/2512.10938"),
+    ),
 )

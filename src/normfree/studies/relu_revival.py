@@ -6,10 +6,11 @@ import pandas as pd
 
 from normfree.columns import EVAL_PPL
 from normfree.entropy import uniform_entropy_bound
-from normfree.report import BANDS, Section, published_head_entropy
+from normfree.report import BANDS, Link, Section, published_head_entropy
 from normfree.report.entropy_figures import headwise_entropy_distribution, headwise_entropy_heatmaps
 from normfree.runner import Configuration, Findings, Study, StudyPage, head_entropy_frame
 
+PAPER = Link("ReLU's Revival, Jha & Reagen 2024", "https://arxiv.org/abs/2410.09637")
 PAPER_TOKENS = 2.1e9
 PAPER_SEQUENCE_LENGTH = 128
 
@@ -61,7 +62,7 @@ def scale_limits(page: StudyPage) -> str:
     """How far the runs' scale is from the paper's, and what their perplexities can be compared with."""
     tokens = page.results[0].row["tokens"]
     share = (
-        f"These runs saw {tokens / PAPER_TOKENS:.1%} of the paper's 2.1 B training tokens. "
+        f"These runs saw {100 * tokens / PAPER_TOKENS:.2g} % of the paper's 2.1 B training tokens. "
         if tokens < PAPER_TOKENS
         else ""
     )
@@ -101,4 +102,5 @@ STUDY = Study(
     baseline=LAYERNORM_GELU.label,
     configurations=lambda preset: (LAYERNORM_GELU, LAYERNORM_RELU, GELU, RELU),
     describe=describe,
+    papers=(PAPER,),
 )

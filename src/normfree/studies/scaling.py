@@ -24,7 +24,7 @@ from normfree.report.numbers import number
 from normfree.report.primitives import annotated_heatmap, colour_bar
 from normfree.report.style import TWO_COLUMN, difference_colours
 from normfree.runner import Collection, Configuration, Findings, Member, Preset, Study, StudyPage, load_preset
-from normfree.studies.relu_revival import GELU, RELU, scale_limits
+from normfree.studies.relu_revival import GELU, PAPER, RELU, scale_limits
 
 LEARNING_RATE_FACTORS = (0.5, 1.0, 2.0)
 SIZE_FACTORS = (0.5, 2.0)
@@ -94,6 +94,7 @@ SIZES: Study = Study(
     baseline=GELU.label,
     configurations=lambda preset: tuple(each for _, each in _grid(preset, _sizes(preset))),
     describe=_describe_member,
+    papers=(PAPER,),
 )
 CONTEXT: Study = Study(
     name="scaling-context",
@@ -102,6 +103,7 @@ CONTEXT: Study = Study(
     baseline=GELU.label,
     configurations=lambda preset: tuple(each for _, each in _grid(preset, {BASE: {}})),
     describe=_describe_member,
+    papers=(PAPER,),
 )
 
 
@@ -216,5 +218,6 @@ SCALING: Collection = Collection(
     lambda pages: pd.concat([page.table for page in pages], ignore_index=True),
     _describe,
     question="At which widths, depths, context lengths and learning rates does ReLU beat GELU?",
+    papers=(PAPER,),
 )
 STUDIES = (SIZES, CONTEXT, SCALING)

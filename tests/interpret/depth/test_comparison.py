@@ -82,6 +82,11 @@ def test_a_run_and_a_stock_model_on_one_page(normfree: Command, run_folder: Path
     )
     text = (page / "report.html").read_text()
     assert "of 5 layers; " in text
+    assert "No law of growth for llama: a fit needs five layers" in text
+    laws = text.partition("Laws of growth")[2].partition("</table>")[0]
+    assert laws.count('<th scope="row">run</th>') == 4
+    assert "llama" not in laws
+    assert "NaN" not in laws
     assert text.count("data:image/png") == len(FIGURES)
 
 

@@ -159,7 +159,7 @@ def depth_sections(frames: Mapping[str, pd.DataFrame], folder: Path) -> list[Sec
             residual_variance_over_depth(frames["residual_variance"], growth),
             "Variance of the residual stream by layer: over channels, mean over tokens and sequences. Dashed: the law "
             "that describes its logarithm best.",
-            *([_growth_table(growth[growth["tokens"] == WITHOUT_FIRST])] if is_short else []),
+            *(_growth_blocks(growth[growth["tokens"] == WITHOUT_FIRST]) if is_short else []),
         ),
         figure_section(
             "Layers left out",
@@ -189,6 +189,14 @@ def depth_sections(frames: Mapping[str, pd.DataFrame], folder: Path) -> list[Sec
 
 def _together(measurements: list[dict[str, pd.DataFrame]]) -> dict[str, pd.DataFrame]:
     return {name: pd.concat([each[name] for each in measurements], ignore_index=True) for name in measurements[0]}
+
+
+def _growth_blocks(growth: pd.DataFrame) -> list[Element]:
+    """The table of the laws of growth, and the models that have none."""
+    is_fitted = growth.groupby("configuration", sort=False)["aicc"].transform("count") > 0
+    missing = dict.fromkeys(growth.loc[~is_fitted, "configuration"])
+    why = f"No law of growth for {', '.join(missing)}: a fit needs five layers, and variances that are finite."
+    return [*([_growth_table(growth[is_fitted])] if is_fitted.any() else []), *([Callout(why)] if missing else [])]
 
 
 def _growth_table(growth: pd.DataFrame) -> Table:
@@ -239,5 +247,9 @@ def _sentence(row: pd.Series) -> str:
     if not np.isfinite(row["effective_depth"]):
         return f"{row['model']}: the loss is not finite with all layers or without one of them; no effective depth."
     share = row["deep_half_share"]
-    deep = "no layer costs anything" if np.isnan(share) else f"the deeper half carries {share:.0%} of the loss increase"
+    deep = (
+        "no layer costs anything"
+        if np.isnan(share)
+        else f"the deeper half carries {100 * share:.0f} % of the loss increase"
+    )
     return f"{row['model']}: effective depth {row['effective_depth']:.1f} of {row['n_layer']} layers; {deep}."

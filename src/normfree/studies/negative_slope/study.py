@@ -14,7 +14,7 @@ from normfree.report.frames import NONFINITE_COUNTS
 from normfree.runner import Configuration, Findings, Study, StudyPage, layer_entropy_frame, telemetry_frame
 from normfree.studies.negative_slope.events import entropy_collapse, first_nonfinite
 from normfree.studies.negative_slope.figures import instability_dynamics
-from normfree.studies.relu_revival import RELU, scale_limits
+from normfree.studies.relu_revival import PAPER, RELU, scale_limits
 from normfree.training import Recipe
 
 SLOPES = (0.01, 0.05, 0.1, 0.2)
@@ -188,4 +188,5 @@ STUDY = Study(
     baseline=RELU.label,
     configurations=lambda preset: (RELU, *LEAKY),
     describe=describe,
+    papers=(PAPER,),
 )

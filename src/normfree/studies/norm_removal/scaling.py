@@ -19,6 +19,7 @@ from normfree.runner import Configuration, Findings, Preset, Study, StudyPage, r
 from normfree.studies.norm_removal.figures import removal_scaling
 from normfree.studies.norm_removal.study import (
     GPT_2,
+    PAPERS,
     REMOVALS_FILE,
     TABLE_NOTES,
     at_the_edge,
@@ -170,4 +171,5 @@ STUDY = Study(
     configurations=configurations,
     describe=describe,
     measurement=measurement(configurations, vanilla=False),
+    papers=PAPERS,
 )

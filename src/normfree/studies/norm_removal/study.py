@@ -23,7 +23,7 @@ from normfree.removal.midway import check_removable
 from normfree.removal.plan import plan
 from normfree.removal.removal import NORM_FREE, REMOVAL_FOLDER, TABLE_FILE, VANILLA, remove
 from normfree.removal.schedule import automatic_schedule
-from normfree.report import Callout, Element, Section, Table, load_published
+from normfree.report import Callout, Element, Link, Section, Table, load_published
 from normfree.report.numbers import plus_minus
 from normfree.runner import Configuration, Findings, Measurement, Preset, RemovalOptions, Study, StudyPage, run_config
 from normfree.studies.norm_removal.figures import removal_loss_curves
@@ -40,6 +40,7 @@ from normfree.training.objectives import CROSS_ENTROPY
 from normfree.training.records import METRICS_FILE
 
 Configurations = Callable[[Preset], tuple[Configuration, ...]]
+PAPERS = (Link("Transformers Don't Need LayerNorm at Inference Time, 2025", "https://arxiv.org/abs/2507.02559"),)
 REMOVALS_FILE = "removals.csv"
 CURVE = {VANILLA: TRAIN_LOSS, NORM_FREE: CROSS_ENTROPY}
 """The names of the training loss in a run's metrics."""
@@ -293,4 +294,5 @@ STUDY = Study(
     configurations=configurations,
     describe=describe,
     measurement=measurement(configurations, vanilla=True),
+    papers=PAPERS,
 )

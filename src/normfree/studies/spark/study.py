@@ -16,7 +16,7 @@ from normfree.data import PackedData
 from normfree.modeling import NormfreeConfig
 from normfree.probes.sparsity_probe import SparsityProbe
 from normfree.progress import stage
-from normfree.report import Element, Paragraph, Section, Table, load_published, mean_confidence_interval
+from normfree.report import Element, Link, Paragraph, Section, Table, load_published, mean_confidence_interval
 from normfree.report.overload import perplexity_and_overload
 from normfree.runner import (
     Configuration,
@@ -341,6 +341,7 @@ def _lead(table: pd.DataFrame, baseline: str) -> str:
 
 
 _MEASUREMENT = Measurement(check=lambda: None, measure=measure)
+_PAPERS = (Link("Spark Transformer, 2025", "https://arxiv.org/abs/2506.06644"),)
 STUDY = Study(
     name="spark",
     title="Spark Transformer: sparse feed-forward networks and attention",
@@ -349,6 +350,7 @@ STUDY = Study(
     configurations=lambda preset: CONFIGURATIONS,
     describe=describe,
     measurement=lambda preset: _MEASUREMENT,
+    papers=_PAPERS,
 )
 
 
@@ -371,6 +373,7 @@ CURVE = Study(
     configurations=lambda preset: (LAYERNORM_GELU, *(active(share) for share in ACTIVE_SHARES)),
     describe=describe_curve,
     measurement=lambda preset: _MEASUREMENT,
+    papers=_PAPERS,
 )
 NORMS = Study(
     name="spark-norms",
@@ -380,5 +383,6 @@ NORMS = Study(
     configurations=_with_and_without_norms,
     describe=describe_norms,
     measurement=lambda preset: _MEASUREMENT,
+    papers=_PAPERS,
 )
 STUDIES = (STUDY, CURVE, NORMS)
