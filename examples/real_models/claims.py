@@ -31,7 +31,8 @@ def _verdict(holds: bool, numbers: str) -> tuple[str, str]:
 
 def _overload(model: Measured) -> tuple[str, str]:
     early, late = model.top_band_share(early=True), model.top_band_share(early=False)
-    shown = f"{early:.0%} of the heads of the first third of the layers in the top quarter, {late:.0%} of the others"
+    early_third = f"{100 * early:.0f} % of the heads of the first third of the layers in the top quarter"
+    shown = f"{early_third}, {100 * late:.0f} % of the others"
     return _verdict(early < 0.25 and late < 0.25, shown)
 
 
@@ -45,7 +46,7 @@ def _growth(model: Measured) -> tuple[str, str]:
 
 def _half_does_little(model: Measured) -> tuple[str, str]:
     share = model.depth["deep_half_share"]
-    shown = f"the deeper half has {share:.0%} of the loss increase; effective depth {model.effective_depth}"
+    shown = f"the deeper half has {100 * share:.0f} % of the loss increase; effective depth {model.effective_depth}"
     return _verdict(share < 1 / 3, shown)
 
 
@@ -69,24 +70,24 @@ def _attribution(model: Measured) -> tuple[str, str]:
     if model.interpretation is None:
         return REFUSED, "its norms act on what is written into the stream"
     error = model.interpretation["attribution_nmae"]
-    return _verdict(error > 0.1, f"median error over the heads {error:.0%}")
+    return _verdict(error > 0.1, f"median error over the heads {100 * error:.0f} %")
 
 
 def _confidence(model: Measured) -> tuple[str, str]:
     if model.interpretation is None:
         return REFUSED, "its norms act on what is written into the stream"
     share = model.interpretation["norm_mediated_share"]
-    return _verdict(share > 0.2, f"{share:.0%} of their effect goes through the final norm's std")
+    return _verdict(share > 0.2, f"{100 * share:.0f} % of their effect goes through the final norm's std")
 
 
 def _lazy(model: Measured) -> tuple[str, str]:
     share = model.open_gate_share
-    return _verdict(share > 0.2, f"{share:.0%} of the gates are above zero")
+    return _verdict(share > 0.2, f"{100 * share:.0f} % of the gates are above zero")
 
 
 def _norms_inside(model: Measured) -> tuple[str, str]:
     norms = "with such norms" if model.has_inner_norms else "without such norms"
-    return UNTOLD, f"{norms} the effective depth is {model.depth['effective_depth_share']:.0%} of the layers"
+    return UNTOLD, f"{norms} the effective depth is {100 * model.depth['effective_depth_share']:.0f} % of the layers"
 
 
 CLAIMS = (
