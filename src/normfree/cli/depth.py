@@ -8,7 +8,8 @@ import typer
 
 from normfree.cli.console import open_console, print_json, records, say, say_origin, table
 from normfree.cli.names import model_name, output_folder
-from normfree.cli.options import Compared, Json, Output, Revision, at_revision, command_line, reads_sequences
+from normfree.cli.options import Compared, Json, Output, command_line
+from normfree.cli.shared_options import reads_sequences
 from normfree.errors import InputError
 
 _COLUMNS = {
@@ -29,7 +30,6 @@ def depth(
     probes: Annotated[int, typer.Option(help="Random vectors a sequence for each Jacobian.")] = 8,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences in memory at once.")] = 8,
     out: Output = None,
-    revision: Revision = None,
     json_: Json = False,
     **reading: Any,
 ) -> None:
@@ -43,7 +43,6 @@ def depth(
 
     if len(set(models)) < len(models):
         raise InputError("a model is named twice; name each once")
-    models = at_revision(models, revision)
     folder = output_folder(out, "depth", models)
     console = open_console(json_)
     named = {model_name(source, models): source for source in models}

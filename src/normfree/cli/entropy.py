@@ -8,7 +8,8 @@ from rich.table import Table
 
 from normfree.cli.console import open_console, print_json, say, say_origin, table
 from normfree.cli.names import model_name, output_folder
-from normfree.cli.options import Json, Model, Output, Revision, at_revision, reads_sequences
+from normfree.cli.options import Json, Model, Output
+from normfree.cli.shared_options import reads_sequences
 from normfree.columns import SHARE_OF_UNIFORM, SINK_SHARE, UNIFORM_NATS
 from normfree.progress import stage
 
@@ -17,14 +18,13 @@ if TYPE_CHECKING:
 
 
 @reads_sequences(32)
-def entropy(model: Model, out: Output = None, revision: Revision = None, json_: Json = False, **reading: Any) -> None:
+def entropy(model: Model, out: Output = None, json_: Json = False, **reading: Any) -> None:
     """Measure the attention entropy of every head of a model: a table, a CSV file a head and layer, a heatmap.
 
     Example: normfree entropy gpt2 --corpus installed-python --sequence-length 256
     """
     from normfree.measurement import measure_on_corpus
 
-    (model,) = at_revision([model], revision)
     folder, name = output_folder(out, "entropy", [model]), model_name(model, [model])
     console = open_console(json_)
     with stage(f"attention entropy of {name}"):

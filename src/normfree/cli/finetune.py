@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from normfree.cli.console import open_console, print_json, say, say_origin
-from normfree.cli.options import (
-    DEFAULT_CACHE_DIR,
-    Bos,
-    CacheDir,
-    Device,
-    Json,
-    Model,
-    Precision,
-    Revision,
-    RunFolder,
-    Seed,
-    Set,
-    at_revision,
-    changes,
-    checked_corpus,
-)
+from normfree.cli.options import Json, Model, RunFolder, checked_corpus
+from normfree.cli.shared_options import trains_a_model
 
 
+@trains_a_model
 def finetune(
     model: Model,
     corpus: Annotated[
@@ -34,18 +21,11 @@ def finetune(
         ),
     ],
     out: RunFolder,
-    epochs: Annotated[float, typer.Option(min=0.01, help="Passes over the training split.")] = 3.0,
-    tokens: Annotated[int | None, typer.Option(help="Budget in tokens, in place of epochs.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Budget in optimizer steps, in place of epochs.")] = None,
-    seed: Seed = 0,
-    lora: Annotated[int | None, typer.Option(min=1, help="Train low-rank changes of this rank only.")] = None,
-    set_: Set = None,
-    bos: Bos = None,
-    device: Device = None,
-    dtype: Precision = None,
-    revision: Revision = None,
-    cache_dir: CacheDir = DEFAULT_CACHE_DIR,
+    epochs: Annotated[
+        float, typer.Option(min=0.01, help="Passes over the training split, without --tokens, --steps.")
+    ] = 3.0,
     json_: Json = False,
+    **training: Any,
 ) -> None:
     """Fine-tune a trained model on prompts and completions; only the completions are predicted.
 
@@ -55,19 +35,9 @@ def finetune(
     """
     from normfree.training.single_run import finetune as finetune_model
 
-    (model,) = at_revision([model], revision)
-    wanted = changes(set_, tokens=tokens, steps=steps, corpus=corpus, tokenizer=None, bos=bos, dtype=dtype)
+    training["changes"]["data.corpus"] = corpus
     console = open_console(json_)
-    tuned = finetune_model(
-        model,
-        out,
-        changes=wanted,
-        epochs=epochs,
-        seed=seed,
-        lora_rank=lora,
-        device=device,
-        cache_dir=cache_dir,
-    )
+    tuned = finetune_model(model, out, epochs=epochs, **training)
     row = tuned.run.row
     if json_:
         read = {"beginning": tuned.beginning.summary(), "quantization": tuned.quantization}

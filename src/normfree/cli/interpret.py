@@ -9,7 +9,8 @@ import typer
 
 from normfree.cli.console import open_console, print_json, records, say, say_origin, table
 from normfree.cli.names import model_name, output_folder
-from normfree.cli.options import Compared, Json, Output, Revision, at_revision, command_line, reads_sequences
+from normfree.cli.options import Compared, Json, Output, command_line
+from normfree.cli.shared_options import reads_sequences
 
 
 @reads_sequences(64)
@@ -21,7 +22,6 @@ def interpret(
     ] = None,
     neurons: Annotated[int, typer.Option(help="Candidate confidence neurons to ablate.")] = 20,
     out: Output = None,
-    revision: Revision = None,
     json_: Json = False,
     **reading: Any,
 ) -> None:
@@ -31,7 +31,6 @@ def interpret(
     """
     from normfree.interpret import compare_interpretability
 
-    models = at_revision(models, revision)
     folder = output_folder(out, "interpretation", models)
     console = open_console(json_)
     named = {model_name(each, models): each for each in models}

@@ -5,8 +5,6 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Mapping
-from functools import wraps
-from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -138,49 +136,6 @@ CacheDir = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, to standard output.")]
-
-_READING = {
-    "corpus": Annotated[
-        str | None, typer.Option(help="As for a study; default: the (first) run's own data.", callback=checked_corpus)
-    ],
-    "tokenizer": Tokenizer,
-    "sequence_length": Annotated[
-        int | None, typer.Option(help="T; default: the run's, or 512 or the model's positions.")
-    ],
-    "bos": Bos,
-    "device": Device,
-    "dtype": Dtype,
-    "cache_dir": CacheDir,
-}
-
-
-def reads_sequences(n: int, use: str = "measure on") -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a command the options by which models and sequences are read, in place of its ``**reading``.
-
-    Args:
-        n: the default of ``--sequences``.
-        use: what they are for, in the help of ``--sequences``.
-    """
-
-    def declare(command: Callable[..., None]) -> Callable[..., None]:
-        @wraps(command)
-        def with_options(*, sequences: int, **given: Any) -> None:
-            command(n_sequences=sequences, **given)
-
-        def option(name: str, annotation: Any, default: Any = None) -> Parameter:
-            return Parameter(name, Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
-
-        *own, _ = signature(command, eval_str=True).parameters.values()
-        shared = [
-            option("sequences", Annotated[int, typer.Option(help=f"Sequences to {use}.")], n),
-            *(option(name, kind, DEFAULT_CACHE_DIR if kind is CacheDir else None) for name, kind in _READING.items()),
-        ]
-        options: Any = with_options
-        options.__signature__ = Signature([option(each.name, each.annotation, each.default) for each in own] + shared)
-        return with_options
-
-    return declare
-
 
 StudyFile = Annotated[
     str | None,

@@ -8,15 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from normfree.cli.console import open_console, print_json, say, say_origin
-from normfree.cli.options import (
-    Json,
-    Model,
-    Revision,
-    at_revision,
-    checked_folder,
-    numbers,
-    reads_sequences,
-)
+from normfree.cli.options import Json, Model, checked_folder, numbers
+from normfree.cli.shared_options import reads_sequences
 
 Out = Annotated[
     Path, typer.Option(help="Folder for the pruned model; must not hold anything yet.", callback=checked_folder)
@@ -34,7 +27,6 @@ def prune_layers(
     drop: Annotated[str | None, typer.Option(help="Layers to drop, counted from 0, e.g. 8,9,10.")] = None,
     drop_last: Annotated[int | None, typer.Option(help="Drop so many of the last layers.")] = None,
     drop_similar: DropSimilar = None,
-    revision: Revision = None,
     json_: Json = False,
     **reading: Any,
 ) -> None:
@@ -44,7 +36,6 @@ def prune_layers(
     """
     from normfree.exports import export_without_layers
 
-    (model,) = at_revision([model], revision)
     console = open_console(json_)
     pruned = export_without_layers(
         model,

@@ -2,44 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from normfree.cli.console import open_console, print_json, records, say, say_origin, table
 from normfree.cli.names import model_name, output_folder
-from normfree.cli.options import (
-    DEFAULT_CACHE_DIR,
-    Bos,
-    CacheDir,
-    Device,
-    Json,
-    Model,
-    Precision,
-    Revision,
-    Seed,
-    Set,
-    Tokenizer,
-    at_revision,
-    changes,
-    checked_corpus,
-    checked_folder,
-)
+from normfree.cli.options import Json, Model, Output, Tokenizer
+from normfree.cli.shared_options import Corpus, trains_a_model
 from normfree.columns import EVAL_LOSS, EVAL_PPL
 from normfree.processes import check_alone
 
 if TYPE_CHECKING:
     from normfree.removal.from_pretrained import PretrainedRemoval
 
-
-Corpus = Annotated[
-    str | None, typer.Option(help="As for a study; default, for a run: its own.", callback=checked_corpus)
-]
-Out = Annotated[
-    Path | None, typer.Option(help="Folder for runs and models; default removal/MODEL.", callback=checked_folder)
-]
 Schedule = Annotated[
     str | None,
     typer.Option(
@@ -47,30 +24,18 @@ Schedule = Annotated[
         "default: by depth and budget."
     ),
 ]
-Lora = Annotated[
-    int | None,
-    typer.Option(min=1, help="Train low-rank changes of this rank, and the norms; the other weights are frozen."),
-]
 
 
+@trains_a_model
 def remove_norm(
     model: Model,
     corpus: Corpus = None,
     tokenizer: Tokenizer = None,
-    out: Out = None,
+    out: Output = None,
     schedule: Schedule = None,
-    tokens: Annotated[int | None, typer.Option(help="Fine-tuning budget, in tokens.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Fine-tuning budget, in optimizer steps.")] = None,
-    seed: Seed = 0,
-    lora: Lora = None,
     vanilla: Annotated[bool, typer.Option(help="Also fine-tune with the norms kept, as a control.")] = True,
-    set_: Set = None,
-    bos: Bos = None,
-    device: Device = None,
-    dtype: Precision = None,
-    revision: Revision = None,
-    cache_dir: CacheDir = DEFAULT_CACHE_DIR,
     json_: Json = False,
+    **training: Any,
 ) -> None:
     """Take every LayerNorm or RMSNorm out of a trained model by fine-tuning, and export it without any.
 
@@ -81,21 +46,11 @@ def remove_norm(
     from normfree.removal.from_pretrained import remove_from_pretrained
 
     check_alone("normfree remove-norm", "leave the launcher out: its statistics would be those of one of them")
-    (model,) = at_revision([model], revision)
     folder, name = output_folder(out, "removal", [model]), model_name(model, [model])
-    wanted = changes(set_, tokens=tokens, steps=steps, corpus=corpus, tokenizer=tokenizer, bos=bos, dtype=dtype)
+    data = {"data.corpus": corpus, "data.tokenizer": tokenizer}
+    training["changes"] |= {name: value for name, value in data.items() if value is not None}
     console = open_console(json_)
-    removal = remove_from_pretrained(
-        model,
-        folder,
-        changes=wanted,
-        schedule=schedule,
-        seed=seed,
-        lora_rank=lora,
-        vanilla=vanilla,
-        device=device,
-        cache_dir=cache_dir,
-    )
+    removal = remove_from_pretrained(model, folder, schedule=schedule, vanilla=vanilla, **training)
     if json_:
         read = {"beginning": removal.beginning.summary(), "quantization": removal.quantization}
         stock = None if removal.result.stock is None else str(removal.result.stock)
