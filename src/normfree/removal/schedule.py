@@ -31,7 +31,7 @@ class Removal(NamedTuple):
 
 
 class Stage(BaseModel):
-    """Norms of one kind, removed one after the other.
+    """Norms of one kind, removed in turn.
 
     part: a reader of norms, or special tokens.
     after: steps from the previous removal (or step 0) to the first of this stage.

@@ -101,14 +101,14 @@ def to_stock(model: NormfreeForCausalLM) -> GPT2LMHeadModel | GPTNeoXForCausalLM
     declare = _gpt2 if config.position == "learned" else _llama if config.ffn == "gated" else _neox
     family = declare(config)
     _check_options(config, family)
-    shared = {theirs: getattr(config, ours) for theirs, ours in SHARED.items()}
+    shared = {stock_name: getattr(config, name) for stock_name, name in SHARED.items()}
     stock: Any = family.model(family.config(**shared, **family.options))
     weights = _weights(model, family)
     state = {}
-    for name, (ours, tensor) in zip(stock.state_dict(), renamed(stock, family.names).items(), strict=True):
-        weight = weights.get(ours, torch.zeros_like(tensor) if ours.endswith(".bias") else None)
-        assert weight is not None, ours
-        state[name] = weight.T if family.is_transposed and ours.endswith("_proj.weight") else weight
+    for stock_name, (name, tensor) in zip(stock.state_dict(), renamed(stock, family.names).items(), strict=True):
+        weight = weights.get(name, torch.zeros_like(tensor) if name.endswith(".bias") else None)
+        assert weight is not None, name
+        state[stock_name] = weight.T if family.is_transposed and name.endswith("_proj.weight") else weight
     stock.load_state_dict(state)
     stock.generation_config = model.generation_config
     return stock.to(device=model.device, dtype=model.dtype).train(model.training)

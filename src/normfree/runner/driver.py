@@ -1,4 +1,4 @@
-"""Drives the runs of a study: gives an executor those that can begin, and finds out what became of them."""
+"""Drives the runs of a study: starts them on an executor and collects their outcomes."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ from normfree.training.run_folder import checkpoints, step_of
 DEFAULT_RETRIES = 2
 """Tries of a run after its first failure without progress."""
 LOOK_AGAIN_SECONDS = 10.0
-"""After which a run that another process has is checked again."""
+"""Wait before a run that another process has is checked again."""
 
 
 @dataclass(frozen=True)
 class Execution:
-    """How a study is carried out, whichever study it is.
+    """How a study is carried out.
 
     cache_dir: where tokenized corpora are kept.
     seeds: None for those of the preset.
     tune_lr: also train each configuration at multiples of the recipe's learning rate (see
         :func:`~normfree.runner.run_order.planned_runs`).
     only: labels of the configurations to train, with the baseline; None for all.
-    executor: who trains; None for this process, one run after the other.
-    retries: how often a run that failed on an executor is tried again.
+    executor: trains the runs; None: this process, one run at a time.
+    retries: of a run that failed on an executor.
     """
 
     console: Console
@@ -70,7 +70,7 @@ def train_study(study: Study, folder: StudyFolder, execution: Execution) -> dict
     :func:`help_with`). :class:`~normfree.runner.run_queue.RunQueue` decides what follows a failure.
 
     Returns:
-        Why runs failed for good, by their folder below the study's. The others are finished.
+        Reasons of the runs that failed permanently, by their folder below the study's. The others are finished.
 
     Raises:
         InputError: a configuration, the recipe, the corpus or the executor cannot be used; then the folder is not
@@ -122,9 +122,9 @@ def failure_summary(failures: Mapping[str, str]) -> str:
 
 
 def _drive(work: Work, description: str, *, executor: Executor | None = None, retries: int = 0) -> RunQueue:
-    """Trains until every run is finished or has failed for good; without an executor in this process.
+    """Trains until every run is finished or has failed permanently; without an executor in this process.
 
-    This process tries no run again: it would fail in the same way.
+    This process does not retry: the run would fail in the same way.
     """
     n_tokens = sum(planned.n_tokens for planned in work.runs)
     with StudyProgress(n_tokens, description) as progress:
@@ -150,7 +150,7 @@ class _Attempt:
 
 
 class Driver:
-    """Gives an executor the runs that can begin, and finds out what became of them."""
+    """Starts runs that can begin on an executor, and collects their outcomes."""
 
     def __init__(self, work: Work, executor: Executor, progress: StudyProgress, retries: int) -> None:
         self._work = work
@@ -162,7 +162,7 @@ class Driver:
         self._held: set[str] = set()
 
     def run(self) -> RunQueue:
-        """Until every run is finished or has failed for good. Whatever ends it earlier stops the executor."""
+        """Runs until every run is finished or has failed permanently; an exception stops the executor."""
         try:
             while True:
                 has_started = self._start()
@@ -178,7 +178,7 @@ class Driver:
             raise
 
     def _start(self) -> bool:
-        """Starts what can begin, and returns True if there was anything."""
+        """Starts the runs that can begin; returns True if there were any."""
         room = None if self._executor.at_once is None else self._executor.at_once - len(self._attempts)
         chosen: list[PlannedRun] = []
         for planned in self._queue.ready():
@@ -225,7 +225,7 @@ class Driver:
         if report is None:
             claims = self._work.claims(planned)
             with suppress(OSError):
-                # A network file system may show an older state of a folder, until the folder is changed from here.
+                # A network file system may show an older state of a folder until this machine changes it.
                 claims.chmod(claims.stat().st_mode)
             report = read_report(claims, attempt.name)
         if report is not None and report.state in ("failed", "refused", "stopped"):
@@ -251,7 +251,7 @@ class Driver:
             self._say(f"{planned.label} failed: {reason}")
 
     def _say_finished(self, planned: PlannedRun, report: Report | None) -> None:
-        """What this process trained has printed its losses already."""
+        """Says that a run is finished; those that this process trained have printed their losses already."""
         if report is not None and not report.host:
             return
         where = "" if report is None else f" on {report.host}"
@@ -262,7 +262,7 @@ class Driver:
         self._say(f"{planned.label}: finished{where}{ending} ({n_done} of {n})")
 
     def _show_progress(self) -> None:
-        """Tokens trained on and to be trained on, and how many runs are at work."""
+        """Shows tokens done and in total, and the number of runs at work."""
         queue = self._queue
         total = sum(each.n_tokens for place, each in queue.runs.items() if place not in queue.failures)
         done = float(sum(queue.runs[place].n_tokens for place in queue.finished))

@@ -103,7 +103,7 @@ class OpenCollection:
         return self.tables["table"]
 
     def run(self, execution: Execution) -> dict[str, str]:
-        """Trains every study, one after the other. See :func:`~normfree.runner.driver.train_study`.
+        """Trains every study in turn. See :func:`~normfree.runner.driver.train_study`.
 
         Raises:
             InputError: a configuration, a recipe or a corpus cannot be used.

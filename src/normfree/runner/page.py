@@ -1,4 +1,4 @@
-"""The finished runs of a study as its ``describe`` reads them: results, tables, and where figures go."""
+"""The finished runs of a study, for its ``describe``: results, tables and figures."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from normfree.training.records import METRICS_FILE, read_parquet
 
 @dataclass(frozen=True)
 class Findings:
-    """What a study says beyond the table: a lead of a few sentences, sections, and how far its runs can speak."""
+    """A study's part of the report: a lead of a few sentences, sections, and the limits of its runs."""
 
     lead: str
     sections: Sequence[Section]

@@ -44,7 +44,7 @@ class StudyResult:
     Attributes:
         name: the study's.
         folder: the study's folder.
-        failures: why runs failed for good, by their folder below the study's; empty for a study that was loaded.
+        failures: reasons of permanent failures, by run folder below the study's; empty for a study that was loaded.
     """
 
     def __init__(self, opened: OpenStudy | OpenCollection, failures: Mapping[str, str] | None = None) -> None:

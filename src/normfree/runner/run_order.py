@@ -1,4 +1,4 @@
-"""The runs of a study in their order, and which of them wait for which."""
+"""The runs of a study in order, with their dependencies."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SWEEP_DECAY = 0.2
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run of a study: its folder below the study's, which is its name too, and the runs that come before it.
+    """One run of a study: its folder below the study's, which is its name too, and the runs that it requires.
 
     ``run`` is what to train; a run of the group ``tuned`` has the recipe's learning rate there, because its own is
     known only after its sweep (see :func:`to_train`).
@@ -37,7 +37,7 @@ class PlannedRun:
 
     @property
     def label(self) -> str:
-        """For a line of the log: configuration and seed, and the group where it is not ``runs``."""
+        """For log lines: configuration and seed, and the group if it is not ``runs``."""
         name = f"{self.run.configuration} seed {self.run.seed}"
         if self.group == "sweep":
             return f"{name}, sweep at {self.run.recipe.learning_rate:g}"
@@ -102,7 +102,7 @@ def to_train(planned: PlannedRun, folder: StudyFolder) -> RunConfig | None:
 
 
 def is_finished(planned: PlannedRun, folder: StudyFolder) -> bool:
-    """Whether a run whose turn has come needs no training, or no more of it."""
+    """True if a run whose turn has come needs no more training."""
     run, place = to_train(planned, folder), folder.path / planned.place
     return run is None or ((place / RESULTS_FILE).exists() and load_run_config(place / CONFIG_FILE) == run)
 
@@ -156,7 +156,7 @@ def _sweep(preset: Preset, configuration: Configuration) -> Iterator[PlannedRun]
 def _check_teachers(
     configurations: Sequence[Configuration], preset: Preset, seeds: Sequence[int], *, tune_lr: bool
 ) -> None:
-    """Whether every teacher will have been trained when its student needs it.
+    """Checks that every teacher is trained before its students.
 
     Raises:
         InputError: it comes after its student, or the sweep's seed is not trained.

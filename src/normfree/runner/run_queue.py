@@ -1,4 +1,4 @@
-"""Which runs can begin, and what became of the others; knows nothing of processes or files."""
+"""The states of a study's runs, without processes or files: which can begin, are at work, finished or failed."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from normfree.runner.run_order import PlannedRun
 
 
 class RunQueue:
-    """The runs of a study, each of them waiting, at work, finished or failed for good.
+    """The runs of a study, each of them waiting, at work, finished or failed permanently.
 
-    A run waits for those that it requires. One that fails is tried again, unless it has failed more than ``retries``
-    times with no new checkpoint in between: a run that progresses between its failures, as on preemptible machines, is
-    trained to its end. What requires a run that failed for good fails with it.
+    A run waits for those that it requires. A failed run is retried, up to ``retries`` times without a new checkpoint in
+    between: a run that progresses between failures, as on preemptible machines, is trained to its end. Runs that
+    require one that failed permanently fail with it.
 
     Attributes:
         runs: all of them, by place.
         finished: places of the finished ones.
-        failures: why runs failed for good, by place.
+        failures: reasons of permanent failures, by place.
     """
 
     def __init__(self, runs: Sequence[PlannedRun], *, retries: int) -> None:
@@ -30,11 +30,11 @@ class RunQueue:
 
     @property
     def is_over(self) -> bool:
-        """True if every run is finished or has failed for good."""
+        """True if every run is finished or has failed permanently."""
         return len(self.finished) + len(self.failures) == len(self.runs)
 
     def ready(self) -> list[PlannedRun]:
-        """Those that can begin now, in order."""
+        """The runs that can begin now, in order."""
         taken = self.finished | self.failures.keys() | self._at_work
         return [
             planned
@@ -58,7 +58,7 @@ class RunQueue:
     def fail(
         self, place: str, reason: str, *, step: int = 0, for_good: bool = False, was_stopped: bool = False
     ) -> bool:
-        """Records a failure after the checkpoint of ``step``; returns True if the run is to be tried again.
+        """Records a failure after the checkpoint of ``step``; returns True if the run is to be retried.
 
         A worker that ``was_stopped``, by its job's time limit for instance, has not failed if the run progressed.
         """

@@ -1,4 +1,4 @@
-"""What a study is: a grid of configurations, trained on the same data with the same recipe and seeds.
+"""Studies: grids of configurations, trained on the same data with the same recipe and seeds.
 
 A collection is several studies that one command trains and shows together, such as the columns of a table.
 """
@@ -52,11 +52,10 @@ class Configuration:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a study measures of each finished run, on the study's data, beyond what every training measures.
+    """A study's own measurement of each finished run, on the study's data.
 
-    check: called before training; raises InputError where this machine cannot measure.
-    measure: writes what it found into the run's folder, where ``describe`` reads it, skips what is there, and shows its
-        progress on the console.
+    check: called before training; raises InputError if this machine cannot measure.
+    measure: writes results into the run's folder, where ``describe`` reads them; skips those that exist.
     """
 
     check: Callable[[], None]
@@ -65,7 +64,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Study:
-    """What is compared, and what is shown of it.
+    """A comparison of configurations, and its part of the report.
 
     name: of the command, with letters, digits, dots, dashes and underscores.
     title: of the report.
@@ -109,7 +108,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Collection:
-    """Which studies, and what is shown of them together.
+    """Several studies with a common report.
 
     members: from the preset's name and a function that makes the caller's changes to a preset. Each study must be
         declared itself where the collection is, so that workers find it.

@@ -1,4 +1,4 @@
-"""The work of a study: its runs, who has them, and the files by which workers and their driver talk to each other.
+"""The work of a study: its runs, who has them, and the files that workers and their driver exchange.
 
 These files are in the study's folder ``workers``, which is removed when all runs are finished:
 
@@ -37,7 +37,7 @@ State = Literal["training", "finished", "failed", "refused", "busy", "stopped"]
 
 @dataclass(frozen=True)
 class Report:
-    """What became of an attempt at a run so far.
+    """The state of an attempt at a run.
 
     state: ``refused`` is bad input, which another attempt would not change; ``busy``: another process has the run;
         ``stopped``: a signal stopped the worker, which saved a checkpoint.

@@ -14,7 +14,7 @@ PAPER = Link("ReLU's Revival, Jha & Reagen 2024", "https://arxiv.org/abs/2410.09
 PAPER_TOKENS = 2.1e9
 PAPER_SEQUENCE_LENGTH = 128
 
-# The public code of the paper keeps the final LayerNorm in every configuration, and so do we.
+# As in the public code of the paper, every configuration keeps the final LayerNorm.
 LAYERNORM_GELU = Configuration("SM+LN+G", {"norm": "layernorm", "activation": "gelu"})
 LAYERNORM_RELU = Configuration("SM+LN+R", {"norm": "layernorm", "activation": "relu"})
 GELU = Configuration("SM+G", {"norm": "none", "activation": "gelu"})

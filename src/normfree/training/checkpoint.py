@@ -1,4 +1,4 @@
-"""Checkpoints that exist whole or not at all, and hold everything a run needs to resume as if never stopped."""
+"""Checkpoints, written atomically, with everything a run needs to resume as if never stopped."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ CHECKPOINTS_KEPT = 2
 
 @dataclass
 class Checkpointed:
-    """All that changes while a run trains, but its random numbers and the sums of its losses."""
+    """The state of a run in training, without random numbers and the sums of its losses."""
 
     model: NormfreeForCausalLM
     tokenizer: PreTrainedTokenizerBase
@@ -93,7 +93,7 @@ class Checkpointed:
         if self.is_sharded:
             model, optimizer = whole_model_state(self.model), whole_optimizer_state(self.optimizer)
         elif self.adapters is not None:
-            # A model without adapters, which loads like any other; what trains lies with it.
+            # A model without adapters, which loads like any other; the adapters are saved next to it.
             model = self.adapters.plain_state()
         on_main(partial(self._write, folder, model, optimizer))
 
@@ -129,7 +129,7 @@ def save_checkpoint(run_folder: Path, step: int, state: Checkpointed, progress: 
         (new / STATE_FILE).write_text(json.dumps({"global_step": step}), encoding="utf-8")
         write_manifest(new, run_identity(run_folder))
         if place.exists():
-            # Damaged, or it would not be made again.
+            # A damaged one, as a whole one would not be written again.
             shutil.rmtree(place)
         new.rename(place)
         remove_older(run_folder, step)
@@ -143,7 +143,7 @@ def save_checkpoint(run_folder: Path, step: int, state: Checkpointed, progress: 
     except (OSError, SafetensorError, RuntimeError) as error:
         if is_lost_connection(error):
             raise
-        # What a full disk becomes in safetensors and in torch.save.
+        # safetensors and torch.save raise these for a full disk.
         raise RunFailedError(_not_saved(run_folder, name, error)) from error
     finally:
         if is_main_process():
@@ -151,7 +151,7 @@ def save_checkpoint(run_folder: Path, step: int, state: Checkpointed, progress: 
 
 
 def remove_older(run_folder: Path, step: int) -> None:
-    """Leaves the newest checkpoints up to ``step``, and later ones, which the run is about to write again.
+    """Keeps the newest checkpoints up to ``step``, and later ones, which the run is about to write again.
 
     Newest by step, not by time: a clock that was set back would make the newest look oldest.
     """
@@ -161,7 +161,7 @@ def remove_older(run_folder: Path, step: int) -> None:
 
 
 def load_progress(checkpoint: Path) -> dict[str, Any]:
-    """What ``progress`` was when the checkpoint was saved, empty if it was not."""
+    """The ``progress`` saved with the checkpoint; empty if there is none."""
     path = checkpoint / PROGRESS_FILE
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return content
@@ -175,9 +175,9 @@ def random_numbers_file() -> str:
 def restore_random_numbers(checkpoint: Path | None, seed: int, step: int) -> None:
     """Sets this process's random numbers to those in ``checkpoint``, or to its own beginning.
 
-    All processes begin with one seed, which gives them the same weights; from here on they draw numbers of their own,
-    so that dropout differs. A checkpoint of another number of processes has no state for this one, which then draws
-    anew from seed, rank and step. A single process without a checkpoint keeps the numbers it has.
+    All processes begin with one seed, and so with the same weights; then each has its own random numbers, so that
+    dropout differs. A checkpoint of another number of processes has no state for this one, whose numbers then come from
+    seed, rank and step. A single process without a checkpoint keeps its state.
     """
     path = None if checkpoint is None else checkpoint / random_numbers_file()
     if path is not None and path.exists():

@@ -1,4 +1,4 @@
-"""What a run does at the first loss or gradient that is NaN or infinite: record it, stop, or return and skip it."""
+"""NaN and infinite losses and gradients, which a run records, stops at, or skips after a rewind."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from normfree.training.distributed import own_part
 from normfree.training.recipe import OnNonfinite
 
 REWINDS = "rewinds"
-"""The metric: how often the run had been rewound when it took this step for the last time."""
+"""The metric: how often the run had been rewound when it last took this step."""
 
 
 class NonfiniteError(Exception):
@@ -46,7 +46,7 @@ def all_finite(model: nn.Module) -> bool:
 
 
 def halted(error: NonfiniteError, checkpoint: Path | None, policy: OnNonfinite, n_rewinds: int) -> RunFailedError:
-    """The error that ends a run which may not, or no longer, continue."""
+    """The error that ends a run that may not continue."""
     kept = f"{checkpoint.name} is the last good checkpoint" if checkpoint is not None else "there is no checkpoint yet"
     if policy == "halt":
         return RunFailedError(f"{error}; stopped, as recipe.on_nonfinite asks for; {kept}")

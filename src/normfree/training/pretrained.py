@@ -90,7 +90,7 @@ class LoadedModel:
 
 
 def load_pretrained(source: str, *, device: str | None = None, dtype: str | None = None) -> LoadedModel:
-    """A model from the Hub, a folder of transformers' form, a GGUF file, or a run or checkpoint folder of our own.
+    """A model from the Hub, a folder in transformers' format, a GGUF file, or a Normfree run or checkpoint folder.
 
     Only safetensors and GGUF weights are read, and no remote code is run.
 

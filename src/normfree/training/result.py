@@ -1,4 +1,4 @@
-"""What a finished run measured: its files, and how they are read back."""
+"""The results of a finished run: its files, and how they are read."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ HEAD_ENTROPY_FILE = "head_entropy.parquet"
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a finished run measured on the evaluation tokens, as read back from its folder.
+    """The results of a finished run on the evaluation tokens, read from its folder.
 
     row: one row of ``results.csv``.
     sequence_losses: sequence, loss_nats (mean over its predicted tokens).
@@ -46,7 +46,7 @@ class RunResult:
 
 
 def load_result(folder: Path) -> RunResult:
-    """What the finished run in ``folder`` measured.
+    """The results of the finished run in ``folder``.
 
     Raises:
         InputError: the folder holds no finished run, or one of its files cannot be read.

@@ -1,4 +1,4 @@
-"""What marks a run folder as finished, and which of its checkpoints are whole."""
+"""Files of a run folder: what marks it as finished, and which of its checkpoints are whole."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from normfree.files import first_difference, read_regular, sha256, write_text
 log = logging.getLogger(__name__)
 
 RESULTS_FILE = "results.csv"
-"""Written last: its presence says that the run is finished."""
+"""Written last: a run that has it is finished."""
 CONFIG_FILE = "config.yaml"
 PROVENANCE = "provenance"
 RUN = "run"
-"""In the provenance: what the run's checkpoints know it by."""
+"""In the provenance: the identity of the run, which its checkpoints repeat."""
 MANIFEST_FILE = "checkpoint.json"
 """In each checkpoint: the run it belongs to, its step, and the size and SHA-256 of all its other files."""
 STATE_FILE = "trainer_state.json"
@@ -38,7 +38,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint in ``folder`` that is as it was written; the log says what is wrong with newer ones."""
+    """The newest undamaged checkpoint in ``folder``; the log says what is wrong with newer ones."""
     for checkpoint in reversed(checkpoints(folder)):
         problem = damage(checkpoint)
         if problem is None:
@@ -50,8 +50,8 @@ def last_checkpoint(folder: Path) -> Path | None:
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, None if nothing is.
 
-    One without a manifest, of an older version, is taken for whole if its state, which is written last, is there and
-    has the right step, and its model is Normfree's.
+    One without a manifest, from an older version, counts as whole if its state, which is written last, has the right
+    step, and its model is Normfree's.
     """
     if not (checkpoint / MANIFEST_FILE).exists():
         return _damage_without_manifest(checkpoint)
@@ -69,7 +69,7 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def write_manifest(checkpoint: Path, run: str | None) -> None:
-    """Writes ``checkpoint.json`` over all that lies in ``checkpoint``, a checkpoint of ``run``."""
+    """Writes ``checkpoint.json`` for all files in ``checkpoint``, a checkpoint of ``run``."""
     files = {
         path.relative_to(checkpoint).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
         for path in sorted(checkpoint.rglob("*"))

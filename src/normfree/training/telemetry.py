@@ -1,4 +1,4 @@
-"""What is measured while a model trains, on training steps only, from the forward passes that training makes anyway."""
+"""Measurements during training, on training steps only, from the forward passes of training itself."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from normfree.training.records import RunRecords
 def recorded_probes(
     model: NormfreeForCausalLM, objective: Objective | None = None, names: Iterable[str] = ()
 ) -> list[Probe]:
-    """The probes that every run records, in the order of their rows in ``layers.parquet``, and behind them ``names``.
+    """The probes that every run records, in the order of their rows in ``layers.parquet``, then those of ``names``.
 
     Raises:
         InputError: there is no probe of a name (see :mod:`normfree.probes.optional`).
@@ -39,7 +39,7 @@ def recorded_probes(
 
 
 class ObjectiveProbe(WeightProbe):
-    """What an objective learns of each head."""
+    """The values that an objective learns for each head."""
 
     def __init__(self, objective: Objective) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Telemetry:
             telemetry.log(step + 1, {"train_loss": ...} | telemetry.speed())
         telemetry.finish(steps)
 
-    ``close`` has to be called in the end, whatever happened; ``records`` are flushed before each checkpoint.
+    Always call ``close`` in the end; ``records`` are flushed before each checkpoint.
 
     Args:
         every: steps between two whose forward passes are read.

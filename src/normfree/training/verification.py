@@ -1,4 +1,4 @@
-"""Checks a finished run: its files, its numbers against each other, and its loss, measured again."""
+"""Checks a finished run: its files, the consistency of its numbers, and its loss, measured again."""
 
 from __future__ import annotations
 

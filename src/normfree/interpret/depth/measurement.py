@@ -25,7 +25,7 @@ from normfree.modeling.float32_products import FastProducts
 from normfree.progress import track
 
 UNDECIDED = "undecided"
-"""Stands for the law of growth if none could be fitted."""
+"""The law of growth if none could be fitted."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Trains the runs of a study in this very process, one after the other."""
+"""Trains the runs of a study in this process, one at a time."""
 
 from __future__ import annotations
 
