@@ -13,7 +13,13 @@ gguf = pytest.importorskip("gguf")
 from tests.modeling.gguf_files import built, write_gguf  # noqa: E402
 
 CORPUS = ("--corpus", "CORPUS", "--sequence-length", "16")
-SMALL = ("data.sequence_length=16", "recipe.precision=fp32", "recipe.batch_size=4", "recipe.micro_batch_size=4")
+SMALL = (
+    "data.sequence_length=16",
+    "data.eval_tokens=256",
+    "recipe.precision=fp32",
+    "recipe.batch_size=4",
+    "recipe.micro_batch_size=4",
+)
 BUDGET = ("--corpus", "CORPUS", *(word for setting in SMALL for word in ("--set", setting)))
 COMMANDS = {
     "entropy": ("entropy", "MODEL", *CORPUS, "--sequences", "2"),
@@ -45,6 +51,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_gguf(small, tmp_path_factory.mktemp("gguf") / "tiny.gguf", quantized=gguf.GGMLQuantizationType.Q8_0)
 
 
+@pytest.mark.usefixtures("blank_figures")
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_gguf_file_is_a_model(
     command: str, normfree: Callable[..., tuple[int, str, str]], model: Path, corpus_folder: Path, tmp_path: Path

@@ -174,16 +174,10 @@ class Elements(HTMLParser):
         self.text += data
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_html_in_the_names_of_a_study_reaches_its_report_as_text(
-    normfree: Command, run_content: dict[str, Any], small_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    normfree: Command, run_content: dict[str, Any], small_corpus: Path, tmp_path: Path
 ) -> None:
-    from matplotlib.figure import Figure
-
-    from normfree.report import save_figure
-
-    monkeypatch.setattr(
-        "normfree.report.saving.save_figure", lambda figure, *place: save_figure(Figure(figsize=(0.1, 0.1)), *place)
-    )
     hostile_folder = HOSTILE.replace("/", "\N{DIVISION SLASH}")
     corpus = shutil.copytree(small_corpus, tmp_path / hostile_folder)
     preset = {

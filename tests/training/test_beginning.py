@@ -16,7 +16,16 @@ from tests.data.beginnings import TEMPLATES, saved, tiny_llama
 T = 24
 QUICK = {"steps": 2, "batch_size": 4, "micro_batch_size": 4, "precision": "fp32"}
 SET = [word for name, value in QUICK.items() if name != "steps" for word in ("--set", f"recipe.{name}={value}")]
-SET += ["--set", f"data.sequence_length={T}", "--set", "data.eval_fraction=0.3", "--steps", "2"]
+SET += [
+    "--set",
+    f"data.sequence_length={T}",
+    "--set",
+    "data.eval_fraction=0.3",
+    "--set",
+    "data.eval_tokens=2400",
+    "--steps",
+    "2",
+]
 
 
 @pytest.fixture(scope="module")
