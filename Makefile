@@ -4,7 +4,7 @@ BIN := .venv/bin
 PRIVATE := packages/normfree-private
 LOCK := constraints/locked.txt
 
-.PHONY: study test test-oldest coverage nightly models real docs check audit format lock upgrade private clean
+.PHONY: study test test-oldest coverage nightly models real docs neighbours check audit format lock upgrade private clean
 
 # glibc's allocator returns large buffers to the system and asks for them again in every step; keeping them makes a
 # training step on the CPU a fifth faster. Other allocators ignore the two settings.
@@ -47,6 +47,10 @@ real: .venv/.installed-real
 # tutorials.
 docs: .venv/.installed-docs
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m sphinx -W --keep-going -q -j 2 docs docs/_build/html
+
+# Other tools read Normfree's models: ONNX, nnsight, TransformerLens.
+neighbours: .venv/.installed-dev .venv/.installed-neighbours
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_neighbours.py tests/removal/test_transformer_lens.py
 
 check: .venv/.installed-dev
 	$(BIN)/ruff check
@@ -92,9 +96,9 @@ upgrade:
 	$(BIN)/python -m pip install --quiet --constraint $(LOCK) --editable '.[dev]' --editable $(PRIVATE)
 	touch .venv/.installed .venv/.installed-private $@
 
-# What the extra `docs` names, without building the package again.
-.venv/.installed-docs: .venv/.installed pyproject.toml
-	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])' \
+# What the extra names, without building the package again.
+.venv/.installed-docs .venv/.installed-neighbours: .venv/.installed-%: .venv/.installed pyproject.toml
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$*"])' \
 	  | xargs $(BIN)/python -m pip install --quiet --constraint $(LOCK)
 	touch $@
 

@@ -59,7 +59,7 @@ def test_the_oldest_versions_are_the_lower_bounds() -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize("extra", sorted(EXTRAS.keys() - {"dev", "docs", "ray", "slurm"}))
+@pytest.mark.parametrize("extra", sorted(EXTRAS.keys() - {"dev", "docs", "neighbours", "ray", "slurm"}))
 def test_tests_have_what_optional_features_need(extra: str) -> None:
     development = {(each.name, str(each.specifier)) for each in EXTRAS["dev"]}
     assert {(each.name, str(each.specifier)) for each in EXTRAS[extra]} <= development
