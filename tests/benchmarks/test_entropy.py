@@ -12,7 +12,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from normfree.benchmarks import entropy
+from normfree.benchmarks import entropy, peak_memory
 
 Command = Callable[..., tuple[int, str, str]]
 MIB = 2**20
@@ -36,7 +36,7 @@ def outcomes(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
         return Mock(start=lambda: None if outcome is None else args[0].send(outcome))
 
     context = Mock(Pipe=multiprocessing.Pipe, Process=process)
-    monkeypatch.setattr(entropy, "get_context", lambda method: {"spawn": context}[method])
+    monkeypatch.setattr(peak_memory, "get_context", lambda method: {"spawn": context}[method])
     return outcomes
 
 

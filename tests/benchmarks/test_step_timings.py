@@ -42,7 +42,6 @@ def test_training(normfree: Command) -> None:
     assert list(speeds) == [
         "ours",
         "ours + telemetry",
-        "ours sdpa",
         "Hugging Face sdpa",
         "Hugging Face eager + entropy",
     ]
@@ -53,6 +52,29 @@ def test_training(normfree: Command) -> None:
     assert result["telemetry_overhead_every_step"] == pytest.approx(overhead, abs=1e-3)
     assert result["telemetry_overhead_every_100_steps"] == pytest.approx(overhead / 100, abs=2e-5)
     assert 0 < result["share_of_measured_matmul_peak"] < 1
+    assert "ours_against_one_thread" not in result
+    assert (result["sequences"], result["tokens"]) == (8, 32)
+    ours, theirs = result["peak_mib"]["ours"], result["peak_mib"]["Hugging Face sdpa"]
+    assert 0 < ours < theirs
+    assert result["our_share_of_peak"] == pytest.approx(ours / theirs, abs=0.05)
+    assert result["processor"]
+
+
+def test_training_on_longer_sequences_and_two_threads(normfree: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "_peak_memory", lambda *_: {})
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        options = ("--preset", "smoke", "--rounds", 1, "--steps", 1, "--peak-size", 64, "--tokens", 64)
+        code, out, err = normfree("bench", "training", *options, "--json")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert code == 0, err
+    result = json.loads(out)
+    speeds = result["tokens_per_second"]
+    assert result["ours_against_one_thread"] == pytest.approx(speeds["ours"] / speeds["ours, one thread"], abs=1e-3)
+    assert (result["sequences"], result["tokens"]) == (4, 64)
 
 
 def test_the_operations_of_a_token() -> None:

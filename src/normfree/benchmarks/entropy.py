@@ -12,15 +12,9 @@ torch's allocator on CUDA. Attention is causal.
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from normfree import attention_entropy
 from normfree.benchmarks.machine import DTYPES, check_at_least, choose_dtype, milliseconds, surroundings, usual_device
+from normfree.benchmarks.peak_memory import MEMORY_RESET, peak_here, peak_in_fresh_process
 from normfree.entropy import BACKENDS, attention_and_entropy, select_backend
 from normfree.errors import InputError, RunFailedError
 from normfree.timing import Call, interleaved, median_ratio
@@ -41,7 +36,6 @@ SMALLEST_PEAK = 2**16
 """Bytes below which memory was reused, so that the peak does not show what the call needs: no ratio is reported."""
 WARM_UP_TOKENS = 16
 CPU = torch.device("cpu")
-MEMORY_RESET = Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
@@ -118,7 +112,7 @@ def _measured(n_token: int, case: _Case, rounds: int, device: torch.device) -> d
     calls = case.variants(n_token, device)
     seconds = interleaved(calls, rounds, device)
     peaks = {
-        name: _peak_here(call, device) if device.type == "cuda" else _peak_in_fresh_processes(name, n_token, case)
+        name: peak_here(call, device) if device.type == "cuda" else _peak_in_fresh_processes(name, n_token, case)
         for name, call in calls.items()
     }
     return {
@@ -171,65 +165,17 @@ def _peak_in_fresh_processes(name: str, n_token: int, case: _Case) -> int:
 
 
 def _peak_in_fresh_process(name: str, n_token: int, case: _Case) -> int:
-    context = get_context("spawn")
-    ours, its = context.Pipe(duplex=False)
-    arguments = (its, name, n_token, case, torch.get_num_threads())
-    fresh = context.Process(target=_send_peak, args=arguments, daemon=True)
-    with _deaf_to_ctrl_c():
-        fresh.start()
-    its.close()  # or recv() would wait for a process that is gone
     try:
-        return int(ours.recv())
+        return peak_in_fresh_process(_warmed_up, name, n_token, case)
     except EOFError as error:
         raise RunFailedError(
             f"the process that measured the memory of {name!r} at {n_token} tokens was killed, as it is where memory "
             "runs out; give shorter --tokens, or for eager a smaller --eager-gib"
         ) from error
-    finally:
-        fresh.kill()
-        fresh.join()
 
 
-def _send_peak(peak: Connection, name: str, n_token: int, case: _Case, n_thread: int) -> None:
-    """What a fresh process runs, after every variant once at a length that needs next to nothing."""
-    torch.set_num_threads(n_thread)
+def _warmed_up(name: str, n_token: int, case: _Case) -> Call:
+    """A variant, after every variant once at a length that needs next to nothing."""
     for call in case.variants(WARM_UP_TOKENS, CPU).values():
         call()
-    peak.send(_peak_here(case.variants(n_token, CPU)[name], CPU))
-
-
-@contextmanager
-def _deaf_to_ctrl_c() -> Iterator[None]:
-    """Meanwhile a process that is started ignores Ctrl-C, which a terminal also sends to it: this one ends it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _peak_here(call: Call, device: torch.device) -> int:
-    """Bytes above what is held now; on the CPU only in a process that has run nothing large before."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    MEMORY_RESET.write_text("5")  # resets VmHWM to VmRSS
-    before = _status_bytes("VmRSS")
-    result = call()
-    peak = _status_bytes("VmHWM") - before
-    del result
-    return peak
-
-
-def _status_bytes(field: str) -> int:
-    """A field of /proc/self/status, such as VmRSS or its high-water mark VmHWM."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
+    return case.variants(n_token, CPU)[name]

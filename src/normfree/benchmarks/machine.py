@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import shlex
 import statistics
@@ -58,15 +59,25 @@ def check_positive(**options: float) -> None:
 
 
 def surroundings(device: torch.device, description: str | None = None) -> dict[str, str]:
-    """``command`` (for a shell), ``device`` (or its ``description``), and the versions of ``torch`` and ``python``."""
+    """``command`` (for a shell), ``device`` (or its ``description``), ``processor``, versions."""
     program = Path(sys.argv[0]).name
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return {
         "command": shlex.join(["normfree" if program == "__main__.py" else program, *sys.argv[1:]]),
         "device": description or name,
+        "processor": _processor(),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def _processor() -> str:
+    """The processor's name, as the system gives it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def milliseconds(seconds: Mapping[str, list[float]], digits: int = 3) -> dict[str, float]:

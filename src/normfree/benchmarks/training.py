@@ -5,9 +5,11 @@ drift.
 
     ours                     Normfree's step as the preset has it: forward, backward, clipping, AdamW
     ours + telemetry         the same with the telemetry of ``normfree study`` in every step
-    ours sdpa                Normfree's step with sdpa, whatever the preset has
+    ours, one thread         Normfree's step on one thread of the CPU, where there are several
     Hugging Face sdpa        GPT2LMHeadModel, the same step
     Hugging Face eager + entropy   attention weights returned, and their entropy computed, in every step
+
+Peak memory is what a step needs above model and optimizer: on a CPU in a process of its own, with sdpa on both sides.
 """
 
 from __future__ import annotations
@@ -17,37 +19,40 @@ import random
 import statistics
 import time
 from collections.abc import Callable
-from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from normfree import NormfreeForCausalLM
+from normfree import NormfreeConfig, NormfreeForCausalLM
 from normfree.benchmarks.machine import DTYPES, check_at_least, surroundings, usual_device
+from normfree.benchmarks.peak_memory import MEMORY_RESET, peak_here, peak_in_fresh_process
 from normfree.columns import TOKENS_PER_SECOND
 from normfree.runner import Preset, load_preset, run_config
 from normfree.studies.relu_revival import LAYERNORM_GELU
 from normfree.timing import median_ratio
+from normfree.training.heap import keep_freed_memory
 from normfree.training.records import RunRecords
 from normfree.training.telemetry import Telemetry, recorded_probes
 
 DEFAULT_INTERVAL = 100
 """A recipe's usual interval of telemetry, in steps."""
 WARM_UP_STEPS = 2
+ONE_THREAD = "ours, one thread"
 
 Step = Callable[[], Any]
 
 
 def benchmark_training(
-    *, preset: str = "cpu", rounds: int = 7, steps: int = 5, peak_size: int = 2048
+    *, preset: str = "cpu", tokens: int | None = None, rounds: int = 7, steps: int = 5, peak_size: int = 2048
 ) -> dict[str, Any]:
     """Times a training step of the preset's baseline (SM+LN+G), and of Hugging Face's GPT-2.
 
     Args:
         preset: its name, or a YAML file.
+        tokens: of a sequence; a step has as many tokens in all as the preset's. None: as the preset has it.
         steps: steps of a variant in a round.
         peak_size: side of the square matrices whose product measures the device's peak.
 
@@ -55,10 +60,12 @@ def benchmark_training(
         InputError: there is no such preset, or an option is out of range.
     """
     check_at_least(1, rounds=rounds, steps=steps, peak_size=peak_size)
-    loaded = load_preset(preset)
+    check_at_least(2, **({} if tokens is None else {"tokens": tokens}))
+    loaded = _with_sequences_of(tokens, load_preset(preset))
     recipe = loaded.recipe
     device = usual_device()
-    tokens = recipe.micro_batch_size * loaded.data.sequence_length
+    keep_freed_memory()
+    step_tokens = recipe.micro_batch_size * loaded.data.sequence_length
     peaks = []
     with TemporaryDirectory() as folder:
         variants, ours = _variants(loaded, device, Path(folder))
@@ -74,14 +81,17 @@ def benchmark_training(
         return median_ratio(seconds[other], seconds[name])
 
     overhead = statistics.median(b / a - 1 for a, b in zip(seconds["ours"], seconds["ours + telemetry"], strict=True))
-    achieved = [tokens * _flops_per_token(ours) / each for each in seconds["ours"]]
+    achieved = [step_tokens * _flops_per_token(ours) / each for each in seconds["ours"]]
+    memory = _peak_memory(loaded, device, variants)
+    threads = {"ours_against_one_thread": against("ours", ONE_THREAD)} if ONE_THREAD in seconds else {}
     return {
         **surroundings(device),
         "precision": recipe.precision,
         "our_attn_implementation": recipe.attn_implementation,
-        TOKENS_PER_SECOND: {name: round(tokens / statistics.median(each)) for name, each in seconds.items()},
+        "sequences": recipe.micro_batch_size,
+        "tokens": loaded.data.sequence_length,
+        TOKENS_PER_SECOND: {name: round(step_tokens / statistics.median(each)) for name, each in seconds.items()},
         "ours_against_hugging_face_sdpa": against("ours", "Hugging Face sdpa"),
-        "ours_sdpa_against_hugging_face_sdpa": against("ours sdpa", "Hugging Face sdpa"),
         "ours_with_telemetry_every_step_against_eager_entropy": against(
             "ours + telemetry", "Hugging Face eager + entropy"
         ),
@@ -90,48 +100,127 @@ def benchmark_training(
         "share_of_measured_matmul_peak": round(
             statistics.median(a / p for a, p in zip(achieved, peaks, strict=True)), 3
         ),
+        **threads,
+        **memory,
     }
+
+
+def _with_sequences_of(tokens: int | None, preset: Preset) -> Preset:
+    """The preset with sequences of ``tokens``, and as many tokens in a micro-batch."""
+    if tokens is None:
+        return preset
+    micro_batch_size = max(1, preset.recipe.micro_batch_size * preset.data.sequence_length // tokens)
+    changes = {"batch_size": micro_batch_size, "micro_batch_size": micro_batch_size}
+    return preset.model_copy(
+        update={
+            "data": preset.data.model_copy(update={"sequence_length": tokens}),
+            "recipe": preset.recipe.model_copy(update=changes),
+        }
+    )
 
 
 def _variants(preset: Preset, device: torch.device, folder: Path) -> tuple[dict[str, Step], NormfreeForCausalLM]:
     """Every variant's step, and the model of ``ours``; ``folder`` holds the records of telemetry."""
-    config = run_config(preset, LAYERNORM_GELU, seed=0).build_model_config(preset.data.vocab_size)
-    batch = torch.randint(0, config.vocab_size, (preset.recipe.micro_batch_size, config.n_positions), device=device)
-    dtype = DTYPES[preset.recipe.precision]
-    theirs = GPT2Config(
-        vocab_size=config.vocab_size,
-        n_positions=config.n_positions,
-        n_layer=config.n_layer,
-        n_head=config.n_head,
-        n_embd=config.n_embd,
+    dtype, batch = DTYPES[preset.recipe.precision], _batch(preset, device)
+    plain, probed = (_our_model(preset, device) for _ in range(2))
+    ours = _training_step(plain, batch, dtype, return_logits=False)
+    eager = _training_step(_their_model(preset, device, "eager"), batch, dtype, output_attentions=True)
+    several = device.type == "cpu" and torch.get_num_threads() > 1
+    return {
+        "ours": ours,
+        "ours + telemetry": _with_telemetry(probed, _training_step(probed, batch, dtype, return_logits=False), folder),
+        **({ONE_THREAD: _on_one_thread(ours)} if several else {}),
+        "Hugging Face sdpa": _training_step(_their_model(preset, device, "sdpa"), batch, dtype),
+        "Hugging Face eager + entropy": _eager_entropy(eager),
+    }, plain
+
+
+def _our_config(preset: Preset) -> NormfreeConfig:
+    return run_config(preset, LAYERNORM_GELU, seed=0).build_model_config(preset.data.vocab_size)
+
+
+def _our_model(preset: Preset, device: torch.device) -> NormfreeForCausalLM:
+    model = NormfreeForCausalLM(_our_config(preset))
+    model.set_attn_implementation(preset.recipe.attn_implementation)
+    return cast(Any, model).to(device)
+
+
+def _their_model(preset: Preset, device: torch.device, attn_implementation: str) -> PreTrainedModel:
+    ours = _our_config(preset)
+    config = GPT2Config(
+        vocab_size=ours.vocab_size,
+        n_positions=ours.n_positions,
+        n_layer=ours.n_layer,
+        n_head=ours.n_head,
+        n_embd=ours.n_embd,
         activation_function="gelu",
-        embd_pdrop=config.embedding_dropout,
+        embd_pdrop=ours.embedding_dropout,
         attn_pdrop=0.0,
         resid_pdrop=0.0,
         bos_token_id=0,
         eos_token_id=0,
     )
-
-    def build(kind: Any, options: Any, attn_implementation: str) -> Any:
-        # A model keeps the configuration it is given, and set_attn_implementation writes to it.
-        model = kind(deepcopy(options)).to(device)
-        model.set_attn_implementation(attn_implementation)
-        return model
-
-    plain, probed = (build(NormfreeForCausalLM, config, preset.recipe.attn_implementation) for _ in range(2))
-    eager = _training_step(build(GPT2LMHeadModel, theirs, "eager"), batch, dtype, output_attentions=True)
-    return {
-        "ours": _training_step(plain, batch, dtype, return_logits=False),
-        "ours + telemetry": _with_telemetry(probed, _training_step(probed, batch, dtype, return_logits=False), folder),
-        "ours sdpa": _training_step(build(NormfreeForCausalLM, config, "sdpa"), batch, dtype, return_logits=False),
-        "Hugging Face sdpa": _training_step(build(GPT2LMHeadModel, theirs, "sdpa"), batch, dtype),
-        "Hugging Face eager + entropy": _eager_entropy(eager),
-    }, plain
+    model = GPT2LMHeadModel(config)
+    model.set_attn_implementation(attn_implementation)
+    return cast(Any, model).to(device)
 
 
-def _training_step(model: PreTrainedModel, batch: torch.Tensor, dtype: torch.dtype, **options: Any) -> Step:
+def _batch(preset: Preset, device: torch.device) -> torch.Tensor:
+    shape = preset.recipe.micro_batch_size, preset.data.sequence_length
+    return torch.randint(0, preset.data.vocab_size, shape, device=device)
+
+
+def _on_one_thread(step: Step) -> Step:
+    def measured() -> None:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            step()
+        finally:
+            torch.set_num_threads(before)
+
+    return measured
+
+
+def _peak_memory(preset: Preset, device: torch.device, variants: dict[str, Step]) -> dict[str, Any]:
+    """``peak_mib`` of a step of each side, and their ratio; nothing on a CPU where the system does not tell."""
+    names = ("ours", "Hugging Face sdpa")
+    if device.type == "cuda":
+        peaks = {name: peak_here(variants[name], device) for name in names}
+    elif MEMORY_RESET.exists():
+        peaks = {name: peak_in_fresh_process(_warmed_up, name, preset) for name in names}
+    else:
+        return {}
+    ratio = round(peaks["ours"] / peaks["Hugging Face sdpa"], 3)
+    return {"peak_mib": {name: round(peak / 2**20, 1) for name, peak in peaks.items()}, "our_share_of_peak": ratio}
+
+
+def _warmed_up(name: str, preset: Preset) -> Step:
+    """A step of one side, after one of few tokens, which makes the optimizer's state."""
+    device, dtype = torch.device("cpu"), DTYPES[preset.recipe.precision]
+    batch = _batch(preset, device)
+    if name == "ours":
+        keep_freed_memory()
+    model = _our_model(preset, device) if name == "ours" else _their_model(preset, device, "sdpa")
+    options = {"return_logits": False} if name == "ours" else {}
+    optimizer = _optimizer(model)
+    _training_step(model, batch[:1, :2], dtype, optimizer, **options)()
+    return _training_step(model, batch, dtype, optimizer, **options)
+
+
+def _optimizer(model: PreTrainedModel) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
+
+
+def _training_step(
+    model: PreTrainedModel,
+    batch: torch.Tensor,
+    dtype: torch.dtype,
+    optimizer: torch.optim.Optimizer | None = None,
+    **options: Any,
+) -> Step:
     """One optimizer step, which returns the output of the forward pass."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
+    optimizer = optimizer or _optimizer(model)
     model.train()
 
     def step() -> Any:

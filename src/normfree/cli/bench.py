@@ -76,6 +76,9 @@ def entropy(
 @bench.command()
 def training(
     preset: PresetName = "cpu",
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a sequence, with as many in a step; default: as the preset has it.")
+    ] = None,
     rounds: Rounds = 7,
     steps: Annotated[int, typer.Option(help="Training steps of a variant in a round.")] = 5,
     peak_size: Annotated[
@@ -84,11 +87,11 @@ def training(
     out: Out = None,
     json_: Json = False,
 ) -> None:
-    """Tokens a second of Normfree's training step, with and without telemetry, against Hugging Face's GPT-2.
+    """Speed and peak memory of Normfree's training step, with and without telemetry, against Hugging Face's GPT-2.
 
-    Example: normfree bench training --preset cpu --rounds 9 --steps 4
+    Example: normfree bench training --preset cpu --tokens 1024 --rounds 9 --steps 4
     """
-    _run("training", out, json_, preset=preset, rounds=rounds, steps=steps, peak_size=peak_size)
+    _run("training", out, json_, preset=preset, tokens=tokens, rounds=rounds, steps=steps, peak_size=peak_size)
 
 
 @bench.command()

@@ -38,7 +38,7 @@ def _training(result: Result) -> list[Table]:
     ratios = (
         (
             name.replace("_", " "),
-            f"{100 * value:.2f} %" if name.startswith(("telemetry", "share")) else f"{value:.3f} times",
+            f"{100 * value:.2f} %" if "share" in name or name.startswith("telemetry") else f"{value:.3f} times",
         )
         for name, value in result.items()
         if isinstance(value, float)
