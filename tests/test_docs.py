@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import os
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -157,7 +158,7 @@ def test_links_of_generated_pages_lead_somewhere() -> None:
     for name, text in generated.items():
         for link in _LINK.findall(_FENCE.sub("", text)):
             target, _, anchor = link.partition("#")
-            path = ROOT / "docs" / "reference" / target
+            path = Path(os.path.normpath(ROOT / "docs" / "reference" / target))
             if link.startswith("http"):
                 continue
             page = generated.get(target or name) or (path.read_text(encoding="utf-8") if path.exists() else None)

@@ -11,12 +11,16 @@ from matplotlib.figure import Figure
 
 from normfree.report.entropy_figures import headwise_entropy_distribution, headwise_entropy_heatmaps
 from normfree.report.primitives import (
+    MOST_TOGETHER,
     annotated_heatmap,
     colour_bar,
+    colour_families,
     configuration_curves,
     integer_axis,
     layer_curves,
     panel_grid,
+    title_panel,
+    turns,
 )
 from normfree.report.style import TWO_COLUMN, depth_colours, entropy_colours, paper_style
 from normfree.studies.hybrid_activations import layer_entropy_by_configuration
@@ -134,6 +138,56 @@ def test_curves_of_layers_are_broken_where_a_seed_is_and_go_from_light_to_dark()
     assert [line.get_xdata().tolist() for line in axes.lines] == [[10, 20]] * 2
     np.testing.assert_array_equal([line.get_ydata() for line in axes.lines], [[2, 3], [4, np.nan]])
     assert [line.get_color() for line in axes.lines] == [depth_colours(2)(i) for i in range(2)]
+
+
+def test_lines_that_coincide_take_turns_in_dashes_and_dots():
+    steps = np.arange(10.0)
+    apart = pd.Series(steps + 1)
+    touching = pd.Series(np.where(steps < 3, steps, 9 - steps))
+    broken = pd.Series(np.where(steps < 8, steps, np.nan))
+    lines = [pd.Series(steps), apart, pd.Series(steps * 1.001), touching, broken, pd.Series(np.full(10, np.nan))]
+    styles = turns(lines)
+    assert [bool(style) for style in styles] == [True, False, True, False, True, False]
+    dashed = [style for style in styles if style]
+    assert [style["markevery"] for style in dashed] == [(0, 3), (1, 3), (2, 3)]
+    shown = [
+        {(length - offset) % 7.5 for length in (0.0, 1.25)} for offset, _ in (each["linestyle"] for each in dashed)
+    ]
+    assert shown == [{0.0, 1.25}, {2.5, 3.75}, {5.0, 6.25}]  # each draws where the others leave gaps
+    assert all(dashes == (2.5, 5.0) for _, dashes in (each["linestyle"] for each in dashed))
+    assert turns([]) == []
+    assert turns([lines[0], lines[0].iloc[:4]]) == [{}, {}]
+
+
+@pytest.mark.parametrize("n", [1, 5, 6, 9, 14, 60])
+def test_families_keep_the_order_and_are_small(n):
+    names = [f"norm {i}" for i in range(n)]
+    families = colour_families(names)
+    assert [name for family in families for name in family] == names
+    assert max(map(len, families)) <= MOST_TOGETHER
+    assert max(map(len, families)) - min(map(len, families)) <= 1
+    assert all(len(set(family.values())) == len(family) for family in families)
+
+
+def test_titles_fit_their_panels():
+    figure, grid = panel_grid(4, 4, row_height=1.0)
+    for axes, name in zip(
+        grid[0], ("SM+G", "a model, norm-free, fine-tuned for longer", "x" * 60, "y/" * 40), strict=True
+    ):
+        title_panel(axes, name, "r = 0.9")
+    short, long, unbroken, path = (axes.get_title() for axes in grid[0])
+    assert short == "SM+G\nr = 0.9"
+    assert long.replace("\n", " ") == "a model, norm-free, fine-tuned for longer r = 0.9"
+    assert "\N{HORIZONTAL ELLIPSIS}" in unbroken
+    assert path.startswith("y/y/")
+    boxes = extents(figure, [axes.title for axes in grid[0]])
+    assert on_the_page(figure, boxes)
+    assert apart(boxes)
+
+
+def test_a_lone_panel_is_not_stretched():
+    assert panel_grid(1, 4, row_height=1.5)[0].get_figwidth() < 4
+    assert panel_grid(4, 4, row_height=1.5)[0].get_figwidth() == TWO_COLUMN
 
 
 def test_cells_that_are_not_finite_are_hatched_and_empty_texts_left_out():
