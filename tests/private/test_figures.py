@@ -11,6 +11,7 @@ from normfree_private.figures import (
     pareto_front,
     perplexity_against_bytes,
 )
+from tests.report.test_gallery import faults
 
 MODELS = ("SM+LN+G", "SM+R", "other")
 PROTOCOLS = ("SEMI2K", "ABY3")
@@ -104,6 +105,16 @@ def test_alternatives_are_logarithmic_bars_by_protocol():
     np.testing.assert_allclose(widths(activations), [9, 27, 27, 81])
     assert norms.get_xscale() == "log"
     assert norms.get_xlim() == activations.get_xlim()
+
+
+def test_numbers_of_three_protocols_keep_apart():
+    labels = [("norm", name) for name in ("layernorm", "rmsnorm", "dyt", "derf")] + [("activation", "gelu")]
+    rows = [
+        {"protocol": protocol, "group": group, "label": label, "bytes_sent": 1e8 + 1e6 * i}
+        for i, protocol in enumerate(("SEMI2K", "ABY3", "CHEETAH"))
+        for group, label in labels
+    ]
+    assert faults(alternatives_bytes(pd.DataFrame(rows))) == []
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,8 @@ def alternatives_bytes(alternatives: pd.DataFrame) -> Figure:
     labels = {group: in_order(alternatives.loc[alternatives["group"] == group, "label"]) for group in groups}
     with paper_style():
         rows = max(len(each) for each in labels.values())
-        figure = Figure(figsize=(TWO_COLUMN, 0.9 + 0.2 * rows), layout="constrained")
+        height = 0.9 + max(0.2, 0.13 * len(protocols)) * rows
+        figure = Figure(figsize=(TWO_COLUMN, height), layout="constrained")
         megabytes = alternatives["bytes_sent"] / _MEGABYTE
         limits = (megabytes.min() / 2, 2.5 * megabytes.max())
         panels: NDArray[Any] = figure.subplots(1, len(groups), sharex=True, squeeze=False)
