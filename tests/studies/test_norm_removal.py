@@ -55,6 +55,7 @@ def test_the_sizes_scale_depth_and_width_at_once(name: str) -> None:
     assert {model.head_dim for model in models} == {own.head_dim}
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_norms_are_removed_from_every_base_and_shown(normfree: Command, preset_file: Path, tmp_path: Path) -> None:
     command = ("study", "norm-removal", "--preset", preset_file, "--out", "study")
     code, _, err = normfree(*command)

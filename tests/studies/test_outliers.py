@@ -16,9 +16,8 @@ LABELS = ["SM+LN+G", "SM+LN+R", "SM+G", "SM+R"]
 MEASURED = ("signal_propagation.parquet", "quantization.parquet")
 
 
-def test_a_study_measures_its_runs_once(
-    normfree: Command, preset_file: Path, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+@pytest.mark.usefixtures("blank_figures")
+def test_a_study_measures_its_runs_once(normfree: Command, preset_file: Path, tmp_path: Path) -> None:
     # The last step is no multiple of save_steps.
     options = ("--set", "recipe.steps=5", "--set", "recipe.save_steps=2")
     command = ("study", "outliers", "--preset", preset_file, "--out", "study", *options)
@@ -58,7 +57,6 @@ def test_a_study_measures_its_runs_once(
     assert {path: path.stat().st_mtime_ns for path in times} == times
     assert (folder / "report.html").read_text() == page
 
-    request.getfixturevalue("blank_figures")
     # Runs made by another study: not measured, and one of them from before these statistics were recorded.
     for path in times:
         path.unlink()

@@ -1,7 +1,4 @@
-"""Compiles Triton's kernels to machine code for an NVIDIA H100, which needs no GPU: what the interpreter never does.
-
-Run by test_triton.py, in a process of its own that has not chosen the interpreter. Prints a line a kernel.
-"""
+"""Compiles Triton's kernels, for test_triton_kernels.py in a process of its own. Prints a line a kernel."""
 
 from triton import compile as compile_kernel
 from triton.backends.compiler import GPUTarget
@@ -47,7 +44,3 @@ def main() -> None:
         types |= {name: kind for name, kind in pointers.items() if name in kernel.arg_names}
         compiled = compile_kernel(ASTSource(kernel, types, constants), target=H100)
         print(kernel.__name__, len(compiled.asm["cubin"]), flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,9 +1,5 @@
 """What only Triton's backend has; its results are tested with those of the others."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,21 +8,6 @@ from normfree.spark.decode import pack_feed_forward, sparse_feed_forward
 from normfree.spark.decode.backends import chosen_backend
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'normfree[dev]'")
-
-
-def test_kernels_compile_for_a_gpu(tmp_path):
-    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-m", "tests.spark.decode.compile_kernels"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert [line.split()[0] for line in done.stdout.splitlines()] == [
-        "predict_kernel",
-        "key_scores_kernel",
-        "select_kernel",
-        "multiplier_kernel",
-        "weighted_rows_kernel",
-        "attend_kernel",
-    ]
 
 
 @pytest.mark.gpu
