@@ -13,7 +13,7 @@ import pytest
 
 from normfree import NormfreeConfig
 from normfree.errors import InputError
-from normfree.removal.plan import LARGE, LARGE_SEQUENCE_LENGTH, RECIPE
+from normfree.removal.plan import PUBLISHED_BATCH, PUBLISHED_LENGTH, RECIPE
 from normfree.removal.schedule import (
     BLOCK_PARTS,
     SCHEDULES,
@@ -57,8 +57,8 @@ def test_every_field_of_a_published_schedule(name: str) -> None:
     assert schedule.std_momentum == published["std_momentum"]
     assert schedule.special_tokens == "published"
 
-    recipe = Recipe.model_validate(RECIPE | LARGE | schedule.recipe.model_dump(exclude_none=True))
-    T = LARGE_SEQUENCE_LENGTH
+    recipe = Recipe.model_validate(RECIPE | PUBLISHED_BATCH | schedule.recipe.model_dump(exclude_none=True))
+    T = PUBLISHED_LENGTH
     recipe.check(T)
     assert published["sequence_length"] == T
     assert recipe.batch_size * T == published["tokens_per_step_nominal"]

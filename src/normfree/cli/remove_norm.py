@@ -24,6 +24,7 @@ Schedule = Annotated[
         "default: by depth and budget."
     ),
 ]
+Yes = Annotated[bool, typer.Option("--yes", help="Begin although it takes more than a day on this machine.")]
 
 
 @trains_a_model
@@ -34,6 +35,7 @@ def remove_norm(
     out: Output = None,
     schedule: Schedule = None,
     vanilla: Annotated[bool, typer.Option(help="Also fine-tune with the norms kept, as a control.")] = True,
+    yes: Yes = False,
     json_: Json = False,
     **training: Any,
 ) -> None:
@@ -50,7 +52,7 @@ def remove_norm(
     data = {"data.corpus": corpus, "data.tokenizer": tokenizer}
     training["changes"] |= {name: value for name, value in data.items() if value is not None}
     console = open_console(json_)
-    removal = remove_from_pretrained(model, folder, schedule=schedule, vanilla=vanilla, **training)
+    removal = remove_from_pretrained(model, folder, schedule=schedule, vanilla=vanilla, yes=yes, **training)
     if json_:
         read = {"beginning": removal.beginning.summary(), "quantization": removal.quantization}
         stock = None if removal.result.stock is None else str(removal.result.stock)

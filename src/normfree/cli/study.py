@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from normfree.cli.console import open_console
+from normfree.cli.console import open_console, print_json, records, say, table
 from normfree.cli.options import (
     DEFAULT_CACHE_DIR,
     CacheDir,
@@ -33,6 +33,9 @@ Name = Annotated[
     ),
 ]
 List = Annotated[bool, typer.Option("--list", help="Show every study: what it asks, its presets and runs; then exit.")]
+Plan = Annotated[
+    bool, typer.Option("--plan", help="Show tokens, memory and time of each configuration, by a trial step; then exit.")
+]
 Preset = Annotated[str, typer.Option(help="The size: a preset's name, or a YAML file of the same form.")]
 Out = Annotated[Path | None, typer.Option(help="Study folder; default studies/NAME-PRESET.", callback=checked_folder)]
 Seeds = Annotated[str | None, typer.Option(help="Comma-separated seeds, e.g. 0,1,2; default: the preset's.")]
@@ -79,6 +82,7 @@ Retries = Annotated[
 def study(
     name: Name = None,
     list_: List = False,
+    plan: Plan = False,
     preset: Preset = "cpu",
     out: Out = None,
     seeds: Seeds = None,
@@ -114,28 +118,49 @@ def study(
     if all_ and name != "relu-revival":
         raise InputError(f"--all is for relu-revival, not for {name}; leave it out")
     name = f"{name}-all" if all_ else name
-    wanted = changes(set_, tokens=tokens, steps=steps, corpus=corpus, tokenizer=tokenizer)
-    chosen_seeds = numbers("--seeds", seeds, "0,1,2") if seeds is not None else None
-    chosen_executor = make_executor(executor, nested_assignments("--executor-set", executor_set), workers)
-    if chosen_executor is None and retries is not None:
+    options: dict[str, Any] = {
+        "seeds": None if seeds is None else numbers("--seeds", seeds, "0,1,2"),
+        "out": out,
+        "changes": changes(set_, tokens=tokens, steps=steps, corpus=corpus, tokenizer=tokenizer),
+        "only": only,
+        "tune_lr": tune_lr,
+    }
+    if plan:
+        _show_plan(name, preset, options, json_=json_)
+        return
+    chosen = make_executor(executor, nested_assignments("--executor-set", executor_set), workers)
+    if chosen is None and retries is not None:
         raise InputError("--retries means nothing without --workers, --executor slurm or --executor ray")
-    console = open_console(json_)
-    result = run_study(
-        name,
-        preset,
-        seeds=chosen_seeds,
-        out=out,
-        changes=wanted,
-        only=only,
-        tune_lr=tune_lr,
-        executor=chosen_executor,
-        retries=DEFAULT_RETRIES if retries is None else retries,
-        cache_dir=cache_dir,
-        progress=console,
-    )
+    options |= {"executor": chosen, "cache_dir": cache_dir, "progress": (console := open_console(json_))}
+    result = run_study(name, preset, retries=DEFAULT_RETRIES if retries is None else retries, **options)
     show_study(result, console, json_=json_)
     if result.failures:
         raise RunFailedError(f"{failure_summary(result.failures)}; the same command tries again")
+
+
+def _show_plan(name: str, preset: str, options: dict[str, Any], *, json_: bool) -> None:
+    """Prints what a study will take."""
+    from normfree.progress import duration
+    from normfree.runner.study_plan import plan_study
+    from normfree.training.training_plan import memory
+
+    console = open_console(json_)
+    planned = plan_study(name, preset, **options)
+    seconds = float(planned["seconds"].sum())
+    if json_:
+        print_json(seconds=seconds, runs=records(planned))
+        return
+    columns = ("study", "group", "configuration", "runs", "steps", "tokens a run", "parameters", "memory", "time")
+    rows = (
+        (
+            *(row[each] for each in columns[:3]),
+            *(f"{row[each]:,}" for each in ("n_run", "steps", "tokens", "parameters")),
+            *(memory(row["memory_bytes"]), duration(row["seconds"])),
+        )
+        for row in planned.to_dict("records")
+    )
+    console.print(table(columns, rows, n_left=3))
+    say(console, f"{planned['n_run'].sum()} runs, about {duration(seconds)} of training one after the other")
 
 
 def _show_studies(console: Console, *, json_: bool) -> None:

@@ -7,14 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from normfree.data import Beginning
+from normfree.data import Beginning, PackedData
 from normfree.devices import on_device
+from normfree.errors import InputError
 from normfree.files import DEFAULT_CACHE_DIR
 from normfree.locks import locked
+from normfree.progress import display, duration, stage
 from normfree.removal.plan import plan
-from normfree.removal.removal import RemovalResult, remove
+from normfree.removal.removal import SCHEDULE_FILE, RemovalResult, remove
 from normfree.removal.schedule import load_schedule
 from normfree.training import RunConfig, StudyProgress, quantization_of
+from normfree.training.pretrained import starting_model
+from normfree.training.training_plan import TrainingPlan, seconds_a_step
+
+MOST_SECONDS = 86_400.0
+"""A removal that takes longer has to be asked for."""
+SHORT_OPERATIONS = 1e13
+"""Fewer floating-point operations than these take minutes on any machine; nothing is tried then."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,7 @@ def remove_from_pretrained(
     lora_rank: int | None = None,
     vanilla: bool = True,
     device: str | None = None,
+    yes: bool = False,
     cache_dir: Path = DEFAULT_CACHE_DIR,
 ) -> PretrainedRemoval:
     """Removes every norm of the model ``source`` by fine-tuning (:func:`~normfree.removal.removal.remove`).
@@ -57,10 +67,12 @@ def remove_from_pretrained(
         lora_rank: trains low-rank changes of this rank, and the norms; default: all weights.
         vanilla: also fine-tune with the norms kept, as a control.
         device: ``cpu``, ``cuda`` or ``cuda:N``; default: CUDA where there is a device.
+        yes: begin although it takes more than a day.
         cache_dir: of tokenized corpora.
 
     Raises:
-        InputError: the model, the corpus, a change, the schedule or the folder cannot be used.
+        InputError: the model, the corpus, a change, the schedule or the folder cannot be used; or it takes more than a
+            day by a trial of its steps, and neither has begun nor is ``yes`` given.
         RemovalDivergedError: the removal diverged too often.
     """
     with on_device(device):
@@ -68,6 +80,8 @@ def remove_from_pretrained(
         planned = plan(source, changes=changes or {}, seed=seed, lora_rank=lora_rank, schedule=chosen)
         data = planned.prepare_data(cache_dir)
         run = planned.run
+        if not (folder / SCHEDULE_FILE).exists():
+            _check_time(run, data, 2 if vanilla else 1, is_agreed=yes)
         total = run.recipe.n_tokens(run.data.sequence_length) * (2 if vanilla else 1)
         with locked(folder), StudyProgress(total, "remove-norm") as progress:
             result = remove(
@@ -79,3 +93,27 @@ def remove_from_pretrained(
                 callbacks=lambda variant, n_tokens: (progress.run(variant, n_tokens),),
             )
     return PretrainedRemoval(result, run, Beginning.of(data.tokenizer, run.data.beginning), quantization_of(source))
+
+
+def _check_time(run: RunConfig, data: PackedData, n_run: int, *, is_agreed: bool) -> None:
+    """Says what ``n_run`` fine-tunings take, and tries a step if they may take long.
+
+    Raises:
+        InputError: they would take more than :data:`MOST_SECONDS`, and that is not agreed.
+    """
+    assert run.start_from is not None, "there is a model to start from"
+    run.recipe.check(run.data.sequence_length)
+    model = starting_model(run.start_from, data)
+    cost = TrainingPlan.of(run.recipe, run.data.sequence_length, model)
+    display().say(f"Plan: {cost}" + ("; twice: with the norms kept (--no-vanilla leaves it out)" if n_run > 1 else ""))
+    if is_agreed or cost.operations * n_run < SHORT_OPERATIONS:
+        return
+    with stage("trying a step"):
+        seconds = n_run * cost.steps * seconds_a_step(run.recipe, run.data.sequence_length, model)
+    display().say(f"Training takes about {duration(seconds)}, by a trial of one micro-batch")
+    if seconds > MOST_SECONDS:
+        raise InputError(
+            f"this takes about {duration(seconds)} on {model.device.type} ({cost.tokens * n_run:,} tokens); give --yes "
+            "to begin it, or a smaller budget, e.g. --steps 300 --set recipe.batch_size=8 "
+            "--set data.sequence_length=256"
+        )

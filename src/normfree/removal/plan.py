@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from normfree.data import PackedData, natural_rule, prepare_data, same_data
+from normfree.devices import default_device
 from normfree.errors import InputError
 from normfree.removal.schedule import RemovalSchedule
 from normfree.training import RunConfig, load_pretrained
@@ -29,8 +30,11 @@ RECIPE: dict[str, Any] = {
     "telemetry_steps": 25,
 }
 """The recipe of GPT-2 Small in "Transformers Don't Need LayerNorm at Inference Time", logging every step."""
-LARGE = {"batch_size": 512, "micro_batch_size": 8, "steps": PUBLISHED_STEPS}
-LARGE_SEQUENCE_LENGTH = 1024
+PUBLISHED_BATCH = {"batch_size": 512, "micro_batch_size": 8, "steps": PUBLISHED_STEPS}
+PUBLISHED_LENGTH = 1024
+CPU_BATCH = {"batch_size": 8, "micro_batch_size": 8, "steps": PUBLISHED_STEPS}
+CPU_LENGTH = 256
+"""A model of 135 M parameters takes hours on two cores with these, and weeks with the published ones."""
 FROM_THE_RUN = ("batch_size", "micro_batch_size", "precision", "attn_implementation")
 CHECKPOINTS = 15
 EVALUATIONS = 3
@@ -73,8 +77,9 @@ def plan(
 
     A Normfree run is fine-tuned on its own data, in batches of the same size, for ``SHARE_OF_TRAINING`` of its tokens;
     any other model on the corpus in ``changes``, with its own tokenizer and what that puts before a text, for
-    ``PUBLISHED_STEPS`` of 512 sequences. The ``recipe`` of ``schedule`` overrides both, and ``changes`` override it:
-    values by dotted name, such as ``data.corpus``, ``recipe.steps`` and, with a ``lora_rank``, ``lora.alpha``.
+    ``PUBLISHED_STEPS`` of 512 sequences of 1,024 tokens, or on a CPU of 8 of 256. The ``recipe`` of a published
+    ``schedule`` overrides both, and ``changes`` override it: values by dotted name, such as ``data.corpus``,
+    ``recipe.steps`` and, with a ``lora_rank``, ``lora.alpha``.
 
     Raises:
         InputError: the model cannot be loaded, no corpus is named for a model that is not a run, or a name or value is
@@ -82,16 +87,17 @@ def plan(
     """
     loaded = load_pretrained(source)
     trained = loaded.run
-    recipe: dict[str, Any] = RECIPE | LARGE
+    published = {} if schedule is None else schedule.recipe.model_dump(exclude_none=True)
+    is_small = default_device().type == "cpu" and not published
+    recipe: dict[str, Any] = RECIPE | (CPU_BATCH if is_small else PUBLISHED_BATCH)
     if trained is None:
-        length = min(LARGE_SEQUENCE_LENGTH, loaded.n_positions or 512)
+        length = min(CPU_LENGTH if is_small else PUBLISHED_LENGTH, loaded.n_positions or 512)
         data: dict[str, Any] = {"tokenizer": loaded.checkpoint, "sequence_length": length}
     else:
         data = trained.data.model_dump(exclude_unset=True)
         recipe |= {name: getattr(trained.recipe, name) for name in FROM_THE_RUN}
         recipe["steps"] = max(1, round(SHARE_OF_TRAINING * trained.recipe.n_steps(trained.data.sequence_length)))
-    if schedule is not None:
-        recipe |= schedule.recipe.model_dump(exclude_none=True)
+    recipe |= published
     sections = changed_sections({"data": data, "recipe": recipe}, changes, lora_rank)
     if trained is None and "corpus" not in sections["data"]:
         raise InputError(f"{source} is no run with data of its own; name a corpus to fine-tune on with --corpus")

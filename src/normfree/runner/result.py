@@ -210,7 +210,7 @@ def run_study(
     if executor is not None and workers is not None:
         raise InputError("an executor has its own number of workers; give executor or workers, not both")
     engine = executor or make_executor("local", {}, workers)
-    chosen, labels = _checked_seeds(seeds), tuple(only) if only else None
+    chosen, labels = checked_seeds(seeds), tuple(only) if only else None
     wanted = dict(changes or {}) | _options(tokens=tokens, steps=steps, corpus=corpus, tokenizer=tokenizer)
     execution = Execution(_console(progress), Path(cache_dir), chosen, tune_lr, labels, engine, retries)
     return _carry_out(find_study(name), str(preset), None if out is None else Path(out), wanted, execution)
@@ -252,7 +252,12 @@ def _options(**given: int | str | None) -> dict[str, Any]:
     return {f"{sections[name]}.{name}": value for name, value in given.items() if value is not None}
 
 
-def _checked_seeds(seeds: Iterable[int] | None) -> list[int] | None:
+def checked_seeds(seeds: Iterable[int] | None) -> list[int] | None:
+    """The seeds of a study; None for the preset's.
+
+    Raises:
+        InputError: they are not different whole numbers from 0.
+    """
     if seeds is None:
         return None
     chosen = list(seeds) if isinstance(seeds, Iterable) else []

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from normfree.modeling import NormfreeForCausalLM
 from normfree.training.records import RunRecords
+from normfree.training.training_plan import TrainingPlan
 
 
 @dataclass
@@ -17,12 +18,14 @@ class RunState:
     records: what was logged up to ``step``.
     n_steps: optimizer steps of the whole run.
     step: updates so far.
+    plan: what the whole run takes, if it is known.
     """
 
     model: NormfreeForCausalLM
     records: RunRecords
     n_steps: int
     step: int = 0
+    plan: TrainingPlan | None = None
 
 
 class Callback:

@@ -55,6 +55,7 @@ from normfree.training.run_config import RunConfig
 from normfree.training.run_folder import RESULTS_FILE, last_checkpoint, step_of
 from normfree.training.telemetry import Telemetry, recorded_probes
 from normfree.training.trackers import accelerator_for, begin_tracking, end_tracking
+from normfree.training.training_plan import TrainingPlan
 
 log = logging.getLogger(__name__)
 
@@ -170,7 +171,8 @@ class Training:
         self.rewinds = load_rewinds(folder)
         self.order = TrainingOrder(len(data.train), recipe.batch_size, config.seed, self.rewinds)
         self.n_predicted = data.train.n_predicted() if data.train.predicted is not None else None
-        self.state = RunState(model, RunRecords(folder), recipe.n_steps(length))
+        plan = TrainingPlan.of(recipe, length, model)
+        self.state = RunState(model, RunRecords(folder), plan.steps, plan=plan)
         self.telemetry = Telemetry(
             self.state.records,
             recorded_probes(model, self.objective, recipe.probes),

@@ -10,6 +10,7 @@ from types import TracebackType
 from normfree.columns import EVAL_LOSS, TRAIN_LOSS
 from normfree.progress import Stage, display, duration, stage
 from normfree.training.callback import Callback, RunState
+from normfree.training.training_plan import TrainingPlan
 
 ESTIMATED_AFTER = 10.0
 """Seconds of training after which a line says how long all of it will take; shorter work is over by then."""
@@ -18,8 +19,8 @@ ESTIMATED_AFTER = 10.0
 class StudyProgress:
     """A context manager that shows the progress of one or more runs, counted in tokens.
 
-    One line estimates the time of all of it from the first steps. Each evaluation prints a line where there is no
-    terminal.
+    Lines say what a run takes before it begins, and the time of all of it from the first steps. Where there is no
+    terminal, each evaluation prints a line too.
     """
 
     def __init__(self, total_tokens: float, description: str, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -29,6 +30,7 @@ class StudyProgress:
         self._skipped_tokens = 0.0
         self._first: tuple[float, float] | None = None
         self._is_estimated = False
+        self._plans: set[tuple[int, int]] = set()
 
     def __enter__(self) -> StudyProgress:
         self._whole = stage(self._description, self._total, unit="tokens")
@@ -62,6 +64,12 @@ class StudyProgress:
         """The callback that shows one run while it trains."""
         return RunProgress(self, description, tokens)
 
+    def say_plan(self, description: str, plan: TrainingPlan) -> None:
+        """A line for the plan of a run, unless an earlier run had the same steps and tokens."""
+        if (plan.steps, plan.tokens) not in self._plans:
+            self._plans.add((plan.steps, plan.tokens))
+            display().say(f"{description}: {plan}")
+
     def _estimate(self) -> None:
         """Says once how long the work takes. The first step is slower than the others, and is left out."""
         if self._is_estimated or self._done <= 0:
@@ -93,6 +101,8 @@ class RunProgress(Callback):
 
     def begin(self, run: RunState) -> None:
         self._close()  # a run that went back to a checkpoint begins again
+        if run.plan is not None:
+            self._study.say_plan(self._description, run.plan)
         self._per_step = self._tokens / run.n_steps
         self._stage = stage(self._description, run.n_steps, done=run.step, unit="steps")
         self._study.skip(run.step * self._per_step)
