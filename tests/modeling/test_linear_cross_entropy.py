@@ -16,14 +16,14 @@ from normfree.compiled import library_refuses
 from normfree.modeling import linear_cross_entropy as module
 from normfree.modeling.linear_cross_entropy import SoftTargets, linear_cross_entropy
 
-WIDTH = 24
+WIDTH = 7
+"""Also the tokens of a block, so that there are several."""
 
 
 @pytest.fixture(params=["kernel", "plain"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Losses by the compiled kernel, and by torch; both in several blocks."""
     monkeypatch.setitem(module.BLOCK_BYTES, "cpu", 1)
-    monkeypatch.setattr(module, "FEWEST_ROWS", 7)
     if request.param == "plain":
         monkeypatch.setattr(module, "library_refuses", lambda *_: "not here")
     elif library_refuses(module.NAME, module.INTERFACE) is not None:
@@ -365,7 +365,7 @@ def test_threads_change_nothing() -> None:
 
 
 def test_logits_are_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No block has more tokens than BLOCK_BYTES of logits hold."""
+    """No block has more tokens than BLOCK_BYTES of logits hold, or than the model is wide."""
     sizes: list[int] = []
     plain: Callable[..., Tensor] = module._losses
 

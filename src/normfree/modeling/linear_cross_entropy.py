@@ -24,7 +24,6 @@ KERNEL_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}
 """Bytes of logits in a block: what stays in a core's cache; on a GPU, what keeps it busy."""
 OTHER_BLOCK_BYTES = 1 << 26
-FEWEST_ROWS = 32
 
 
 class SoftTargets(NamedTuple):
@@ -134,7 +133,9 @@ class _Blocks:
         self.teacher = None if soft_targets is None else _Unembedded(*soft_targets[:4])
         block_bytes = BLOCK_BYTES.get(student.hidden.device.type, OTHER_BLOCK_BYTES)
         assert student.weight is not None
-        self.n_row = max(FEWEST_ROWS, block_bytes // (student.weight.shape[0] * student.hidden.dtype.itemsize))
+        vocab_size, width = student.weight.shape
+        # With fewer rows than the width, a block spends its time on reading weights and adding up their gradients.
+        self.n_row = max(width, block_bytes // (vocab_size * student.hidden.dtype.itemsize))
         wide = torch.promote_types(student.hidden.dtype, torch.float32)
         self.losses, self.divergences = (student.hidden.new_empty(len(self.targets), dtype=wide) for _ in range(2))
 
