@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from normfree.data.tokenizer import vocabulary_size
 from normfree.errors import InputError
@@ -269,16 +269,36 @@ def write_sequences(
 
 def _tokenize(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[TokenizedDocument]:
     for batch in _batches(documents):
-        encoding = tokenizer(
-            [text for _, text in batch],
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,  # documents longer than the model's context are expected here
-        )
-        for (n_bytes, _), ids in zip(batch, encoding["input_ids"], strict=True):
+        for (n_bytes, _), ids in zip(batch, _token_ids([text for _, text in batch], tokenizer), strict=True):
             yield TokenizedDocument(n_bytes, len(ids), np.asarray(ids, np.int64), np.ones(len(ids), np.bool_))
+
+
+def _token_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Iterable[list[int]]:
+    """Of each text, without special tokens."""
+    if isinstance(tokenizer, PreTrainedTokenizerFast) and _encodes_plainly(type(tokenizer)):
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True
+        # The offsets that transformers asks for take two fifths of the time.
+        return (each.ids for each in backend.encode_batch_fast(texts, add_special_tokens=False))
+    encoding = tokenizer(
+        texts,
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,  # documents longer than the model's context are expected here
+    )
+    found: list[list[int]] = encoding["input_ids"]
+    return found
+
+
+def _encodes_plainly(kind: type[PreTrainedTokenizerFast]) -> bool:
+    """True if tokenizers of that class do not change what their backend does."""
+    own: Any = kind
+    plain: Any = PreTrainedTokenizerFast
+    return own.__call__ is plain.__call__ and own._encode_plus is plain._encode_plus
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[tuple[int, str]]]:
