@@ -178,6 +178,29 @@ def sparse_decode(
 
 
 @bench.command()
+def pipeline(
+    subjects: Annotated[
+        list[str] | None,
+        typer.Argument(help="start, packing, evaluation, checkpoint, report, depth, interpret; default: all."),
+    ] = None,
+    preset: PresetName = "cpu",
+    layers: Annotated[int, typer.Option(help="Layers of the model of depth and interpret.")] = 30,
+    sequences: Annotated[int, typer.Option(help="Sequences that depth and interpret read.")] = 4,
+    tokens: Tokens = 128,
+    probes: Annotated[int, typer.Option(help="Random vectors a sequence for each Jacobian of depth.")] = 2,
+    rounds: Rounds = 3,
+    out: Out = None,
+    json_: Json = False,
+) -> None:
+    """What surrounds the training step, from the start of a command to its report, each against its limit.
+
+    Example: normfree bench pipeline packing checkpoint --rounds 9
+    """
+    sizes = {"layers": layers, "sequences": sequences, "tokens": tokens, "probes": probes}
+    _run("pipeline", out, json_, subjects=subjects, preset=preset, **sizes, rounds=rounds)
+
+
+@bench.command()
 def long_run(
     preset: PresetName = "cpu",
     hours: Annotated[float, typer.Option(help="How long to train.")] = 2.0,

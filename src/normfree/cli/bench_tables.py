@@ -112,6 +112,25 @@ def _decoded_models(title: str, found: Result) -> list[Table]:
     ]
 
 
+def _pipeline(result: Result) -> list[Table]:
+    rows = []
+    for subject, found in result["subjects"].items():
+        over = found.get("time_over_limit", {})
+        rates: Result = next((value for key, value in found.items() if key.endswith("_a_second")), {})
+        for name, seconds in found["seconds"].items():
+            if name == found.get("limit"):
+                continue
+            rate = f"{rates[name]:,.0f}" if name in rates else NONE
+            ratio = f"{over[name]:.2f} × {found['limit']}" if over else NONE
+            rows.append((subject, name, f"{seconds:.3f}", rate, ratio))
+    caption = (
+        f"this machine: {result['matmul_fp32_gflops']:,.0f} GFLOP/s in fp32, {result['matmul_bf16_gflops']:,.0f} in "
+        f"bf16, {result['copied_gigabytes_a_second']:.1f} GB/s copied"
+    )
+    columns = ("subject", "what", "seconds", "MB or tokens a second", "time over the limit")
+    return [table(columns, rows, n_left=2, title="Around the training step", caption=caption)]
+
+
 def _long_run(result: Result) -> list[Table]:
     def row(label: str, name: str, form: str) -> tuple[str, ...]:
         names = (f"{name}_first_tenth", f"{name}_last_tenth", f"{name}_largest", f"{name}_growth_an_hour")
@@ -139,6 +158,7 @@ TABLES: dict[str, Callable[[Result], list[Table]]] = {
     "step_cost": _step_cost,
     "norm_free_inference": _norm_free_inference,
     "sparse_decode": _sparse_decode,
+    "pipeline": _pipeline,
     "long_run": _long_run,
 }
 """By the module of :mod:`normfree.benchmarks`."""
