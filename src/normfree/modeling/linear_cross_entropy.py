@@ -21,8 +21,8 @@ NOT_PREDICTED = -100
 """Label of a token that is not predicted, in transformers and torch."""
 NAME, INTERFACE = "cross_entropy", 2
 KERNEL_TYPES = {torch.float32: 0, torch.bfloat16: 1}
-BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}
-"""Bytes of logits in a block: what stays in a core's cache; on a GPU, what keeps it busy."""
+BLOCK_BYTES = {"cpu": 1 << 22, "cuda": 1 << 28}
+"""Bytes of logits in a block: what stays in a CPU's cache; on a GPU, what keeps it busy."""
 OTHER_BLOCK_BYTES = 1 << 26
 
 
