@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from normfree import progress
 from normfree.progress import Display, duration, shown_on, stage, track
+from normfree.training import StudyProgress
 
 
 class Clock:
@@ -156,3 +159,18 @@ def test_a_thread_prints_while_the_work_says_nothing(monkeypatch: pytest.MonkeyP
         while not file.getvalue() and time.monotonic() < end:
             time.sleep(0.05)
     assert file.getvalue().startswith("one long step, ")
+
+
+def _interrupted_study() -> None:
+    state: Any = SimpleNamespace(step=0, n_steps=5, plan=None)
+    stage("never closed", 3)
+    with StudyProgress(10.0, "study") as study:
+        study.run("run", 10.0).begin(state)
+        raise KeyboardInterrupt
+
+
+def test_stages_left_open_by_an_error_end_with_their_display() -> None:
+    with pytest.raises(KeyboardInterrupt), shown_on(Console(file=io.StringIO())) as shown:
+        _interrupted_study()
+    assert shown.line() == ""
+    assert shown._thread is None

@@ -136,6 +136,11 @@ class Display:
             if not self.tasks.tasks:
                 self._stop()
 
+    def close(self) -> None:
+        """Ends all stages: an exception may have left some open, and with them the thread that prints lines."""
+        for task_id in list(self.tasks.task_ids):
+            self.end(task_id)
+
     def tick(self) -> None:
         """Prints a line if one is due and there is no terminal."""
         now = self._clock()
@@ -214,13 +219,15 @@ def show_on(console: Console) -> None:
 
 @contextmanager
 def shown_on(shown: Console | Display | None) -> Iterator[Display]:
-    """Shows progress on a console, on a display of one's own, or nowhere; afterwards where it was shown before."""
+    """Shows progress on a console, on a display of one's own, or nowhere; on exit ends all stages, then as before."""
     global _display
     before = _display
     _display = shown if isinstance(shown, Display) else _NOWHERE if shown is None else Display(shown)
     try:
         yield _display
     finally:
+        if _display is not before:
+            _display.close()
         _display = before
 
 

@@ -29,6 +29,7 @@ class StudyProgress:
         self._clock = clock
         self._skipped_tokens = 0.0
         self._first: tuple[float, float] | None = None
+        self._runs: list[RunProgress] = []
         self._is_estimated = False
         self._plans: set[tuple[int, int]] = set()
 
@@ -40,6 +41,8 @@ class StudyProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        for run in self._runs:
+            run.close()  # still open after an exception
         self._whole.close()
 
     def skip(self, tokens: float) -> None:
@@ -62,7 +65,8 @@ class StudyProgress:
 
     def run(self, description: str, tokens: float) -> RunProgress:
         """The callback that shows one run while it trains."""
-        return RunProgress(self, description, tokens)
+        self._runs.append(RunProgress(self, description, tokens))
+        return self._runs[-1]
 
     def say_plan(self, description: str, plan: TrainingPlan) -> None:
         """A line for the plan of a run, unless an earlier run had the same steps and tokens."""
@@ -100,7 +104,7 @@ class RunProgress(Callback):
         self._stage: Stage | None = None
 
     def begin(self, run: RunState) -> None:
-        self._close()  # a run that went back to a checkpoint begins again
+        self.close()  # a run that went back to a checkpoint begins again
         if run.plan is not None:
             self._study.say_plan(self._description, run.plan)
         self._per_step = self._tokens / run.n_steps
@@ -127,9 +131,10 @@ class RunProgress(Callback):
             self._stage.update(note="  ".join(self._notes.values()))
 
     def finish(self, run: RunState) -> None:
-        self._close()
+        self.close()
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Shows the run no longer. Safe to call at any time."""
         if self._stage is not None:
             self._stage.close()
             self._stage = None
