@@ -1,7 +1,7 @@
 #!/bin/sh
 # What docs/gpu-checks.md lists and one GPU can show in a few minutes, whatever becomes of the checks before:
 #
-#     sh benchmarks/gpu_checks.sh timings FOLDER    tests, then every timing; about eight minutes
+#     sh benchmarks/gpu_checks.sh timings FOLDER    tests, then every timing; about ten minutes
 #     sh benchmarks/gpu_checks.sh study FOLDER      the four runs of the gpu preset; about ten
 #
 # FOLDER gets a log of each check, the figures as JSON, and summary.txt: exit codes (124: out of time) and seconds.
@@ -37,7 +37,8 @@ timings)
   bench entropy-gpu 120 entropy
   bench spark_decode-model-bf16-gpu 90 sparse-decode model --dtype bf16
   bench spark_decode-ffn-bf16-gpu 45 sparse-decode ffn --dtype bf16
-  bench train_throughput-gpu 90 training --preset gpu
+  bench train_throughput-gpu 90 training --preset gpu --peak-size 8192
+  bench pipeline-gpu 120 pipeline packing evaluation checkpoint depth interpret --preset gpu
   bench step_cost-spark-gpu 120 step-cost spark --compile --layers 12 --heads 12 --tokens 1024
   bench step_cost-norms-gpu 120 step-cost norms --compile
   bench norm_free_inference-gpu 60 norm-free-inference

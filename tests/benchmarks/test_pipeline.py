@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "DOCUMENT_BYTES", 20_000)
     monkeypatch.setattr(pipeline, "CORPUS", f"directory:{Path(pipeline.__file__).parents[1]}:**/*.py")
     # Starts of Python take seconds; what they import is tested by test_startup.py.
-    monkeypatch.setattr(pipeline.subprocess, "run", lambda *_, **__: time.sleep(0.01))
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: time.sleep(0.01))
     monkeypatch.setattr(pipeline, "REPORTED", "relu-revival")
     monkeypatch.setattr(pipeline, "REPORTED_SEEDS", (0,))
     monkeypatch.setattr(pipeline, "REPORTED_STEPS", 1)

@@ -213,6 +213,15 @@ def test_frozen_weights_without_gradient(way: str) -> None:
         assert not linear_cross_entropy(hidden, unembedding, labels).total.requires_grad
 
 
+def test_no_gradients_are_made_where_none_is_asked_for(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, unembedding, labels = made_up(50)
+    expected, _ = oracle(hidden, unembedding, labels)
+    monkeypatch.setattr(module, "_Gradients", None)
+    with torch.no_grad():
+        losses = linear_cross_entropy(hidden, unembedding, labels).losses
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=2e-6)
+
+
 def test_extreme_logits(way: str) -> None:
     """The largest logit is taken off first: neither 1e4 nor -1e4 overflows."""
     hidden, unembedding, labels = made_up(50)

@@ -83,9 +83,13 @@ def linear_cross_entropy(
     targets = targets.where(targets != NOT_PREDICTED, -1)
     if soft_targets is not None:
         soft_targets = soft_targets._replace(hidden=soft_targets.hidden[:, :-1])
-    total, losses, divergences = _LinearCrossEntropy.apply(
-        hidden[:, :-1], unembedding.weight, unembedding.bias, targets, softcap, soft_targets
-    )
+    given = hidden[:, :-1], unembedding.weight, unembedding.bias
+    if torch.is_grad_enabled():
+        total, losses, divergences = _LinearCrossEntropy.apply(*given, targets, softcap, soft_targets)
+    else:  # a function of autograd would make the gradients of weights that take one
+        blocks = _Blocks(_Unembedded(*given, softcap), targets, soft_targets)
+        blocks.fill(None)
+        total, losses, divergences = blocks.total(), blocks.losses, blocks.divergences
     return CrossEntropy(
         total, losses.view(targets.shape), None if soft_targets is None else divergences.view(targets.shape)
     )
