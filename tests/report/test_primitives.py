@@ -178,6 +178,7 @@ def test_titles_fit_their_panels():
     short, long, unbroken, path = (axes.get_title() for axes in grid[0])
     assert short == "SM+G\nr = 0.9"
     assert long.replace("\n", " ") == "a model, norm-free, fine-tuned for longer r = 0.9"
+    assert "norm-free" in long
     assert "\N{HORIZONTAL ELLIPSIS}" in unbroken
     assert path.startswith("y/y/")
     boxes = extents(figure, [axes.title for axes in grid[0]])

@@ -332,13 +332,15 @@ def fitting(label: str, inches: float, character: float = _CHARACTER) -> str:
         inches: the longest line.
         character: mean width of a character, inches; default: an axis label's.
     """
-    most, n_word = int(inches / character), len(label.split())
-    for n_line in range(ceil(len(label) / most), n_word):
+    most, words = int(inches / character), label.split()
+    # A hyphen is a place to break only where a word does not fit.
+    hyphens = max(map(len, words), default=0) > most
+    for n_line in range(ceil(len(label) / most), len(words) + 1):
         for width in range(ceil(len(label) / n_line), most + 1):
-            broken = fill(label, width, break_long_words=False)
+            broken = fill(label, width, break_long_words=False, break_on_hyphens=hyphens)
             if broken.count("\n") < n_line:
                 return broken
-    return fill(label, most, break_long_words=False)
+    return fill(label, most, break_long_words=False, break_on_hyphens=hyphens)
 
 
 def legend_above(figure: Figure, *panels: Axes) -> None:
@@ -346,7 +348,7 @@ def legend_above(figure: Figure, *panels: Axes) -> None:
     keys = [pair for axes in panels for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
     if keys:
         handles, labels = zip(*keys, strict=True)
-        room = figure.get_figwidth() - 0.2
+        room = figure.get_figwidth() - 0.1
         widths = [len(label) * _CHARACTER * 0.9 + 0.45 for label in labels]
         columns = len(labels) if len(labels) <= 4 and sum(widths) <= room else min(4, int(room / max(widths)))
         figure.legend(handles, labels, loc="outside upper center", ncols=max(columns, 1), handlelength=2.0)
