@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from normfree.benchmarks import norm_free_inference, step_cost, training
 
@@ -133,61 +132,65 @@ def test_the_quartiles_of_a_ratio() -> None:
 
 
 def test_norm_free_inference(normfree: Command) -> None:
-    result = found(normfree, "norm-free-inference", *TINY)
+    Path("n.json").write_text("an older result")
+    result = found(normfree, "norm-free-inference", *TINY, "--out", "n.json")
+    assert json.loads(Path("n.json").read_text()) == result
     assert result["shape"] == {"layers": 1, "heads": 1, "tokens": 8, "batch": 1, "vocabulary": 50257}
     milliseconds = result["milliseconds"]
-    timed = (*MODELS, "norms alone")
-    assert set(milliseconds) == {f"{what}, {name}" for what in ("prefill", "decode") for name in timed}
+    assert set(milliseconds) == {f"{what}, {name}" for what in ("prefill", "decode") for name in MODELS}
     assert all(each > 0 for each in milliseconds.values())
     assert result["layernorm_time_over_norm_free"].keys() == {"prefill", "decode"}
     assert all(0 < share < 1 for share in result["norms_share_of_layernorm_time"].values())
 
 
-def test_norms_alone_are_all_of_the_models_norms() -> None:
+def test_the_time_in_norms_is_that_of_every_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     model = norm_free_inference._models(3, 1, 8, 16)["LayerNorm"]
-    counts: list[torch.Size] = []
-    for module in model.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.register_forward_hook(lambda _, inputs, output: counts.append(output.shape))
-    calls = norm_free_inference._norms_alone(model, 2, {"prefill": 5, "decode": 1})
-    for name, n_position in (("prefill", 5), ("decode", 1)):
-        counts.clear()
-        calls[f"{name}, norms alone"]()
-        assert counts == [(2, n_position, 64)] * 7
+    clock = iter(range(10_000))
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(clock)))
+    found = norm_free_inference._seconds_in_norms(model, lambda: model(input_ids=torch.zeros(1, 4, dtype=torch.long)))
+    assert found == 7.0  # two norms a block and the last, each from one tick to the next
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 MODELS = ("LayerNorm", "norm-free")
 
 
-def test_decode_is_timed_without_the_copy_of_its_cache(normfree: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_decoding_step_follows_the_same_prompt() -> None:
+    model: Any = norm_free_inference._models(1, 1, 8, 16)["norm-free"].eval()
+    lengths: list[int] = []
+    decode = norm_free_inference._calls(model, 2, 8, compiled=False)["decode"]
+    model.model.blocks[0].attention.register_forward_hook(
+        lambda _, args, kwargs, output: lengths.append(kwargs["cache"].get_seq_length()), with_kwargs=True
+    )
+    for _ in range(3):
+        decode()
+    assert lengths == [9, 9, 9]
+
+
+def test_ratios_and_shares_of_made_up_times(normfree: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {
         "prefill, LayerNorm": [6.0, 6.0],
-        "decode, LayerNorm": [4.0, 5.0],
-        "copy of the cache, LayerNorm": [1.0, 2.0],
+        "decode, LayerNorm": [3.0, 3.0],
         "prefill, norm-free": [2.0, 4.0],
-        "decode, norm-free": [3.0, 4.0],
-        "copy of the cache, norm-free": [1.0, 2.0],
-        "prefill, norms alone": [0.6, 0.6],
-        "decode, norms alone": [1.5, 0.6],
+        "decode, norm-free": [2.0, 2.0],
     }
 
-    def made_up(calls: dict[str, object], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    def made_up(calls: dict[str, object], *_: object) -> dict[str, list[float]]:
         assert calls.keys() == seconds.keys()
         return dict(seconds)
 
     monkeypatch.setattr(norm_free_inference, "interleaved", made_up)
+    monkeypatch.setattr(norm_free_inference, "_seconds_in_norms", lambda model, call: 0.6)
     result = found(normfree, "norm-free-inference", *TINY)
     assert result["milliseconds"] == {
         "prefill, LayerNorm": 6000.0,
         "decode, LayerNorm": 3000.0,
         "prefill, norm-free": 3000.0,
         "decode, norm-free": 2000.0,
-        "prefill, norms alone": 600.0,
-        "decode, norms alone": 1050.0,
     }
     assert result["layernorm_time_over_norm_free"] == {"prefill": 2.25, "decode": 1.5}
-    assert result["norms_share_of_layernorm_time"] == {"prefill": 0.1, "decode": 0.35}
+    assert result["norms_share_of_layernorm_time"] == {"prefill": 0.1, "decode": 0.2}
     _, out, _ = normfree("bench", "norm-free-inference", *TINY)
     assert [line.split() for line in out.splitlines() if "decode" in line] == [
-        ["decode", "3000.000", "2000.000", "1.500", "35.0%"]
+        ["decode", "3000.000", "2000.000", "1.500", "20.0%"]
     ]

@@ -80,7 +80,7 @@ def test_a_benchmark_refuses_a_file_that_cannot_be_made(places, normfree):
 
 
 def test_a_cache_that_cannot_be_made(places, normfree, corpus_folder):
-    for place in ("file/cache", "loop/cache", "/proc/x"):
+    for place in ("file", "file/cache", "loop/cache", "/proc/x"):
         code, _, err = normfree("depth", "nowhere", "--cache-dir", places / place)
         assert code == 2, err
         assert "give another output folder" in err

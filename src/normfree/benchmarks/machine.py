@@ -7,6 +7,7 @@ import platform
 import shlex
 import statistics
 import sys
+import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 
 from normfree.devices import DTYPES as DTYPES
 from normfree.errors import InputError, unknown_name
+from normfree.timing import Clock
 
 MODEL_DTYPES = ("fp32", "bf16")
 """Dtypes that whole models are measured in."""
@@ -22,6 +24,11 @@ MODEL_DTYPES = ("fp32", "bf16")
 def usual_device() -> torch.device:
     """The GPU, if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def clock_of(device: torch.device) -> Clock:
+    """Processor time for one CPU thread, which other work on the machine does not lengthen; else wall-clock time."""
+    return time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
 
 def choose_dtype(name: str | None, device: torch.device, allowed: Collection[str] = MODEL_DTYPES) -> str:

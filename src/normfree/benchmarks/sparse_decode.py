@@ -19,7 +19,6 @@ from __future__ import annotations
 import os
 import random
 import statistics
-import time
 from collections.abc import Sequence
 from functools import partial
 from itertools import cycle
@@ -33,7 +32,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from normfree import NormfreeConfig, NormfreeForCausalLM
 from normfree.benchmarks.decode_models import Linear, attention_by_kernel, built, filled_cache, random_matrix
-from normfree.benchmarks.machine import DTYPES, check_at_least, choose_dtype, milliseconds, surroundings, usual_device
+from normfree.benchmarks.machine import (
+    DTYPES,
+    check_at_least,
+    choose_dtype,
+    clock_of,
+    milliseconds,
+    surroundings,
+    usual_device,
+)
 from normfree.errors import InputError, unknown_name
 from normfree.probes.sparsity_probe import SparsityProbe
 from normfree.spark import sparse_decode
@@ -41,7 +48,7 @@ from normfree.spark.accounting import decode_cost, total_bytes
 from normfree.spark.decode import PackedFeedForward, decode_backends, sparse_feed_forward
 from normfree.spark.decode.backends import PREDICTOR_BY_NEURON
 from normfree.spark.decode.extension import all_dots
-from normfree.timing import Call, Clock, interleaved
+from normfree.timing import Call, interleaved
 
 HEADS = {"n_head": 8, "n_kv_head": 4, "head_dim": 256}
 GEMMA: dict[str, Any] = {
@@ -119,7 +126,7 @@ def benchmark_sparse_decode(
     try:
         for n_thread in threads:
             torch.set_num_threads(n_thread)
-            found[f"{n_thread} threads, {_clock(device).__name__}"] = measure()
+            found[f"{n_thread} threads, {clock_of(device).__name__}"] = measure()
     finally:
         torch.set_num_threads(threads_before)
     cpu = f"CPU, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
@@ -181,7 +188,7 @@ def _measure_ffn(networks: _Networks, rounds: int) -> dict[str, Any]:
         calls = {f"spark, {backend}": partial(networks.sparse, backend) for backend in ("cpu", "torch")}
         calls |= {"dense, same kernel": networks.dense, "gated, same kernel": networks.gated, **by_torch}
         a_call, read = 1, ("spark, cpu", "dense, same kernel")
-    timed = interleaved(calls, rounds, device, _clock(device))
+    timed = interleaved(calls, rounds, device, clock_of(device))
     seconds = {name: [each / a_call for each in times] for name, times in timed.items()}
     dense_bytes = 2 * n_inner * d_model * networks.dtype.itemsize
     spark_bytes = (n_inner * r + k * (2 * d_model - r)) * networks.dtype.itemsize
@@ -251,7 +258,7 @@ def _measure_model(models: _Models, rounds: int) -> dict[str, Any]:
     device = models.device
     with sparse_decode(models.spark, backend=BACKENDS[device.type]):
         calls = _with_graphs(models.calls(), 1) if device.type == "cuda" else models.calls()
-        seconds = interleaved(calls, rounds, device, _clock(device))
+        seconds = interleaved(calls, rounds, device, clock_of(device))
     read = models.bytes_read()
     return {
         "shape": {**models.sizes, "tokens": models.tokens, "n_inner": models.inner},
@@ -273,11 +280,6 @@ def _measured_activity(spark: NormfreeForCausalLM, cache: DynamicCache) -> dict[
     with SparsityProbe(spark) as probe:
         spark(input_ids=torch.zeros(1, 1, dtype=torch.long, device=spark.device), cache=cache)
     return {name: round(float(layers.mean()), 4) for name, layers in probe.by_layer().items()}
-
-
-def _clock(device: torch.device) -> Clock:
-    """Processor time for one CPU thread, which other work on the machine does not lengthen; else wall-clock time."""
-    return time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
 
 def _with_graphs(calls: dict[str, Call], n: int) -> dict[str, Call]:

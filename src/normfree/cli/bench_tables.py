@@ -71,7 +71,7 @@ def _norm_free_inference(result: Result) -> list[Table]:
         )
         for what, ratio in result["layernorm_time_over_norm_free"].items()
     )
-    columns = ("", "LayerNorm, ms", "norm-free, ms", "times as fast without norms", "norms alone")
+    columns = ("", "LayerNorm, ms", "norm-free, ms", "times as fast without norms", "in norms")
     return [_named(columns, rows, title=f"{result['shape']['tokens']:,} tokens in {_how(result)}")]
 
 

@@ -40,13 +40,13 @@ def checked_file(file: Path | None) -> Path | None:
     """
     if file is not None and is_main_process():
         check_output_folder(file.parent)
-        if exists(file / "."):
+        if exists(file) and file.is_dir():
             raise InputError(f"{file} is a folder; give the name of a file")
     return file
 
 
 def _checked_cache(folder: Path) -> Path:
-    if is_main_process() and folder != DEFAULT_CACHE_DIR and not exists(folder / "."):
+    if is_main_process() and folder != DEFAULT_CACHE_DIR and not (exists(folder) and folder.is_dir()):
         check_output_folder(folder)
     return folder
 
