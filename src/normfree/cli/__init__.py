@@ -4,7 +4,7 @@ Exit codes: 0 done, 1 the run failed or what was checked does not hold, 2 bad in
 Ctrl-C, 143 SIGTERM).
 
 A new command is one file with one function, which declares options, calls one library function and prints what it
-returns; and its name in ``COMMANDS``. A group of commands is one file with a Typer, added below them. A plug-in adds a
+returns; and its line in ``COMMANDS``. A group of commands is one file with a Typer, added below them. A plug-in adds a
 command without touching this package (:mod:`normfree.cli.plugins`).
 """
 
@@ -35,6 +35,7 @@ from normfree.cli.study import study
 from normfree.cli.study_worker import study_worker
 from normfree.cli.to_spark import to_spark
 from normfree.cli.train import train
+from normfree.cli.verbose import VERBOSE_HELP, be_verbose, is_verbose
 from normfree.cli.verify import verify
 from normfree.errors import InputError, RunFailedError
 from normfree.processes import speaks
@@ -62,20 +63,21 @@ TRACEBACK = "NORMFREE_TRACEBACK"
 """Environment variable that asks for the traceback of an unexpected error."""
 RESUMING = ("study", "study-worker", "train", "finetune", "remove-norm")
 """Commands that write checkpoints and resume from them."""
-COMMANDS = (
-    study,
-    study_worker,
-    train,
-    finetune,
-    entropy,
-    remove_norm,
-    interpret,
-    depth,
-    prune_layers,
-    to_spark,
-    report,
-    verify,
-)
+COMMANDS = {
+    study: "Train and compare the configurations of a paper",
+    study_worker: "Help with a study, on this machine or another",
+    train: "Train one configuration",
+    finetune: "Fine-tune a model on prompts and completions",
+    entropy: "Attention entropy of every head of a model",
+    remove_norm: "Take every norm out of a trained model",
+    interpret: "What norms hide: attribution, patching, neurons, sinks",
+    depth: "Which layers of a model do little",
+    prune_layers: "Export a model without some of its layers",
+    to_spark: "Turn a dense model into a sparse one to train on",
+    report: "Write the report of a study again",
+    verify: "Check that finished runs are what they say",
+}
+"""Every command, and its line in the list of commands."""
 
 app = typer.Typer(
     name="normfree",
@@ -106,13 +108,20 @@ def _app(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
     ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help=VERBOSE_HELP, callback=be_verbose)] = False,
 ) -> None:
     _help_without_command(context)
 
 
-for _command in COMMANDS:
-    app.command(_command.__name__.replace("_", "-"))(_command)
-app.add_typer(bench, name="bench", callback=_help_without_command, invoke_without_command=True)
+for _command, _line in COMMANDS.items():
+    app.command(_command.__name__.replace("_", "-"), short_help=_line)(_command)
+app.add_typer(
+    bench,
+    name="bench",
+    short_help="What things cost in time and memory, here",
+    callback=_help_without_command,
+    invoke_without_command=True,
+)
 
 
 def main() -> None:
@@ -139,12 +148,13 @@ def main() -> None:
         where = f" {error.filename}" if error.filename is not None else ""
         _fail(f"cannot use{where}: {error.strerror or error}{advice}", 2 if is_bad_place else 1)
     except Exception as error:
-        if TRACEBACK in os.environ:
+        if TRACEBACK in os.environ or is_verbose():
             traceback.print_exc()
         advice = f"; {_retry()}" if _may_pass(error) else ""
         _fail(f"failed ({type(error).__name__}: {error}){advice}; {TRACEBACK}=1 shows where it failed", 1)
     finally:
         logging.getLogger("normfree").removeHandler(warnings)
+        be_verbose(False)
     sys.exit(code if isinstance(code, int) else 0)
 
 

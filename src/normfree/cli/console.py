@@ -12,6 +12,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Column, Table
 from rich.text import Text
 
+from normfree.cli.verbose import set_others
 from normfree.processes import is_main_process
 from normfree.progress import show_on
 
@@ -28,9 +29,7 @@ def open_console(json_: bool) -> Console:
 
     A log file is as wide as the tables. Of several processes that train one run, the main one prints.
     """
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()  # its warnings would break up the progress bars
+    set_others()
     is_main = is_main_process()
     console = Console(stderr=json_, quiet=not is_main, force_terminal=None if is_main else False)
     if not console.is_terminal:

@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
+from normfree.cli.verbose import OPTION, be_verbose
 from normfree.errors import InputError
 
 GROUP = "normfree.commands"
@@ -28,7 +29,7 @@ class PluginCommand(TyperCommand):
 
     def __init__(self, entry: metadata.EntryPoint) -> None:
         summary = entry.dist.metadata["Summary"] if entry.dist is not None else None
-        super().__init__(name=entry.name, help=summary)
+        super().__init__(name=entry.name, help=summary, short_help=summary)
         self._entry = entry
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
@@ -54,6 +55,14 @@ class CommandGroup(TyperGroup):
         """Names of all commands."""
         added = {entry.name for entry in metadata.entry_points(group=GROUP)} - self.commands.keys()
         return [*self.commands, *sorted(added)]
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that ``args`` begin with; ``--verbose`` among its options is taken out."""
+        own = args[: args.index("--")] if "--" in args else args
+        if OPTION in own[1:]:
+            args = [*(each for each in own if each != OPTION), *args[len(own) :]]
+            be_verbose(True)
+        return super().resolve_command(ctx, args)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The command called ``cmd_name``; None if there is none.

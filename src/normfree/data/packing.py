@@ -83,6 +83,7 @@ def prepare_data(config: DataConfig, cache_dir: Path) -> PackedData:
         if folder.exists():
             damage = _damage(folder)
             if damage is None:
+                log.debug("tokens of %s are in %s", config.corpus, folder)
                 return _open(folder)
             log.warning("prepared data in %s is damaged (%s); building it again", folder, damage)
         with _built_in_place(folder) as building:

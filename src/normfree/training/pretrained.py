@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from normfree.progress import stage
 from normfree.sources import commit_of, local_or_hub
 from normfree.training.run_config import RunConfig, load_run_config, read_yaml
 from normfree.training.run_folder import CONFIG_FILE, PROVENANCE, last_checkpoint
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, repr=False)
@@ -122,6 +125,9 @@ def load_pretrained(source: str, *, device: str | None = None, dtype: str | None
         )
     with stage(f"loading {source}"):
         model = load_model(checkpoint, dtype=weights).eval().to(place)
+    log.debug(
+        "loaded %s as %s on %s, %s parameters", checkpoint, dtype_name(model.dtype), place, model.num_parameters()
+    )
     if run is None:
         how = quantization_of(checkpoint)
         return LoadedModel(source, checkpoint, model, quantization=how, commit=commit_of(checkpoint))

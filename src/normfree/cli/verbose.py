@@ -1,0 +1,39 @@
+"""``--verbose``, before the command or among its options: versions, what is loaded, other libraries' messages."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from importlib import metadata
+
+OPTION = "--verbose"
+VERBOSE_HELP = "Also say versions, what is loaded, other libraries' messages, and where an unexpected error was raised."
+_log = logging.getLogger("normfree")
+_OTHERS = ("transformers", "datasets", "huggingface_hub", "accelerate")
+
+
+def be_verbose(is_asked: bool) -> None:
+    """Turns verbosity on; False turns it off again."""
+    _log.setLevel(logging.DEBUG if is_asked else logging.NOTSET)
+    if is_asked:
+        names = ("normfree", "torch", "transformers")
+        _log.debug(
+            "%s, Python %s", ", ".join(f"{name} {metadata.version(name)}" for name in names), platform.python_version()
+        )
+
+
+def is_verbose() -> bool:
+    """True after ``be_verbose(True)``."""
+    return _log.isEnabledFor(logging.DEBUG)
+
+
+def set_others() -> None:
+    """Silences other libraries, whose messages would break up progress; with ``--verbose`` they speak."""
+    from transformers.utils import logging as messages
+
+    if not is_verbose():
+        messages.set_verbosity_error()
+        return
+    messages.set_verbosity_info()
+    for name in _OTHERS:
+        logging.getLogger(name).setLevel(logging.INFO)
