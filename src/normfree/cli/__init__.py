@@ -17,7 +17,7 @@ import re
 import shlex
 import sys
 import traceback
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -63,7 +63,7 @@ TRACEBACK = "NORMFREE_TRACEBACK"
 """Environment variable that asks for the traceback of an unexpected error."""
 RESUMING = ("study", "study-worker", "train", "finetune", "remove-norm")
 """Commands that write checkpoints and resume from them."""
-COMMANDS = {
+COMMANDS: dict[Any, str] = {
     study: "Train and compare the configurations of a paper",
     study_worker: "Help with a study, on this machine or another",
     train: "Train one configuration",

@@ -16,10 +16,8 @@ def be_verbose(is_asked: bool) -> None:
     """Turns verbosity on; False turns it off again."""
     _log.setLevel(logging.DEBUG if is_asked else logging.NOTSET)
     if is_asked:
-        names = ("normfree", "torch", "transformers")
-        _log.debug(
-            "%s, Python %s", ", ".join(f"{name} {metadata.version(name)}" for name in names), platform.python_version()
-        )
+        versions = [f"{name} {metadata.version(name)}" for name in ("normfree", "torch", "transformers")]
+        _log.debug("%s", ", ".join([*versions, f"Python {platform.python_version()}"]))
 
 
 def is_verbose() -> bool:

@@ -30,6 +30,7 @@ from normfree.report.entropy_figures import headwise_entropy_heatmaps
 from normfree.report.glossary import glossary
 from normfree.report.numbers import counted
 from normfree.runner.page import StudyPage
+from normfree.runner.presets import load_preset, preset_names
 from normfree.runner.run_frames import head_entropy_frame
 from normfree.runner.run_order import LEARNING_RATE_FACTORS, SWEEP_DECAY
 from normfree.runner.study import Collection, Study
@@ -173,7 +174,6 @@ def _sweep_losses(page: StudyPage) -> pd.DataFrame:
 
 def _method_section(page: StudyPage, limits: str) -> Section:
     seeds = sorted({int(each.row["seed"]) for each in page.results})
-    command = f"normfree study {shlex.quote(page.folder.reference)} --preset {page.folder.preset_name}"
     if len(seeds) == 1:
         limits += " With one seed there is no estimate of the spread between seeds."
     return Section(
@@ -183,12 +183,24 @@ def _method_section(page: StudyPage, limits: str) -> Section:
             Paragraph(
                 "Models of one shape start from the same weights, and all see the same batches in the same order."
             ),
-            Code(f"{command} --seeds {','.join(map(str, seeds))}"),
+            Code(_command(page, seeds)),
             Callout(limits, "warning"),
             Paragraph("The whole configuration:"),
             Code((page.path / STUDY_FILE).read_text(encoding="utf-8").rstrip()),
         ],
     )
+
+
+def _command(page: StudyPage, seeds: Sequence[int]) -> str:
+    """The command that makes the study, for a shell: what differs from its preset is set."""
+    folder = page.folder
+    is_named = folder.preset_name in preset_names()
+    words = ["normfree", "study", folder.reference, "--preset", folder.preset_name + ("" if is_named else ".yaml")]
+    words += ["--seeds", ",".join(map(str, seeds))]
+    if is_named:
+        for name, value in folder.preset.differences(load_preset(folder.preset_name)).items():
+            words += ["--set", f"{name}={value}"]
+    return shlex.join([*words, *(["--tune-lr"] if page.tuned else []), "--out", str(page.path)])
 
 
 def _facts(page: StudyPage, seeds: Sequence[int]) -> dict[str, str]:
