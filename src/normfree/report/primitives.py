@@ -303,8 +303,8 @@ def title_panel(axes: Axes, title: str, below: str = "", *, size: float = 7.5) -
 
     A name that cannot be broken is smaller, and shortened in its middle where that would be illegible.
     """
-    figure, subplot = axes.get_figure(root=True), axes.get_subplotspec()
-    assert figure is not None
+    figure, subplot = axes.get_figure(), axes.get_subplotspec()
+    assert isinstance(figure, Figure)
     assert subplot is not None
     inches = 0.87 * figure.get_figwidth() / subplot.get_gridspec().ncols
     most = int(inches / (TITLE_CHARACTER * 5 / 7.5))
