@@ -146,13 +146,8 @@ def test_tuned_learning_rates_stand_beside_the_recipes(normfree: Command, preset
     assert (tmp_path / "study" / "figures" / "headwise-entropy-tuned.pdf").exists()
     assert out.count("SM+LN+R ") >= 2
 
-
-@pytest.mark.usefixtures("blank_figures")
-def test_a_report_of_an_unfinished_sweep_leaves_the_tuned_table_out(
-    normfree: Command, preset_file: Path, tmp_path: Path
-) -> None:
-    assert normfree("study", "relu-revival", "--preset", preset_file, "--out", "study", "--tune-lr")[0] == 0
-    shutil.rmtree(tmp_path / "study" / "tuned")
+    # A sweep that is not finished leaves them out.
+    shutil.rmtree(tmp_path / "study" / "tuned", ignore_errors=True)
     for finished in (tmp_path / "study" / "sweep").glob("sm-*r/*/results.csv"):
         finished.unlink()
     assert normfree("report", "study")[0] == 0
