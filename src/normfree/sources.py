@@ -133,8 +133,8 @@ def is_offline() -> bool:
     return False
 
 
-def no_source(source: str, what: str, reason: str) -> str:
-    """Why ``source`` could not be loaded, for a message: offline, the reason is a cache that does not have it."""
-    if exists(Path(source)) or not is_offline():
-        return reason
-    return f"the Hub cannot be reached, and the {what} is not in its cache"
+def no_source(source: str, what: str, error: Exception) -> str:
+    """Why ``source`` could not be loaded, in one line: offline, files not found are not in the Hub's cache."""
+    if isinstance(error, OSError) and not exists(Path(source)) and is_offline():
+        return f"the Hub cannot be reached, and the {what} is not in its cache"
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -88,6 +88,37 @@ def test_compiled_attention_trains_as_eager_does(variant: str, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_without_kernels_short_bf16_sequences_train_eagerly(
+    variant: str, without_libraries: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss, gradients and entropies of eager attention, bit for bit; no sdpa of torch, slow backwards in bf16."""
+    model, ids = build(**VARIANTS[variant]), torch.randint(19, (2, 13))
+
+    def read(implementation: str) -> tuple[torch.Tensor, ...]:
+        model.set_attn_implementation(implementation)
+        model.zero_grad()
+        with EntropyProbe(model) as probe, torch.autocast("cpu", torch.bfloat16):
+            loss = model(ids, labels=ids).loss
+        loss.backward()
+        return loss.detach(), probe.per_head(), *(each.grad for each in model.parameters() if each.grad is not None)
+
+    expected = read("eager")
+    calls: list[int] = []
+    torch_sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(1)
+        return torch_sdpa(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    torch.testing.assert_close(read("sdpa"), expected, rtol=0, atol=0)
+    assert not calls
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(ids)
+    assert len(calls) == model.config.n_layer
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
 def test_soft_caps_are_the_same_in_flex_attention(variant: str) -> None:
     model = build(**VARIANTS[variant], attn_logit_softcapping=0.3)

@@ -79,10 +79,9 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         with hub_access(name_or_path) as (name, options):
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
     except Exception as error:
-        reason = no_source(name_or_path, "tokenizer", next(iter(str(error).splitlines()), type(error).__name__))
         raise InputError(
-            f"cannot load tokenizer {name_or_path!r} ({reason}); give 'train', a tokenizer's name on the "
-            "Hugging Face hub, or a folder with a saved tokenizer"
+            f"cannot load tokenizer {name_or_path!r} ({no_source(name_or_path, 'tokenizer', error)}); give 'train', a "
+            "tokenizer's name on the Hugging Face hub, or a folder with a saved tokenizer"
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise InputError(f"{name_or_path!r} is a {type(tokenizer).__name__}, not a tokenizer; give another name")

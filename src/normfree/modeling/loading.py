@@ -221,8 +221,7 @@ def _one_line_errors(source: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        reason = no_source(source, "model", reason)
+        reason = no_source(source, "model", error)
         if "Unrecognized configuration class" in reason:
             reason = "config.json is of an architecture that is no causal language model"
         raise InputError(
