@@ -8,10 +8,6 @@ INSTALL := -m pip install --quiet --no-compile
 
 .PHONY: study test test-oldest coverage nightly models real docs neighbours check audit format lock upgrade private clean
 
-# glibc's allocator returns large buffers to the system and asks for them again in every step; keeping them makes a
-# training step on the CPU a fifth faster. Other allocators ignore the two settings.
-study: export MALLOC_MMAP_THRESHOLD_ = 1073741824
-study: export MALLOC_TRIM_THRESHOLD_ = 2147483648
 study: .venv/.installed
 	$(BIN)/normfree study relu-revival --preset cpu
 

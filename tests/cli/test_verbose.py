@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from normfree.cli import COMMANDS
-from normfree.cli.verbose import is_verbose
+from normfree.cli.verbose import OTHERS, is_verbose
 from normfree.modeling import NormfreeConfig, NormfreeForCausalLM
 
 Normfree = Callable[..., tuple[int, str, str]]
@@ -23,6 +23,7 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("place", [0, 1, 2, -1])
 def test_verbose_says_versions_and_what_is_loaded(place: int, normfree: Normfree, model: Path, tmp_path: Path) -> None:
+    levels = [logging.getLogger(name).level for name in OTHERS]
     words = ["prune-layers", model, "--drop", "1", "--out", tmp_path / "out"]
     words.insert(place % len(words) if place >= 0 else len(words), "--verbose")
     code, _, error = normfree(*words)
@@ -31,6 +32,7 @@ def test_verbose_says_versions_and_what_is_loaded(place: int, normfree: Normfree
     assert f"normfree: loaded {model} as fp32 on cpu, " in error
     assert not is_verbose()
     assert logging.getLogger("normfree").level == logging.NOTSET
+    assert [logging.getLogger(name).level for name in OTHERS] == levels
 
 
 def test_without_it_nothing_is_said(normfree: Normfree, model: Path, tmp_path: Path) -> None:

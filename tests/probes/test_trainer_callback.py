@@ -312,7 +312,7 @@ def test_alerts_warn_and_stop(tmp_path, on_alert, steps):
             block.attn.c_attn.weight.zero_()
             block.attn.c_attn.bias.zero_()
     callback = normfree.EntropyCallback(every=1, alert_overloaded=0.5, alert_collapsed=0.5, on_alert=on_alert)
-    with pytest.warns(UserWarning, match=r"^step 1: 100.0% of the attention heads are overloaded") as warned:
+    with pytest.warns(UserWarning, match=r"^step 1: 100.0 % of the attention heads are overloaded") as warned:
         trainer, _ = train(model, tmp_path, [callback], learning_rate=0.0)
     assert trainer.state.global_step == steps
     alerts = [str(each.message) for each in warned if "attention heads are" in str(each.message)]

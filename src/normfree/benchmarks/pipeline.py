@@ -147,7 +147,7 @@ def _measured(task: Task, rounds: int, device: torch.device) -> dict[str, Any]:
             if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - start)
-    result: dict[str, Any] = {"seconds": {name: round(min(each), 4) for name, each in seconds.items()}}
+    result: dict[str, Any] = {"seconds": {name: round(min(each), 6) for name, each in seconds.items()}}
     if task.unit:
         result[task.unit] = {name: round(task.amount / min(each), 1) for name, each in seconds.items()}
     if task.limit is not None:

@@ -9,7 +9,9 @@ from importlib import metadata
 OPTION = "--verbose"
 VERBOSE_HELP = "Also say versions, what is loaded, other libraries' messages, and where an unexpected error was raised."
 _log = logging.getLogger("normfree")
-_OTHERS = ("transformers", "datasets", "huggingface_hub", "accelerate")
+OTHERS = ("transformers", "datasets", "huggingface_hub", "accelerate")
+"""Loggers of libraries that speak under ``--verbose``."""
+_levels_before: dict[str, int] = {}
 
 
 def be_verbose(is_asked: bool) -> None:
@@ -18,6 +20,10 @@ def be_verbose(is_asked: bool) -> None:
     if is_asked:
         versions = [f"{name} {metadata.version(name)}" for name in ("normfree", "torch", "transformers")]
         _log.debug("%s", ", ".join([*versions, f"Python {platform.python_version()}"]))
+    else:
+        for name, level in _levels_before.items():
+            logging.getLogger(name).setLevel(level)
+        _levels_before.clear()
 
 
 def is_verbose() -> bool:
@@ -32,6 +38,6 @@ def set_others() -> None:
     if not is_verbose():
         messages.set_verbosity_error()
         return
-    messages.set_verbosity_info()
-    for name in _OTHERS:
+    for name in OTHERS:
+        _levels_before.setdefault(name, logging.getLogger(name).level)
         logging.getLogger(name).setLevel(logging.INFO)
