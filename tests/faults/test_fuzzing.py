@@ -59,6 +59,8 @@ class _Writes:
     def see(cls, event: str, arguments: tuple[object, ...]) -> None:
         if not cls.watched or not (event in CHANGES or (event == "open" and _writes(arguments))):
             return
+        if isinstance(arguments[0], int):
+            return  # a descriptor, such as a pipe's, gets a buffer: nothing is opened
         # What is removed with a whole tree is named from the folder it lies in.
         if event in ("os.remove", "os.rmdir") and arguments[1] != -1:
             return
