@@ -3,8 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PRIVATE := packages/normfree-private
 LOCK := constraints/locked.txt
-# Python compiles a module when it is first imported; pip would compile all of them, for 40 seconds.
-INSTALL := -m pip install --quiet --no-compile
+INSTALL := -m pip install --quiet
 
 .PHONY: study test test-oldest coverage nightly models real docs neighbours check audit format lock upgrade private clean
 
