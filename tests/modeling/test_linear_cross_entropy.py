@@ -41,16 +41,20 @@ def made_up(vocab_size: int, *, bias: bool = False, seed: int = 0) -> tuple[Tens
     return torch.randn(3, 13, WIDTH, requires_grad=True), unembedding, labels
 
 
-def oracle(
-    hidden: Tensor, unembedding: nn.Linear, labels: Tensor, softcap: float | None = None
-) -> tuple[Tensor, list[Tensor]]:
-    """Losses [batch, T - 1] and the gradients of their sum (hidden, weight, bias), in float64 with whole logits."""
+def whole_logits(hidden: Tensor, unembedding: nn.Linear, softcap: float | None) -> tuple[Tensor, Tensor, nn.Linear]:
+    """Logits [batch, T - 1, vocab_size] in float64, and the copies of hidden and unembedding that they are made of."""
     wide = nn.Linear(WIDTH, unembedding.out_features, bias=unembedding.bias is not None).double()
     wide.load_state_dict(unembedding.state_dict())
     x = hidden.detach().double().requires_grad_()
     logits = wide(x)[:, :-1]
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap), x, wide
+
+
+def oracle(
+    hidden: Tensor, unembedding: nn.Linear, labels: Tensor, softcap: float | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """Losses [batch, T - 1] and the gradients of their sum (hidden, weight, bias), in float64 with whole logits."""
+    logits, x, wide = whole_logits(hidden, unembedding, softcap)
     losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none", ignore_index=-100)
     losses.sum().backward()
     gradients = [x.grad, *(each.grad for each in wide.parameters())]
@@ -79,12 +83,7 @@ def mixture(
     hidden: Tensor, unembedding: nn.Linear, labels: Tensor, teacher: SoftTargets, logits: Tensor, softcap: float | None
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The mixed loss, each token's KL and the gradients of the loss, in float64 with whole logits."""
-    wide = nn.Linear(WIDTH, unembedding.out_features, bias=unembedding.bias is not None).double()
-    wide.load_state_dict(unembedding.state_dict())
-    x = hidden.detach().double().requires_grad_()
-    own = wide(x)[:, :-1]
-    if softcap is not None:
-        own = softcap * torch.tanh(own / softcap)
+    own, x, wide = whole_logits(hidden, unembedding, softcap)
     log_p, log_q = ((each / teacher.temperature).log_softmax(-1) for each in (logits[:, :-1], own))
     p = log_p.exp()
     kls = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1).where(labels[:, 1:] != -100, 0.0)

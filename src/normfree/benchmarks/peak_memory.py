@@ -28,13 +28,13 @@ def peak_in_fresh_process(prepare: Callable[..., Call], *arguments: Any) -> int:
         EOFError: the process was killed, as it is where memory runs out.
     """
     context = get_context("spawn")
-    ours, its = context.Pipe(duplex=False)
-    fresh = context.Process(target=_send_peak, args=(its, torch.get_num_threads(), prepare, *arguments), daemon=True)
+    receiver, sender = context.Pipe(duplex=False)
+    fresh = context.Process(target=_send_peak, args=(sender, torch.get_num_threads(), prepare, *arguments), daemon=True)
     with _deaf_to_ctrl_c():
         fresh.start()
-    its.close()  # or recv() would wait for a process that is gone
+    sender.close()  # or recv() would wait for a process that is gone
     try:
-        return int(ours.recv())
+        return int(receiver.recv())
     finally:
         fresh.kill()
         fresh.join()

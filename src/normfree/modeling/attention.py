@@ -97,8 +97,7 @@ def _with_autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
 def _trains_faster_eagerly(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """True for short causal attention in bf16 on a CPU, whose backward pass torch's ``sdpa`` computes slowly."""
     return (
-        query.device.type == "cpu"
-        and query.dtype == key.dtype == value.dtype == torch.bfloat16
+        query.dtype == key.dtype == value.dtype == torch.bfloat16
         and 1 < query.shape[2] == key.shape[2] <= SHORT
         and query.requires_grad
         and torch.is_grad_enabled()
@@ -235,7 +234,8 @@ class SoftmaxAttention(nn.Module):
             check_softcap_implementation(implementation)
             kwargs["softcap"] = self.softcap  # transformers' name, which its implementations and probes read
         is_causal = self.is_causal and kwargs.get("is_causal") is not False
-        if implementation == SDPA and is_causal and attention_mask is None and dropout == 0:
+        on_cpu = query.device.type == "cpu"
+        if on_cpu and implementation == SDPA and is_causal and attention_mask is None and dropout == 0:
             cast = _with_autocast(query, key, value)
             if compiled_attention.takes(*cast):
                 (query, key, value), implementation = cast, COMPILED
