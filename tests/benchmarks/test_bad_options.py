@@ -82,6 +82,6 @@ def test_kernels_that_were_not_compiled(normfree: Command, tmp_path: Path, monke
 def test_a_system_that_does_not_tell_the_peak(
     normfree: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(entropy, "usual_device", lambda: entropy.CPU)
+    monkeypatch.setattr(entropy, "default_device", lambda: entropy.CPU)
     monkeypatch.setattr(entropy, "MEMORY_RESET", tmp_path / "clear_refs")
     assert_refused(normfree, tmp_path, "entropy", says="which only Linux has")

@@ -22,7 +22,7 @@ VARIANTS = ["eager", "entropy (cpu)", "entropy (chunked)", "attention", "attenti
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where nothing asks for Triton's interpreter, which other tests do."""
-    monkeypatch.setattr(entropy, "usual_device", lambda: entropy.CPU)
+    monkeypatch.setattr(entropy, "default_device", lambda: entropy.CPU)
     monkeypatch.setattr(entropy, "_available_backends", lambda device: ["cpu", "chunked"])
 
 

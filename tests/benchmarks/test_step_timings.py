@@ -19,7 +19,7 @@ TINY = ("--layers", 1, "--heads", 1, "--tokens", 8, "--batch", 1, "--rounds", 2)
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (training, step_cost, norm_free_inference):
-        monkeypatch.setattr(module, "usual_device", lambda: torch.device("cpu"))
+        monkeypatch.setattr(module, "default_device", lambda: torch.device("cpu"))
 
 
 def found(command: Command, *arguments: object) -> dict[str, Any]:

@@ -21,8 +21,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from normfree import attention_entropy
-from normfree.benchmarks.machine import DTYPES, check_at_least, choose_dtype, milliseconds, surroundings, usual_device
+from normfree.benchmarks.machine import DTYPES, check_at_least, choose_dtype, milliseconds, surroundings
 from normfree.benchmarks.peak_memory import MEMORY_RESET, peak_here, peak_in_fresh_process
+from normfree.devices import default_device
 from normfree.entropy import BACKENDS, attention_and_entropy, select_backend
 from normfree.errors import InputError, RunFailedError
 from normfree.timing import Call, interleaved, median_ratio
@@ -86,7 +87,7 @@ def benchmark_entropy(
         InputError: an option is out of range, or the peak memory of a process cannot be read here.
         RunFailedError: a process whose memory was measured was killed.
     """
-    device = usual_device()
+    device = default_device()
     lengths = TOKENS[device.type] if tokens is None else tokens
     heads = HEADS[device.type] if heads is None else heads
     case = _Case(batch, heads, head_dim, choose_dtype(dtype, device, DTYPES), eager_gib)

@@ -20,7 +20,8 @@ from typing import Any
 import psutil
 import pyarrow.parquet as pq
 
-from normfree.benchmarks.machine import check_positive, surroundings, usual_device
+from normfree.benchmarks.machine import check_positive, surroundings
+from normfree.devices import default_device
 from normfree.errors import InputError, RunFailedError
 from normfree.locks import holds_nothing
 from normfree.runner import load_preset, run_config
@@ -75,7 +76,7 @@ def benchmark_long_run(
         layers = pq.read_table(folder / LAYERS_FILE, columns=["step"])["step"].to_numpy()
     steps = int(layers.max()) + 1
     return {
-        **surroundings(usual_device()),
+        **surroundings(default_device()),
         "rows_a_step": len(layers) / steps,
         "steps": steps,
         **found,

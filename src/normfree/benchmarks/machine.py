@@ -21,11 +21,6 @@ MODEL_DTYPES = ("fp32", "bf16")
 """Dtypes that whole models are measured in."""
 
 
-def usual_device() -> torch.device:
-    """The GPU, if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def clock_of(device: torch.device) -> Clock:
     """Processor time for one CPU thread, which other work on the machine does not lengthen; else wall-clock time."""
     return time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter

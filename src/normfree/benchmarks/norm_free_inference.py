@@ -31,8 +31,8 @@ from normfree.benchmarks.machine import (
     clock_of,
     milliseconds,
     surroundings,
-    usual_device,
 )
+from normfree.devices import default_device
 from normfree.timing import Call, interleaved, median_ratio
 
 NORM, NORM_FREE = "LayerNorm", "norm-free"
@@ -57,7 +57,7 @@ def benchmark_norm_free_inference(
     Raises:
         InputError: an option is out of range.
     """
-    device = usual_device()
+    device = default_device()
     dtype = choose_dtype(dtype, device)
     shape = {"layers": layers, "heads": heads, "tokens": tokens, "batch": batch, "vocabulary": vocabulary}
     check_at_least(1, **shape, rounds=rounds)

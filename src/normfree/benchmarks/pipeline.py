@@ -30,9 +30,10 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from normfree import NormfreeConfig, NormfreeForCausalLM
-from normfree.benchmarks.machine import DTYPES, check_at_least, surroundings, usual_device
+from normfree.benchmarks.machine import DTYPES, check_at_least, surroundings
 from normfree.data import DataConfig, PackedData, open_corpus, prepare_data
 from normfree.data.packed_sequences import write_sequences
+from normfree.devices import default_device
 from normfree.errors import unknown_name
 from normfree.interpret import measure_depth
 from normfree.interpret.interpretability import interpret_model
@@ -124,7 +125,7 @@ def benchmark_pipeline(
     check_at_least(1, layers=layers, sequences=sequences, rounds=rounds)
     check_at_least(8, tokens=tokens)
     check_at_least(2, probes=probes)
-    device, found = usual_device(), {}
+    device, found = default_device(), {}
     loaded = load_preset(preset)
     disable_progress_bar()  # transformers' own, of each checkpoint
     for name in subjects or TASKS:

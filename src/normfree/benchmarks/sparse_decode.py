@@ -39,8 +39,8 @@ from normfree.benchmarks.machine import (
     clock_of,
     milliseconds,
     surroundings,
-    usual_device,
 )
+from normfree.devices import default_device
 from normfree.errors import InputError, unknown_name
 from normfree.probes.sparsity_probe import SparsityProbe
 from normfree.spark import sparse_decode
@@ -105,7 +105,7 @@ def benchmark_sparse_decode(
         raise unknown_name("subject", subject, SUBJECTS)
     check_at_least(1, rounds=rounds, threads=min(threads, default=1), dense_inner=dense_inner)
     check_at_least(2, width=width)
-    device = usual_device()
+    device = default_device()
     choose_dtype(dtype, device)
     backend = BACKENDS[device.type]
     reason = decode_backends()[backend]

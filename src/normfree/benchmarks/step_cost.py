@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from normfree import NormfreeConfig, NormfreeForCausalLM
-from normfree.benchmarks.machine import check_at_least, choose_dtype, milliseconds, surroundings, usual_device
+from normfree.benchmarks.machine import check_at_least, choose_dtype, milliseconds, surroundings
+from normfree.devices import default_device
 from normfree.errors import unknown_name
 from normfree.timing import Call, interleaved, median_ratio
 
@@ -95,7 +96,7 @@ def benchmark_step_cost(
     for name in only or ():
         if name not in variants:
             raise unknown_name("variant", name, variants)
-    device = usual_device()
+    device = default_device()
     dtype = choose_dtype(dtype, device)
     shape = {"layers": layers, "heads": heads, "tokens": tokens, "batch": batch, "vocabulary": vocabulary}
     check_at_least(1, **shape)

@@ -27,9 +27,10 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from normfree import NormfreeConfig, NormfreeForCausalLM
-from normfree.benchmarks.machine import DTYPES, check_at_least, surroundings, usual_device
+from normfree.benchmarks.machine import DTYPES, check_at_least, surroundings
 from normfree.benchmarks.peak_memory import MEMORY_RESET, peak_here, peak_in_fresh_process
 from normfree.columns import TOKENS_PER_SECOND
+from normfree.devices import default_device
 from normfree.runner import Preset, load_preset, run_config
 from normfree.studies.relu_revival import LAYERNORM_GELU
 from normfree.timing import median_ratio
@@ -63,7 +64,7 @@ def benchmark_training(
     check_at_least(2, **({} if tokens is None else {"tokens": tokens}))
     loaded = _with_sequences_of(tokens, load_preset(preset))
     recipe = loaded.recipe
-    device = usual_device()
+    device = default_device()
     keep_freed_memory()
     step_tokens = recipe.micro_batch_size * loaded.data.sequence_length
     peaks = []
