@@ -17,6 +17,15 @@ Call = Callable[[], Any]
 Clock = Callable[[], float]
 
 
+def seconds_once(call: Call, device: torch.device) -> float:
+    """Wall-clock seconds of one call, the work that it leaves to ``device`` included."""
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
 def seconds_a_call(call: Call, device: torch.device, clock: Clock = time.perf_counter) -> float:
     """Mean seconds per call, repeated for at least ``MIN_SECONDS``."""
     start, n_call = clock(), 0

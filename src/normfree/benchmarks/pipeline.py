@@ -17,7 +17,6 @@ from __future__ import annotations
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +40,7 @@ from normfree.interpret.prompts import induction_pairs
 from normfree.progress import shown_on
 from normfree.runner import Preset, load_preset, run_config, run_study
 from normfree.studies.relu_revival import LAYERNORM_GELU
+from normfree.timing import seconds_once
 from normfree.training.evaluation import losses_of
 from normfree.training.half_precision import autocast
 from normfree.training.loop import Training
@@ -143,11 +143,7 @@ def _measured(task: Task, rounds: int, device: torch.device) -> dict[str, Any]:
         task.limit[1]()  # the first pass of a process is slower
     for _ in range(rounds):
         for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(seconds_once(call, device))
     result: dict[str, Any] = {"seconds": {name: round(min(each), 6) for name, each in seconds.items()}}
     if task.unit:
         result[task.unit] = {name: round(task.amount / min(each), 1) for name, each in seconds.items()}
@@ -306,14 +302,7 @@ def _machine(device: torch.device) -> dict[str, float]:
     """The best rates of a product of two square matrices, by dtype, and of a copy in memory."""
 
     def best(call: Call) -> float:
-        seconds = []
-        for _ in range(10):
-            start = time.perf_counter()
-            call()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
-        return min(seconds)
+        return min(seconds_once(call, device) for _ in range(10))
 
     rates = {}
     for name in ("fp32", "bf16"):
