@@ -47,7 +47,7 @@ def test_values_are_read_and_filled_in_where_they_have_an_effect() -> None:
 
 def test_every_part_checks_its_options_together_once() -> None:
     assert settled().checked == ["colours", "shapes"]
-    assert Shapes.option_names() == ["colour", "depth", "deeper", "checked", "shape", "corners"]
+    assert Shapes.option_names() == ("colour", "depth", "deeper", "checked", "shape", "corners")
 
 
 @pytest.mark.parametrize(

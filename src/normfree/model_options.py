@@ -8,6 +8,7 @@ No ``from __future__ import annotations`` in those files: transformers checks va
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cache
 from inspect import get_annotations
 from math import inf, isfinite
 from typing import TYPE_CHECKING, Annotated, Any, Optional, TypeVar
@@ -83,10 +84,11 @@ class ModelOptions:
     """
 
     @classmethod
-    def option_names(cls) -> list[str]:
+    @cache
+    def option_names(cls) -> tuple[str, ...]:
         """The names of all declared options."""
         parts = [part for part in reversed(cls.__mro__) if issubclass(part, ModelOptions)]
-        return list(dict.fromkeys(name for part in parts for name in get_annotations(part)))
+        return tuple(dict.fromkeys(name for part in parts for name in get_annotations(part)))
 
     def settle_options(self) -> None:
         """Checks every option and fills in defaults that depend on other options.

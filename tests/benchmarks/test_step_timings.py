@@ -36,24 +36,24 @@ def test_training(normfree: Command) -> None:
     options = ("--preset", "smoke", "--rounds", 1, "--steps", 1, "--peak-size", 64)
     result = found(normfree, "training", *options, "--out", "t.json")
     assert json.loads(Path("t.json").read_text()) == result
-    assert (result["precision"], result["our_attn_implementation"]) == ("fp32", "sdpa")
+    assert (result["precision"], result["attn_implementation"]) == ("fp32", "sdpa")
     speeds = result["tokens_per_second"]
     assert list(speeds) == [
-        "ours",
-        "ours + telemetry",
+        "normfree",
+        "normfree + telemetry",
         "Hugging Face sdpa",
         "Hugging Face eager + entropy",
     ]
     # one round: every ratio is that of the two speeds
-    ratio = speeds["ours"] / speeds["Hugging Face sdpa"]
-    assert result["ours_against_hugging_face_sdpa"] == pytest.approx(ratio, abs=1e-3)
-    overhead = speeds["ours"] / speeds["ours + telemetry"] - 1
+    ratio = speeds["normfree"] / speeds["Hugging Face sdpa"]
+    assert result["normfree_against_hugging_face_sdpa"] == pytest.approx(ratio, abs=1e-3)
+    overhead = speeds["normfree"] / speeds["normfree + telemetry"] - 1
     assert result["telemetry_overhead_every_step"] == pytest.approx(overhead, abs=1e-3)
     assert result["telemetry_overhead_every_100_steps"] == pytest.approx(overhead / 100, abs=2e-5)
     assert 0 < result["share_of_measured_matmul_peak"] < 1
-    assert "ours_against_one_thread" not in result
+    assert "normfree_against_one_thread" not in result
     assert (result["sequences"], result["tokens"]) == (8, 32)
-    ours, theirs = result["peak_mib"]["ours"], result["peak_mib"]["Hugging Face sdpa"]
+    ours, theirs = result["peak_mib"]["normfree"], result["peak_mib"]["Hugging Face sdpa"]
     assert 0 < ours < theirs
     assert result["peak_memory_over_hugging_face"] == pytest.approx(ours / theirs, abs=0.05)
     assert result["processor"]
@@ -72,7 +72,9 @@ def test_training_on_longer_sequences_and_two_threads(normfree: Command, monkeyp
     assert code == 0, err
     result = json.loads(out)
     speeds = result["tokens_per_second"]
-    assert result["ours_against_one_thread"] == pytest.approx(speeds["ours"] / speeds["ours, one thread"], abs=1e-3)
+    assert result["normfree_against_one_thread"] == pytest.approx(
+        speeds["normfree"] / speeds["normfree, one thread"], abs=1e-3
+    )
     assert (result["sequences"], result["tokens"]) == (4, 64)
 
 

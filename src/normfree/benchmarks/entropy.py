@@ -21,9 +21,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from normfree import attention_entropy
-from normfree.benchmarks.machine import DTYPES, check_at_least, choose_dtype, milliseconds, surroundings
+from normfree.benchmarks.machine import check_at_least, choose_dtype, milliseconds, surroundings
 from normfree.benchmarks.peak_memory import MEMORY_RESET, peak_here, peak_in_fresh_process
-from normfree.devices import default_device
+from normfree.devices import DTYPES, default_device
 from normfree.entropy import BACKENDS, attention_and_entropy, select_backend
 from normfree.errors import InputError, RunFailedError
 from normfree.timing import Call, interleaved, median_ratio

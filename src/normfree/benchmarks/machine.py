@@ -13,9 +13,8 @@ from pathlib import Path
 
 import torch
 
-from normfree.devices import DTYPES as DTYPES
 from normfree.errors import InputError, unknown_name
-from normfree.timing import Clock
+from normfree.timing import Clock, seconds_once
 
 MODEL_DTYPES = ("fp32", "bf16")
 """Dtypes that whole models are measured in."""
@@ -58,6 +57,12 @@ def check_positive(**options: float) -> None:
     for name, value in options.items():
         if not 0 < value < float("inf"):
             raise InputError(f"{name} is {value}; it must be a finite number above 0")
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    """The best rate of a product of two matrices [size, size], in FLOP/s."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / min(seconds_once(lambda: a @ b, device) for _ in range(10))
 
 
 def surroundings(device: torch.device, description: str | None = None) -> dict[str, str]:

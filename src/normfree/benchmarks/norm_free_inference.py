@@ -25,14 +25,13 @@ from transformers.cache_utils import DynamicCache
 
 from normfree import NormfreeConfig, NormfreeForCausalLM, remove_norms
 from normfree.benchmarks.machine import (
-    DTYPES,
     check_at_least,
     choose_dtype,
     clock_of,
     milliseconds,
     surroundings,
 )
-from normfree.devices import default_device
+from normfree.devices import DTYPES, default_device
 from normfree.timing import Call, interleaved, median_ratio
 
 NORM, NORM_FREE = "LayerNorm", "norm-free"

@@ -20,7 +20,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -29,10 +28,10 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from normfree import NormfreeConfig, NormfreeForCausalLM
-from normfree.benchmarks.machine import DTYPES, check_at_least, surroundings
+from normfree.benchmarks.machine import check_at_least, matmul_rate, surroundings
 from normfree.data import DataConfig, PackedData, open_corpus, prepare_data
 from normfree.data.packed_sequences import write_sequences
-from normfree.devices import default_device
+from normfree.devices import DTYPES, default_device
 from normfree.errors import unknown_name
 from normfree.interpret import measure_depth
 from normfree.interpret.interpretability import interpret_model
@@ -40,7 +39,7 @@ from normfree.interpret.prompts import induction_pairs
 from normfree.progress import shown_on
 from normfree.runner import Preset, load_preset, run_config, run_study
 from normfree.studies.relu_revival import LAYERNORM_GELU
-from normfree.timing import seconds_once
+from normfree.timing import Call, seconds_once
 from normfree.training.evaluation import losses_of
 from normfree.training.half_precision import autocast
 from normfree.training.loop import Training
@@ -67,8 +66,6 @@ EVALUATED = 64
 """Sequences of an evaluation."""
 PEAK_SIZE, COPIED_BYTES = 1024, 1 << 28
 REPORTED, REPORTED_SEEDS, REPORTED_STEPS = "curse-of-depth", (0, 1, 2), 2
-
-Call = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -300,15 +297,12 @@ def _data(place: Workplace) -> PackedData:
 
 def _machine(device: torch.device) -> dict[str, float]:
     """The best rates of a product of two square matrices, by dtype, and of a copy in memory."""
-
-    def best(call: Call) -> float:
-        return min(seconds_once(call, device) for _ in range(10))
-
-    rates = {}
-    for name in ("fp32", "bf16"):
-        a, b = (torch.randn(PEAK_SIZE, PEAK_SIZE, device=device).to(DTYPES[name]) for _ in range(2))
-        rates[f"matmul_{name}_gflops"] = round(2 * PEAK_SIZE**3 / best(partial(torch.matmul, a, b)) / 1e9, 1)
+    rates = {
+        f"matmul_{name}_gflops": round(matmul_rate(device, DTYPES[name], PEAK_SIZE) / 1e9, 1)
+        for name in ("fp32", "bf16")
+    }
     source = torch.ones(COPIED_BYTES // 4, device=device)
     target = torch.empty_like(source)
-    rates["copied_gigabytes_a_second"] = round(2 * COPIED_BYTES / best(lambda: target.copy_(source)) / 1e9, 1)
+    seconds = min(seconds_once(lambda: target.copy_(source), device) for _ in range(10))
+    rates["copied_gigabytes_a_second"] = round(2 * COPIED_BYTES / seconds / 1e9, 1)
     return rates

@@ -33,14 +33,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from normfree import NormfreeConfig, NormfreeForCausalLM
 from normfree.benchmarks.decode_models import Linear, attention_by_kernel, built, filled_cache, random_matrix
 from normfree.benchmarks.machine import (
-    DTYPES,
     check_at_least,
     choose_dtype,
     clock_of,
     milliseconds,
     surroundings,
 )
-from normfree.devices import default_device
+from normfree.devices import DTYPES, default_device
 from normfree.errors import InputError, unknown_name
 from normfree.probes.sparsity_probe import SparsityProbe
 from normfree.spark import sparse_decode

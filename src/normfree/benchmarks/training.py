@@ -3,10 +3,10 @@
 Variants alternate within each round, in a new random order, and ratios are taken per round, which cancels machine
 drift.
 
-    ours                     Normfree's step as the preset has it: forward, backward, clipping, AdamW
-    ours + telemetry         the same with the telemetry of ``normfree study`` in every step
-    ours, one thread         Normfree's step on one thread of the CPU, where there are several
-    Hugging Face sdpa        GPT2LMHeadModel, the same step
+    normfree                       Normfree's step as the preset has it: forward, backward, clipping, AdamW
+    normfree + telemetry           the same with the telemetry of ``normfree study`` in every step
+    normfree, one thread           Normfree's step on one thread of the CPU, where there are several
+    Hugging Face sdpa              GPT2LMHeadModel, the same step
     Hugging Face eager + entropy   attention weights returned, and their entropy computed, in every step
 
 Peak memory is what a step needs above model and optimizer: on a CPU in a process of its own, with sdpa on both sides.
@@ -27,10 +27,10 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from normfree import NormfreeConfig, NormfreeForCausalLM
-from normfree.benchmarks.machine import DTYPES, check_at_least, surroundings
+from normfree.benchmarks.machine import check_at_least, matmul_rate, surroundings
 from normfree.benchmarks.peak_memory import MEMORY_RESET, peak_here, peak_in_fresh_process
 from normfree.columns import TOKENS_PER_SECOND
-from normfree.devices import default_device
+from normfree.devices import DTYPES, default_device
 from normfree.runner import Preset, load_preset, run_config
 from normfree.studies.relu_revival import LAYERNORM_GELU
 from normfree.timing import median_ratio
@@ -41,7 +41,7 @@ from normfree.training.telemetry import Telemetry, recorded_probes
 DEFAULT_INTERVAL = 100
 """A recipe's usual interval of telemetry, in steps."""
 WARM_UP_STEPS = 2
-ONE_THREAD = "ours, one thread"
+ONE_THREAD = "normfree, one thread"
 
 Step = Callable[[], Any]
 
@@ -69,32 +69,34 @@ def benchmark_training(
     step_tokens = recipe.micro_batch_size * loaded.data.sequence_length
     peaks = []
     with TemporaryDirectory() as folder:
-        variants, ours = _variants(loaded, device, Path(folder))
+        variants, decoder = _variants(loaded, device, Path(folder))
         for step in variants.values():
             _timed(step, WARM_UP_STEPS, device)
         seconds: dict[str, list[float]] = {name: [] for name in variants}
         for _ in range(rounds):
             for name in random.sample(list(variants), len(variants)):
                 seconds[name].append(_timed(variants[name], steps, device))
-            peaks.append(_matmul_peak(device, DTYPES[recipe.precision], peak_size))
+            peaks.append(matmul_rate(device, DTYPES[recipe.precision], peak_size))
 
     def against(name: str, other: str) -> float:
         return median_ratio(seconds[other], seconds[name])
 
-    overhead = statistics.median(b / a - 1 for a, b in zip(seconds["ours"], seconds["ours + telemetry"], strict=True))
-    achieved = [step_tokens * _flops_per_token(ours) / each for each in seconds["ours"]]
+    overhead = statistics.median(
+        b / a - 1 for a, b in zip(seconds["normfree"], seconds["normfree + telemetry"], strict=True)
+    )
+    achieved = [step_tokens * _flops_per_token(decoder) / each for each in seconds["normfree"]]
     memory = _peak_memory(loaded, device, variants)
-    threads = {"ours_against_one_thread": against("ours", ONE_THREAD)} if ONE_THREAD in seconds else {}
+    threads = {"normfree_against_one_thread": against("normfree", ONE_THREAD)} if ONE_THREAD in seconds else {}
     return {
         **surroundings(device),
         "precision": recipe.precision,
-        "our_attn_implementation": recipe.attn_implementation,
+        "attn_implementation": recipe.attn_implementation,
         "sequences": recipe.micro_batch_size,
         "tokens": loaded.data.sequence_length,
         TOKENS_PER_SECOND: {name: round(step_tokens / statistics.median(each)) for name, each in seconds.items()},
-        "ours_against_hugging_face_sdpa": against("ours", "Hugging Face sdpa"),
-        "ours_with_telemetry_every_step_against_eager_entropy": against(
-            "ours + telemetry", "Hugging Face eager + entropy"
+        "normfree_against_hugging_face_sdpa": against("normfree", "Hugging Face sdpa"),
+        "normfree_with_telemetry_every_step_against_eager_entropy": against(
+            "normfree + telemetry", "Hugging Face eager + entropy"
         ),
         "telemetry_overhead_every_step": round(overhead, 4),
         f"telemetry_overhead_every_{DEFAULT_INTERVAL}_steps": round(overhead / DEFAULT_INTERVAL, 5),
@@ -121,41 +123,43 @@ def _with_sequences_of(tokens: int | None, preset: Preset) -> Preset:
 
 
 def _variants(preset: Preset, device: torch.device, folder: Path) -> tuple[dict[str, Step], NormfreeForCausalLM]:
-    """Every variant's step, and the model of ``ours``; ``folder`` holds the records of telemetry."""
+    """Every variant's step, and the model of ``normfree``; ``folder`` holds the records of telemetry."""
     dtype, batch = DTYPES[preset.recipe.precision], _batch(preset, device)
-    plain, probed = (_our_model(preset, device) for _ in range(2))
-    ours = _training_step(plain, batch, dtype, return_logits=False)
-    eager = _training_step(_their_model(preset, device, "eager"), batch, dtype, output_attentions=True)
+    plain, probed = (_normfree_model(preset, device) for _ in range(2))
+    plain_step = _training_step(plain, batch, dtype, return_logits=False)
+    eager = _training_step(_hugging_face_model(preset, device, "eager"), batch, dtype, output_attentions=True)
     several = device.type == "cpu" and torch.get_num_threads() > 1
     return {
-        "ours": ours,
-        "ours + telemetry": _with_telemetry(probed, _training_step(probed, batch, dtype, return_logits=False), folder),
-        **({ONE_THREAD: _on_one_thread(ours)} if several else {}),
-        "Hugging Face sdpa": _training_step(_their_model(preset, device, "sdpa"), batch, dtype),
+        "normfree": plain_step,
+        "normfree + telemetry": _with_telemetry(
+            probed, _training_step(probed, batch, dtype, return_logits=False), folder
+        ),
+        **({ONE_THREAD: _on_one_thread(plain_step)} if several else {}),
+        "Hugging Face sdpa": _training_step(_hugging_face_model(preset, device, "sdpa"), batch, dtype),
         "Hugging Face eager + entropy": _eager_entropy(eager),
     }, plain
 
 
-def _our_config(preset: Preset) -> NormfreeConfig:
+def _normfree_config(preset: Preset) -> NormfreeConfig:
     return run_config(preset, LAYERNORM_GELU, seed=0).build_model_config(preset.data.vocab_size)
 
 
-def _our_model(preset: Preset, device: torch.device) -> NormfreeForCausalLM:
-    model = NormfreeForCausalLM(_our_config(preset))
+def _normfree_model(preset: Preset, device: torch.device) -> NormfreeForCausalLM:
+    model = NormfreeForCausalLM(_normfree_config(preset))
     model.set_attn_implementation(preset.recipe.attn_implementation)
     return cast(Any, model).to(device)
 
 
-def _their_model(preset: Preset, device: torch.device, attn_implementation: str) -> PreTrainedModel:
-    ours = _our_config(preset)
+def _hugging_face_model(preset: Preset, device: torch.device, attn_implementation: str) -> PreTrainedModel:
+    size = _normfree_config(preset)
     config = GPT2Config(
-        vocab_size=ours.vocab_size,
-        n_positions=ours.n_positions,
-        n_layer=ours.n_layer,
-        n_head=ours.n_head,
-        n_embd=ours.n_embd,
+        vocab_size=size.vocab_size,
+        n_positions=size.n_positions,
+        n_layer=size.n_layer,
+        n_head=size.n_head,
+        n_embd=size.n_embd,
         activation_function="gelu",
-        embd_pdrop=ours.embedding_dropout,
+        embd_pdrop=size.embedding_dropout,
         attn_pdrop=0.0,
         resid_pdrop=0.0,
         bos_token_id=0,
@@ -185,14 +189,14 @@ def _on_one_thread(step: Step) -> Step:
 
 def _peak_memory(preset: Preset, device: torch.device, variants: dict[str, Step]) -> dict[str, Any]:
     """``peak_mib`` of a step of each side, and their ratio; nothing on a CPU where the system does not tell."""
-    names = ("ours", "Hugging Face sdpa")
+    names = ("normfree", "Hugging Face sdpa")
     if device.type == "cuda":
         peaks = {name: peak_here(variants[name], device) for name in names}
     elif MEMORY_RESET.exists():
         peaks = {name: peak_in_fresh_process(_warmed_up, name, preset) for name in names}
     else:
         return {}
-    ratio = round(peaks["ours"] / peaks["Hugging Face sdpa"], 3)
+    ratio = round(peaks["normfree"] / peaks["Hugging Face sdpa"], 3)
     mebibytes = {name: round(peak / 2**20, 1) for name, peak in peaks.items()}
     return {"peak_mib": mebibytes, "peak_memory_over_hugging_face": ratio}
 
@@ -201,10 +205,10 @@ def _warmed_up(name: str, preset: Preset) -> Step:
     """A step of one side, after one of few tokens, which makes the optimizer's state."""
     device, dtype = torch.device("cpu"), DTYPES[preset.recipe.precision]
     batch = _batch(preset, device)
-    if name == "ours":
+    if name == "normfree":
         keep_freed_memory()
-    model = _our_model(preset, device) if name == "ours" else _their_model(preset, device, "sdpa")
-    options = {"return_logits": False} if name == "ours" else {}
+    model = _normfree_model(preset, device) if name == "normfree" else _hugging_face_model(preset, device, "sdpa")
+    options = {"return_logits": False} if name == "normfree" else {}
     optimizer = _optimizer(model)
     _training_step(model, batch[:1, :2], dtype, optimizer, **options)()
     return _training_step(model, batch, dtype, optimizer, **options)
@@ -267,13 +271,6 @@ def _timed(step: Step, n: int, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     return (time.perf_counter() - start) / n
-
-
-def _matmul_peak(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    """The best rate of a product of two matrices [size, size], in FLOP/s."""
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    best = min(_timed(lambda: a @ b, 3, device) for _ in range(10))
-    return 2 * size**3 / best
 
 
 def _flops_per_token(model: NormfreeForCausalLM) -> float:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch
 from normfree.devices import default_device
 from normfree.modeling import NormfreeConfig, NormfreeForCausalLM
 from normfree.processes import n_processes
+from normfree.timing import seconds_once
 from normfree.training.half_precision import autocast, float32_accumulation
 from normfree.training.recipe import Recipe
 
@@ -110,14 +109,12 @@ def seconds_a_step(recipe: Recipe, sequence_length: int, model: NormfreeForCausa
 
 
 def _trial(model: NormfreeForCausalLM, tokens: torch.Tensor, recipe: Recipe) -> float:
-    synchronize = torch.cuda.synchronize if model.device.type == "cuda" else contextlib.nullcontext
-    synchronize()
-    start = time.perf_counter()
-    with autocast(recipe.precision, model.device):
-        loss = model(input_ids=tokens, labels=tokens, return_logits=False).loss
-    loss.backward()
-    synchronize()
-    return time.perf_counter() - start
+    def step() -> None:
+        with autocast(recipe.precision, model.device):
+            loss = model(input_ids=tokens, labels=tokens, return_logits=False).loss
+        loss.backward()
+
+    return seconds_once(step, model.device)
 
 
 def trial_model(config: NormfreeConfig) -> NormfreeForCausalLM:
