@@ -18,6 +18,7 @@ from normfree.data import PackedData
 from normfree.errors import InputError
 from normfree.files import write_text
 from normfree.modeling import NormfreeConfig, NormfreeForCausalLM
+from normfree.removal.distillation import Distilled
 from normfree.removal.midway import Midway
 from normfree.removal.removable import RemovableNorm
 from normfree.removal.schedule import Removal, RemovalSchedule
@@ -220,7 +221,11 @@ def _train(
 ) -> RunResult:
     def intervene(to_change: NormfreeForCausalLM) -> tuple[Objective, Callback]:
         midway = Midway(to_change, momentum=schedule.std_momentum, special_tokens=schedule.special_tokens)
-        return StdLoss(midway, schedule.std_loss_weight), RemoveNorms(midway, schedule.removals(model))
+        objective: Objective = StdLoss(midway, schedule.std_loss_weight)
+        if schedule.distillation_weight:
+            assert run.start_from is not None, "a removal starts from a model"
+            objective = Distilled(objective, run.start_from, data, schedule.distillation_weight)
+        return objective, RemoveNorms(midway, schedule.removals(model))
 
     return train(run, data, folder, callbacks=callbacks, intervene=intervene)
 

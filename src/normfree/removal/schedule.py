@@ -67,6 +67,8 @@ class RemovalSchedule(BaseModel):
     std_momentum: of the running mean of each norm's std, updated every micro-batch; 0 keeps the last one's.
     std_loss_weight: of the auxiliary loss, the mean squared difference between the stds of all tokens before the final
         norm and their mean.
+    distillation_weight: share of KL(original ‖ model) in the loss, the rest is cross-entropy
+        (:class:`~normfree.removal.distillation.Distilled`).
     special_tokens: tokens with their own std (see :class:`~normfree.removal.removable.SpecialTokens`).
     recipe: the schedule's recipe; values that the user gives override it.
     """
@@ -76,6 +78,7 @@ class RemovalSchedule(BaseModel):
     stages: tuple[Stage, ...]
     std_momentum: float = Field(default=0.9, ge=0, lt=1)
     std_loss_weight: float = Field(default=0.0, ge=0)
+    distillation_weight: float = Field(default=0.0, ge=0, le=1)
     special_tokens: Treatment = "separate"
     recipe: ScheduleRecipe = ScheduleRecipe()
 
