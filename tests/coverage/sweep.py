@@ -22,6 +22,7 @@ from normfree.modeling import NormfreeForCausalLM
 from normfree.modeling.decoder_blocks import decoder_blocks
 from normfree.removal import remove_norms
 from normfree.removal.midway import Midway
+from normfree.removal.schedule import automatic_schedule
 from tests.coverage.reference import Batch, Seen, Softmax, eager_copy, see
 from tests.coverage.tiny_models import VOCAB, tiny_model
 
@@ -284,14 +285,14 @@ def _check_removal(model: PreTrainedModel) -> str:
     model = copy.deepcopy(model).double()
     batch: dict[str, Any] = {"input_ids": batch_of("none")["input_ids"]}
     converted = from_hf(model)
-    midway = Midway(converted, momentum=0.9)
+    midway = Midway(converted, automatic_schedule(converted.config.n_layer, 300))
     off = _relative(_logits(converted, batch), _logits(model, batch))
     assert off <= TOLERANCE, f"with removable norms the logits are {off:.2g} off"
     converted.train()(**batch)
     for _, norm in midway.norms():
         for reader in range(len(norm.std)):
             norm.make_constant(reader)
-    midway.tokens.includes_first, midway.tokens.end_of_text = False, None
+    midway.tokens.shares = dict.fromkeys(midway.tokens.shares, 0.0)
     expected = _logits(converted.eval(), batch)
     off = _relative(_logits(remove_norms(_reloaded(midway, converted)), batch), expected)
     assert off <= TOLERANCE, f"without norms the logits are {off:.2g} off those with constant ones"

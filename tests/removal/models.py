@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from normfree import NormfreeConfig, NormfreeForCausalLM, from_hf
+from normfree.removal.schedule import RemovalSchedule, automatic_schedule
 
 VOCAB = 43
 LAYERS: dict[str, Any] = {"num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": VOCAB, "hidden_size": 32}
@@ -65,3 +66,9 @@ def constant_std_of(name: str) -> NormfreeForCausalLM:
 
 def tokens(n: int = 3, length: int = 17) -> torch.Tensor:
     return torch.randint(VOCAB, (n, length), generator=torch.Generator().manual_seed(2))
+
+
+def scheduled(**options: Any) -> RemovalSchedule:
+    """The automatic schedule of a model of three layers without its auxiliary loss, but with ``options``."""
+    content = automatic_schedule(3, 300).model_dump() | {"std_loss_weight": 0.0} | options
+    return RemovalSchedule.model_validate(content)

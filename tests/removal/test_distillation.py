@@ -70,7 +70,7 @@ def in_a_loop(
 ) -> tuple[Any, dict[str, list[float]]]:
     """The removal without Normfree's loop, objectives and losses; the teacher is the stock model."""
     teacher = AutoModelForCausalLM.from_pretrained(model).eval()
-    midway = Midway(from_hf(AutoModelForCausalLM.from_pretrained(model)), momentum=schedule.std_momentum)
+    midway = Midway(from_hf(AutoModelForCausalLM.from_pretrained(model)), schedule)
     student = midway.model
     removals = schedule.removals(student.config)
     decayed = [p for p in student.parameters() if p.dim() == 2]
@@ -95,9 +95,8 @@ def in_a_loop(
         if student.config.norm_is_centered and "Llama" not in type(teacher).__name__:
             x = x - x.mean(-1, keepdim=True)
         std = (x.square().mean(-1) + student.model.final_norm.eps).sqrt()
-        ordinary = torch.ones_like(std, dtype=torch.bool)
-        if midway.tokens.left_out is not None:
-            ordinary = ~midway.tokens.left_out[..., 0]
+        share = midway.tokens.share(std[..., None])
+        ordinary = torch.ones_like(std, dtype=torch.bool) if share is None else share[..., 0] == 0
         mismatch = (std - std.detach()[ordinary].mean()).square().mean()
         loss = (1 - WEIGHT) * cross_entropy + WEIGHT * kl + STD_WEIGHT * mismatch
         optimizer.zero_grad()

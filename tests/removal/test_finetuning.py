@@ -25,18 +25,19 @@ from normfree.removal.finetuning import (
     DivergedError,
     RemovalDivergedError,
     RemoveNorms,
-    StdLoss,
+    check_fit,
     remove_by_finetuning,
 )
 from normfree.removal.midway import Midway
 from normfree.removal.plan import plan
-from normfree.removal.schedule import Removal, automatic_schedule, load_schedule
+from normfree.removal.schedule import Removal, RemovalSchedule, automatic_schedule, load_schedule, pretrained_schedule
+from normfree.removal.std_losses import StdLosses
 from normfree.training import Callback, RunConfig, RunResult, RunState
 from normfree.training.lora import LoraOptions
 from normfree.training.objectives import CROSS_ENTROPY
 
 from ..modeling.test_no_norm_op import NORMALIZING, ops_of
-from .models import STOCK, stock, tokens
+from .models import STOCK, scheduled, stock, tokens
 
 Command = Callable[..., tuple[int, str, str]]
 T, STEPS = 24, 16
@@ -153,6 +154,61 @@ def test_a_stopped_removal_goes_on_to_the_same_weights(gpt2: Path, corpus: Path,
         assert torch.equal(tensor, actual[name]), name
 
 
+@pytest.mark.parametrize("stops", [(6, 7), (9,), (13, 14, 15)])
+def test_ramps_and_measured_tokens_resume_to_the_same_weights(
+    gpt2: Path, corpus: Path, tmp_path: Path, stops: tuple[int, ...]
+) -> None:
+    """Stopped within ramps, between removals, after the last one and after its ramp."""
+    run = run_from(str(gpt2), corpus, save_steps=1)
+    data = prepare_data(run.data, tmp_path / "cache")
+    config = from_hf(GPT2LMHeadModel.from_pretrained(gpt2)).config
+    options = {"ramp_steps": 3, "special_factor": 1.1, "massive_steps": 4, "std_loss_ramp_steps": 8}
+    schedule = pretrained_schedule(3, STEPS).model_copy(update=options)
+    assert [schedule.removals(config)[-1].step, schedule.last_step(config)] == [13, 15]
+    remove_by_finetuning(run, data, tmp_path / "whole", schedule, config)
+    for step in stops:
+        with pytest.raises(KeyboardInterrupt):
+            remove_by_finetuning(run, data, tmp_path / "parts", schedule, config, callbacks=(StopAt(step),))
+    remove_by_finetuning(run, data, tmp_path / "parts", schedule, config)
+    expected, actual = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert expected.keys() == actual.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, actual[name]), name
+    tables = [pd.read_parquet(tmp_path / each / "metrics.parquet") for each in ("whole", "parts")]
+    losses = [table[table["name"].str.contains("loss|ratio|nats|std")] for table in tables]
+    assert {"massive_log_ratio_squared", "largest_std_over_median", "residual_std_mismatch"} <= set(losses[0]["name"])
+    for column in ("step", "name", "value"):
+        assert losses[0][column].tolist() == losses[1][column].tolist()
+
+
+def test_a_ramp_must_end_within_the_budget(gpt2: Path, corpus: Path) -> None:
+    run = run_from(str(gpt2), corpus)
+    config = from_hf(GPT2LMHeadModel.from_pretrained(gpt2)).config
+    schedule = pretrained_schedule(3, STEPS)
+    last = schedule.removals(config)[-1].step
+    check_fit(run, schedule.model_copy(update={"ramp_steps": STEPS - last}), config)
+    with pytest.raises(InputError, match=r"is at step \d+ with a ramp of \d+ steps, and the budget ends after 16"):
+        check_fit(run, schedule.model_copy(update={"ramp_steps": STEPS - last + 1}), config)
+
+
+@pytest.mark.parametrize(
+    ("options", "recipe", "message"),
+    [
+        ({"stages": [{"part": "ffn", "after": 0}]}, {}, "removes ffn of layer 0 before the first step; begin after"),
+        ({"massive_weight": 0.1}, {"gradient_checkpointing": True}, "keeps no stds inside blocks"),
+        ({"std_loss_norms": "all", "std_loss_weight": 1.0}, {"gradient_checkpointing": True}, "keeps no stds"),
+    ],
+)
+def test_schedules_that_a_run_cannot_follow(
+    gpt2: Path, corpus: Path, options: dict[str, Any], recipe: dict[str, Any], message: str
+) -> None:
+    config = from_hf(GPT2LMHeadModel.from_pretrained(gpt2)).config
+    if "stages" in options:
+        options = {"stages": [*options["stages"], *scheduled().model_dump()["stages"][1:]]}
+    with pytest.raises(InputError, match=message):
+        check_fit(run_from(str(gpt2), corpus, steps=300, **recipe), scheduled(**options), config)
+
+
 def test_a_removal_that_diverges_goes_back_and_waits_longer(
     gpt2: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,10 +248,15 @@ def watch(
     class Gone:
         gone: ClassVar[list[Removal]] = []
 
-        def has_finite_std(self, removal: Removal) -> bool:
-            return True
+        schedule = RemovalSchedule(stages=())
 
         def apply(self, removal: Removal) -> None:
+            pass
+
+        def begin_step(self, step: int) -> None:
+            pass
+
+        def finish(self) -> None:
             pass
 
     midway: Any = Gone()
@@ -241,21 +302,50 @@ def test_a_jump_at_the_end_and_a_nan_are_divergence_at_once() -> None:
 
 
 def test_stds_that_are_not_finite_are_divergence() -> None:
-    """Whatever made them so began with a removal, even if no loss has said so yet."""
-    midway = Midway(from_hf(stock("gpt2")), momentum=0.9)
+    """The message names the norm; what made them so began with a removal, even if no loss has said so yet."""
+    midway = Midway(from_hf(stock("gpt2")), scheduled())
     removals = [Removal(3, "ffn", 0), Removal(5, "attention_qk", 1)]
     callback = RemoveNorms(midway, removals)
-    midway.model.train()(tokens())
     records: Any = None
-    run = RunState(midway.model, records, n_steps=9, step=3)
+    run = RunState(midway.model, records, n_steps=9, step=2)
+    midway.model.train()(tokens())
+    run.step = 3
+    callback.end_step(run)
     callback.begin_step(run)
-    norm = midway.model.model.blocks[1].attention_norm
-    norm.std[0] = math.inf
-    run.step = 5
-    with pytest.raises(DivergedError, match="stds that are not finite after the removal of ffn of layer 0") as diverged:
-        callback.begin_step(run)
+    with torch.no_grad():
+        midway.model.model.blocks[1].attention.o_proj.weight[0] = math.inf
+    midway.model(tokens())
+    run.step = 4
+    where = "before the ffn norm of layer 1 at step 4 after the removal of ffn of layer 0"
+    with pytest.raises(DivergedError, match=f"a std that is not finite {where}") as diverged:
+        callback.end_step(run)
     assert diverged.value.removal == removals[0]
-    assert norm.is_constant == [False, False]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("is_gone", [False, True])
+def test_a_norm_that_is_gone_is_watched_too(value: float, is_gone: bool) -> None:
+    midway = Midway(from_hf(stock("llama")), scheduled())
+    midway.model.train()(tokens())
+    if is_gone:
+        midway.apply(Removal(3, "final", None))
+    with torch.no_grad():
+        midway.model.model.blocks[-1].ffn.down_proj.weight[0] = value
+    midway.begin_step(4)
+    assert midway.overflow() is None, "nothing has been seen in this step"
+    midway.model(tokens())
+    midway.model(tokens()[:1])
+    assert midway.overflow() == "the final norm"
+
+
+def test_divergence_before_any_removal_is_no_early_schedule(gpt2: Path, corpus: Path, tmp_path: Path) -> None:
+    run = run_from(str(gpt2), corpus, learning_rate=1e30, warmup_ratio=0.0)
+    data = prepare_data(run.data, tmp_path / "cache")
+    config = from_hf(GPT2LMHeadModel.from_pretrained(gpt2)).config
+    schedule = automatic_schedule(3, STEPS).model_copy(update={"massive_steps": 3})
+    with pytest.raises(RemovalDivergedError, match=r"before any removal; lower recipe.learning_rate") as error:
+        remove_by_finetuning(run, data, tmp_path / "run", schedule, config)
+    assert "begin" not in str(error.value)
 
 
 def test_a_removal_that_never_settles_is_bad_input(
@@ -366,8 +456,8 @@ def test_an_export_that_is_killed_leaves_nothing_at_its_place(
 
 
 def test_the_std_loss_in_float64() -> None:
-    midway = Midway(from_hf(stock("gpt2")).double(), momentum=0.0)
-    objective = StdLoss(midway, 0.5)
+    midway = Midway(from_hf(stock("gpt2")).double(), scheduled(std_loss_weight=0.5))
+    objective = StdLosses(midway)
     ids = tokens()
     midway.model(ids, output_hidden_states=False)
     term = objective.terms(None, None)["residual_std_mismatch"]
@@ -385,7 +475,7 @@ def test_the_std_loss_in_float64() -> None:
     assert term.weight == 0.5
     term.value.backward()
     assert midway.model.model.blocks[0].ffn.down_proj.weight.grad.abs().sum() > 0
-    assert StdLoss(midway, 0.0).terms(None, None) == {}
+    assert StdLosses(Midway(from_hf(stock("gpt2")), scheduled())).terms(None, None) == {}
 
 
 @pytest.mark.parametrize(

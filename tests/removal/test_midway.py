@@ -14,12 +14,12 @@ from normfree.errors import InputError
 from normfree.removal.midway import Midway
 from normfree.removal.schedule import automatic_schedule
 
-from .models import STOCK, constant_std_of, stock, tokens
+from .models import STOCK, constant_std_of, scheduled, stock, tokens
 
 
 def begun(name: str) -> Midway:
     """Two training batches after its norms have been made removable."""
-    midway = Midway(from_hf(stock(name)).double(), momentum=0.5)
+    midway = Midway(from_hf(stock(name)).double(), scheduled(std_momentum=0.5))
     midway.model.train()
     for _ in range(2):
         midway.model(tokens(), labels=tokens())
@@ -108,7 +108,7 @@ def test_a_checkpoint_from_between_is_no_finished_model(tmp_path: Path) -> None:
 def test_models_without_norms_to_remove(options: dict[str, Any], message: str) -> None:
     model = NormfreeForCausalLM(NormfreeConfig(vocab_size=9, n_positions=4, n_layer=1, n_head=1, n_embd=4, **options))
     with pytest.raises(InputError, match=message):
-        Midway(model, momentum=0.0)
+        Midway(model, scheduled())
 
 
 def test_settled_models_are_those_of_the_other_tests(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -74,7 +76,7 @@ def test_constant_readers_divide_by_the_running_mean_of_both_kinds_of_tokens(kin
     bias = module.bias if module.bias is not None else 0.0
     torch.testing.assert_close(first, centered / divisor * module.weight + bias)
 
-    module.tokens.end_of_text, module.tokens.includes_first = None, False
+    module.tokens.shares = dict.fromkeys(module.tokens.shares, 0.0)
     module.tokens.see(ids)
     uniform, _ = module(x)
     torch.testing.assert_close(uniform, centered / torch.tensor(frozen["ordinary"]).float() * module.weight + bias)
@@ -104,7 +106,7 @@ def test_published_special_tokens_are_end_of_text_for_the_values_only(kind: str)
     for reading, divisor in zip(module(x), divisors, strict=True):
         torch.testing.assert_close(reading, centered / divisor[..., None].float() * module.weight + bias)
 
-    module.tokens.end_of_text = None
+    module.tokens.shares["end_of_text"] = 0.0
     module.tokens.see(ids)
     for reading in module(x):
         torch.testing.assert_close(reading, centered / all_alike[..., None].float() * module.weight + bias)
@@ -138,3 +140,62 @@ def test_the_gradient_of_a_constant_reader_is_that_of_a_linear_map() -> None:
     (gradient,) = torch.autograd.grad(module(x)[0][1, 2, 3], x)
     (again,) = torch.autograd.grad(module(7 * x.detach().requires_grad_())[0].sum() * 0 + module(x * 2)[0][1, 2, 3], x)
     torch.testing.assert_close(again, 2 * gradient, rtol=1e-5, atol=1e-7)
+
+
+STATISTICS = {"mean": np.mean, "median": np.median, 0.9: lambda stds: np.quantile(stds, 0.9)}
+
+
+@pytest.mark.parametrize("statistic", STATISTICS)
+@pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
+def test_measured_tokens_are_special_wherever_they_are(kind: str, statistic: Any) -> None:
+    """Two massive tokens at the beginning of a sequence, one within another, none in a third."""
+    tokens = SpecialTokens([2], "measured", factor=8.0)
+    module = RemovableNorm(norm_of(kind), n_reader=2, momentum=0.5, tokens=tokens, statistic=statistic)
+    constant, massive = np.nan, np.nan
+    for seed in range(3):
+        x, ids = batch(seed)
+        x[:, 0] /= 50
+        x[0, :2] *= 300
+        x[1, 3] *= 100
+        tokens.see(ids)
+        module(x)
+        s = stds(kind, x)
+        is_massive = s > 8 * np.median(s, axis=1, keepdims=True)
+        assert is_massive.nonzero()[0].tolist() == [0, 0, 1]
+        now, theirs = STATISTICS[statistic](s[~is_massive]), s[is_massive].mean()
+        constant = now if seed == 0 else 0.5 * constant + 0.5 * now
+        massive = theirs if seed == 0 else 0.5 * massive + 0.5 * theirs
+    np.testing.assert_allclose(module.std.numpy(), [constant] * 2, rtol=1e-5)
+    np.testing.assert_allclose(module.special_std.numpy(), [massive] * 2, rtol=1e-5)
+    for reader in (0, 1):
+        module.make_constant(reader)
+    centered = x - x.mean(-1, keepdim=True) if kind == "layernorm" else x
+    bias = module.bias if module.bias is not None else 0.0
+    divisor = torch.from_numpy(np.where(is_massive, massive, constant))[..., None].float()
+    for reading in module(x):
+        torch.testing.assert_close(reading, centered / divisor * module.weight + bias)
+    tokens.shares["massive_tokens"] = 0.25
+    between = torch.from_numpy(np.where(is_massive, massive**0.25 * constant**0.75, constant))[..., None].float()
+    for reading in module(x):
+        torch.testing.assert_close(reading, centered / between * module.weight + bias)
+    tokens.shares["massive_tokens"] = 0.0
+    for reading in module(x):
+        torch.testing.assert_close(reading, centered / float(constant) * module.weight + bias)
+
+
+@pytest.mark.parametrize("ramp", [0.2, 0.75])
+def test_a_ramp_is_geometric(ramp: float) -> None:
+    module = removable("rmsnorm").double()
+    x, ids = batch(0)
+    x = x.double()
+    module.tokens.see(ids)
+    module(x)
+    module.make_constant(1)
+    module.eval()
+    own = stds("rmsnorm", x)
+    divisor = np.where(np.arange(6) == 0, module.special_std[1].item(), module.std[1].item())
+    module.ramp[1] = ramp
+    other, reading = module(x)
+    expected = x.numpy() / (own ** (1 - ramp) * divisor**ramp)[..., None] * module.weight.detach().numpy()
+    np.testing.assert_allclose(reading.detach().numpy(), expected, rtol=1e-6)
+    torch.testing.assert_close(other, norm_of("rmsnorm").double()(x))

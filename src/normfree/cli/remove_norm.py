@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -24,6 +24,12 @@ Schedule = Annotated[
         "default: by depth and budget."
     ),
 ]
+Order = Annotated[
+    Literal["auto", "published"] | None,
+    typer.Option(
+        help="Remove norms by measured cost, the cheapest first, or as the schedule says; default: as it says."
+    ),
+]
 Yes = Annotated[bool, typer.Option("--yes", help="Begin although it takes more than a day on this machine.")]
 
 
@@ -34,6 +40,7 @@ def remove_norm(
     tokenizer: Tokenizer = None,
     out: Output = None,
     schedule: Schedule = None,
+    order: Order = None,
     vanilla: Annotated[bool, typer.Option(help="Also fine-tune with the norms kept, as a control.")] = True,
     yes: Yes = False,
     json_: Json = False,
@@ -52,7 +59,9 @@ def remove_norm(
     data = {"data.corpus": corpus, "data.tokenizer": tokenizer}
     training["changes"] |= {name: value for name, value in data.items() if value is not None}
     console = open_console(json_)
-    removal = remove_from_pretrained(model, folder, schedule=schedule, vanilla=vanilla, yes=yes, **training)
+    removal = remove_from_pretrained(
+        model, folder, schedule=schedule, order=order, vanilla=vanilla, yes=yes, **training
+    )
     if json_:
         read = {"beginning": removal.beginning.summary(), "quantization": removal.quantization}
         stock = None if removal.result.stock is None else str(removal.result.stock)

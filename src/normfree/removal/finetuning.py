@@ -7,12 +7,9 @@ import logging
 import math
 import shutil
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from normfree.data import PackedData
 from normfree.errors import InputError
@@ -20,15 +17,14 @@ from normfree.files import write_text
 from normfree.modeling import NormfreeConfig, NormfreeForCausalLM
 from normfree.removal.distillation import Distilled
 from normfree.removal.midway import Midway
-from normfree.removal.removable import RemovableNorm
-from normfree.removal.schedule import Removal, RemovalSchedule
+from normfree.removal.schedule import Removal, RemovalSchedule, part_name
+from normfree.removal.std_losses import StdLosses
 from normfree.training import Callback, RunConfig, RunResult, RunState, load_pretrained, train
-from normfree.training.objectives import CROSS_ENTROPY, Lesson, Objective, Term
+from normfree.training.objectives import CROSS_ENTROPY, Objective
 from normfree.training.run_folder import last_checkpoint
 
 log = logging.getLogger(__name__)
 
-STD_LOSS = "residual_std_mismatch"
 REMOVAL_FILE = "removal.json"
 MAX_JUMP = 1.0
 """A removal has diverged if the loss stays more than this many nats above the loss before the first removal ..."""
@@ -39,43 +35,12 @@ STRETCH = 2.0
 MAX_STRETCHES = 3
 
 
-class StdLoss(Objective):
-    """cross-entropy + ``weight`` · mean over tokens of (s - m)², or plain cross-entropy with a weight of 0.
-
-    s is the std of a token before the final norm; m, held constant, is the mean of s over the tokens that the constant
-    std averages (see :class:`~normfree.removal.removable.SpecialTokens`). It draws all tokens to one std before that
-    becomes a constant ("Transformers Don't Need LayerNorm at Inference Time", Section 3).
-    """
-
-    reads_entropy = False
-
-    def __init__(self, midway: Midway, weight: float) -> None:
-        super().__init__()
-        self.midway = midway
-        self.weight = weight
-        final = midway.model.model.final_norm
-        self.final = final if weight and isinstance(final, RemovableNorm) else None
-        if weight and self.final is None:
-            raise InputError("std_loss_weight needs a final norm, which the model does not have; set it to 0")
-        if self.final is not None:
-            self.final.keeps_own_std = True
-
-    def terms(self, entropy: Tensor | None, lesson: Lesson | None) -> dict[str, Term]:
-        if self.final is None:
-            return {}
-        own_std, left_out = self.final.own_std, self.midway.tokens.left_out
-        assert own_std is not None, "the forward pass has been through the final norm"
-        ordinary = torch.ones_like(own_std, dtype=torch.bool) if left_out is None else ~left_out
-        mean = (own_std.detach() * ordinary).sum() / ordinary.sum().clamp_min(1)
-        return {STD_LOSS: Term((own_std - mean).square().mean(), self.weight)}
-
-
 class DivergedError(Exception):
-    """Training diverged after ``removal``."""
+    """Training diverged after ``removal``, or before any."""
 
-    def __init__(self, removal: Removal, what: str) -> None:
-        place = removal.part if removal.layer is None else f"{removal.part} of layer {removal.layer}"
-        super().__init__(f"{what} after the removal of {place}")
+    def __init__(self, removal: Removal | None, what: str) -> None:
+        place = "before any removal" if removal is None else f"after the removal of {part_name(*removal[1:])}"
+        super().__init__(f"{what} {place}")
         self.removal = removal
 
 
@@ -84,27 +49,38 @@ class RemovalDivergedError(InputError):
 
 
 class RemoveNorms(Callback):
-    """Removes norms at the steps of ``removals``, and raises :class:`DivergedError` if the loss jumps after one."""
+    """Removes norms at the steps of ``removals``.
+
+    Raises:
+        DivergedError: the loss jumps after a removal, or it or a std before a norm is not finite.
+    """
 
     def __init__(self, midway: Midway, removals: list[Removal]) -> None:
         self.midway = midway
         self.removals = removals
+        self.last_step = removals[-1].step + max(midway.schedule.ramp_steps - 1, 0)
         self._before: deque[float] = deque(maxlen=BASELINE_STEPS)
         self._high: list[DivergedError] = []
 
     def resume(self, run: RunState) -> None:
         """Matches the model's tensors to a checkpoint from after the last removal."""
-        if all(each.step < run.step for each in self.removals):
+        if self.last_step < run.step:
             self.midway.forget_special_tokens()
 
     def begin(self, run: RunState) -> None:
         """Repeats the removals before the checkpoint that the run resumes from, and reads the recorded losses."""
-        self._remove(each for each in self.removals if each.step < run.step)
+        if run.step:
+            self._remove(run.step - 1)
         for step, loss in run.records.metric(CROSS_ENTROPY):
             self._watch(step, loss)
 
     def begin_step(self, run: RunState) -> None:
-        self._remove(each for each in self.removals if each.step == run.step)
+        self._remove(run.step)
+
+    def end_step(self, run: RunState) -> None:
+        where = self.midway.overflow()
+        if where is not None:
+            raise DivergedError(self._gone(run.step), f"a std that is not finite before {where} at step {run.step}")
 
     def log(self, run: RunState, entries: Mapping[str, float]) -> None:
         if CROSS_ENTROPY in entries:
@@ -115,26 +91,33 @@ class RemoveNorms(Callback):
         if self._high and run.step >= run.n_steps:
             raise self._high[0]
 
+    def _gone(self, step: int) -> Removal | None:
+        """The last removal before the end of step ``step``, counted from 1."""
+        return next((each for each in reversed(self.removals) if each.step < step), None)
+
     def _watch(self, step: int, loss: float) -> None:
         """Checks the loss of step ``step``, counted from 1."""
-        gone = [each for each in self.removals if each.step < step]
-        if not gone:
+        last = self._gone(step)
+        if last is None:
+            if not math.isfinite(loss):
+                raise DivergedError(None, f"a loss of {loss} at step {step}")
             self._before.append(loss)
             return
         baseline = sum(self._before) / len(self._before) if self._before else math.nan
         if loss <= baseline + MAX_JUMP:
             self._high.clear()
             return
-        self._high.append(DivergedError(gone[-1], f"a loss of {loss:.3f} nats, from {baseline:.3f},"))
+        self._high.append(DivergedError(last, f"a loss of {loss:.3f} nats, from {baseline:.3f},"))
         if not math.isfinite(loss) or math.isnan(baseline) or len(self._high) == JUMP_STEPS:
             raise self._high[0]
 
-    def _remove(self, removals: Iterable[Removal]) -> None:
-        for removal in removals:
-            if self.midway.gone and not self.midway.has_finite_std(removal):
-                raise DivergedError(self.midway.gone[-1], "stds that are not finite")
-            self.midway.apply(removal)
-        if all(each in self.midway.gone for each in self.removals):
+    def _remove(self, step: int) -> None:
+        """Removes what the schedule removes up to ``step``."""
+        for removal in self.removals[len(self.midway.gone) :]:
+            if removal.step <= step:
+                self.midway.apply(removal)
+        self.midway.begin_step(step)
+        if step >= self.last_step:
             self.midway.finish()
 
 
@@ -171,6 +154,10 @@ def remove_by_finetuning(
         try:
             result = _train(run, data, folder, schedule, model, callbacks)
         except DivergedError as jump:
+            if jump.removal is None:
+                raise RemovalDivergedError(
+                    f"training diverged: {jump}; lower recipe.learning_rate, or the weights of the schedule's losses"
+                ) from jump
             if len(stretches) == MAX_STRETCHES:
                 raise RemovalDivergedError(
                     f"the removal diverged {MAX_STRETCHES + 1} times, at last with {jump}; give more steps, a lower "
@@ -191,18 +178,29 @@ def check_fit(run: RunConfig, schedule: RemovalSchedule, model: NormfreeConfig) 
     """Checks that ``run`` can follow ``schedule`` with that model.
 
     Raises:
-        InputError: the schedule does not fit the model, the budget has no step after its last removal, or the loss is
-            not logged at every step.
+        InputError: the schedule does not fit the model, a norm goes before a step has been taken, the budget has no
+            step after the last removal and its ramp, the loss is not logged at every step, or blocks are computed twice
+            while a loss reads their stds.
     """
     if run.recipe.logging_steps != 1:
         raise InputError(
             f"a removal checks the loss of every step; set recipe.logging_steps to 1, not {run.recipe.logging_steps}"
         )
-    last, n_step = schedule.removals(model)[-1], run.recipe.n_steps(run.data.sequence_length)
-    if last.step >= n_step:
+    reads_blocks = schedule.massive_weight or (schedule.std_loss_weight and schedule.std_loss_norms == "all")
+    if run.recipe.gradient_checkpointing and reads_blocks:
         raise InputError(
-            f"the schedule's last removal ({last.part}) is at step {last.step}, and the budget ends after {n_step} "
-            "steps; give more tokens or steps, or a shorter schedule"
+            "recipe.gradient_checkpointing keeps no stds inside blocks, which std_loss_norms all and massive_weight "
+            "read; leave it out, or them"
+        )
+    removals, n_step = schedule.removals(model), run.recipe.n_steps(run.data.sequence_length)
+    first, last = removals[0], removals[-1]
+    if first.step < 1:
+        raise InputError(f"the schedule removes {part_name(*first[1:])} before the first step; begin after step 0")
+    if schedule.last_step(model) >= n_step:
+        ramp = f" with a ramp of {schedule.ramp_steps} steps" if schedule.ramp_steps > 1 else ""
+        raise InputError(
+            f"the schedule's last removal ({last.part}) is at step {last.step}{ramp}, and the budget ends after "
+            f"{n_step} steps; give more tokens or steps, or a shorter schedule"
         )
 
 
@@ -220,8 +218,8 @@ def _train(
     callbacks: tuple[Callback, ...],
 ) -> RunResult:
     def intervene(to_change: NormfreeForCausalLM) -> tuple[Objective, Callback]:
-        midway = Midway(to_change, momentum=schedule.std_momentum, special_tokens=schedule.special_tokens)
-        objective: Objective = StdLoss(midway, schedule.std_loss_weight)
+        midway = Midway(to_change, schedule)
+        objective: Objective = StdLosses(midway)
         if schedule.distillation_weight:
             assert run.start_from is not None, "a removal starts from a model"
             objective = Distilled(objective, run.start_from, data, schedule.distillation_weight)

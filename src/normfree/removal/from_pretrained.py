@@ -15,7 +15,7 @@ from normfree.locks import locked
 from normfree.progress import display, duration, stage
 from normfree.removal.plan import plan
 from normfree.removal.removal import SCHEDULE_FILE, RemovalResult, remove
-from normfree.removal.schedule import load_schedule
+from normfree.removal.schedule import Order, load_schedule
 from normfree.training import RunConfig, StudyProgress, quantization_of
 from normfree.training.pretrained import starting_model
 from normfree.training.training_plan import TrainingPlan, seconds_a_step
@@ -47,6 +47,7 @@ def remove_from_pretrained(
     *,
     changes: Mapping[str, Any] | None = None,
     schedule: str | None = None,
+    order: Order | None = None,
     seed: int = 0,
     lora_rank: int | None = None,
     vanilla: bool = True,
@@ -62,7 +63,9 @@ def remove_from_pretrained(
         source: a Hub id, a model folder, a ``.gguf`` file, or a run or checkpoint folder.
         folder: for runs and models; locked meanwhile.
         changes: values of the fine-tuning by dotted name (:func:`~normfree.removal.plan.plan`).
-        schedule: the name of a published schedule, or a YAML file; default: by depth and budget.
+        schedule: the name of a published schedule, or a YAML file; default: by depth and budget, for a run as GPT-2
+            Small's, for any other model :func:`~normfree.removal.schedule.pretrained_schedule`.
+        order: ``published`` or ``auto``, instead of the schedule's.
         seed: of the order of the data and of dropout.
         lora_rank: trains low-rank changes of this rank, and the norms; default: all weights.
         vanilla: also fine-tune with the norms kept, as a control.
@@ -76,10 +79,12 @@ def remove_from_pretrained(
         RemovalDivergedError: the removal diverged too often.
     """
     with on_device(device):
-        chosen = load_schedule(schedule) if schedule is not None else None
-        planned = plan(source, changes=changes or {}, seed=seed, lora_rank=lora_rank, schedule=chosen)
+        given = load_schedule(schedule) if schedule is not None else None
+        planned = plan(source, changes=changes or {}, seed=seed, lora_rank=lora_rank, schedule=given)
         data = planned.prepare_data(cache_dir)
-        run = planned.run
+        run, chosen = planned.run, planned.schedule
+        if order is not None:
+            chosen = chosen.model_copy(update={"order": order})
         if not (folder / SCHEDULE_FILE).exists():
             _check_time(run, data, 2 if vanilla else 1, is_agreed=yes)
         total = run.recipe.n_tokens(run.data.sequence_length) * (2 if vanilla else 1)

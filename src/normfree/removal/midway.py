@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from normfree.errors import InputError
@@ -12,8 +14,8 @@ from normfree.modeling import NormfreeConfig, NormfreeForCausalLM
 from normfree.modeling.blocks import Block
 from normfree.modeling.norms import SCALED_NORMS
 from normfree.removal.fold import FOLDED
-from normfree.removal.removable import MIDWAY, VALUES, RemovableNorm, SpecialTokens, Treatment
-from normfree.removal.schedule import SPECIAL_PARTS, Part, Removal
+from normfree.removal.removable import MIDWAY, VALUES, RemovableNorm, SpecialTokens
+from normfree.removal.schedule import SPECIAL_PARTS, Part, Removal, RemovalSchedule
 
 NORMS_TO_REMOVE = ("layernorm", "rmsnorm")
 READERS: dict[Part, tuple[str, int]] = {"ffn": ("ffn_norm", 0), "attention_qk": ("attention_norm", 0)}
@@ -24,21 +26,26 @@ READERS["attention_v"] = ("attention_norm", VALUES)
 class Midway:
     """``model`` with its norms replaced in place by removable ones with the same weights and function.
 
-    Until the last removal its configuration's ``norm`` is a name that no model can be loaded with, so that an
+    Until the last removal is over its configuration's ``norm`` is a name that no model can be loaded with, so that an
     intermediate checkpoint cannot pass for a finished model.
+
+    step: the optimizer step that is being taken (:meth:`begin_step`).
 
     Raises:
         InputError: the model has no norms to remove, or not in pre placement.
     """
 
-    def __init__(self, model: NormfreeForCausalLM, *, momentum: float, special_tokens: Treatment = "separate") -> None:
+    def __init__(self, model: NormfreeForCausalLM, schedule: RemovalSchedule) -> None:
         check_removable(model.config)
         self.model = model
+        self.schedule = schedule
+        self.step = 0
         self.original = {option: getattr(model.config, option) for option in ("norm", "final_norm")}
         eos = model.config.eos_token_id
-        self.tokens = SpecialTokens([eos] if isinstance(eos, int) else eos, special_tokens)
+        self.tokens = SpecialTokens(
+            [eos] if isinstance(eos, int) else eos, schedule.special_tokens, factor=schedule.special_factor
+        )
         self.gone: list[Removal] = []
-        self._momentum = momentum
         for block in model.model.blocks:
             assert isinstance(block, Block)
             block.attention_norm = self._removable(block.attention_norm, n_reader=2)
@@ -48,25 +55,52 @@ class Midway:
         self._hook = model.register_forward_pre_hook(self._see, with_kwargs=True)
 
     def apply(self, removal: Removal) -> None:
-        """Makes a part constant, or ends the special treatment of some tokens.
+        """Makes a part constant, or ends the special treatment of some tokens; in steps, if the schedule has a ramp.
 
         Raises:
-            InputError: it was removed before, or its running std is not finite.
+            InputError: it was removed before, or no batch has been seen yet.
         """
         self.gone.append(removal)
         reader = self._reader(removal)
         if reader is not None:
             norm, place = reader
             norm.make_constant(place)
-        elif removal.part == "end_of_text":
-            self.tokens.end_of_text = None
-        else:
-            self.tokens.includes_first = False
+        self._follow_ramp(removal)
 
-    def has_finite_std(self, removal: Removal) -> bool:
-        """True if the std of the removed part is finite; always true for special tokens."""
+    def begin_step(self, step: int) -> None:
+        """Takes the ramps of what is gone to ``step``, and forgets the largest stds of the step before."""
+        self.step = step
+        for removal in self.gone:
+            self._follow_ramp(removal)
+        for _, norm in self.norms():
+            norm.begin_step()
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Forward passes set the running stds, in evaluation mode too."""
+        for _, norm in self.norms():
+            norm.is_measuring = True
+        yield
+        for _, norm in self.norms():
+            norm.is_measuring = False
+
+    @contextmanager
+    def alone(self, removal: Removal) -> Iterator[float]:
+        """Only this norm's reader divides by its constant, which is yielded."""
         reader = self._reader(removal)
-        return reader is None or bool(reader[0].std[reader[1]].isfinite())
+        assert reader is not None, "special tokens are no norm"
+        norm, place = reader
+        norm.make_constant(place)
+        yield float(norm.std[place])
+        norm.is_constant[place] = False
+
+    def overflow(self) -> str | None:
+        """The first norm, in the model's order, before which a std of this step was not finite; None if all were."""
+        largest = {name: norm.largest for name, norm in self.norms() if norm.largest is not None}
+        if not largest:
+            return None
+        is_finite = torch.stack(list(largest.values())).isfinite().tolist()
+        return next((norm_name(name) for name, good in zip(largest, is_finite, strict=True) if not good), None)
 
     def norms(self) -> Iterator[tuple[str, RemovableNorm]]:
         """The removable norms by module name, in the model's order."""
@@ -80,8 +114,8 @@ class Midway:
         Raises:
             InputError: a norm still divides by each token's own std, or special tokens still have their own.
         """
-        left = [name for name, norm in self.norms() if not all(norm.is_constant)]
-        if left or self.tokens.includes_first or self.tokens.end_of_text is not None:
+        left = [name for name, norm in self.norms() if not all(norm.is_constant) or min(norm.ramp) < 1]
+        if left or self.tokens.has_any:
             what = f"{len(left)} norms, {left[0]} first," if left else "special tokens"
             raise InputError(f"the removal is not finished: {what} still have stds of their own; let the run finish")
         self.forget_special_tokens()
@@ -97,7 +131,23 @@ class Midway:
     def _removable(self, norm: nn.Module, *, n_reader: int) -> nn.Module:
         if not isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):
             return norm
-        return RemovableNorm(norm, n_reader=n_reader, momentum=self._momentum, tokens=self.tokens)
+        return RemovableNorm(
+            norm,
+            n_reader=n_reader,
+            tokens=self.tokens,
+            momentum=self.schedule.std_momentum,
+            statistic=self.schedule.std_statistic,
+        )
+
+    def _follow_ramp(self, removal: Removal) -> None:
+        n_step = self.schedule.ramp_steps
+        done = min(1.0, (self.step - removal.step + 1) / n_step) if n_step else 1.0
+        reader = self._reader(removal)
+        if reader is not None:
+            norm, place = reader
+            norm.ramp[place] = done
+        elif self.tokens.shares[removal.part]:
+            self.tokens.shares[removal.part] = 1 - done
 
     def _reader(self, removal: Removal) -> tuple[RemovableNorm, int] | None:
         """The norm that a removal makes constant, and the reader's place; None for special tokens."""
@@ -110,6 +160,13 @@ class Midway:
 
     def _see(self, model: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         self.tokens.see(options["input_ids"] if "input_ids" in options else args[0])
+
+
+def norm_name(module: str) -> str:
+    """A norm as messages call it, from its module's name: ``the attention norm of layer 3``."""
+    *_, layer, name = module.split(".")
+    kind = name.removesuffix("_norm")
+    return f"the {kind} norm of layer {layer}" if layer.isdigit() else f"the {kind} norm"
 
 
 def check_removable(config: NormfreeConfig) -> None:

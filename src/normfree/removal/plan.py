@@ -11,7 +11,13 @@ from typing import Any
 from normfree.data import PackedData, natural_rule, prepare_data, same_data
 from normfree.devices import default_device
 from normfree.errors import InputError
-from normfree.removal.schedule import RemovalSchedule
+from normfree.removal.schedule import (
+    PRETRAINED_RECIPE,
+    RemovalSchedule,
+    ScheduleRecipe,
+    automatic_schedule,
+    pretrained_schedule,
+)
 from normfree.training import RunConfig, load_pretrained
 from normfree.training.finetuning import changed_sections, continued_run
 from normfree.training.pretrained import check_embeddings
@@ -44,10 +50,12 @@ EVALUATIONS = 3
 class Plan:
     """A fine-tuning run that starts from a model with ``n_embedding`` tokens.
 
+    schedule: of its removals.
     fingerprint: of the tokens that it must be trained on, for a model that is a run.
     """
 
     run: RunConfig
+    schedule: RemovalSchedule
     fingerprint: str | None
     n_embedding: int
 
@@ -77,9 +85,11 @@ def plan(
 
     A Normfree run is fine-tuned on its own data, in batches of the same size, for ``SHARE_OF_TRAINING`` of its tokens;
     any other model on the corpus in ``changes``, with its own tokenizer and what that puts before a text, for
-    ``PUBLISHED_STEPS`` of 512 sequences of 1,024 tokens, or on a CPU of 8 of 256. The ``recipe`` of a published
-    ``schedule`` overrides both, and ``changes`` override it: values by dotted name, such as ``data.corpus``,
-    ``recipe.steps`` and, with a ``lora_rank``, ``lora.alpha``.
+    ``PUBLISHED_STEPS`` of 512 sequences of 1,024 tokens, or on a CPU of 8 of 256. The ``recipe`` of a ``schedule``
+    overrides both, and ``changes`` override it: values by dotted name, such as ``data.corpus``, ``recipe.steps`` and,
+    with a ``lora_rank``, ``lora.alpha``. Without a ``schedule`` a run has
+    :func:`~normfree.removal.schedule.automatic_schedule`, any other model
+    :func:`~normfree.removal.schedule.pretrained_schedule`.
 
     Raises:
         InputError: the model cannot be loaded, no corpus is named for a model that is not a run, or a name or value is
@@ -87,8 +97,9 @@ def plan(
     """
     loaded = load_pretrained(source)
     trained = loaded.run
-    published = {} if schedule is None else schedule.recipe.model_dump(exclude_none=True)
-    is_small = default_device().type == "cpu" and not published
+    default = ScheduleRecipe() if trained is not None else PRETRAINED_RECIPE
+    brought = (default if schedule is None else schedule.recipe).model_dump(exclude_none=True)
+    is_small = default_device().type == "cpu" and "steps" not in brought
     recipe: dict[str, Any] = RECIPE | (CPU_BATCH if is_small else PUBLISHED_BATCH)
     if trained is None:
         length = min(CPU_LENGTH if is_small else PUBLISHED_LENGTH, loaded.n_positions or 512)
@@ -97,15 +108,19 @@ def plan(
         data = trained.data.model_dump(exclude_unset=True)
         recipe |= {name: getattr(trained.recipe, name) for name in FROM_THE_RUN}
         recipe["steps"] = max(1, round(SHARE_OF_TRAINING * trained.recipe.n_steps(trained.data.sequence_length)))
-    recipe |= published
+    recipe |= brought
     sections = changed_sections({"data": data, "recipe": recipe}, changes, lora_rank)
     if trained is None and "corpus" not in sections["data"]:
         raise InputError(f"{source} is no run with data of its own; name a corpus to fine-tune on with --corpus")
     if trained is None and "beginning" not in sections["data"] and sections["data"]["tokenizer"] != "train":
         sections["data"]["beginning"] = natural_rule(sections["data"]["tokenizer"])
     run = continued_run(source, "removal", seed, sections, "remove-norm")
+    if schedule is None:
+        automatic = pretrained_schedule if trained is None else automatic_schedule
+        n_layer = loaded.model.config.get_text_config().num_hidden_layers
+        schedule = automatic(n_layer, run.recipe.n_steps(run.data.sequence_length))
     fingerprint = loaded.fingerprint if run.data == loaded.data else None
-    return Plan(_with_checkpoints(run), fingerprint, loaded.n_embedding)
+    return Plan(_with_checkpoints(run), schedule, fingerprint, loaded.n_embedding)
 
 
 def _with_checkpoints(run: RunConfig) -> RunConfig:

@@ -16,8 +16,21 @@ STD = "std"
 SPECIAL_STD = "special_std"
 VALUES = 1
 """The values' place among the readers of attention's norm; queries and keys have place 0."""
-Treatment = Literal["separate", "published"]
+Treatment = Literal["separate", "published", "measured"]
 TREATMENTS: tuple[Treatment, ...] = get_args(Treatment)
+Statistic = Literal["mean", "median"]
+
+
+def statistic_of(stds: Tensor, statistic: Statistic | float) -> Tensor:
+    """The mean, median or quantile of ``stds``, [n]; quantiles interpolate linearly."""
+    if statistic == "mean":
+        return stds.mean()
+    return torch.quantile(stds, 0.5 if statistic == "median" else statistic)
+
+
+def ratio_to_median(stds: Tensor) -> Tensor:
+    """Each token's std over the median of its sequence, [batch, T, 1], without gradient through the median."""
+    return stds / torch.quantile(stds.detach(), 0.5, dim=1, keepdim=True)
 
 
 class SpecialTokens:
@@ -27,48 +40,68 @@ class SpecialTokens:
       them out. In most trained models the first token's residual stream is many times longer than all others.
     - ``published``: end-of-text, for the values only; the std of the others averages over all tokens, as in the
       released models of "Transformers Don't Need LayerNorm at Inference Time".
+    - ``measured``: wherever its position, a token whose std before a norm is more than ``factor`` times the median of
+      its sequence, for every reader of this norm; the std of the others leaves it out.
 
     All norms of a model share one instance, which sees the tokens before each forward pass.
+
+    shares: how much of its own std a kind of token keeps: 1 before its stage, then down to 0.
     """
 
-    def __init__(self, end_of_text: Sequence[int] | None, treatment: Treatment = "separate") -> None:
+    def __init__(
+        self, end_of_text: Sequence[int] | None, treatment: Treatment = "separate", *, factor: float = 8.0
+    ) -> None:
         self.treatment = treatment
-        self.includes_first = treatment == "separate"
+        self.factor = factor
         self.end_of_text = end_of_text
-        self.mask: Tensor | None = None
+        self.shares = {
+            "end_of_text": float(treatment != "measured" and bool(end_of_text)),
+            "first_token": float(treatment == "separate"),
+            "massive_tokens": float(treatment == "measured"),
+        }
+        self._share: Tensor | None = None
 
     @property
     def has_any(self) -> bool:
         """True while any token is special."""
-        return self.includes_first or bool(self.end_of_text)
-
-    @property
-    def left_out(self) -> Tensor | None:
-        """Tokens that the std of the others leaves out, bool [batch, T, 1]; None for none."""
-        return self.mask if self.treatment == "separate" else None
+        return any(self.shares.values())
 
     def concerns(self, reader: int) -> bool:
         """True if the reader divides special tokens by their own std."""
-        return self.treatment == "separate" or reader == VALUES
+        return self.treatment != "published" or reader == VALUES
 
     def see(self, input_ids: Tensor) -> None:
-        """Marks the special tokens of whole sequences, ``input_ids`` int64 [batch, T]."""
-        mask = torch.zeros_like(input_ids, dtype=torch.bool)
+        """Marks the tokens of whole sequences, ``input_ids`` int64 [batch, T], that are special by what they are."""
+        share = torch.zeros(input_ids.shape, dtype=torch.float32, device=input_ids.device)
         for token in self.end_of_text or ():
-            mask |= input_ids == token
-        if self.includes_first:
-            mask[:, 0] = True
-        self.mask = mask[..., None]
+            share[input_ids == token] = self.shares["end_of_text"]
+        if self.shares["first_token"]:
+            share[:, 0] = self.shares["first_token"]
+        self._share = share[..., None]
+
+    def share(self, own_std: Tensor) -> Tensor | None:
+        """How much of their own std tokens keep at a norm, float32 like ``own_std`` [batch, T, 1]; 0 for ordinary ones.
+
+        None without special tokens.
+        """
+        if not self.has_any:
+            return None
+        if self.treatment != "measured":
+            return self._share
+        return (ratio_to_median(own_std.detach()) > self.factor).float() * self.shares["massive_tokens"]
 
 
 class RemovableNorm(nn.Module):
     """A LayerNorm or RMSNorm whose division can be made constant for one reader at a time.
 
-    In training it keeps a running mean of its tokens' stds, ``std_r ← m · std_r + (1 - m) · mean std``, for each reader
-    r that still divides by each token's own; the first batch sets it. For special tokens see :class:`SpecialTokens`. A
-    constant std does not change: it is no parameter.
+    In training, or while ``is_measuring``, it keeps a running mean of a statistic of its tokens' stds,
+    ``std_r ← m · std_r + (1 - m) · statistic``, for each reader r that still divides by each token's own; the first
+    batch sets it. For special tokens, whose statistic is the mean, see :class:`SpecialTokens`. A constant std does not
+    change: it is no parameter. While λ = ``ramp[r]`` is less than 1, a constant reader divides by
+    own^(1 - λ) · constant^λ.
 
-    With ``keeps_own_std`` the last batch's stds, [batch, T, 1] with their gradient, stay in ``own_std``.
+    With ``keeps_own_std`` the last batch's stds, [batch, T, 1] with their gradient, stay in ``own_std``, and the tokens
+    that the constant averages in ``is_ordinary``. ``largest`` is the largest std since :meth:`begin_step`.
 
     x is [batch, T, n_embd]; the result is that of :class:`~normfree.modeling.constant_std.ConstantStdNorm`.
     """
@@ -77,7 +110,13 @@ class RemovableNorm(nn.Module):
     special_std: Tensor
 
     def __init__(
-        self, norm: nn.LayerNorm | nn.RMSNorm, *, n_reader: int, momentum: float, tokens: SpecialTokens
+        self,
+        norm: nn.LayerNorm | nn.RMSNorm,
+        *,
+        n_reader: int,
+        momentum: float,
+        tokens: SpecialTokens,
+        statistic: Statistic | float = "mean",
     ) -> None:
         super().__init__()
         self.is_centered = isinstance(norm, nn.LayerNorm)
@@ -86,9 +125,14 @@ class RemovableNorm(nn.Module):
         self.eps = norm.eps if norm.eps is not None else torch.finfo(norm.weight.dtype).eps
         self.momentum = momentum
         self.tokens = tokens
+        self.statistic = statistic
         self.is_constant = [False] * n_reader
+        self.ramp = [1.0] * n_reader
+        self.is_measuring = False
         self.keeps_own_std = False
         self.own_std: Tensor | None = None
+        self.is_ordinary: Tensor | None = None
+        self.largest: Tensor | None = None
         unknown = torch.full((n_reader,), torch.nan, dtype=torch.float32, device=norm.weight.device)
         self.register_buffer(STD, unknown)
         self.register_buffer(SPECIAL_STD, unknown.clone())
@@ -97,26 +141,28 @@ class RemovableNorm(nn.Module):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         centered = wide - wide.mean(dim=-1, keepdim=True) if self.is_centered else wide
         own_std = (centered.square().mean(dim=-1, keepdim=True) + self.eps).sqrt()
+        share = self.tokens.share(own_std)
+        if self.is_measuring or (self.training and torch.is_grad_enabled()):
+            self._update(own_std.detach(), share)
         if self.keeps_own_std:
-            self.own_std = own_std
-        if self.training and torch.is_grad_enabled() and not all(self.is_constant):
-            self._update(own_std.detach())
-        readings = tuple(self._reading(centered, own_std, reader).to(x.dtype) for reader in range(len(self.std)))
+            self.own_std, self.is_ordinary = own_std, self._ordinary(own_std, share)
+        readings = tuple(self._reading(centered, own_std, share, reader).to(x.dtype) for reader in range(len(self.std)))
         return readings[0] if len(readings) == 1 else readings
+
+    def begin_step(self) -> None:
+        """Forgets the largest std of the step before."""
+        self.largest = None
 
     def make_constant(self, reader: int) -> None:
         """``reader`` divides by its running std from now on.
 
         Raises:
-            InputError: it already does, or its running std is not finite.
+            InputError: it already does, or no batch has been seen yet.
         """
         if self.is_constant[reader]:
             raise InputError("a norm is removed twice; a schedule removes each once")
-        if not self.std[reader].isfinite():
-            raise InputError(
-                "the std of a norm to remove is not finite: no batch has been seen yet, or training has diverged; "
-                "begin the schedule after step 0"
-            )
+        if self.std[reader].isnan():
+            raise InputError("no batch has been seen yet; begin the schedule after step 0")
         self.is_constant[reader] = True
 
     def forget_special_tokens(self) -> None:
@@ -124,28 +170,42 @@ class RemovableNorm(nn.Module):
         if SPECIAL_STD in self._buffers:
             del self._buffers[SPECIAL_STD]
 
-    def _reading(self, centered: Tensor, own_std: Tensor, reader: int) -> Tensor:
-        std = self._constant_std(reader) if self.is_constant[reader] else own_std
+    def _reading(self, centered: Tensor, own_std: Tensor, share: Tensor | None, reader: int) -> Tensor:
+        std = own_std
+        if self.is_constant[reader]:
+            std, ramp = self._constant_std(share, reader), self.ramp[reader]
+            std = std if ramp == 1 else own_std.pow(1 - ramp) * std.pow(ramp)
         scaled = centered / std * self.weight
         return scaled if self.bias is None else scaled + self.bias
 
-    def _constant_std(self, reader: int) -> Tensor:
-        has_special = self.tokens.has_any and self.tokens.mask is not None and self.tokens.concerns(reader)
-        if not has_special or not self.special_std[reader].isfinite():
-            return self.std[reader]
-        assert self.tokens.mask is not None
-        return torch.where(self.tokens.mask, self.special_std[reader], self.std[reader])
+    def _constant_std(self, share: Tensor | None, reader: int) -> Tensor:
+        std = self.std[reader]
+        if share is None or not self.tokens.concerns(reader):
+            return std
+        special = self.special_std[reader]
+        return std.pow(1 - share) * torch.where(special.isfinite(), special, std).pow(share)
+
+    def _ordinary(self, own_std: Tensor, share: Tensor | None) -> Tensor:
+        """Tokens that the std of the others takes in, bool like ``own_std``."""
+        if share is None or self.tokens.treatment == "published":
+            return torch.ones_like(own_std, dtype=torch.bool)
+        return share == 0
 
     @torch.no_grad()
-    def _update(self, own_std: Tensor) -> None:
-        none = torch.zeros_like(own_std, dtype=torch.bool)
-        special, left_out = (none if each is None else each for each in (self.tokens.mask, self.tokens.left_out))
-        for buffer, among in ((self.std, ~left_out), (self.special_std, special)):
-            n = among.sum()
-            if n == 0:
+    def _update(self, own_std: Tensor, share: Tensor | None) -> None:
+        largest = own_std.amax()
+        self.largest = largest if self.largest is None else torch.maximum(self.largest, largest)
+        if all(self.is_constant):
+            return
+        kinds = [(self.std, self._ordinary(own_std, share), self.statistic)]
+        if share is not None:
+            kinds.append((self.special_std, share > 0, "mean"))
+        for buffer, among, statistic in kinds:
+            stds = own_std[among]
+            if not len(stds):
                 continue
-            mean = (own_std * among).sum() / n
+            value = statistic_of(stds, statistic)
             for reader, is_constant in enumerate(self.is_constant):
                 if not is_constant:
-                    before = buffer[reader] if buffer[reader].isfinite() else mean
-                    buffer[reader] = self.momentum * before + (1 - self.momentum) * mean
+                    before = buffer[reader] if buffer[reader].isfinite() else value
+                    buffer[reader] = self.momentum * before + (1 - self.momentum) * value

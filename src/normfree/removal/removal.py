@@ -16,7 +16,7 @@ from normfree.columns import EVAL_LOSS, EVAL_PPL
 from normfree.data import PackedData, PackedSequences
 from normfree.errors import InputError
 from normfree.files import folder_written_whole, write_text
-from normfree.modeling import NormfreeForCausalLM
+from normfree.modeling import NormfreeConfig, NormfreeForCausalLM
 from normfree.removal.finetuning import (
     RemovalDivergedError,
     check_fit,
@@ -25,12 +25,14 @@ from normfree.removal.finetuning import (
 )
 from normfree.removal.fold import remove_norms
 from normfree.removal.midway import check_removable
-from normfree.removal.schedule import RemovalSchedule, automatic_schedule, load_schedule
+from normfree.removal.order import norm_costs
+from normfree.removal.schedule import SPECIAL_PARTS, RemovalSchedule, automatic_schedule, load_schedule
 from normfree.removal.stock import to_stock
 from normfree.training import Callback, RunConfig, load_pretrained, train
 from normfree.training.evaluation import evaluation_losses, mean_loss, perplexity
 from normfree.training.loop import check_data
 from normfree.training.pretrained import starting_model
+from normfree.training.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,7 @@ NORM_FREE_FOLDER = "norm-free"
 STOCK_FOLDER = "stock"
 REMOVAL_FOLDER = "removal"
 SCHEDULE_FILE = "schedule.yaml"
+COSTS_FILE = "norm-costs.csv"
 ORIGINAL, VANILLA, NORM_FREE = "original", "vanilla", "norm-free"
 
 Callbacks = Callable[[str, int], tuple[Callback, ...]]
@@ -71,9 +74,10 @@ def remove(
     """Removes the norms of the model that ``run`` starts from, and compares the result with it.
 
     ``folder`` then holds the runs ``vanilla`` (the same tokens with norms kept) and ``removal``, the initial schedule
-    in ``schedule.yaml``, the model without norms in ``norm-free`` and, if a stock architecture can hold it, in
-    ``stock``; and ``removal.csv``. Every variant is measured on all evaluation sequences in float32. Finished parts are
-    not repeated. A removal that diverged too often leaves a ``removal.csv`` with a loss of NaN without norms.
+    in ``schedule.yaml``, for an order by measurement the costs in ``norm-costs.csv``, the model without norms in
+    ``norm-free`` and, if a stock architecture can hold it, in ``stock``; and ``removal.csv``. Every variant is measured
+    on all evaluation sequences in float32. Finished parts are not repeated. A removal that diverged too often leaves a
+    ``removal.csv`` with a loss of NaN without norms.
 
     Args:
         run: its ``start_from`` is the model; its ``configuration`` is replaced.
@@ -94,12 +98,12 @@ def remove(
     config = original.config
     check_removable(config)
     T = run.data.sequence_length
-    schedule = automatic_schedule(config.n_layer, run.recipe.n_steps(T)) if schedule is None else schedule
+    schedule = schedule or automatic_schedule(config.n_layer, run.recipe.n_steps(T))
     check_fit(run, schedule, config)
-    _claim(folder, schedule)
+    recorded = _recorded(folder, schedule, config)
     tokens = run.recipe.n_tokens(T)
-
     losses = {ORIGINAL: _loss(original, data.eval)}
+    schedule = _claim(folder, schedule, original, data, run.recipe) if recorded is None else recorded
     del original  # each run loads it again
     if vanilla:
         control = run.model_copy(update={"configuration": VANILLA})
@@ -125,16 +129,44 @@ def _loss(model: NormfreeForCausalLM, blocks: PackedSequences) -> float:
     return mean_loss(evaluation_losses(model.eval(), tokens, labels=labels), blocks.n_predicted())
 
 
-def _claim(folder: Path, schedule: RemovalSchedule) -> None:
-    """Claims ``folder`` for a removal by ``schedule``, or checks that it belongs to one."""
+def _recorded(folder: Path, schedule: RemovalSchedule, model: NormfreeConfig) -> RemovalSchedule | None:
+    """The schedule of the removal that ``folder`` holds, with its order resolved; None if there is none.
+
+    Raises:
+        InputError: it is another schedule than ``schedule``.
+    """
     path = folder / SCHEDULE_FILE
     if not path.exists():
-        write_text(path, yaml.safe_dump(schedule.model_dump(mode="json", exclude_none=True), sort_keys=False))
-    elif load_schedule(str(path)) != schedule:
+        return None
+    recorded = load_schedule(str(path))
+    if schedule.order == "auto":
+        schedule = schedule.reordered(
+            model, (each[1:] for each in recorded.removals(model) if each.part not in SPECIAL_PARTS)
+        )
+    if recorded != schedule:
         raise InputError(
             f"{folder} holds a removal by another schedule ({SCHEDULE_FILE}); give another folder with --out, or its "
             "schedule with --schedule"
         )
+    return recorded
+
+
+def _claim(
+    folder: Path, schedule: RemovalSchedule, model: NormfreeForCausalLM, data: PackedData, recipe: Recipe
+) -> RemovalSchedule:
+    """Claims ``folder`` for a removal by ``schedule``; returns it with its order resolved.
+
+    An order by measurement leaves ``model`` with removable norms.
+    """
+    if schedule.order == "auto":
+        costs = norm_costs(model, data.train, schedule, recipe)
+        write_text(folder / COSTS_FILE, costs.to_csv(index=False, na_rep="nan"))
+        layers = (None if pd.isna(layer) else int(layer) for layer in costs["layer"])
+        schedule = schedule.reordered(model.config, zip(costs["part"], layers, strict=True))
+    write_text(
+        folder / SCHEDULE_FILE, yaml.safe_dump(schedule.model_dump(mode="json", exclude_none=True), sort_keys=False)
+    )
+    return schedule
 
 
 def _write_table(losses: dict[str, float], tokens: int, folder: Path) -> pd.DataFrame:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from normfree.errors import InputError, invalid_fields, unknown_name
 from normfree.modeling import NormfreeConfig
-from normfree.removal.removable import Treatment
+from normfree.removal.removable import Statistic, Treatment
 from normfree.training.run_config import read_yaml
 
-Part = Literal["ffn", "attention_qk", "attention_v", "final", "end_of_text", "first_token"]
+Part = Literal["ffn", "attention_qk", "attention_v", "final", "end_of_text", "first_token", "massive_tokens"]
 BLOCK_PARTS: tuple[Part, ...] = ("ffn", "attention_qk", "attention_v")
 """Readers of the norms in every block: the feed-forward network; queries and keys; values."""
-SPECIAL_PARTS: tuple[Part, ...] = ("end_of_text", "first_token")
+SPECIAL_PARTS: tuple[Part, ...] = ("end_of_text", "first_token", "massive_tokens")
 """Parts that are not norms but tokens, which lose their own std."""
+Order = Literal["published", "auto"]
+Place = tuple[float, Part, int | None]
+"""A removal whose step is not rounded yet."""
 SCHEDULES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
@@ -60,26 +63,48 @@ class ScheduleRecipe(BaseModel):
     weight_decay: float | None = Field(default=None, ge=0)
 
 
-class RemovalSchedule(BaseModel):
-    """A schedule of "Transformers Don't Need LayerNorm at Inference Time", Section 3.
+PRETRAINED_RECIPE = ScheduleRecipe(learning_rate=3e-4)
+"""Of :func:`pretrained_schedule`."""
 
-    stages: in order.
-    std_momentum: of the running mean of each norm's std, updated every micro-batch; 0 keeps the last one's.
-    std_loss_weight: of the auxiliary loss, the mean squared difference between the stds of all tokens before the final
-        norm and their mean.
+
+class RemovalSchedule(BaseModel):
+    """A schedule of "Transformers Don't Need LayerNorm at Inference Time", Section 3, and what pretrained models need.
+
+    stages: in order; the first begins after ``massive_steps``.
+    order: ``published`` removes as ``stages`` say; ``auto`` removes norms at the same steps, but in ascending order of
+        what each costs alone (:mod:`normfree.removal.order`).
+    std_statistic: of the tokens' stds, the constant: their mean, median, or a quantile, from 0 to 1.
+    std_momentum: of the running mean of this statistic, updated every micro-batch; 0 keeps the last one's.
+    ramp_steps: from a token's own std to the constant, own^(1 - λ) · constant^λ with λ in steps of 1 / ``ramp_steps``;
+        0 and 1 switch at once. The stds of special tokens approach that of the others in the same way.
+    special_tokens: tokens with their own std (see :class:`~normfree.removal.removable.SpecialTokens`).
+    special_factor: a token is massive before a norm if its std there is more than this many times the median of its
+        sequence.
+    std_loss, std_loss_norms, std_loss_weight: the auxiliary loss (see :class:`~normfree.removal.std_losses.StdLosses`).
+    std_loss_ramp_steps: over which its weight rises from 0.
     distillation_weight: share of KL(original ‖ model) in the loss, the rest is cross-entropy
         (:class:`~normfree.removal.distillation.Distilled`).
-    special_tokens: tokens with their own std (see :class:`~normfree.removal.removable.SpecialTokens`).
+    massive_steps: steps before the first stage, for the penalty on massive tokens.
+    massive_weight: of this penalty, which stays to the end.
     recipe: the schedule's recipe; values that the user gives override it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     stages: tuple[Stage, ...]
+    order: Order = "published"
+    std_statistic: Statistic | Annotated[float, Field(ge=0, le=1)] = "mean"
     std_momentum: float = Field(default=0.9, ge=0, lt=1)
-    std_loss_weight: float = Field(default=0.0, ge=0)
-    distillation_weight: float = Field(default=0.0, ge=0, le=1)
+    ramp_steps: int = Field(default=0, ge=0)
     special_tokens: Treatment = "separate"
+    special_factor: float = Field(default=8.0, gt=1, allow_inf_nan=False)
+    std_loss: Literal["squared", "log_ratio"] = "squared"
+    std_loss_norms: Literal["final", "all"] = "final"
+    std_loss_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    std_loss_ramp_steps: int = Field(default=0, ge=0)
+    distillation_weight: float = Field(default=0.0, ge=0, le=1)
+    massive_steps: int = Field(default=0, ge=0)
+    massive_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     recipe: ScheduleRecipe = ScheduleRecipe()
 
     def removals(self, model: NormfreeConfig) -> list[Removal]:
@@ -92,17 +117,37 @@ class RemovalSchedule(BaseModel):
         self._check(model, removals)
         return removals
 
+    def last_step(self, model: NormfreeConfig) -> int:
+        """The first step that divides by constants alone: that of the last removal, when its ramp is over."""
+        return self.removals(model)[-1].step + max(self.ramp_steps - 1, 0)
+
     def stretched(self, model: NormfreeConfig, step: int, factor: float) -> RemovalSchedule:
         """A copy whose waits after ``step`` are scaled by ``factor``."""
-        stages, last = [], 0.0
+        places, last, moved = [], float(self.massive_steps), float(self.massive_steps)
         for place, part, layer in self._places(model.n_layer):
-            wait = (place - last) * (factor if place > step else 1)
-            stages.append(Stage(part=part, after=wait, layers=None if layer is None else (layer,)))
+            moved += (place - last) * (factor if place > step else 1)
+            places.append((moved, part, layer))
+            last = place
+        return self._at(places)
+
+    def reordered(self, model: NormfreeConfig, norms: Iterable[tuple[Part, int | None]]) -> RemovalSchedule:
+        """A copy that removes ``norms`` in that order, at the steps at which this one removes norms."""
+        rest = iter(norms)
+        return self._at(
+            (step, part, layer) if part in SPECIAL_PARTS else (step, *next(rest))
+            for step, part, layer in self._places(model.n_layer)
+        ).model_copy(update={"order": "published"})
+
+    def _at(self, places: Iterable[Place]) -> RemovalSchedule:
+        """A copy with these removals, a stage each."""
+        stages, last = [], float(self.massive_steps)
+        for place, part, layer in places:
+            stages.append(Stage(part=part, after=place - last, layers=None if layer is None else (layer,)))
             last = place
         return self.model_copy(update={"stages": tuple(stages)})
 
-    def _places(self, n_layer: int) -> Iterator[tuple[float, Part, int | None]]:
-        step = 0.0
+    def _places(self, n_layer: int) -> Iterator[Place]:
+        step = float(self.massive_steps)
         for stage in self.stages:
             is_block = stage.part in BLOCK_PARTS
             layers = (stage.layers if stage.layers is not None else tuple(range(n_layer))) if is_block else (None,)
@@ -116,19 +161,22 @@ class RemovalSchedule(BaseModel):
             wanted += [(part, layer) for part in BLOCK_PARTS for layer in range(model.n_layer)]
         if model.final_norm != "none":
             wanted.append(("final", None))
-        wanted.append(("first_token", None))
         has_end = model.eos_token_id is not None
-        if has_end:
-            wanted.append(("end_of_text", None))
+        if self.special_tokens == "measured":
+            wanted.append(("massive_tokens", None))
+        else:
+            wanted.append(("first_token", None))
+            if has_end:
+                wanted.append(("end_of_text", None))
         found = [(each.part, each.layer) for each in removals if has_end or each.part != "end_of_text"]
         for each in found:
             if found.count(each) > 1:
-                raise InputError(f"the schedule removes {_named(*each)} twice; name it once")
+                raise InputError(f"the schedule removes {part_name(*each)} twice; name it once")
             if each not in wanted:
-                raise InputError(f"the schedule removes {_named(*each)}, which the model has not; leave it out")
+                raise InputError(f"the schedule removes {part_name(*each)}, which the model has not; leave it out")
         for each in wanted:
             if each not in found:
-                raise InputError(f"the schedule never removes {_named(*each)}; add a stage for it")
+                raise InputError(f"the schedule never removes {part_name(*each)}; add a stage for it")
 
 
 def load_schedule(name: str) -> RemovalSchedule:
@@ -170,5 +218,36 @@ def automatic_schedule(n_layer: int, n_step: int) -> RemovalSchedule:
     )
 
 
-def _named(part: Part, layer: int | None) -> str:
+def pretrained_schedule(n_layer: int, n_step: int) -> RemovalSchedule:
+    """A schedule for pretrained models, which have massive tokens, by what was measured on SmolLM2-135M.
+
+    The first fifth of the budget makes massive tokens unnecessary, then norms go at equal distances in the order of
+    their costs until seven tenths of it, and the tokens that are massive nevertheless at three quarters.
+    """
+    gap = 0.5 * n_step / (3 * n_layer + 1)
+    return RemovalSchedule(
+        stages=(
+            Stage(part="ffn", after=max(1.0, gap), gap=gap),
+            Stage(part="attention_qk", after=gap, gap=gap),
+            Stage(part="attention_v", after=gap, gap=gap),
+            Stage(part="final", after=gap),
+            Stage(part="massive_tokens", after=0.05 * n_step),
+        ),
+        order="auto",
+        std_statistic="median",
+        ramp_steps=max(1, round(0.05 * n_step)),
+        special_tokens="measured",
+        special_factor=3.0,
+        std_loss="log_ratio",
+        std_loss_norms="all",
+        std_loss_weight=0.1,
+        std_loss_ramp_steps=max(1, round(0.1 * n_step)),
+        massive_steps=round(0.2 * n_step),
+        massive_weight=0.1,
+        recipe=PRETRAINED_RECIPE,
+    )
+
+
+def part_name(part: Part, layer: int | None) -> str:
+    """A part as messages call it, such as ``ffn of layer 3``."""
     return part if layer is None else f"{part} of layer {layer}"

@@ -110,7 +110,7 @@ def test_norms_are_removed_or_refused(pair: Any) -> None:
         return
     ours.double()  # a constant std is far from a token's own in these random models, and logits are in the hundreds
     with torch.no_grad():
-        midway = Midway(ours.train(), momentum=0.5)
+        midway = Midway(ours.train(), automatic_schedule(3, 300))
     ours(tokens(), labels=tokens())
     ours.eval()
     for removal in automatic_schedule(3, 300).removals(_with(ours, midway.original)):
