@@ -34,7 +34,7 @@ def test_the_list_can_be_read(normfree: Normfree) -> None:
     code, out, error = normfree("study", "--list")
     assert code == 0, error
     assert "relu-revival: GELU or ReLU, with or without LayerNorm?\n    runs a seed: smoke 4, cpu 4," in out
-    assert "cpu: The study of the paper on two CPU cores in under 20 minutes" in out
+    assert "cpu: The study of the paper on two CPU cores in under ten minutes" in out
     assert max(map(len, out.splitlines())) < 160
 
 
