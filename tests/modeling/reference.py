@@ -41,6 +41,23 @@ def perturb(model: NormfreeForCausalLM, std: float = 0.2) -> NormfreeForCausalLM
     return model
 
 
+def constant_norm(weights: Weights, prefix: str, x: Array, is_centered: bool, place: int = 0) -> Array:
+    """Division by the constant std number ``place``."""
+    centred = x - x.mean(-1, keepdims=True) if is_centered else x
+    std = weights[f"{prefix}.std"][place]
+    return weights[f"{prefix}.weight"] * centred / std + weights.get(f"{prefix}.bias", 0.0)
+
+
+def constant_head_norm(config: NormfreeConfig, weights: Weights, prefix: str, x: Array, head: int) -> Array:
+    """x [T, head_dim] of one head by its own constant std; the gains may be its own too."""
+    kind = config.qk_norm if config.qk_norm != "none" else "layernorm" if config.norm_is_centered else "rmsnorm"
+    gain, std = weights[f"{prefix}.weight"], weights[f"{prefix}.std"][0]
+    if kind in ("layernorm_per_head", "rmsnorm_full_width"):
+        gain = gain.reshape(-1, config.head_dim)[head]
+    centred = x - x.mean(-1, keepdims=True) if kind.startswith("layernorm") else x
+    return gain * centred / std[head if len(std) > 1 else 0] + weights.get(f"{prefix}.bias", 0.0)
+
+
 def norm(name: str, weights: Weights, prefix: str, eps: float, x: Array, layer: int | None = None) -> Array:
     """``layer`` counts from 0."""
     if name == "none":
@@ -83,16 +100,22 @@ def rotate(x: Array, theta: float, fraction: float) -> Array:
     return turned
 
 
-def attention(config: NormfreeConfig, weights: Weights, prefix: str, x: Array) -> Array:
-    """Causal softmax attention, head by head and query by query."""
-    query, key, value = (linear(weights, f"{prefix}.{each}_proj", x) for each in "qkv")
+def attention(
+    config: NormfreeConfig, weights: Weights, prefix: str, x: Array, value_input: Array | None = None
+) -> Array:
+    """Causal softmax attention, head by head and query by query; values may read something else than the others."""
+    read = {"q": x, "k": x, "v": x if value_input is None else value_input}
+    query, key, value = (linear(weights, f"{prefix}.{each}_proj", read[each]) for each in "qkv")
 
     width = config.head_dim
-    if config.qk_norm == "rmsnorm_full_width":
+    if config.qk_norm == "rmsnorm_full_width" and not config.qk_norm_is_constant:
         query = norm("rmsnorm", weights, f"{prefix}.q_norm", config.norm_eps, query)
         key = norm("rmsnorm", weights, f"{prefix}.k_norm", config.norm_eps, key)
 
     def normalized(projection: str, x: Array, head: int) -> Array:
+        is_hybrid = config.norm_placement.startswith("hybrid")
+        if (config.qk_norm_is_constant and projection in "qk") or (is_hybrid and config.norm == "constant_std"):
+            return constant_head_norm(config, weights, f"{prefix}.{projection}_norm", x, head)
         if config.qk_norm == "rmsnorm_full_width":
             return x
         if config.qk_norm == "layernorm_per_head" and projection in "qk":
@@ -101,7 +124,6 @@ def attention(config: NormfreeConfig, weights: Weights, prefix: str, x: Array) -
                 "n.bias": np.zeros(1),
             }
             return norm("layernorm", gain, "n", config.norm_eps, x)
-        is_hybrid = config.norm_placement.startswith("hybrid")
         name = config.norm if is_hybrid else config.qk_norm if projection in "qk" else "none"
         return norm(name, weights, f"{prefix}.{projection}_norm", config.norm_eps, x)
 
@@ -138,13 +160,24 @@ def feed_forward(config: NormfreeConfig, weights: Weights, prefix: str, layer: i
 
 
 def block(config: NormfreeConfig, weights: Weights, prefix: str, layer: int, x: Array) -> Array:
-    def attend(x: Array) -> Array:
-        return attention(config, weights, f"{prefix}attention", x)
+    def attend(x: Array, value_input: Array | None = None) -> Array:
+        return attention(config, weights, f"{prefix}attention", x, value_input)
+
+    def normed_attend(x: Array) -> Array:
+        """Attention behind its norm, which has two constant stds."""
+        if config.norm != "constant_std":
+            return attend(norm_1(x))
+        readings = [
+            constant_norm(weights, f"{prefix}attention_norm", x, config.norm_is_centered, place) for place in (0, 1)
+        ]
+        return attend(*readings)
 
     def ffn(x: Array) -> Array:
         return feed_forward(config, weights, f"{prefix}ffn", layer, x)
 
     def norm_of(name: str, x: Array) -> Array:
+        if config.norm == "constant_std":
+            return constant_norm(weights, f"{prefix}{name}", x, config.norm_is_centered)
         return norm(config.norm, weights, f"{prefix}{name}", config.norm_eps, x, layer)
 
     def norm_1(x: Array) -> Array:
@@ -159,15 +192,15 @@ def block(config: NormfreeConfig, weights: Weights, prefix: str, layer: int, x: 
     if placement == "hybrid_star":
         placement = "pre" if layer == 0 else "hybrid"
     if config.parallel_residual:
-        return x + attend(norm_1(x)) + ffn(norm_2(x))
+        return x + normed_attend(x) + ffn(norm_2(x))
     if placement == "pre":
-        h = x + attend(norm_1(x))
+        h = x + normed_attend(x)
         return h + ffn(norm_2(h))
     if placement == "post":
         h = norm_1(x + attend(x))
         return norm_2(h + ffn(h))
     if placement == "sandwich":
-        h = x + norm_of("attention_output_norm", attend(norm_1(x)))
+        h = x + norm_of("attention_output_norm", normed_attend(x))
         return h + norm_of("ffn_output_norm", ffn(norm_2(h)))
     if placement == "reordered":
         h = x + norm_1(attend(x))
@@ -190,7 +223,10 @@ def logits(config: NormfreeConfig, weights: Weights, input_ids: NDArray[np.int64
         x = x * weights["model.embedding_scale"]
     for layer in range(config.n_layer):
         x = block(config, weights, f"model.blocks.{layer}.", layer, x)
-    x = norm(config.final_norm, weights, "model.final_norm", config.norm_eps, x)
+    if config.final_norm == "constant_std":
+        x = constant_norm(weights, "model.final_norm", x, bool(config.final_norm_is_centered))
+    else:
+        x = norm(config.final_norm, weights, "model.final_norm", config.norm_eps, x)
     return capped(x @ weights["lm_head.weight"].T, config.final_logit_softcapping)
 
 

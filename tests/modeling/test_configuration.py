@@ -103,7 +103,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         if placement != "pre"
         for norm, message in (
             ("none", f"norm_placement '{placement}' means nothing for norm 'none'"),
-            ("constant_std", f"norm constant_std is defined for norm_placement pre only, not '{placement}'"),
             ("layernorm_scaling", f"norm layernorm_scaling is defined for norm_placement pre only, not '{placement}'"),
             ("rmsnorm_scaling", f"norm rmsnorm_scaling is defined for norm_placement pre only, not '{placement}'"),
         )
@@ -217,6 +216,7 @@ NOT_DEFAULT: dict[str, Any] = {
     "final_norm": "constant_std",
     "norm_eps": 1e-3,
     "norm_is_centered": False,
+    "final_norm_is_centered": True,
     "dyt_alpha": 0.3,
     "dyt_attention_alpha": 0.7,
     "derf_alpha": 0.8,
@@ -236,6 +236,7 @@ NOT_DEFAULT: dict[str, Any] = {
     "topk": "exact",
     "attention_bias": "qk",
     "qk_norm": "rmsnorm",
+    "qk_norm_is_constant": True,
     "attention_scale": 0.2,
     "attn_logit_softcapping": 30.0,
     "position": "rotary",
@@ -314,6 +315,8 @@ def test_round_trip_of_one_option(option: str, tmp_path: Path) -> None:
     needed = {
         "activation": ("n_layer",),
         "norm_is_centered": ("final_norm",),
+        "final_norm_is_centered": ("final_norm", "norm_is_centered"),
+        "qk_norm_is_constant": ("qk_norm",),
         "dyt_alpha": ("norm",),
         "dyt_attention_alpha": ("norm",),
         "n_post_layer": ("n_layer", "norm_placement"),

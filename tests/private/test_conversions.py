@@ -7,12 +7,12 @@ import pytest
 from normfree import from_hf
 from normfree.errors import InputError
 from normfree_private.export import engine_config
-from tests.modeling.conversion.test_uses import MODELS, PER_HEAD, WINDOWS
+from tests.modeling.conversion.test_uses import MODELS, WINDOWS
 
 NOT_ENCRYPTED = {
     **dict.fromkeys(("gemma2", "gemma3"), "norm_placement 'sandwich' has no encrypted counterpart"),
     **dict.fromkeys(WINDOWS, r"sliding_window \d has no encrypted counterpart"),
-    "stablelm-qk": f"{PER_HEAD} has no encrypted counterpart",
+    "stablelm-qk": "qk_norm 'layernorm_per_head' has no encrypted counterpart",
     "olmo2": "norm_placement 'reordered' has no encrypted counterpart",
 }
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from normfree import NormfreeConfig, NormfreeForCausalLM, from_hf, remove_norms
 from normfree.errors import InputError
 from normfree.modeling.constant_std import ConstantStdNorm
-from normfree.removal.fold import folded_reader
+from normfree.removal.fold import Affine, after_norm
 
 from ..modeling.test_no_norm_op import NORMALIZING, ops_of
 from .models import STOCK, VOCAB, constant_std, constant_std_of, perturbed, stock, tokens
@@ -109,7 +109,7 @@ def test_a_folded_reader_is_the_formula(
         kept = x - x.mean(-1, keepdim=True) if centered else x
         bias = norm.bias if norm.bias is not None else 0.0
         expected = (kept / std * norm.weight + bias) @ reader.weight.T + (reader.bias if biased else 0.0)
-        weight, shift = folded_reader(reader, norm, n_reader - 1)
+        weight, shift = after_norm(Affine(reader.weight, reader.bias), norm, n_reader - 1)
         assert (shift is not None) == (centered or biased)
         folded = x @ weight.T + (0.0 if shift is None else shift)
         reading = norm(x)
@@ -125,8 +125,8 @@ def test_what_cannot_be_folded_is_named() -> None:
         ({"norm": "dyt"}, "norm 'dyt' is a tanh and no division by a std"),
         ({"norm": "derf"}, "norm 'derf' is an erf and no division by a std"),
         ({"norm": "none", "final_norm": "dyt"}, "final_norm 'dyt' is a tanh"),
-        ({"norm": "rmsnorm_scaling"}, r"norm 'rmsnorm_scaling' divides.*1/sqrt\(layer\) could be folded, but"),
-        ({"norm": "constant_std", "qk_norm": "rmsnorm"}, "qk_norm 'rmsnorm' divides each query and key"),
+        ({"norm": "rmsnorm_scaling"}, "norm 'rmsnorm_scaling' divides by each token's own std"),
+        ({"norm": "none", "final_norm": "none", "qk_norm": "rmsnorm"}, "its qk_norm 'rmsnorm' has no constant std"),
         ({"norm": "layernorm", "norm_placement": "hybrid"}, "norm 'layernorm' divides by each token's own std"),
     )
     for options, message in refused:
@@ -135,7 +135,5 @@ def test_what_cannot_be_folded_is_named() -> None:
     free = remove_norms(constant_std_of("gpt2"))
     with pytest.raises(InputError, match="no norm to remove"):
         remove_norms(free)
-    with pytest.raises(InputError, match="norm_placement pre only"):
-        NormfreeConfig(norm="constant_std", norm_placement="post")
     with pytest.raises(InputError, match="norm_is_centered means nothing"):
         NormfreeConfig(norm_is_centered=False)

@@ -94,21 +94,31 @@ def test_a_checkpoint_from_between_is_no_finished_model(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"norm": "none", "final_norm": "none"}, "has no norm to remove"),
-        ({"norm_placement": "post"}, "removed in pre placement, and the model's is 'post'"),
-        ({"norm": "layernorm", "final_norm": "rmsnorm"}, "differ"),
         ({"norm": "constant_std"}, "norm 'constant_std' cannot be removed"),
-        ({"norm": "dyt"}, "norm 'dyt' cannot be removed; allowed: layernorm, rmsnorm, none"),
-        ({"norm": "derf"}, "norm 'derf' cannot be removed; allowed: layernorm, rmsnorm, none"),
-        ({"norm": "layernorm_scaling"}, r"norm 'layernorm_scaling' cannot be removed \(the constant 1/sqrt\(layer\)"),
-        ({"qk_norm": "rmsnorm"}, "qk_norm 'rmsnorm' cannot be removed"),
-        ({"norm_placement": "sandwich"}, "removed in pre placement, and the model's is 'sandwich'"),
-        ({"norm_placement": "hybrid"}, "removed in pre placement, and the model's is 'hybrid'"),
+        ({"norm": "dyt"}, "norm 'dyt' cannot be removed; allowed: layernorm, rmsnorm, layernorm_scaling"),
+        ({"norm": "derf"}, "norm 'derf' cannot be removed; allowed: layernorm, rmsnorm, layernorm_scaling"),
+        ({"final_norm": "dyt"}, "final_norm 'dyt' cannot be removed"),
+        (
+            {"ffn": "spark", "attention": "spark", "n_embd": 16, "n_inner": 64, "activation": "relu"},
+            "norms cannot be removed before ffn 'spark'",
+        ),
     ],
 )
 def test_models_without_norms_to_remove(options: dict[str, Any], message: str) -> None:
-    model = NormfreeForCausalLM(NormfreeConfig(vocab_size=9, n_positions=4, n_layer=1, n_head=1, n_embd=4, **options))
+    sizes = {"vocab_size": 9, "n_positions": 4, "n_layer": 1, "n_head": 1, "n_embd": 4}
+    model = NormfreeForCausalLM(NormfreeConfig(**{**sizes, **options}))
     with pytest.raises(InputError, match=message):
         Midway(model, scheduled())
+
+
+def test_qk_norms_to_remove_must_be_there() -> None:
+    for options, message in (
+        (dict[str, Any](), "qk_norms is remove, and the model's qk_norm is none"),
+        ({"qk_norm": "rmsnorm", "qk_norm_is_constant": True}, "qk_norm is constant already"),
+    ):
+        config = NormfreeConfig(vocab_size=9, n_positions=4, n_layer=1, n_head=1, n_embd=4, **options)
+        with pytest.raises(InputError, match=message):
+            Midway(NormfreeForCausalLM(config), scheduled(qk_norms="remove"))
 
 
 def test_settled_models_are_those_of_the_other_tests(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from normfree import NormfreeConfig
 from normfree.errors import InputError
 from normfree.removal.plan import PUBLISHED_BATCH, PUBLISHED_LENGTH, RECIPE
 from normfree.removal.schedule import (
-    BLOCK_PARTS,
+    PUBLISHED_PARTS,
     SCHEDULES,
     Removal,
     RemovalSchedule,
@@ -102,7 +102,7 @@ def test_stretched_waits_longer_behind_a_step_only() -> None:
 
 
 def stages(**changes: Any) -> list[dict[str, Any]]:
-    parts = [*BLOCK_PARTS, "final", "end_of_text", "first_token"]
+    parts = [*PUBLISHED_PARTS, "end_of_text", "first_token"]
     return [{"part": part, "after": 2, **changes.get(part, {})} for part in parts]
 
 

@@ -30,6 +30,13 @@ Order = Annotated[
         help="Remove norms by measured cost, the cheapest first, or as the schedule says; default: as it says."
     ),
 ]
+QKNorms = Annotated[
+    Literal["keep", "remove"] | None,
+    typer.Option(
+        help="Norms of queries and keys: keep them (only norms of the residual stream go), or remove them too; "
+        "default: as the schedule says, or keep."
+    ),
+]
 Yes = Annotated[bool, typer.Option("--yes", help="Begin although it takes more than a day on this machine.")]
 
 
@@ -41,6 +48,7 @@ def remove_norm(
     out: Output = None,
     schedule: Schedule = None,
     order: Order = None,
+    qk_norms: QKNorms = None,
     vanilla: Annotated[bool, typer.Option(help="Also fine-tune with the norms kept, as a control.")] = True,
     yes: Yes = False,
     json_: Json = False,
@@ -60,7 +68,7 @@ def remove_norm(
     training["changes"] |= {name: value for name, value in data.items() if value is not None}
     console = open_console(json_)
     removal = remove_from_pretrained(
-        model, folder, schedule=schedule, order=order, vanilla=vanilla, yes=yes, **training
+        model, folder, schedule=schedule, order=order, qk_norms=qk_norms, vanilla=vanilla, yes=yes, **training
     )
     if json_:
         read = {"beginning": removal.beginning.summary(), "quantization": removal.quantization}

@@ -52,7 +52,7 @@ class BlockOptions(AttentionOptions, FeedForwardOptions):
         if placement != "pre":
             if self.norm == "none":
                 raise InputError(f"norm_placement {placement!r} means nothing for norm 'none'; leave it out")
-            if self.norm in ("constant_std", *SCALED_NORMS):
+            if self.norm in SCALED_NORMS:
                 raise InputError(f"norm {self.norm} is defined for norm_placement pre only, not {placement!r}")
             if self.parallel_residual:
                 raise InputError(f"parallel_residual is defined for norm_placement pre only, not {placement!r}")
@@ -73,13 +73,28 @@ class BlockOptions(AttentionOptions, FeedForwardOptions):
             )
 
 
+@dataclass(frozen=True)
+class NormPlaces:
+    """The names of a block's norms around one sublayer: x becomes OnSum(α x + After(sublayer(Before(x))))."""
+
+    before: str | None = None
+    after: str | None = None
+    on_sum: str | None = None
+
+
 class Block(GradientCheckpointingLayer):
     """The parts every placement has: attention, feed-forward network, a norm and a dropout for each."""
+
+    around_attention: NormPlaces
+    around_ffn: NormPlaces
+    alpha = 1.0
 
     def __init__(self, config: BlockOptions, layer: int) -> None:
         super().__init__()
         self.layer_type = config.layer_types[layer]
-        self.attention_norm = build_norm(config, layer, "attention")
+        # Queries and keys read a norm before attention, and values do: with constant stds each has its own.
+        n_reader = 2 if self.around_attention.before == "attention_norm" else 1
+        self.attention_norm = build_norm(config, layer, "attention", n_reader)
         self.attention = build_attention(config, layer)
         self.ffn_norm = build_norm(config, layer, "ffn")
         self.ffn = build_feed_forward(config, layer)
@@ -92,6 +107,9 @@ class Block(GradientCheckpointingLayer):
 class PreNormBlock(Block):
     """h = x + Attention(Norm(x));  y = h + FFN(Norm(h))  (ReLU's Revival, Eq. 1)."""
 
+    around_attention = NormPlaces(before="attention_norm")
+    around_ffn = NormPlaces(before="ffn_norm")
+
     def forward(self, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x), **kwargs)[0])
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
@@ -100,6 +118,9 @@ class PreNormBlock(Block):
 class ParallelPreNormBlock(Block):
     """y = x + Attention(Norm₁(x)) + FFN(Norm₂(x))  (GPT-NeoX and Pythia, Black et al. 2022, Section 2.1)."""
 
+    around_attention = NormPlaces(before="attention_norm")
+    around_ffn = NormPlaces(before="ffn_norm")
+
     def forward(self, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         attended = self.dropout(self.attention(self.attention_norm(x), **kwargs)[0])
         return self.dropout(self.ffn(self.ffn_norm(x))) + attended + x
@@ -107,6 +128,9 @@ class ParallelPreNormBlock(Block):
 
 class PostNormBlock(Block):
     """h = Norm(x + Attention(x));  y = Norm(h + FFN(h))  (Vaswani et al. 2017)."""
+
+    around_attention = NormPlaces(on_sum="attention_norm")
+    around_ffn = NormPlaces(on_sum="ffn_norm")
 
     def forward(self, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         x = self.attention_norm(x + self.dropout(self.attention(x, **kwargs)[0]))
@@ -118,6 +142,9 @@ class SandwichNormBlock(Block):
 
     All four norms have gains of their own.
     """
+
+    around_attention = NormPlaces(before="attention_norm", after="attention_output_norm")
+    around_ffn = NormPlaces(before="ffn_norm", after="ffn_output_norm")
 
     def __init__(self, config: BlockOptions, layer: int) -> None:
         super().__init__(config, layer)
@@ -136,6 +163,9 @@ class ReorderedNormBlock(Block):
     the sublayers read.
     """
 
+    around_attention = NormPlaces(after="attention_norm")
+    around_ffn = NormPlaces(after="ffn_norm")
+
     def forward(self, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         x = x + self.dropout(self.attention_norm(self.attention(x, **kwargs)[0]))
         return x + self.dropout(self.ffn_norm(self.ffn(x)))
@@ -147,6 +177,9 @@ class DeepNormBlock(Block):
     Values, attention output and feed-forward network start β = (8 N)^-¼ times as large as elsewhere. Both constants
     are those of a decoder without encoder (Figure 2).
     """
+
+    around_attention = NormPlaces(on_sum="attention_norm")
+    around_ffn = NormPlaces(on_sum="ffn_norm")
 
     def __init__(self, config: BlockOptions, layer: int) -> None:
         super().__init__(config, layer)
@@ -169,6 +202,9 @@ class HybridNormBlock(Block):
     with the norm on both of the paths that leave h. The last block's output is thus not normalized: the paper keeps a
     final norm.
     """
+
+    around_attention = NormPlaces(on_sum="ffn_norm")
+    around_ffn = NormPlaces()
 
     def __init__(self, config: BlockOptions, layer: int) -> None:
         super().__init__(config, layer)

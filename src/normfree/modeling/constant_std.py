@@ -42,3 +42,25 @@ class ConstantStdNorm(nn.Module):
     def _scaled(self, x: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
         scaled = x * (self.weight / std)
         return scaled if self.bias is None else scaled + self.bias
+
+
+class ConstantStdHeadNorm(ConstantStdNorm):
+    """y = (x - mean(x)) / σ_h ⊙ gain + bias for head h: a norm of queries, keys or values with one constant σ per head.
+
+    x is [..., heads, head_dim], and so is the result. It is linear: it folds into the projection that makes x. The
+    gains are [head_dim] where all heads share them, else [heads head_dim].
+    """
+
+    std: torch.Tensor
+    """float32 [1, heads]; [1, 1] in place of a norm over all heads at once."""
+
+    def __init__(self, head_dim: int, *, n_gain: int, n_std: int, is_centered: bool, is_biased: bool) -> None:
+        super().__init__(n_gain, is_centered=is_centered)
+        self.head_dim = head_dim
+        if not is_biased:
+            self.bias = None
+        self.register_buffer("std", torch.ones(1, n_std))
+
+    def _scaled(self, x: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+        scaled = x * (self.weight.view(-1, self.head_dim) / std[:, None])
+        return scaled if self.bias is None else scaled + self.bias

@@ -32,11 +32,13 @@ class NormSite:
     place: the sublayer that it belongs to; ``head`` for a norm of queries, keys or values, head by head.
     width: how many numbers it normalizes together.
     layer: its block, from 0; None before the unembedding.
+    n_reader: results of a constant_std norm, each with a std of its own.
     """
 
     place: NormPlace
     width: int
     layer: int | None
+    n_reader: int = 1
 
     @property
     def is_in_attention(self) -> bool:
@@ -137,13 +139,17 @@ class NormOptions(Dimensions):
     derf | constant_std``, and for ``norm`` ``layernorm_scaling | rmsnorm_scaling`` (times 1/sqrt(layer), layers from
     1); ``norm_eps``; ``dyt_alpha``: initial α of dyt, default 0.5, and ``dyt_attention_alpha``: another one for the
     norms of attention, default the same; ``derf_alpha`` and ``derf_shift``: initial α and s of derf, default 0.5 and 0;
-    ``norm_is_centered`` (constant_std only): whether it replaces a LayerNorm, which subtracts the mean, or an RMSNorm.
+    ``norm_is_centered`` (constant_std only): whether it replaces a LayerNorm, which subtracts the mean, or an RMSNorm;
+    ``final_norm_is_centered``: the same of final_norm, default ``norm_is_centered``.
     """
 
     norm: str = option("layernorm", check=one_of(lambda: NORMS))
     final_norm: str = option("layernorm", check=one_of(lambda: NORMS))
     norm_eps: float | int = option(1e-5, check=positive)
     norm_is_centered: bool = option_of("norm", "final_norm", kinds=("constant_std",), default=True)
+    final_norm_is_centered: bool | None = option_of(
+        "final_norm", kinds=("constant_std",), fill=lambda options: options.norm_is_centered
+    )
     dyt_alpha: float | int | None = option_of("norm", "final_norm", kinds=("dyt",), check=positive, fill=0.5)
     dyt_attention_alpha: float | int | None = option_of(
         "norm", kinds=("dyt",), check=positive, fill=lambda options: options.dyt_alpha
@@ -180,16 +186,17 @@ NORMS: dict[str, Callable[[NormOptions, NormSite], nn.Module]] = {
     "rmsnorm_scaling": lambda options, site: ScaledRMSNorm(site.width, options.norm_eps, site.depth_scale),
     "dyt": _dynamic_tanh,
     "derf": _dynamic_erf,
-    # Attention reads it twice: queries and keys; values.
     "constant_std": lambda options, site: ConstantStdNorm(
-        site.width, n_reader=2 if site.place == "attention" else 1, is_centered=options.norm_is_centered
+        site.width,
+        n_reader=site.n_reader,
+        is_centered=bool(options.norm_is_centered if site.layer is not None else options.final_norm_is_centered),
     ),
 }
 
 
-def build_norm(options: NormOptions, layer: int, place: NormPlace) -> nn.Module:
+def build_norm(options: NormOptions, layer: int, place: NormPlace, n_reader: int = 1) -> nn.Module:
     """A norm of the residual stream in block ``layer`` (from 0)."""
-    return NORMS[options.norm](options, NormSite(place, options.n_embd, layer))
+    return NORMS[options.norm](options, NormSite(place, options.n_embd, layer, n_reader))
 
 
 def build_final_norm(options: NormOptions) -> nn.Module:

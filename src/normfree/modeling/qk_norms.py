@@ -10,8 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from normfree.model_options import Named, one_of, option
+from normfree.model_options import Named, one_of, option, option_of
+from normfree.modeling.constant_std import ConstantStdHeadNorm
 from normfree.modeling.norms import NORMS, NormOptions, NormSite, RMSNorm
+
+KINDS_OF_QK_NORM = ("layernorm", "rmsnorm", "rmsnorm_full_width", "layernorm_per_head")
 
 
 class FullWidthRMSNorm(RMSNorm):
@@ -51,10 +54,12 @@ class QKNormOptions(NormOptions):
     """QK-norm
     ``qk_norm``: norm of queries and keys over head_dim, ``none | layernorm | rmsnorm`` (also ``False`` for ``none``,
     ``True`` for the kind that ``norm`` is, RMSNorm where that has none), ``layernorm_per_head`` (each head has gains of
-    its own) or ``rmsnorm_full_width`` (over all heads together).
+    its own) or ``rmsnorm_full_width`` (over all heads together); ``qk_norm_is_constant``: whether it divides by one
+    constant std per head (per projection for rmsnorm_full_width) instead of each token's own.
     """
 
     qk_norm: Named = option("none", check=one_of(lambda: QK_NORMS), read=_like_norm)
+    qk_norm_is_constant: bool = option_of("qk_norm", kinds=KINDS_OF_QK_NORM, default=False)
 
     @property
     def head_norms(self) -> dict[str, str]:
@@ -77,8 +82,25 @@ QK_NORMS: dict[str, Callable[[QKNormOptions, int, int], nn.Module]] = {
 """Values of ``qk_norm``, and what builds each from (options, layer, heads of the projection)."""
 
 
+def constant_head_norm(norm: nn.Module, n_head: int, head_dim: int) -> ConstantStdHeadNorm:
+    """The norm with constant stds that can hold the gain and bias of ``norm``."""
+    assert isinstance(norm, (nn.LayerNorm, nn.RMSNorm, PerHeadLayerNorm))
+    return ConstantStdHeadNorm(
+        head_dim,
+        n_gain=norm.weight.numel(),
+        n_std=1 if isinstance(norm, FullWidthRMSNorm) else n_head,
+        is_centered=not isinstance(norm, nn.RMSNorm),
+        is_biased=isinstance(norm, nn.LayerNorm),
+    )
+
+
 def build_head_norm(options: QKNormOptions, layer: int, projection: str) -> nn.Module:
     """The norm of the output of ``projection`` (q, k or v) in block ``layer`` (from 0); the identity if it has none."""
     name = options.head_norms.get(projection, "none")
-    build = QK_NORMS[name] if name in QK_NORMS else _shared_by_heads(name)
-    return build(options, layer, options.n_head if projection == "q" else options.n_kv_head)
+    n_head = options.n_head if projection == "q" else options.n_kv_head
+    if name == "constant_std":  # of a placement that normalizes queries, keys and values
+        name, is_constant = "layernorm" if options.norm_is_centered else "rmsnorm", True
+    else:
+        is_constant = options.qk_norm_is_constant and name != "none"
+    norm = (QK_NORMS[name] if name in QK_NORMS else _shared_by_heads(name))(options, layer, n_head)
+    return constant_head_norm(norm, n_head, options.head_dim) if is_constant else norm

@@ -13,6 +13,7 @@ from normfree.errors import InputError
 from normfree.files import DEFAULT_CACHE_DIR
 from normfree.locks import locked
 from normfree.progress import display, duration, stage
+from normfree.removal.parts import QKNorms
 from normfree.removal.plan import plan
 from normfree.removal.removal import SCHEDULE_FILE, RemovalResult, remove
 from normfree.removal.schedule import Order, load_schedule
@@ -48,6 +49,7 @@ def remove_from_pretrained(
     changes: Mapping[str, Any] | None = None,
     schedule: str | None = None,
     order: Order | None = None,
+    qk_norms: QKNorms | None = None,
     seed: int = 0,
     lora_rank: int | None = None,
     vanilla: bool = True,
@@ -66,6 +68,8 @@ def remove_from_pretrained(
         schedule: the name of a published schedule, or a YAML file; default: by depth and budget, for a run as GPT-2
             Small's, for any other model :func:`~normfree.removal.schedule.pretrained_schedule`.
         order: ``published`` or ``auto``, instead of the schedule's.
+        qk_norms: whether norms of queries and keys stay in the model or go too, instead of the schedule's; default
+            without a schedule: they stay.
         seed: of the order of the data and of dropout.
         lora_rank: trains low-rank changes of this rank, and the norms; default: all weights.
         vanilla: also fine-tune with the norms kept, as a control.
@@ -80,11 +84,11 @@ def remove_from_pretrained(
     """
     with on_device(device):
         given = load_schedule(schedule) if schedule is not None else None
-        planned = plan(source, changes=changes or {}, seed=seed, lora_rank=lora_rank, schedule=given)
+        planned = plan(source, changes=changes or {}, seed=seed, lora_rank=lora_rank, schedule=given, qk_norms=qk_norms)
         data = planned.prepare_data(cache_dir)
         run, chosen = planned.run, planned.schedule
-        if order is not None:
-            chosen = chosen.model_copy(update={"order": order})
+        options = {"order": order, "qk_norms": qk_norms}
+        chosen = chosen.model_copy(update={name: value for name, value in options.items() if value is not None})
         if not (folder / SCHEDULE_FILE).exists():
             _check_time(run, data, 2 if vanilla else 1, is_agreed=yes)
         total = run.recipe.n_tokens(run.data.sequence_length) * (2 if vanilla else 1)

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from normfree.errors import InputError
-from normfree.modeling import NormfreeConfig, NormfreeForCausalLM
-from normfree.modeling.blocks import Block
-from normfree.modeling.norms import SCALED_NORMS
+from normfree.modeling import NormfreeForCausalLM
+from normfree.modeling.qk_norms import PerHeadLayerNorm
 from normfree.removal.fold import FOLDED
-from normfree.removal.removable import MIDWAY, VALUES, RemovableNorm, SpecialTokens
-from normfree.removal.schedule import SPECIAL_PARTS, Part, Removal, RemovalSchedule
-
-NORMS_TO_REMOVE = ("layernorm", "rmsnorm")
-READERS: dict[Part, tuple[str, int]] = {"ffn": ("ffn_norm", 0), "attention_qk": ("attention_norm", 0)}
-READERS["attention_v"] = ("attention_norm", VALUES)
-"""The norm of a block, and the reader's place in it, by part."""
+from normfree.removal.parts import CENTERED_NORMS, Part, block_parts, check_removable
+from normfree.removal.removable import MIDWAY, RemovableHeadNorm, RemovableNorm, SpecialTokens
+from normfree.removal.schedule import Removal, RemovalSchedule
 
 
 class Midway:
@@ -32,26 +29,31 @@ class Midway:
     step: the optimizer step that is being taken (:meth:`begin_step`).
 
     Raises:
-        InputError: the model has no norms to remove, or not in pre placement.
+        InputError: the model has no norms to remove, or of a kind that cannot be.
     """
 
     def __init__(self, model: NormfreeForCausalLM, schedule: RemovalSchedule) -> None:
-        check_removable(model.config)
+        config = model.config
+        check_removable(config, schedule.qk_norms)
         self.model = model
         self.schedule = schedule
         self.step = 0
-        self.original = {option: getattr(model.config, option) for option in ("norm", "final_norm")}
-        eos = model.config.eos_token_id
+        self.original = {option: getattr(config, option) for option in ("norm", "final_norm")}
+        eos = config.eos_token_id
         self.tokens = SpecialTokens(
             [eos] if isinstance(eos, int) else eos, schedule.special_tokens, factor=schedule.special_factor
         )
         self.gone: list[Removal] = []
-        for block in model.model.blocks:
-            assert isinstance(block, Block)
-            block.attention_norm = self._removable(block.attention_norm, n_reader=2)
-            block.ffn_norm = self._removable(block.ffn_norm, n_reader=1)
-        model.model.final_norm = self._removable(model.model.final_norm, n_reader=1)
-        model.config.norm = MIDWAY
+        self._readers: dict[tuple[Part, int | None], list[tuple[RemovableNorm, int]]] = {}
+        for layer in range(config.n_layer):
+            parts = block_parts(config, layer, schedule.qk_norms)
+            n_reader = Counter(reader.norm for readers in parts.values() for reader in readers)
+            norms = {norm: self._made_removable(f"blocks.{layer}.{norm}", n) for norm, n in n_reader.items()}
+            for part, readers in parts.items():
+                self._readers[part, layer] = [(norms[norm], place) for norm, place in readers]
+        if config.final_norm != "none":
+            self._readers["final", None] = [(self._made_removable("final_norm", 1), 0)]
+        config.norm = MIDWAY
         self._hook = model.register_forward_pre_hook(self._see, with_kwargs=True)
 
     def apply(self, removal: Removal) -> None:
@@ -61,9 +63,7 @@ class Midway:
             InputError: it was removed before, or no batch has been seen yet.
         """
         self.gone.append(removal)
-        reader = self._reader(removal)
-        if reader is not None:
-            norm, place = reader
+        for norm, place in self._readers_of(removal):
             norm.make_constant(place)
         self._follow_ramp(removal)
 
@@ -86,13 +86,14 @@ class Midway:
 
     @contextmanager
     def alone(self, removal: Removal) -> Iterator[float]:
-        """Only this norm's reader divides by its constant, which is yielded."""
-        reader = self._reader(removal)
-        assert reader is not None, "special tokens are no norm"
-        norm, place = reader
-        norm.make_constant(place)
-        yield float(norm.std[place])
-        norm.is_constant[place] = False
+        """Only this part divides by its constant, which is yielded; the mean of several."""
+        readers = self._readers_of(removal)
+        assert readers, "special tokens are no norm"
+        for norm, place in readers:
+            norm.make_constant(place)
+        yield float(torch.cat([norm.std[place].flatten() for norm, place in readers]).mean())
+        for norm, place in readers:
+            norm.is_constant[place] = False
 
     def overflow(self) -> str | None:
         """The first norm, in the model's order, before which a std of this step was not finite; None if all were."""
@@ -119,44 +120,46 @@ class Midway:
             what = f"{len(left)} norms, {left[0]} first," if left else "special tokens"
             raise InputError(f"the removal is not finished: {what} still have stds of their own; let the run finish")
         self.forget_special_tokens()
-        for option, norm in self.original.items():
-            setattr(self.model.config, option, norm if norm == "none" else FOLDED)
-        self.model.config.norm_is_centered = "rmsnorm" not in self.original.values()
+        config, norm, final = self.model.config, self.original["norm"], self.original["final_norm"]
+        config.norm, config.final_norm = (each if each == "none" else FOLDED for each in (norm, final))
+        config.final_norm_is_centered = None if final == "none" else final in CENTERED_NORMS
+        config.norm_is_centered = (
+            norm in CENTERED_NORMS if norm != "none" else config.final_norm_is_centered is not False
+        )
+        config.qk_norm_is_constant = config.qk_norm_is_constant or self.schedule.qk_norms == "remove"
 
     def forget_special_tokens(self) -> None:
         """Drops the stds of special tokens, which checkpoints after the last removal do not have."""
         for _, norm in self.norms():
             norm.forget_special_tokens()
 
-    def _removable(self, norm: nn.Module, *, n_reader: int) -> nn.Module:
-        if not isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):
-            return norm
-        return RemovableNorm(
-            norm,
-            n_reader=n_reader,
-            tokens=self.tokens,
-            momentum=self.schedule.std_momentum,
-            statistic=self.schedule.std_statistic,
+    def _made_removable(self, name: str, n_reader: int) -> RemovableNorm:
+        """Replaces the norm ``name`` of the decoder."""
+        parent, _, child = name.rpartition(".")
+        holder, schedule = self.model.model.get_submodule(parent), self.schedule
+        norm = getattr(holder, child)
+        assert isinstance(norm, (nn.LayerNorm, nn.RMSNorm, PerHeadLayerNorm)), "the configuration is checked"
+        build: Any = partial(RemovableNorm, n_reader=n_reader)
+        if parent.endswith(".attention"):
+            config = self.model.config
+            build = partial(RemovableHeadNorm, n_head=config.n_head if child == "q_norm" else config.n_kv_head)
+        removable: RemovableNorm = build(
+            norm, tokens=self.tokens, momentum=schedule.std_momentum, statistic=schedule.std_statistic
         )
+        setattr(holder, child, removable)
+        return removable
 
     def _follow_ramp(self, removal: Removal) -> None:
         n_step = self.schedule.ramp_steps
         done = min(1.0, (self.step - removal.step + 1) / n_step) if n_step else 1.0
-        reader = self._reader(removal)
-        if reader is not None:
-            norm, place = reader
+        for norm, place in self._readers_of(removal):
             norm.ramp[place] = done
-        elif self.tokens.shares[removal.part]:
+        if self.tokens.shares.get(removal.part):
             self.tokens.shares[removal.part] = 1 - done
 
-    def _reader(self, removal: Removal) -> tuple[RemovableNorm, int] | None:
-        """The norm that a removal makes constant, and the reader's place; None for special tokens."""
-        if removal.part in SPECIAL_PARTS:
-            return None
-        name, reader = READERS.get(removal.part, ("final_norm", 0))
-        norm = getattr(self.model.model if removal.layer is None else self.model.model.blocks[removal.layer], name)
-        assert isinstance(norm, RemovableNorm), "schedules are checked against the model"
-        return norm, reader
+    def _readers_of(self, removal: Removal) -> list[tuple[RemovableNorm, int]]:
+        """The norms that a removal makes constant, and the reader's place in each; none for special tokens."""
+        return self._readers.get((removal.part, removal.layer), [])
 
     def _see(self, model: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         self.tokens.see(options["input_ids"] if "input_ids" in options else args[0])
@@ -164,41 +167,7 @@ class Midway:
 
 def norm_name(module: str) -> str:
     """A norm as messages call it, from its module's name: ``the attention norm of layer 3``."""
-    *_, layer, name = module.split(".")
-    kind = name.removesuffix("_norm")
-    return f"the {kind} norm of layer {layer}" if layer.isdigit() else f"the {kind} norm"
-
-
-def check_removable(config: NormfreeConfig) -> None:
-    """Checks that the norms of a model of that configuration can be removed.
-
-    Raises:
-        InputError: it has none, or one that is constant, of another kind, not in pre placement, or inside attention.
-    """
-    names = {"norm": config.norm, "final_norm": config.final_norm}
-    if set(names.values()) == {"none"}:
-        raise InputError("the model has no norm to remove: its norm and final_norm are none")
-    if config.norm_placement != "pre":
-        raise InputError(
-            f"norms can be removed in pre placement, and the model's is {config.norm_placement!r}: there a norm acts "
-            "on the residual stream or on what is added to it, not only on its readers"
-        )
-    if config.qk_norm != "none":
-        raise InputError(
-            f"qk_norm {config.qk_norm!r} cannot be removed: it divides each query and key by its own std; "
-            "use a model without qk_norm"
-        )
-    if config.ffn == "spark":
-        raise InputError(
-            "norms cannot be removed before ffn 'spark': it reads the residual stream in two parts, whose weights "
-            "cannot hold a norm of the whole; use a model with ffn dense or gated"
-        )
-    for option, name in names.items():
-        if name not in (*NORMS_TO_REMOVE, "none"):
-            hint = " (the constant 1/sqrt(layer) is not folded yet)" if name in SCALED_NORMS else ""
-            raise InputError(f"{option} {name!r} cannot be removed{hint}; allowed: {', '.join(NORMS_TO_REMOVE)}, none")
-    if len(set(names.values()) - {"none"}) > 1:
-        raise InputError(
-            f"norm {config.norm!r} and final_norm {config.final_norm!r} differ, but a model with constant stds centres "
-            "everywhere or nowhere; only equal ones can be removed"
-        )
+    names = module.split(".")
+    kind = names[-1].removesuffix("_norm").replace("_", " ")
+    layer = next((name for name in names if name.isdigit()), None)
+    return f"the {kind} norm" if layer is None else f"the {kind} norm of layer {layer}"

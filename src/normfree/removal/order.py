@@ -11,7 +11,8 @@ from normfree.modeling import NormfreeForCausalLM
 from normfree.modeling.linear_cross_entropy import NOT_PREDICTED
 from normfree.progress import track
 from normfree.removal.midway import Midway
-from normfree.removal.schedule import SPECIAL_PARTS, RemovalSchedule
+from normfree.removal.parts import SPECIAL_PARTS
+from normfree.removal.schedule import RemovalSchedule
 from normfree.training.evaluation import losses_of, mean_loss
 from normfree.training.half_precision import autocast
 from normfree.training.recipe import Recipe

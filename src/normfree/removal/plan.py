@@ -11,6 +11,7 @@ from typing import Any
 from normfree.data import PackedData, natural_rule, prepare_data, same_data
 from normfree.devices import default_device
 from normfree.errors import InputError
+from normfree.removal.parts import QKNorms, check_removable, parts_to_remove
 from normfree.removal.schedule import (
     PRETRAINED_RECIPE,
     RemovalSchedule,
@@ -80,6 +81,7 @@ def plan(
     seed: int,
     lora_rank: int | None = None,
     schedule: RemovalSchedule | None = None,
+    qk_norms: QKNorms | None = None,
 ) -> Plan:
     """The fine-tuning that removes the norms of the model ``source``.
 
@@ -89,11 +91,11 @@ def plan(
     overrides both, and ``changes`` override it: values by dotted name, such as ``data.corpus``, ``recipe.steps`` and,
     with a ``lora_rank``, ``lora.alpha``. Without a ``schedule`` a run has
     :func:`~normfree.removal.schedule.automatic_schedule`, any other model
-    :func:`~normfree.removal.schedule.pretrained_schedule`.
+    :func:`~normfree.removal.schedule.pretrained_schedule`; ``qk_norms`` is theirs.
 
     Raises:
-        InputError: the model cannot be loaded, no corpus is named for a model that is not a run, or a name or value is
-            wrong.
+        InputError: the model cannot be loaded, its norms cannot be removed, no corpus is named for a model that is no
+            run, or a name or value is wrong.
     """
     loaded = load_pretrained(source)
     trained = loaded.run
@@ -117,8 +119,9 @@ def plan(
     run = continued_run(source, "removal", seed, sections, "remove-norm")
     if schedule is None:
         automatic = pretrained_schedule if trained is None else automatic_schedule
-        n_layer = loaded.model.config.get_text_config().num_hidden_layers
-        schedule = automatic(n_layer, run.recipe.n_steps(run.data.sequence_length))
+        config, n_step = loaded.as_normfree().config, run.recipe.n_steps(run.data.sequence_length)
+        check_removable(config, qk_norms or "keep")
+        schedule = automatic(config.n_layer, n_step, parts_to_remove(config, qk_norms or "keep"), qk_norms or "keep")
     fingerprint = loaded.fingerprint if run.data == loaded.data else None
     return Plan(_with_checkpoints(run), schedule, fingerprint, loaded.n_embedding)
 

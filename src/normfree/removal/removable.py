@@ -9,16 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from normfree.errors import InputError
+from normfree.modeling.qk_norms import FullWidthRMSNorm, PerHeadLayerNorm
+from normfree.removal.parts import VALUES
 
 MIDWAY = "removable"
 """The ``norm`` of a model during removal; no configuration allows it."""
 STD = "std"
 SPECIAL_STD = "special_std"
-VALUES = 1
-"""The values' place among the readers of attention's norm; queries and keys have place 0."""
 Treatment = Literal["separate", "published", "measured"]
 TREATMENTS: tuple[Treatment, ...] = get_args(Treatment)
 Statistic = Literal["mean", "median"]
+
+
+Removable = nn.LayerNorm | nn.RMSNorm | PerHeadLayerNorm
 
 
 def statistic_of(stds: Tensor, statistic: Statistic | float) -> Tensor:
@@ -31,6 +34,14 @@ def statistic_of(stds: Tensor, statistic: Statistic | float) -> Tensor:
 def ratio_to_median(stds: Tensor) -> Tensor:
     """Each token's std over the median of its sequence, [batch, T, 1], without gradient through the median."""
     return stds / torch.quantile(stds.detach(), 0.5, dim=1, keepdim=True)
+
+
+def by_head(stds: Tensor, among: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Both head by head, [tokens] each, from [batch, T, heads, 1]; in one piece from [batch, T, 1]."""
+    return [
+        (own.flatten(), chosen.flatten())
+        for own, chosen in zip(stds.flatten(2).unbind(-1), among.flatten(2).unbind(-1), strict=True)
+    ]
 
 
 class SpecialTokens:
@@ -80,14 +91,14 @@ class SpecialTokens:
         self._share = share[..., None]
 
     def share(self, own_std: Tensor) -> Tensor | None:
-        """How much of their own std tokens keep at a norm, float32 like ``own_std`` [batch, T, 1]; 0 for ordinary ones.
+        """How much of their own std tokens keep at a norm, float32, broadcastable to ``own_std``; 0 for others.
 
         None without special tokens.
         """
         if not self.has_any:
             return None
         if self.treatment != "measured":
-            return self._share
+            return self._share if self._share is None or own_std.dim() == 3 else self._share.unsqueeze(-1)
         return (ratio_to_median(own_std.detach()) > self.factor).float() * self.shares["massive_tokens"]
 
 
@@ -103,25 +114,31 @@ class RemovableNorm(nn.Module):
     With ``keeps_own_std`` the last batch's stds, [batch, T, 1] with their gradient, stay in ``own_std``, and the tokens
     that the constant averages in ``is_ordinary``. ``largest`` is the largest std since :meth:`begin_step`.
 
-    x is [batch, T, n_embd]; the result is that of :class:`~normfree.modeling.constant_std.ConstantStdNorm`.
+    x is [batch, T, n_embd]; the result is that of :class:`~normfree.modeling.constant_std.ConstantStdNorm`. The gain
+    and bias take in the constant factor of a norm of LayerNorm Scaling.
     """
 
     std: Tensor
     special_std: Tensor
+    """[n_reader], or [n_reader, heads]."""
 
     def __init__(
         self,
-        norm: nn.LayerNorm | nn.RMSNorm,
+        norm: Removable,
         *,
         n_reader: int,
         momentum: float,
         tokens: SpecialTokens,
         statistic: Statistic | float = "mean",
+        std_shape: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
-        self.is_centered = isinstance(norm, nn.LayerNorm)
+        self.is_centered = not isinstance(norm, nn.RMSNorm)
         self.weight = norm.weight
         self.bias = norm.bias if isinstance(norm, nn.LayerNorm) else None
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.mul_(getattr(norm, "scale", 1.0))
         self.eps = norm.eps if norm.eps is not None else torch.finfo(norm.weight.dtype).eps
         self.momentum = momentum
         self.tokens = tokens
@@ -133,14 +150,14 @@ class RemovableNorm(nn.Module):
         self.own_std: Tensor | None = None
         self.is_ordinary: Tensor | None = None
         self.largest: Tensor | None = None
-        unknown = torch.full((n_reader,), torch.nan, dtype=torch.float32, device=norm.weight.device)
+        unknown = torch.full((n_reader, *std_shape), torch.nan, dtype=torch.float32, device=norm.weight.device)
         self.register_buffer(STD, unknown)
         self.register_buffer(SPECIAL_STD, unknown.clone())
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         centered = wide - wide.mean(dim=-1, keepdim=True) if self.is_centered else wide
-        own_std = (centered.square().mean(dim=-1, keepdim=True) + self.eps).sqrt()
+        own_std = (self._mean_square(centered) + self.eps).sqrt()
         share = self.tokens.share(own_std)
         if self.is_measuring or (self.training and torch.is_grad_enabled()):
             self._update(own_std.detach(), share)
@@ -161,7 +178,7 @@ class RemovableNorm(nn.Module):
         """
         if self.is_constant[reader]:
             raise InputError("a norm is removed twice; a schedule removes each once")
-        if self.std[reader].isnan():
+        if self.std[reader].isnan().any():
             raise InputError("no batch has been seen yet; begin the schedule after step 0")
         self.is_constant[reader] = True
 
@@ -175,21 +192,27 @@ class RemovableNorm(nn.Module):
         if self.is_constant[reader]:
             std, ramp = self._constant_std(share, reader), self.ramp[reader]
             std = std if ramp == 1 else own_std.pow(1 - ramp) * std.pow(ramp)
-        scaled = centered / std * self.weight
+        scaled = centered / std * self._gain(centered)
         return scaled if self.bias is None else scaled + self.bias
 
+    def _mean_square(self, centered: Tensor) -> Tensor:
+        return centered.square().mean(dim=-1, keepdim=True)
+
+    def _gain(self, x: Tensor) -> Tensor:
+        return self.weight
+
     def _constant_std(self, share: Tensor | None, reader: int) -> Tensor:
-        std = self.std[reader]
+        std = self.std[reader].unsqueeze(-1)
         if share is None or not self.tokens.concerns(reader):
             return std
-        special = self.special_std[reader]
+        special = self.special_std[reader].unsqueeze(-1)
         return std.pow(1 - share) * torch.where(special.isfinite(), special, std).pow(share)
 
     def _ordinary(self, own_std: Tensor, share: Tensor | None) -> Tensor:
         """Tokens that the std of the others takes in, bool like ``own_std``."""
         if share is None or self.tokens.treatment == "published":
             return torch.ones_like(own_std, dtype=torch.bool)
-        return share == 0
+        return (share == 0).expand_as(own_std)
 
     @torch.no_grad()
     def _update(self, own_std: Tensor, share: Tensor | None) -> None:
@@ -199,13 +222,42 @@ class RemovableNorm(nn.Module):
             return
         kinds = [(self.std, self._ordinary(own_std, share), self.statistic)]
         if share is not None:
-            kinds.append((self.special_std, share > 0, "mean"))
+            kinds.append((self.special_std, (share > 0).expand_as(own_std), "mean"))
         for buffer, among, statistic in kinds:
-            stds = own_std[among]
-            if not len(stds):
-                continue
-            value = statistic_of(stds, statistic)
-            for reader, is_constant in enumerate(self.is_constant):
-                if not is_constant:
-                    before = buffer[reader] if buffer[reader].isfinite() else value
-                    buffer[reader] = self.momentum * before + (1 - self.momentum) * value
+            for running, (own, chosen) in zip(buffer.view(len(buffer), -1).T, by_head(own_std, among), strict=True):
+                if not chosen.any():
+                    continue
+                value = statistic_of(own[chosen], statistic)
+                for reader, is_constant in enumerate(self.is_constant):
+                    if not is_constant:
+                        before = running[reader] if running[reader].isfinite() else value
+                        running[reader] = self.momentum * before + (1 - self.momentum) * value
+
+
+class RemovableHeadNorm(RemovableNorm):
+    """A norm of queries, keys or values whose division can be made constant, with one σ per head.
+
+    x is [batch, T, heads, head_dim]; the result is that of
+    :class:`~normfree.modeling.constant_std.ConstantStdHeadNorm`. A norm over all heads at once has one σ.
+    """
+
+    def __init__(
+        self,
+        norm: Removable,
+        *,
+        n_head: int,
+        momentum: float,
+        tokens: SpecialTokens,
+        statistic: Statistic | float = "mean",
+    ) -> None:
+        is_full_width = isinstance(norm, FullWidthRMSNorm)
+        shape = (1 if is_full_width else n_head,)
+        super().__init__(norm, n_reader=1, momentum=momentum, tokens=tokens, statistic=statistic, std_shape=shape)
+        self.is_full_width = is_full_width
+
+    def _mean_square(self, centered: Tensor) -> Tensor:
+        own = super()._mean_square(centered)
+        return own.mean(dim=-2, keepdim=True) if self.is_full_width else own
+
+    def _gain(self, x: Tensor) -> Tensor:
+        return self.weight.view(-1, x.shape[-1])

@@ -24,9 +24,9 @@ from normfree.removal.finetuning import (
     remove_by_finetuning,
 )
 from normfree.removal.fold import remove_norms
-from normfree.removal.midway import check_removable
 from normfree.removal.order import norm_costs
-from normfree.removal.schedule import SPECIAL_PARTS, RemovalSchedule, automatic_schedule, load_schedule
+from normfree.removal.parts import SPECIAL_PARTS, check_removable, parts_to_remove
+from normfree.removal.schedule import RemovalSchedule, automatic_schedule, load_schedule
 from normfree.removal.stock import to_stock
 from normfree.training import Callback, RunConfig, load_pretrained, train
 from normfree.training.evaluation import evaluation_losses, mean_loss, perplexity
@@ -96,9 +96,9 @@ def remove(
     check_data(data, run.recipe)
     original = starting_model(run.start_from, data)
     config = original.config
-    check_removable(config)
+    check_removable(config, "keep" if schedule is None else schedule.qk_norms)
     T = run.data.sequence_length
-    schedule = schedule or automatic_schedule(config.n_layer, run.recipe.n_steps(T))
+    schedule = schedule or automatic_schedule(config.n_layer, run.recipe.n_steps(T), parts_to_remove(config, "keep"))
     check_fit(run, schedule, config)
     recorded = _recorded(folder, schedule, config)
     tokens = run.recipe.n_tokens(T)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -11,14 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from normfree.errors import InputError, invalid_fields, unknown_name
 from normfree.modeling import NormfreeConfig
+from normfree.removal.parts import BLOCK_PARTS, SPECIAL_PARTS, Part, QKNorms, block_parts, norms_to_remove
 from normfree.removal.removable import Statistic, Treatment
 from normfree.training.run_config import read_yaml
 
-Part = Literal["ffn", "attention_qk", "attention_v", "final", "end_of_text", "first_token", "massive_tokens"]
-BLOCK_PARTS: tuple[Part, ...] = ("ffn", "attention_qk", "attention_v")
-"""Readers of the norms in every block: the feed-forward network; queries and keys; values."""
-SPECIAL_PARTS: tuple[Part, ...] = ("end_of_text", "first_token", "massive_tokens")
-"""Parts that are not norms but tokens, which lose their own std."""
+PUBLISHED_PARTS: tuple[Part, ...] = ("ffn", "attention_qk", "attention_v", "final")
+"""The norms of GPT-2."""
 Order = Literal["published", "auto"]
 Place = tuple[float, Part, int | None]
 """A removal whose step is not rounded yet."""
@@ -77,6 +75,7 @@ class RemovalSchedule(BaseModel):
     std_momentum: of the running mean of this statistic, updated every micro-batch; 0 keeps the last one's.
     ramp_steps: from a token's own std to the constant, own^(1 - λ) · constant^λ with λ in steps of 1 / ``ramp_steps``;
         0 and 1 switch at once. The stds of special tokens approach that of the others in the same way.
+    qk_norms: whether norms of queries and keys stay in the model or go too.
     special_tokens: tokens with their own std (see :class:`~normfree.removal.removable.SpecialTokens`).
     special_factor: a token is massive before a norm if its std there is more than this many times the median of its
         sequence.
@@ -96,6 +95,7 @@ class RemovalSchedule(BaseModel):
     std_statistic: Statistic | Annotated[float, Field(ge=0, le=1)] = "mean"
     std_momentum: float = Field(default=0.9, ge=0, lt=1)
     ramp_steps: int = Field(default=0, ge=0)
+    qk_norms: QKNorms = "keep"
     special_tokens: Treatment = "separate"
     special_factor: float = Field(default=8.0, gt=1, allow_inf_nan=False)
     std_loss: Literal["squared", "log_ratio"] = "squared"
@@ -113,7 +113,7 @@ class RemovalSchedule(BaseModel):
         Raises:
             InputError: a norm of the model is removed twice or never, or a norm is named that it does not have.
         """
-        removals = [Removal(round(step), part, layer) for step, part, layer in self._places(model.n_layer)]
+        removals = [Removal(round(step), part, layer) for step, part, layer in self._places(model)]
         self._check(model, removals)
         return removals
 
@@ -124,7 +124,7 @@ class RemovalSchedule(BaseModel):
     def stretched(self, model: NormfreeConfig, step: int, factor: float) -> RemovalSchedule:
         """A copy whose waits after ``step`` are scaled by ``factor``."""
         places, last, moved = [], float(self.massive_steps), float(self.massive_steps)
-        for place, part, layer in self._places(model.n_layer):
+        for place, part, layer in self._places(model):
             moved += (place - last) * (factor if place > step else 1)
             places.append((moved, part, layer))
             last = place
@@ -135,7 +135,7 @@ class RemovalSchedule(BaseModel):
         rest = iter(norms)
         return self._at(
             (step, part, layer) if part in SPECIAL_PARTS else (step, *next(rest))
-            for step, part, layer in self._places(model.n_layer)
+            for step, part, layer in self._places(model)
         ).model_copy(update={"order": "published"})
 
     def _at(self, places: Iterable[Place]) -> RemovalSchedule:
@@ -146,21 +146,23 @@ class RemovalSchedule(BaseModel):
             last = place
         return self.model_copy(update={"stages": tuple(stages)})
 
-    def _places(self, n_layer: int) -> Iterator[Place]:
+    def _places(self, model: NormfreeConfig) -> Iterator[Place]:
         step = float(self.massive_steps)
         for stage in self.stages:
-            is_block = stage.part in BLOCK_PARTS
-            layers = (stage.layers if stage.layers is not None else tuple(range(n_layer))) if is_block else (None,)
+            layers: tuple[int | None, ...] = (None,)
+            if stage.part in BLOCK_PARTS:
+                layers = stage.layers if stage.layers is not None else self._layers_with(stage.part, model)
             for place, layer in enumerate(layers):
                 step += stage.gap if place else stage.after
                 yield step, stage.part, layer
 
+    def _layers_with(self, part: Part, model: NormfreeConfig) -> tuple[int, ...]:
+        """The layers that have the part; all if none has it, which is refused."""
+        found = tuple(layer for layer in range(model.n_layer) if part in block_parts(model, layer, self.qk_norms))
+        return found or tuple(range(model.n_layer))
+
     def _check(self, model: NormfreeConfig, removals: list[Removal]) -> None:
-        wanted: list[tuple[Part, int | None]] = []
-        if model.norm != "none":
-            wanted += [(part, layer) for part in BLOCK_PARTS for layer in range(model.n_layer)]
-        if model.final_norm != "none":
-            wanted.append(("final", None))
+        wanted = norms_to_remove(model, self.qk_norms)
         has_end = model.eos_token_id is not None
         if self.special_tokens == "measured":
             wanted.append(("massive_tokens", None))
@@ -197,45 +199,45 @@ def load_schedule(name: str) -> RemovalSchedule:
         raise invalid_fields(name, error, RemovalSchedule) from error
 
 
-def automatic_schedule(n_layer: int, n_step: int) -> RemovalSchedule:
+def automatic_schedule(
+    n_layer: int, n_step: int, parts: Sequence[Part] = PUBLISHED_PARTS, qk_norms: QKNorms = "keep"
+) -> RemovalSchedule:
     """The schedule published for GPT-2 Small, scaled to another depth and number of steps.
 
     The original begins at step 20 of 300, waits 2, 2 and 3 steps for the three parts of 12 blocks, and removes the last
-    norm at step 104. All waits keep their share of the budget, divided among a model's layers.
+    norm at step 104. All waits keep their share of the budget, divided among a model's layers; other ``parts`` of
+    blocks wait 2 steps.
     """
-    unit = n_step / 300 * 12 / n_layer
-    special = n_step / 300
-    return RemovalSchedule(
-        stages=(
-            Stage(part="ffn", after=max(1.0, 20 * special), gap=2 * unit),
-            Stage(part="attention_qk", after=2 * unit, gap=2 * unit),
-            Stage(part="attention_v", after=2 * unit, gap=3 * unit),
-            Stage(part="final", after=3 * unit),
-            Stage(part="end_of_text", after=2 * special),
-            Stage(part="first_token", after=10 * special),
-        ),
-        std_loss_weight=0.1,
-    )
+    unit, special = n_step / 300 * 12 / n_layer, n_step / 300
+    stages: list[Stage] = []
+    wait = max(1.0, 20 * special)
+    for part in parts:
+        gap = (3 if part == "attention_v" else 2) * unit
+        stages.append(Stage(part=part, after=wait, gap=gap if part in BLOCK_PARTS else 0))
+        wait = gap
+    stages += [Stage(part="end_of_text", after=2 * special), Stage(part="first_token", after=10 * special)]
+    std_loss_weight = 0.1 if "final" in parts else 0.0
+    return RemovalSchedule(stages=tuple(stages), std_loss_weight=std_loss_weight, qk_norms=qk_norms)
 
 
-def pretrained_schedule(n_layer: int, n_step: int) -> RemovalSchedule:
+def pretrained_schedule(
+    n_layer: int, n_step: int, parts: Sequence[Part] = PUBLISHED_PARTS, qk_norms: QKNorms = "keep"
+) -> RemovalSchedule:
     """A schedule for pretrained models, which have massive tokens, by what was measured on SmolLM2-135M.
 
     The first fifth of the budget makes massive tokens unnecessary, then norms go at equal distances in the order of
     their costs until seven tenths of it, and the tokens that are massive nevertheless at three quarters.
     """
-    gap = 0.5 * n_step / (3 * n_layer + 1)
+    n_norm = sum(n_layer if part in BLOCK_PARTS else 1 for part in parts)
+    gap = 0.5 * n_step / n_norm
+    stages = [Stage(part=part, after=gap, gap=gap if part in BLOCK_PARTS else 0) for part in parts]
+    stages[0] = stages[0].model_copy(update={"after": max(1.0, gap)})
     return RemovalSchedule(
-        stages=(
-            Stage(part="ffn", after=max(1.0, gap), gap=gap),
-            Stage(part="attention_qk", after=gap, gap=gap),
-            Stage(part="attention_v", after=gap, gap=gap),
-            Stage(part="final", after=gap),
-            Stage(part="massive_tokens", after=0.05 * n_step),
-        ),
+        stages=(*stages, Stage(part="massive_tokens", after=0.05 * n_step)),
         order="auto",
         std_statistic="median",
         ramp_steps=max(1, round(0.05 * n_step)),
+        qk_norms=qk_norms,
         special_tokens="measured",
         special_factor=3.0,
         std_loss="log_ratio",

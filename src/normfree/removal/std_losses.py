@@ -7,7 +7,7 @@ from torch import Tensor
 
 from normfree.errors import InputError
 from normfree.removal.midway import Midway
-from normfree.removal.removable import RemovableNorm, ratio_to_median, statistic_of
+from normfree.removal.removable import RemovableHeadNorm, RemovableNorm, by_head, ratio_to_median, statistic_of
 from normfree.training.objectives import Lesson, Objective, Term
 
 STD_LOSS = "residual_std_mismatch"
@@ -20,13 +20,13 @@ class StdLosses(Objective):
 
     With s the std of a token before a norm:
 
-    - std loss, mean over tokens and over the norms of ``std_loss_norms``. ``squared``: (s - m)², where m, without
+    - std loss, mean over tokens, heads and the norms of ``std_loss_norms``. ``squared``: (s - m)², where m, without
       gradient, is the schedule's statistic of the tokens that the constant averages ("Transformers Don't Need LayerNorm
       at Inference Time", Section 3). ``log_ratio``: log(s / m)², which does not depend on scale; m is the norm's
       constant once it has one. Its weight rises over ``std_loss_ramp_steps``.
     - massive loss: log(s / median)² of tokens that are more than ``special_factor`` times the median of their sequence;
       sum over a sequence's tokens, mean over sequences and all norms. The largest ratio, mean over sequences, is
-      recorded.
+      recorded. Norms of queries, keys and values are left out.
 
     Raises:
         InputError: the std loss reads the final norm alone, and the model has none.
@@ -46,7 +46,8 @@ class StdLosses(Objective):
             self.norms = [final] if isinstance(final, RemovableNorm) else []
         if schedule.std_loss_weight and not self.norms:
             raise InputError("std_loss_weight needs a final norm, which the model does not have; set it to 0")
-        self.all_norms = norms if schedule.massive_weight else []
+        of_stream = [norm for norm in norms if not isinstance(norm, RemovableHeadNorm)]
+        self.all_norms = of_stream if schedule.massive_weight else []
         for norm in [*self.all_norms, *(self.norms if schedule.std_loss_weight else ())]:
             norm.keeps_own_std = True
 
@@ -68,11 +69,12 @@ class StdLosses(Objective):
         own_std = _own_std(norm)
         assert norm.is_ordinary is not None, "kept with own_std"
         schedule = self.schedule
-        target = statistic_of(own_std.detach()[norm.is_ordinary], schedule.std_statistic)
+        stds = [own[among] for own, among in by_head(own_std.detach(), norm.is_ordinary)]
+        target = torch.stack([statistic_of(each, schedule.std_statistic) for each in stds]).unsqueeze(-1)
         if schedule.std_loss == "squared":
             return (own_std - target).square().mean()
         if any(norm.is_constant):
-            target = norm.std[norm.is_constant.index(True)]
+            target = norm.std[norm.is_constant.index(True)].unsqueeze(-1)
         return (own_std / target).log().square().mean()
 
 

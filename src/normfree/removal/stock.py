@@ -43,10 +43,12 @@ SHARED = {
     **{name: name for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
 }
 """Options of every stock configuration, and Normfree's names for them."""
+CENTERED = {"norm_is_centered": True, "final_norm_is_centered": True}
+NOT_CENTERED = {"norm_is_centered": False, "final_norm_is_centered": False}
 UNCHECKED = {
     *SHARED.values(),
     *("norm_eps", "scale_residual_init"),  # not read by a trained model
-    *("n_inner", "activation", "norm_is_centered", "n_kv_head", "head_dim"),  # checked by families
+    *("n_inner", "activation", *CENTERED, "n_kv_head", "head_dim"),  # checked by families
     "layer_types",  # all are full attention without a sliding_window
 }
 """Options that need no counterpart, or that are checked elsewhere."""
@@ -128,7 +130,7 @@ def _gpt2(config: NormfreeConfig) -> _Family:
             "attn_pdrop": config.attention_dropout,
             "resid_pdrop": config.residual_dropout,
         },
-        required={"norm_is_centered": True, **_equal_heads(config)},
+        required={**CENTERED, **_equal_heads(config)},
         carried=("attention_bias", "mlp_bias", "embedding_dropout", "attention_dropout", "residual_dropout"),
         fuse=torch.cat,
         is_transposed=True,
@@ -158,7 +160,7 @@ def _neox(config: NormfreeConfig) -> _Family:
         },
         required={
             "position": "rotary",
-            "norm_is_centered": True,
+            **CENTERED,
             **_equal_heads(config),
             "embedding_dropout": config.residual_dropout,  # GPT-NeoX has one rate for both
         },
@@ -188,7 +190,7 @@ def _llama(config: NormfreeConfig) -> _Family:
         },
         required={
             "position": "rotary",
-            "norm_is_centered": False,
+            **NOT_CENTERED,
             "ffn": "gated",
             **({"rope_parameters": {**rotary, "partial_rotary_factor": 1.0}} if rotates_parts else {}),
         },

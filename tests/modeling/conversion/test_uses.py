@@ -16,7 +16,8 @@ from normfree.interpret import direct_logit_attribution, measure_depth, prune_la
 from normfree.interpret.depth.block_calls import record
 from normfree.interpret.patching import PromptPairs, logit_difference, patch_heads
 from normfree.removal import to_stock
-from normfree.removal.midway import Midway, check_removable
+from normfree.removal.midway import Midway
+from normfree.removal.parts import QKNorms, parts_to_remove
 from normfree.removal.schedule import automatic_schedule
 from normfree.spark import to_spark
 from tests.modeling.conversion.checks import assert_same, padding_mask, rope, tokens
@@ -50,11 +51,10 @@ MODELS: dict[str, Any] = {
 WINDOWS = ("mistral", "qwen2")
 PRE = ("gptj", "opt", "phi3", "stablelm", "stablelm-parallel", "stablelm-qk", *WINDOWS)
 """Those whose norms stand before attention and feed-forward network."""
-SANDWICH = "norm_placement 'sandwich' has|norm_placement is 'sandwich'|placement, and the model's is 'sandwich'"
-POST_NORM = "norm_placement is 'post'|placement, and the model's is 'post'"
-REORDERED = "norm_placement is 'reordered'|placement, and the model's is 'reordered'"
+SANDWICH = "norm_placement 'sandwich' has|norm_placement is 'sandwich'"
+POST_NORM = "norm_placement is 'post'"
+REORDERED = "norm_placement is 'reordered'"
 REFUSED = {"opt-post": POST_NORM, "gemma2": SANDWICH, "gemma3": SANDWICH, "olmo2": REORDERED}
-PER_HEAD = "qk_norm 'layernorm_per_head'"
 NOT_STOCK = {
     "gptj": "lm_head_bias = True has no counterpart in GPT-NeoX",
     "opt": "positions_skip_padding = True has no counterpart in GPT-2",
@@ -62,6 +62,10 @@ NOT_STOCK = {
     "phi3": "partial_rotary_factor",
     "stablelm": "norm_is_centered = True has no counterpart in Llama",
     "stablelm-parallel": "parallel_residual = True has no counterpart in Llama",
+    "stablelm-qk": "qk_norm = 'layernorm_per_head' has no counterpart in Llama",
+    "opt-post": "positions_skip_padding = True has no counterpart in GPT-2",
+    **dict.fromkeys(("gemma2", "gemma3"), "embedding_multiplier = .* has no counterpart in Llama"),
+    "olmo2": "qk_norm = 'rmsnorm_full_width' has no counterpart in Llama",
 }
 """What the stock model of the same kind has no counterpart for, once the norms are gone."""
 NOT_SPARSE = {
@@ -100,20 +104,18 @@ def test_layers_are_skipped_and_dropped(pair: Any) -> None:
     assert_same(prune_layers(ours, [1])(text).logits, expected)
 
 
-def test_norms_are_removed_or_refused(pair: Any) -> None:
+def test_norms_are_removed(pair: Any) -> None:
+    """All of them, those of queries and keys too; what it folds to, and what stock models cannot hold."""
     name, _, ours = pair
-    if name not in PRE or name == "stablelm-qk":
-        with pytest.raises(InputError, match=REFUSED.get(name, f"{PER_HEAD} cannot be removed")):
-            check_removable(ours.config)
-        with pytest.raises(InputError, match=r"divides (by|each)"):
-            remove_norms(ours)
-        return
     ours.double()  # a constant std is far from a token's own in these random models, and logits are in the hundreds
+    qk_norms: QKNorms = "keep" if ours.config.qk_norm == "none" else "remove"
+    schedule = automatic_schedule(3, 300, parts_to_remove(ours.config, qk_norms), qk_norms)
+    removals = schedule.removals(ours.config)
     with torch.no_grad():
-        midway = Midway(ours.train(), automatic_schedule(3, 300))
+        midway = Midway(ours.train(), schedule)
     ours(tokens(), labels=tokens())
     ours.eval()
-    for removal in automatic_schedule(3, 300).removals(_with(ours, midway.original)):
+    for removal in removals:
         midway.apply(removal)
     midway.finish()
     folded = remove_norms(_reloaded(ours))

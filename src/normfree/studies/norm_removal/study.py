@@ -19,7 +19,7 @@ from normfree.errors import InputError
 from normfree.files import write_text
 from normfree.modeling import NormfreeConfig
 from normfree.removal.finetuning import REMOVAL_FILE, RemovalDivergedError
-from normfree.removal.midway import check_removable
+from normfree.removal.parts import check_removable, parts_to_remove
 from normfree.removal.plan import plan
 from normfree.removal.removal import NORM_FREE, REMOVAL_FOLDER, TABLE_FILE, VANILLA, remove
 from normfree.removal.schedule import automatic_schedule
@@ -149,7 +149,7 @@ def _check(preset: Preset, configuration: Configuration) -> None:
     n_step = run.recipe.n_steps(preset.data.sequence_length)
     for share in options(preset).budget_shares:
         steps = round(share * n_step)
-        last = automatic_schedule(model.n_layer, steps).removals(model)[-1].step
+        last = automatic_schedule(model.n_layer, steps, parts_to_remove(model, "keep")).removals(model)[-1].step
         if last >= steps:
             raise InputError(
                 f"removal.budget_shares has {share:g}, {steps} of {n_step} steps, and the automatic schedule of "
