@@ -22,6 +22,7 @@ from normfree.modeling import NormfreeForCausalLM
 from normfree.modeling.decoder_blocks import decoder_blocks
 from normfree.removal import remove_norms
 from normfree.removal.midway import Midway
+from normfree.removal.parts import QKNorms, parts_to_remove
 from normfree.removal.schedule import automatic_schedule
 from tests.coverage.reference import Batch, Seen, Softmax, eager_copy, see
 from tests.coverage.tiny_models import VOCAB, tiny_model
@@ -285,7 +286,9 @@ def _check_removal(model: PreTrainedModel) -> str:
     model = copy.deepcopy(model).double()
     batch: dict[str, Any] = {"input_ids": batch_of("none")["input_ids"]}
     converted = from_hf(model)
-    midway = Midway(converted, automatic_schedule(converted.config.n_layer, 300))
+    qk_norms: QKNorms = "keep" if converted.config.qk_norm == "none" else "remove"
+    parts = parts_to_remove(converted.config, qk_norms)
+    midway = Midway(converted, automatic_schedule(converted.config.n_layer, 300, parts, qk_norms))
     off = _relative(_logits(converted, batch), _logits(model, batch))
     assert off <= TOLERANCE, f"with removable norms the logits are {off:.2g} off"
     converted.train()(**batch)
