@@ -44,6 +44,7 @@ _ROOMS = {
     ),
     "report.loss_curves": ("evaluation_loss_curves",),
     "report.overload": ("perplexity_and_overload",),
+    "report.prediction_figures": ("loss_by_position", "reliability_diagrams"),
     "report.saving": ("save_figure",),
     "report.signal_curves": ("signal_propagation_dynamics", "signal_propagation_over_depth"),
     "studies.entropy_regularization": ("entropy_threshold_trajectories",),

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from normfree.cli.console import open_console, print_json, records, say, say_origin, table
 from normfree.cli.names import model_name, output_folder
-from normfree.cli.options import Json, Model, Output, Tokenizer
+from normfree.cli.options import Json, Model, Output, Tokenizer, checked_corpus
 from normfree.cli.shared_options import Corpus, trains_a_model
 from normfree.columns import EVAL_LOSS, EVAL_PPL
 from normfree.processes import check_alone
@@ -40,6 +40,15 @@ QKNorms = Annotated[
 Yes = Annotated[bool, typer.Option("--yes", help="Begin although it takes more than a day on this machine.")]
 
 
+EvalCorpus = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Also compare predictions on this corpus; can be repeated.",
+        callback=lambda context, names: [checked_corpus(context, name) for name in names or []],
+    ),
+]
+
+
 @trains_a_model
 def remove_norm(
     model: Model,
@@ -50,6 +59,8 @@ def remove_norm(
     order: Order = None,
     qk_norms: QKNorms = None,
     vanilla: Annotated[bool, typer.Option(help="Also fine-tune with the norms kept, as a control.")] = True,
+    eval_corpus: EvalCorpus = None,
+    eval_sequences: Annotated[int, typer.Option(min=1, help="Sequences of each corpus to compare on.")] = 256,
     yes: Yes = False,
     json_: Json = False,
     **training: Any,
@@ -68,13 +79,23 @@ def remove_norm(
     training["changes"] |= {name: value for name, value in data.items() if value is not None}
     console = open_console(json_)
     removal = remove_from_pretrained(
-        model, folder, schedule=schedule, order=order, qk_norms=qk_norms, vanilla=vanilla, yes=yes, **training
+        model,
+        folder,
+        schedule=schedule,
+        order=order,
+        qk_norms=qk_norms,
+        vanilla=vanilla,
+        eval_corpora=eval_corpus or [],
+        eval_sequences=eval_sequences,
+        yes=yes,
+        **training,
     )
     if json_:
         read = {"beginning": removal.beginning.summary(), "quantization": removal.quantization}
         stock = None if removal.result.stock is None else str(removal.result.stock)
         exports = {"norm_free": str(removal.result.norm_free), "stock": stock}
-        print_json(folder=str(folder), **read, **exports, table=records(removal.result.table))
+        tables = {"table": records(removal.result.table), "evaluation": records(removal.evaluation.evaluation)}
+        print_json(folder=str(folder), **read, **exports, **tables)
         return
     _show(removal, name, console)
 
@@ -87,6 +108,13 @@ def _show(removal: PretrainedRemoval, name: str, console: Console) -> None:
         for row in result.table.to_dict("records")
     )
     console.print(table(("variant", "fine-tuning tokens", "loss, nats", "perplexity", "Δ loss"), rows, n_left=1))
+    columns = {"loss_nats": ".4f", "delta_loss_nats": "+.4f", "jsd_nats": ".4f", "entropy_nats": ".3f", "ece": ".4f"}
+    compared = (
+        (row["corpus"], row["model"], *(format(row[column], how) for column, how in columns.items()))
+        for row in removal.evaluation.evaluation.to_dict("records")
+    )
+    names = ("corpus", "model", "loss, nats", "Δ loss", "JSD, nats", "entropy, nats", "ECE")
+    console.print(table(names, compared, n_left=2))
     say(console, f"Sequences of {removal.run.data.sequence_length} tokens, {removal.beginning}")
     say_origin(console, {name: removal.quantization})
     say(console, f"Without norms: {result.norm_free}")

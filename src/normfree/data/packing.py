@@ -11,6 +11,7 @@ import json
 import logging
 import re
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import tokenizers
+import torch
 import transformers
 from transformers import PreTrainedTokenizerBase
 
@@ -40,6 +42,9 @@ FORMAT_VERSION = 1
 """Part of the fingerprint: raise it when the same config and corpus would give other tokens or files."""
 
 SPLITS: tuple[Split, ...] = get_args(Split)
+
+NEARLY_ALL = 1 - 1e-9
+"""Share of a corpus' documents to measure on: none need to be kept for training."""
 
 Report = Callable[[int], object]
 
@@ -113,6 +118,31 @@ def same_data(config: DataConfig, cache_dir: Path, fingerprint: str) -> PackedDa
             "without the provenance of an earlier run"
         )
     return data
+
+
+def corpus_sequences(
+    corpus: str, tokenizer: PreTrainedTokenizerBase, sequence_length: int, n_sequences: int, beginning: Beginning
+) -> torch.Tensor:
+    """The first ``n_sequences`` sequences of a corpus, or all if fewer, to measure on: int64 [n, sequence_length].
+
+    Each is from within one document and begins with the tokens of ``beginning``. Nothing is kept on disk.
+
+    Raises:
+        InputError: the corpus cannot be used.
+    """
+    opened = open_corpus(DataConfig.model_validate({"corpus": corpus, "eval_fraction": NEARLY_ALL}))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tokens.npy"
+        write_sequences(
+            path,
+            opened.documents("eval"),
+            tokenizer,
+            sequence_length=sequence_length,
+            beginning=beginning.token_ids,
+            max_tokens=n_sequences * sequence_length,
+        )
+        packed = PackedSequences(path)
+        return packed.whole()[0] if len(packed) else torch.empty(0, sequence_length, dtype=torch.int64)
 
 
 def load_packed_data(folder: Path) -> PackedData:

@@ -31,6 +31,7 @@ from normfree.interpret.patching import agreement as agreement
 from normfree.interpret.patching import logit_difference as logit_difference
 from normfree.interpret.patching import patch_heads as patch_heads
 from normfree.interpret.patching import patch_residual_stream as patch_residual_stream
+from normfree.interpret.predictions import compare_predictions as compare_predictions
 from normfree.interpret.prompts import induction_pairs as induction_pairs
 from normfree.interpret.prompts import read_prompts as read_prompts
 from normfree.interpret.pruning import export_pruned as export_pruned

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,17 +10,14 @@ from typing import TypedDict
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from normfree.data import Beginning, DataConfig, PackedSequences, load_tokenizer, open_corpus, same_data
+from normfree.data import Beginning, corpus_sequences, load_tokenizer, same_data
 from normfree.data.beginning import BeginningRule
-from normfree.data.packed_sequences import write_sequences
 from normfree.errors import InputError
 from normfree.files import DEFAULT_CACHE_DIR
 from normfree.modeling.gguf import is_gguf
 from normfree.training import LoadedModel, load_pretrained
 
 DEFAULT_SEQUENCE_LENGTH = 512
-NEARLY_ALL = 1 - 1e-9
-"""Share of a corpus' documents to measure on: none need to be kept for training."""
 WRONG_TOKENIZER = "give the tokenizer that the model was trained with"
 
 
@@ -218,7 +214,7 @@ def token_sequences(
     else:
         reader = named_tokenizer(measured, tokenizer) if tokenizer is not None else tokenizer_of(measured)
         beginning = Beginning.of(reader, beginning_rule(measured, bos))
-        tokens = _corpus_sequences(corpus, reader, T, n_sequences, beginning)
+        tokens = corpus_sequences(corpus, reader, T, n_sequences, beginning)
         where = f"corpus {corpus!r}"
     if len(tokens) < n_sequences:
         raise InputError(
@@ -274,20 +270,3 @@ def _own_sequences(
         raise InputError("a run's own evaluation sequences begin as they do; name a corpus, or leave --bos out")
     data = same_data(measured.data, cache_dir, measured.fingerprint)
     return data.eval.whole()[0], Beginning.of(data.tokenizer, measured.data.beginning)
-
-
-def _corpus_sequences(
-    corpus: str, tokenizer: PreTrainedTokenizerBase, sequence_length: int, n_sequences: int, beginning: Beginning
-) -> torch.Tensor:
-    opened = open_corpus(DataConfig.model_validate({"corpus": corpus, "eval_fraction": NEARLY_ALL}))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "tokens.npy"
-        write_sequences(
-            path,
-            opened.documents("eval"),
-            tokenizer,
-            sequence_length=sequence_length,
-            beginning=beginning.token_ids,
-            max_tokens=n_sequences * sequence_length,
-        )
-        return PackedSequences(path).whole()[0]

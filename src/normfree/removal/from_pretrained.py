@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,13 @@ from normfree.errors import InputError
 from normfree.files import DEFAULT_CACHE_DIR
 from normfree.locks import locked
 from normfree.progress import display, duration, stage
+from normfree.removal.evaluation import SEQUENCES, evaluate_removal, evaluation_texts
 from normfree.removal.parts import QKNorms
 from normfree.removal.plan import plan
 from normfree.removal.removal import SCHEDULE_FILE, RemovalResult, remove
 from normfree.removal.schedule import Order, load_schedule
 from normfree.training import RunConfig, StudyProgress, quantization_of
+from normfree.training.prediction_comparison import PredictionComparison
 from normfree.training.pretrained import starting_model
 from normfree.training.training_plan import TrainingPlan, seconds_a_step
 
@@ -31,12 +33,14 @@ SHORT_OPERATIONS = 1e13
 class PretrainedRemoval:
     """A finished removal and its settings.
 
+    evaluation: predictions of the removal's models and of the original on each corpus.
     run: the fine-tuning, as planned.
     beginning: the tokens that every sequence begins with.
     quantization: how the weights of the model were quantized; None if they were not.
     """
 
     result: RemovalResult
+    evaluation: PredictionComparison
     run: RunConfig
     beginning: Beginning
     quantization: str | None
@@ -53,6 +57,8 @@ def remove_from_pretrained(
     seed: int = 0,
     lora_rank: int | None = None,
     vanilla: bool = True,
+    eval_corpora: Sequence[str] = (),
+    eval_sequences: int = SEQUENCES,
     device: str | None = None,
     yes: bool = False,
     cache_dir: Path = DEFAULT_CACHE_DIR,
@@ -73,6 +79,8 @@ def remove_from_pretrained(
         seed: of the order of the data and of dropout.
         lora_rank: trains low-rank changes of this rank, and the norms; default: all weights.
         vanilla: also fine-tune with the norms kept, as a control.
+        eval_corpora: corpora to compare predictions on, besides the evaluation data of the fine-tuning corpus.
+        eval_sequences: of each corpus, at most.
         device: ``cpu``, ``cuda`` or ``cuda:N``; default: CUDA where there is a device.
         yes: begin although it takes more than a day.
         cache_dir: of tokenized corpora.
@@ -89,6 +97,7 @@ def remove_from_pretrained(
         run, chosen = planned.run, planned.schedule
         options = {"order": order, "qk_norms": qk_norms}
         chosen = chosen.model_copy(update={name: value for name, value in options.items() if value is not None})
+        texts = evaluation_texts(run, data, eval_corpora, eval_sequences)
         if not (folder / SCHEDULE_FILE).exists():
             _check_time(run, data, 2 if vanilla else 1, is_agreed=yes)
         total = run.recipe.n_tokens(run.data.sequence_length) * (2 if vanilla else 1)
@@ -101,7 +110,9 @@ def remove_from_pretrained(
                 vanilla=vanilla,
                 callbacks=lambda variant, n_tokens: (progress.run(variant, n_tokens),),
             )
-    return PretrainedRemoval(result, run, Beginning.of(data.tokenizer, run.data.beginning), quantization_of(source))
+            evaluation = evaluate_removal(run, data, folder, texts, vanilla=vanilla)
+    beginning = Beginning.of(data.tokenizer, run.data.beginning)
+    return PretrainedRemoval(result, evaluation, run, beginning, quantization_of(source))
 
 
 def _check_time(run: RunConfig, data: PackedData, n_run: int, *, is_agreed: bool) -> None:
