@@ -33,6 +33,7 @@ _ROOMS = {
     "interpret.figures": (
         "attribution_error_heatmaps",
         "confidence_neurons",
+        "cumulative_ablation",
         "first_token_over_depth",
         "patching_agreement",
         "residual_std_by_position",

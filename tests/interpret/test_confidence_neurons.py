@@ -4,10 +4,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.special import softmax
+from scipy.stats import entropy
 from torch import nn
 
 from normfree.errors import InputError
-from normfree.interpret import confidence_neuron_candidates, neuron_ablation_effects, neuron_output_weights
+from normfree.interpret import (
+    confidence_neuron_candidates,
+    cumulative_ablation,
+    neuron_ablation_effects,
+    neuron_output_weights,
+)
 from tests.interpret.small_decoders import ALL, LINEAR_READOUT, T, decoder, gpt2, tokens
 
 SEQUENCES = tokens(5, T)
@@ -94,6 +101,11 @@ def losses(logits, input_ids):
     return -np.take_along_axis(log_probabilities, input_ids.numpy()[:, 1:, None], -1)[..., 0]
 
 
+def entropies(logits):
+    """Entropy of each predicted token's distribution, nats, by SciPy."""
+    return entropy(softmax(logits[:, :-1], axis=-1), axis=-1)
+
+
 class Rewritten(nn.Module):
     """Stands in for ``down_proj``: keeps what it reads, and writes ``value`` over one neuron."""
 
@@ -143,19 +155,86 @@ def test_ablation_effects_against_rewritten_modules(name, layer):
     down_proj = ffn.down_proj
     ffn.down_proj = Rewritten(down_proj)
     stream, logits = final_stream(model)
-    base = losses(logits, SEQUENCES)
+    base, base_entropy = losses(logits, SEQUENCES), entropies(logits)
     mean = ffn.down_proj.read[..., neuron].mean()
     ffn.down_proj = Rewritten(down_proj, neuron, mean)
-    change = losses(final_stream(model)[1], SEQUENCES) - base
+    ablated = final_stream(model)[1]
+    change, entropy_change = losses(ablated, SEQUENCES) - base, entropies(ablated) - base_entropy
     model.model.final_norm = StdOf(norm, model.config.final_norm, model.config.norm_eps, stream)
-    frozen = losses(final_stream(model)[1], SEQUENCES) - base
+    ablated = final_stream(model)[1]
+    frozen, frozen_entropy = losses(ablated, SEQUENCES) - base, entropies(ablated) - base_entropy
     assert np.abs(change).mean() > 1e-5
     assert found["mean_activation"] == pytest.approx(mean.item(), rel=1e-9)
     assert found["total_effect_nats"] == pytest.approx(np.abs(change).mean(), rel=1e-6, abs=1e-12)
     assert found["total_change_nats"] == pytest.approx(change.mean(), rel=1e-6, abs=1e-12)
     assert found["frozen_effect_nats"] == pytest.approx(np.abs(frozen).mean(), rel=1e-6, abs=1e-12)
     assert found["frozen_change_nats"] == pytest.approx(frozen.mean(), rel=1e-6, abs=1e-12)
+    for kind, expected in (("total", entropy_change), ("frozen", frozen_entropy)):
+        effect, mean_change = (found[f"{kind}_entropy_{name}_nats"] for name in ("effect", "change"))
+        assert effect == pytest.approx(np.abs(expected).mean(), rel=1e-6, abs=1e-12)
+        assert mean_change == pytest.approx(expected.mean(), rel=1e-6, abs=1e-12)
     assert found["norm_mediated_share"] == pytest.approx(1 - np.abs(frozen).mean() / np.abs(change).mean(), abs=1e-6)
+
+
+class Together(Rewritten):
+    """Writes a value over each of several neurons."""
+
+    def forward(self, x):
+        self.read = x.clone()
+        x[..., self.neuron] = self.value
+        return self.module(x)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_cumulative_ablation_against_rewritten_modules(name):
+    model = ALL[name]().double()
+    last = model.config.n_layer - 1
+    chosen = [(last, 7), (0, 3), (last, 12)]
+    frame = pd.DataFrame(chosen, columns=["layer", "neuron"])
+    found = cumulative_ablation(model, SEQUENCES, frame, batch_size=2)
+    assert found["n_ablated"].tolist() == [0, 1, 2, 3]
+    assert found[["layer", "neuron"]].to_numpy().tolist() == [[-1, -1], *map(list, chosen)]
+    networks = {layer: model.model.blocks[layer].ffn for layer in (0, last)}
+    whole = {layer: ffn.down_proj for layer, ffn in networks.items()}
+    for layer, ffn in networks.items():
+        ffn.down_proj = Rewritten(whole[layer])
+    stream, _ = final_stream(model)
+    means = {layer: ffn.down_proj.read.mean((0, 1)) for layer, ffn in networks.items()}
+    norm, values = model.model.final_norm, []
+    for n in range(4):
+        for layer, ffn in networks.items():
+            neurons = [neuron for at, neuron in chosen[:n] if at == layer]
+            ffn.down_proj = Together(whole[layer], neurons, means[layer][neurons])
+        model.model.final_norm = norm
+        logits = final_stream(model)[1]
+        model.model.final_norm = StdOf(norm, model.config.final_norm, model.config.norm_eps, stream)
+        frozen = final_stream(model)[1]
+        values.append([of(each) for each in (logits, frozen) for of in (mean_loss, mean_entropy)])
+    columns = ["loss_nats", "entropy_nats", "frozen_loss_nats", "frozen_entropy_nats"]
+    np.testing.assert_allclose(found[columns], values, rtol=1e-9)
+    first = values[0]
+    changes = [[100 * (loss / first[0] - 1), 100 * (each / first[1] - 1)] for loss, each, *_ in values]
+    np.testing.assert_allclose(found[["loss_change_percent", "entropy_change_percent"]], changes, atol=1e-6)
+
+
+def mean_loss(logits):
+    return losses(logits, SEQUENCES).mean()
+
+
+def mean_entropy(logits):
+    return entropies(logits).mean()
+
+
+def test_the_order_of_a_cumulative_ablation_does_not_change_its_end():
+    model, neurons = gpt2(), pd.DataFrame({"layer": [0, 1, 1], "neuron": [4, 9, 2]})
+    ends = [cumulative_ablation(model, SEQUENCES, each).iloc[-1] for each in (neurons, neurons[::-1])]
+    assert ends[0]["loss_nats"] == ends[1]["loss_nats"]
+    alone = cumulative_ablation(model, SEQUENCES, neurons[:1])
+    single = neuron_ablation_effects(model, SEQUENCES, neurons[:1]).iloc[0]
+    increase = alone["loss_nats"][1] - alone["loss_nats"][0]
+    assert increase == pytest.approx(single["total_change_nats"], rel=1e-9)
+    with pytest.raises(InputError, match="a neuron is ablated twice"):
+        cumulative_ablation(model, SEQUENCES, pd.concat([neurons, neurons[:1]]))
 
 
 @pytest.mark.parametrize("name", LINEAR_READOUT)

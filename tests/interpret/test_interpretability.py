@@ -41,6 +41,7 @@ def test_models_with_and_without_norms_on_one_page(
         "patches.csv",
         "neuron_weights.csv",
         "neuron_effects.csv",
+        "cumulative_ablation.csv",
         "sinks.csv",
         "residual_stds.csv",
         "summary.csv",
@@ -49,9 +50,15 @@ def test_models_with_and_without_norms_on_one_page(
         "attribution-errors",
         "patching",
         "confidence-neurons",
+        "cumulative-ablation",
         "residual-std",
     }
     effects = pd.read_csv(page / "neuron_effects.csv")
     assert effects.groupby("model").size().to_dict() == {"with": 3, "without": 3}
+    together = pd.read_csv(page / "cumulative_ablation.csv").set_index("model")
+    assert together.loc["with", "n_ablated"].tolist() == [0, 1, 2, 3]
+    without = together.loc["without"]
+    np.testing.assert_allclose(without["entropy_nats"], without["frozen_entropy_nats"], rtol=1e-6)
+    assert 0 < rows["with"]["sink_query_share"] < 1
     text = (page / "report.html").read_text()
     assert "without: direct logit attribution misses the measured direct effect of a head by 0.0 %" in text

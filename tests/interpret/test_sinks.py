@@ -21,7 +21,10 @@ def test_shares_are_what_the_heads_pay_to_the_first_token(name):
         attentions = model(SEQUENCES, output_attentions=True, use_cache=False).attentions
     shares = torch.stack([weights[..., 0].mean((0, 2)) for weights in attentions]).numpy()
     np.testing.assert_allclose(frame["sink_share"].to_numpy().reshape(shares.shape), shares, rtol=1e-5)
-    assert list(frame.columns) == ["layer", "head", "sink_share", "is_sink"]
+    above = torch.stack([(weights[..., 0] > 0.3).double().mean((0, 2)) for weights in attentions]).numpy()
+    np.testing.assert_allclose(frame["sink_query_share"].to_numpy().reshape(above.shape), above, rtol=1e-6)
+    assert above.min() >= 1 / T, "the first query sees nothing else"
+    assert list(frame.columns) == ["layer", "head", "sink_share", "sink_query_share", "is_sink"]
     assert (frame["is_sink"] == (shares.ravel() > 0.3)).all()
 
 
@@ -61,7 +64,7 @@ def test_nan_stays_nan():
     stds = residual_std_by_position(model, SEQUENCES)
     assert stds["residual_std"].isna().tolist() == [False] * T + [True] * (2 * T)
     sinks = attention_sinks(model, SEQUENCES)
-    assert sinks[sinks["layer"] == 2]["sink_share"].isna().all()
+    assert sinks[sinks["layer"] == 2][["sink_share", "sink_query_share"]].isna().all(axis=None)
     assert not sinks[sinks["layer"] == 2]["is_sink"].any()
 
 

@@ -31,7 +31,7 @@ def batch(generator, start, n_query, n_sequence, *, bad, padding, per_head):
 def assert_sums_are_right(found, batches):
     T = max(queries.start + entropy.shape[2] for queries, entropy, _ in batches)
     sums = {name: np.zeros((N_HEAD, T)) for name in ("entropy", "bound", "nan_rows", "rows")}
-    sink, sink_rows = np.zeros(N_HEAD), 0
+    sink, sink_queries, sink_rows = np.zeros(N_HEAD), np.zeros(N_HEAD), 0
     for queries, entropies, shares in batches:
         counts = queries.counts.expand(entropies.shape)
         for place in np.argwhere(queries.valid.numpy()):
@@ -45,11 +45,13 @@ def assert_sums_are_right(found, batches):
                 if queries.start == 0:
                     share = shares[b, head, i].double().item()
                     sink[head] += 0 if math.isnan(share) else share
+                    sink_queries[head] += share > 0.3
             sink_rows += queries.start == 0
     np.testing.assert_array_equal(found.rows.expand(N_HEAD, T).numpy(), sums.pop("rows"))
     for name, expected in sums.items():
         np.testing.assert_allclose(getattr(found, name).numpy(), expected, rtol=1e-12, atol=1e-12, err_msg=name)
     np.testing.assert_allclose(found.sink.numpy(), sink, rtol=1e-12)
+    np.testing.assert_array_equal(found.sink_queries.numpy(), sink_queries)
     assert found.sink_rows.item() == sink_rows
 
 

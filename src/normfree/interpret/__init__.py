@@ -1,7 +1,6 @@
 """Reading finished models: what heads attend to and write, how signals propagate, what low precision costs."""
 
 from normfree.interpret.confidence_neurons import confidence_neuron_candidates as confidence_neuron_candidates
-from normfree.interpret.confidence_neurons import neuron_ablation_effects as neuron_ablation_effects
 from normfree.interpret.confidence_neurons import neuron_output_weights as neuron_output_weights
 from normfree.interpret.depth import DepthComparison as DepthComparison
 from normfree.interpret.depth import DepthMeasurement as DepthMeasurement
@@ -25,6 +24,8 @@ from normfree.interpret.head_entropy import write_attention_entropy as write_att
 from normfree.interpret.interpretability import InterpretabilityComparison as InterpretabilityComparison
 from normfree.interpret.interpretability import compare_interpretability as compare_interpretability
 from normfree.interpret.interpretability import interpret_model as interpret_model
+from normfree.interpret.neuron_ablation import cumulative_ablation as cumulative_ablation
+from normfree.interpret.neuron_ablation import neuron_ablation_effects as neuron_ablation_effects
 from normfree.interpret.patching import PatchingAgreement as PatchingAgreement
 from normfree.interpret.patching import PromptPairs as PromptPairs
 from normfree.interpret.patching import agreement as agreement

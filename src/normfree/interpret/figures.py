@@ -28,13 +28,26 @@ from normfree.report.primitives import (
     panel_grid,
     title_panel,
 )
-from normfree.report.style import DASHED, INK, QUIET, TWO_COLUMN, Style, depth_colours, paper_style
+from normfree.report.style import (
+    DASHED,
+    INK,
+    QUIET,
+    TWO_COLUMN,
+    Style,
+    configuration_colours,
+    depth_colours,
+    paper_style,
+)
 
 ATTRIBUTION_ERRORS = ("model", "layer", "head", "nmae")
 EFFECTS_OF_PATCHES = ("activation_patching", "attribution_patching")
 PATCHES = ("model", "layer", *EFFECTS_OF_PATCHES)
 NEURON_WEIGHTS = ("model", "layer", "neuron", "weight_norm", "logit_variance")
 NEURON_EFFECTS = ("model", "layer", "neuron", "total_effect_nats", "frozen_effect_nats")
+CUMULATIVE_ABLATION = (
+    *("model", "n_ablated", "loss_nats", "entropy_nats"),
+    *("frozen_loss_nats", "frozen_entropy_nats"),
+)
 RESIDUAL_STDS = ("model", "layer", "position", "residual_std")
 RESIDUAL_STD_RANGES = ("model", "layer", "first", "others_median", "others_min", "others_max")
 SINKS = ("model", "layer", "head", SINK_SHARE)
@@ -159,6 +172,36 @@ def confidence_neurons(weights: pd.DataFrame, effects: pd.DataFrame) -> Figure:
     grid[0, 0].set_ylabel("LogitVar")
     grid[1, 0].set_ylabel("effect with the norm's\nstd frozen (nats)")
     grid[0, 0].legend(loc="best", handletextpad=0.2)
+    return figure
+
+
+@paper_style()
+def cumulative_ablation(ablation: pd.DataFrame) -> Figure:
+    """Change of the loss (left) and of the output's entropy (right) by neurons ablated together, a line a model.
+
+    Percent of the value without ablation; dashed: with the final norm's std frozen. Values that are not finite break
+    the lines.
+
+    Args:
+        ablation: model, n_ablated (from 0), loss_nats, entropy_nats, frozen_loss_nats, frozen_entropy_nats.
+
+    Raises:
+        InputError: a column is missing, or a number of neurons of a model occurs twice.
+    """
+    check_frame(ablation, "cumulative ablation", CUMULATIVE_ABLATION, CUMULATIVE_ABLATION[2:])
+    colours = configuration_colours(in_order(ablation["model"]))
+    figure, grid = panel_grid(2, 2, row_height=2.2, above=0.2)
+    for axes, name, label in zip(grid.flat, ("loss", "entropy"), ("loss", "output entropy"), strict=True):
+        for model, rows in _by_model(ablation):
+            own = rows.set_index("n_ablated").sort_index()
+            for column, style in ((f"frozen_{name}_nats", DASHED), (f"{name}_nats", {"marker": "o"})):
+                change = 100 * (own[column] / own[f"{name}_nats"].iloc[0] - 1)
+                named = {"label": model} if style is not DASHED else {}
+                axes.plot(change.index, change, **{"markersize": 2.2, **style, "color": colours[model], **named})
+        axes.set_xlabel("neurons ablated together")
+        axes.set_ylabel(f"change of the {label} (%)")
+        integer_axis(axes)
+    legend_above(figure, grid[0, 0])
     return figure
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from normfree.columns import ENTROPY_NATS, SHARE_OF_UNIFORM, SINK_SHARE, UNIFORM_NATS
+from normfree.columns import ENTROPY_NATS, SHARE_OF_UNIFORM, SINK_QUERY_SHARE, SINK_SHARE, UNIFORM_NATS
 from normfree.entropy import entropy_bands
 from normfree.files import write_text
 from normfree.probes import EntropyProbe
@@ -31,8 +31,8 @@ class AttentionEntropy:
 
     heads:
         layer, module, head, entropy_nats, uniform_nats (entropy of uniform attention to the same keys),
-        share_of_uniform, sink_share (mean attention to the first token), nan_queries; a row a head. A head with a NaN
-        query has NaN means.
+        share_of_uniform, sink_share (mean attention to the first token), sink_query_share (share of the queries that
+        pay it more than 0.3), nan_queries; a row a head. A head with a NaN query has NaN means.
     layers:
         layer, module, mean_nats, min_nats, max_nats (over the heads), uniform_nats, share_of_uniform, sink_share
         (means over the heads), top_band_heads (heads in the top quarter of the range up to the model's largest head
@@ -159,6 +159,7 @@ def _heads_frame(probe: EntropyProbe) -> pd.DataFrame:
         UNIFORM_NATS: probe.maximum(),
         SHARE_OF_UNIFORM: probe.normalized(),
         SINK_SHARE: probe.sink_share(),
+        SINK_QUERY_SHARE: probe.sink_query_share(),
         "nan_queries": probe.nan_rows(),
     }
     layers, heads = np.indices(columns[ENTROPY_NATS].shape)

@@ -11,17 +11,15 @@ from typing import Unpack
 import pandas as pd
 import torch
 
-from normfree.columns import SINK_SHARE
+from normfree.columns import SINK_QUERY_SHARE, SINK_SHARE
 from normfree.errors import InputError
 from normfree.files import write_text
-from normfree.interpret.confidence_neurons import (
-    confidence_neuron_candidates,
-    neuron_ablation_effects,
-    neuron_output_weights,
-)
+from normfree.interpret.confidence_neurons import confidence_neuron_candidates, neuron_output_weights
 from normfree.interpret.direct_logit_attribution import direct_attribution_errors
 from normfree.interpret.figures import attribution_error_heatmaps, confidence_neurons, patching_agreement
+from normfree.interpret.figures import cumulative_ablation as cumulative_ablation_figure
 from normfree.interpret.figures import residual_std_by_position as residual_std_figure
+from normfree.interpret.neuron_ablation import cumulative_ablation, neuron_ablation_effects
 from normfree.interpret.patching import PromptPairs, agreement, patch_heads
 from normfree.interpret.prompts import induction_pairs, read_prompts
 from normfree.interpret.sequences import ComparedModels, SequenceOptions, TokenSequences, tokenizer_of
@@ -31,8 +29,18 @@ from normfree.modeling.float32_products import FastProducts
 from normfree.progress import stage
 from normfree.report import FIGURES_FOLDER, Callout, Section, Table, figure_section, weights_entry, write_page
 
-FRAMES = ("attribution_errors", "patches", "neuron_weights", "neuron_effects", "sinks", "residual_stds")
+FRAMES = (
+    "attribution_errors",
+    "patches",
+    "neuron_weights",
+    "neuron_effects",
+    "cumulative_ablation",
+    "sinks",
+    "residual_stds",
+)
 """The CSV files, by name."""
+TOGETHER = 5
+"""Candidate confidence neurons that are ablated together, at most."""
 _COLUMNS = {
     "model": "Model",
     "attribution_nmae": "Error of attribution",
@@ -40,6 +48,7 @@ _COLUMNS = {
     "patching_nmae": "Patching: error",
     "norm_mediated_share": "Through the norm",
     SINK_SHARE: "Sink share",
+    SINK_QUERY_SHARE: "Sink rate",
     "first_token_std_ratio": "First token's std, ratio",
 }
 _NOTES = (
@@ -47,6 +56,7 @@ _NOTES = (
     "heads.",
     "Patching: attribution patching against activation patching of the heads.",
     "Through the norm: share of a candidate neuron's effect on the loss that the final norm mediates.",
+    "Sink share: mean attention to the first token. Sink rate: share of heads and queries that pay it more than 0.3.",
 )
 
 
@@ -75,11 +85,11 @@ class InterpretabilityComparison:
     @cached_property
     def summary(self) -> pd.DataFrame:
         """One row a model: model, attribution_nmae, patching_pearson, patching_nmae, norm_mediated_share, sink_share,
-        first_token_std_ratio.
+        sink_query_share, first_token_std_ratio.
 
         attribution_nmae is the median over heads, norm_mediated_share the median over the candidate neurons with an
-        effect, sink_share the mean over heads, and first_token_std_ratio the residual std of the first token after the
-        last block over the median of all other positions.
+        effect, sink_share and sink_query_share the means over heads, and first_token_std_ratio the residual std of the
+        first token after the last block over the median of all other positions.
         """
         return pd.DataFrame([{"model": model, **_summary(frames)} for model, frames in self.models.items()])
 
@@ -130,6 +140,14 @@ class InterpretabilityComparison:
                 "for the candidates, the effect of mean-ablation on the loss, in total and with the final norm's std "
                 "frozen.",
                 Callout("Candidates are chosen by a rule: large output weight, small variance over the vocabulary."),
+            ),
+            figure_section(
+                "Confidence neurons together",
+                folder,
+                "cumulative-ablation",
+                cumulative_ablation_figure(frames["cumulative_ablation"]),
+                "Loss and output entropy while candidates are mean-ablated together, against no ablation: in total, "
+                "and dashed with the final norm's std frozen. Each model's own candidates, by falling score.",
             ),
             figure_section(
                 "Sinks and residual norms",
@@ -191,6 +209,7 @@ def interpret_model(
     attribution_errors: :func:`~normfree.interpret.direct_attribution_errors` of the heads.
     patches: :func:`~normfree.interpret.patch_heads`.
     neuron_weights, neuron_effects: of the last layer's neurons, and of its ``n_neuron`` candidate confidence neurons.
+    cumulative_ablation: of the first ``TOGETHER`` candidates, in their order.
     sinks, residual_stds: :func:`~normfree.interpret.attention_sinks`,
         :func:`~normfree.interpret.residual_std_by_position`.
 
@@ -198,11 +217,13 @@ def interpret_model(
         InputError: the model is of a kind the tools cannot read, or the sequences or pairs do not fit it.
     """
     weights = neuron_output_weights(model, [model.config.n_layer - 1])
+    candidates = confidence_neuron_candidates(weights, n_neuron)
     return {
         "attribution_errors": direct_attribution_errors(model, sequences).heads,
         "patches": patch_heads(model, pairs),
         "neuron_weights": weights,
-        "neuron_effects": neuron_ablation_effects(model, sequences, confidence_neuron_candidates(weights, n_neuron)),
+        "neuron_effects": neuron_ablation_effects(model, sequences, candidates),
+        "cumulative_ablation": cumulative_ablation(model, sequences, candidates[:TOGETHER]),
         "sinks": attention_sinks(model, sequences),
         "residual_stds": residual_std_by_position(model, sequences),
     }
@@ -218,6 +239,7 @@ def _summary(frames: Mapping[str, pd.DataFrame]) -> dict[str, float]:
         "patching_nmae": patched.nmae,
         "norm_mediated_share": frames["neuron_effects"]["norm_mediated_share"].median(),
         SINK_SHARE: frames["sinks"][SINK_SHARE].mean(skipna=False),
+        SINK_QUERY_SHARE: frames["sinks"][SINK_QUERY_SHARE].mean(skipna=False),
         "first_token_std_ratio": float(last.iloc[0] / last.iloc[1:].median()),
     }
 

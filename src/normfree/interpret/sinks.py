@@ -9,31 +9,31 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
-from normfree.columns import SINK_SHARE
+from normfree.columns import SINK_QUERY_SHARE, SINK_SHARE
 from normfree.errors import InputError
 from normfree.interpret.head_entropy import measure_attention_entropy
 from normfree.modeling.decoder_blocks import decoder_blocks
+from normfree.probes.layer_statistics import SINK_THRESHOLD
 from normfree.probes.probe import read_calls
-
-SINK_THRESHOLD = 0.3
-"""Attention to the first token above which a head is a sink (Gu et al., "When Attention Sink Emerges", 2024)."""
 
 
 def attention_sinks(model: PreTrainedModel, sequences: torch.Tensor, batch_size: int = 8) -> pd.DataFrame:
-    """The mean attention that each head pays to the first token of ``sequences`` (int64 [n, T], no padding).
+    """The attention that each head pays to the first token of ``sequences`` (int64 [n, T], no padding).
 
-    The mean is over all queries, including the first, which sees nothing else.
+    Over all queries, including the first, which sees nothing else.
 
     Returns:
-        layer, head, sink_share, is_sink (``sink_share`` above 0.3; its mean over heads is Gu et al.'s sink rate). A
-        head with a NaN query has a NaN share and is no sink.
+        layer, head, sink_share (mean over queries), sink_query_share (share of the queries above 0.3; its mean over
+        heads is the sink rate of "Transformers Don't Need LayerNorm at Inference Time", as its public code has it),
+        is_sink (``sink_share`` above 0.3; its mean over heads is Gu et al.'s sink rate). A head with a NaN query has
+        NaN shares and is no sink.
 
     Raises:
         InputError: there is no token, or no attention layer of the model can be read.
     """
     _check(sequences)
     heads = measure_attention_entropy(model, sequences, batch_size).heads
-    return heads[["layer", "head", SINK_SHARE]].assign(is_sink=heads[SINK_SHARE] > SINK_THRESHOLD)
+    return heads[["layer", "head", SINK_SHARE, SINK_QUERY_SHARE]].assign(is_sink=heads[SINK_SHARE] > SINK_THRESHOLD)
 
 
 @torch.no_grad()

@@ -125,6 +125,14 @@ class EntropyProbe(AttentionProbe[LayerStatistics]):
         share = self._stack(lambda layer: layer.sink / layer.sink_rows)
         return share.masked_fill(self.nan_rows() > 0, torch.nan).float()
 
+    def sink_query_share(self) -> Tensor:
+        """Share of queries that pay more than 0.3 of their attention to the first key, float32 [n_layer, n_head].
+
+        Of the same queries as :meth:`sink_share`, with NaN for the same heads. The first query sees no other key.
+        """
+        share = self._stack(lambda layer: layer.sink_queries / layer.sink_rows)
+        return share.masked_fill(self.nan_rows() > 0, torch.nan).float()
+
     def rows(self) -> Tensor:
         """Queries seen, NaN ones included: int64 [n_layer, n_head]."""
         return self._stack(lambda layer: layer.rows.sum().expand(layer.n_head), empty=0)

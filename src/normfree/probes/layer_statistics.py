@@ -12,6 +12,10 @@ from torch.nn.functional import pad
 from normfree.entropy import compiled_kernels
 from normfree.entropy.nonfinite_scores import NonFiniteCount
 
+SINK_THRESHOLD = 0.3
+"""Attention to the first key above which a query, or a head on average, has a sink (Gu et al., "When Attention Sink
+Emerges", 2024)."""
+
 
 @dataclass(frozen=True)
 class Queries:
@@ -62,8 +66,10 @@ class LayerStatistics:
     """float64 [n_head, T]: sum over all rows of ln(number of visible keys)."""
     sink: Tensor
     """float64 [n_head]: sum of the attention paid to the first key."""
+    sink_queries: Tensor
+    """int64 [n_head]: queries that pay more than ``SINK_THRESHOLD`` to the first key."""
     sink_rows: Tensor
-    """int64 [1]: queries in ``sink``."""
+    """int64 [1]: queries in ``sink`` and ``sink_queries``."""
     nan_scores: Tensor
     """int64 [n_head]"""
     inf_scores: Tensor
@@ -80,6 +86,7 @@ class LayerStatistics:
             entropy=zeros(torch.float64, n_head, n_position),
             bound=zeros(torch.float64, n_head, n_position),
             sink=zeros(torch.float64, n_head),
+            sink_queries=zeros(torch.int64, n_head),
             sink_rows=zeros(torch.int64, 1),
             nan_scores=zeros(torch.int64, n_head),
             inf_scores=zeros(torch.int64, n_head),
@@ -108,6 +115,7 @@ class LayerStatistics:
         self.grow(queries.start + entropy.shape[2])
         if share is not None:
             self.sink_rows += queries.n_valid
+            self.sink_queries += ((share > SINK_THRESHOLD) & queries.valid[:, None]).sum((0, 2))
         if not self._add_at_once(queries, entropy, share):
             self._add_one_by_one(queries, entropy, share)
 

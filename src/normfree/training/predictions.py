@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from normfree.columns import LOSS_NATS, STANDARD_ERROR
@@ -155,10 +155,18 @@ def predictions(
     return Predictions(is_predicted, losses, entropies, confidences, is_correct == 1, rest[0] if rest else None)
 
 
-def entropy_and_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Entropy of each row's softmax and loss of its target, nats: [n] each, from logits [n, vocab_size]."""
-    log_p = logits.log_softmax(dim=-1)
-    return _expectation(log_p, -log_p), -log_p.gather(-1, targets[:, None])[:, 0]
+@torch.no_grad()
+def unembedded_predictions(unembedding: nn.Linear, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Loss of each target and entropy of its distribution, nats: float64 [2, n].
+
+    Args:
+        unembedding: to [vocab_size].
+        hidden: the normalized final residual stream of n tokens, [n, n_embd].
+        targets: the tokens that follow them, int64 [n].
+    """
+    size = _rows_of_a_block(len(unembedding.weight))
+    blocks = zip(hidden.split(size), targets.split(size), strict=True)
+    return torch.cat([_reduced(_wide(unembedding(each)), target, None)[:, :2].double() for each, target in blocks]).T
 
 
 def jensen_shannon(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -170,13 +178,20 @@ def jensen_shannon(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def _logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     """Float32 or float64 [batch (T − 1), vocab_size]."""
-    logits = model(input_ids=tokens.to(model.device), use_cache=False).logits[:, :-1].flatten(0, 1)
+    return _wide(model(input_ids=tokens.to(model.device), use_cache=False).logits[:, :-1].flatten(0, 1))
+
+
+def _wide(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _rows_of_a_block(vocab_size: int) -> int:
+    return max(1, BLOCK_BYTES // (vocab_size * 4))
 
 
 def _reduced(logits: Tensor, targets: Tensor, others: Tensor | None) -> Tensor:
     """Loss, entropy, confidence, correctness and, with ``others``, divergence of each row: [n, 4 or 5]."""
-    size = max(1, BLOCK_BYTES // (logits.shape[1] * 4))
+    size = _rows_of_a_block(logits.shape[1])
     blocks = []
     for start in range(0, len(logits), size):
         rows = slice(start, start + size)
