@@ -455,6 +455,68 @@ def _confidence(n_layer: int, models: Iterable[str]) -> Figure:
 
 
 @drawn
+def cumulative_ablation(n_layer: int) -> Figure:
+    return _cumulative_ablation(MODELS)
+
+
+@drawn
+def cumulative_ablation_of_one_model(n_layer: int) -> Figure:
+    return _cumulative_ablation(MODELS[:1])
+
+
+def _cumulative_ablation(models: Iterable[str]) -> Figure:
+    frame = grid(model=models, n_ablated=range(6))
+    total = 1 + 0.004 * frame["n_ablated"] * (3 - number(frame, "model"))
+    frozen = 1 + 0.0005 * frame["n_ablated"]
+    values = {"loss_nats": 3 * total, "entropy_nats": 2.8 / total}
+    return plot.cumulative_ablation(
+        frame.assign(**values, frozen_loss_nats=3 * frozen, frozen_entropy_nats=2.8 / frozen)
+    )
+
+
+CORPORA = (
+    "installed-python",
+    "directory:/home/someone/a/long/path/to/texts",
+    "hf:Skylion007/openwebtext",
+    "file:b.txt",
+)
+
+
+@drawn
+def reliability(n_layer: int) -> Figure:
+    return _reliability(CORPORA)
+
+
+@drawn
+def reliability_on_one_corpus(n_layer: int) -> Figure:
+    return _reliability(CORPORA[:1])
+
+
+def _reliability(corpora: Iterable[str]) -> Figure:
+    frame = grid(corpus=corpora, model=("original", "vanilla", "norm-free"), low=np.arange(10) / 10)
+    middle = frame["low"] + 0.05
+    bins = frame.assign(high=frame["low"] + 0.1, tokens=2000 * (1.1 - middle), confidence=middle)
+    evaluation = frame[["corpus", "model"]].drop_duplicates().assign(ece=0.0193)
+    return plot.reliability_diagrams(bins.assign(accuracy=middle ** (1 + number(frame, "model") / 4)), evaluation)
+
+
+@drawn
+def losses_by_position(n_layer: int) -> Figure:
+    return _losses_by_position(CORPORA, 1024)
+
+
+@drawn
+def losses_by_position_on_one_corpus(n_layer: int) -> Figure:
+    return _losses_by_position(CORPORA[:1], 16)
+
+
+def _losses_by_position(corpora: Iterable[str], n_token: int) -> Figure:
+    frame = grid(corpus=corpora, model=("original", "vanilla", "norm-free"), position=range(1, n_token))
+    loss = 3 + 4 / frame["position"] ** 0.5 + 0.1 * number(frame, "model")
+    return plot.loss_by_position(frame.assign(tokens=256, loss_nats=loss))
+
+
+@drawn
 def residual_stds(n_layer: int) -> Figure:
     return _residual_stds(n_layer, MODELS)
 
