@@ -70,7 +70,7 @@ def test_predictions_of_every_variant_on_every_corpus(
     assert read["model"].tolist() == variants * 2
     assert read["sequences"].tolist() == [20] * 6
     assert [row["model"] for row in json.loads(out)["evaluation"]] == variants * 2
-    rows = read.set_index(["corpus", "model"])
+    rows: Any = read.set_index(["corpus", "model"])
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "norm-free")
     sequences = corpus_sequences(other, tokenizer, T, 20, Beginning())

@@ -1,5 +1,7 @@
 """Comparisons of models as frames and files, and their figures."""
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -21,9 +23,13 @@ def texts():
     return {"one": Text.of(tokens(4, T), 0), "two": Text.of(tokens(6, T, seed=1), 3)}
 
 
+def itself(model):
+    return model
+
+
 @pytest.fixture(scope="module")
 def compared(models, texts):
-    return compare_on(texts, {name: lambda model=model: model for name, model in models.items()})
+    return compare_on(texts, {name: partial(itself, model) for name, model in models.items()})
 
 
 def test_frames_hold_every_model_and_corpus(compared, models, texts):
@@ -65,15 +71,15 @@ def test_figures_show_the_frames(compared):
     axes = figure.axes[1]
     bins = compared.calibration.query("corpus == 'two' and model == 'norm-free' and tokens > 0")
     (line,) = (line for line in axes.lines if line.get_label() == "norm-free")
-    np.testing.assert_allclose(line.get_xydata(), bins[["confidence", "accuracy"]])
+    np.testing.assert_allclose(np.asarray(line.get_xydata()), bins[["confidence", "accuracy"]])
     ece = compared.evaluation.query("corpus == 'two' and model == 'norm-free'")["ece"].item()
     assert f"ECE {ece:.3f}" in [text.get_text() for text in axes.texts]
 
     figure = loss_by_position(compared.positions)
     (line,) = (line for line in figure.axes[0].lines if line.get_label() == "original")
     rows = compared.positions.query("corpus == 'one' and model == 'original'").set_index("position")["loss_nats"]
-    np.testing.assert_allclose(line.get_xdata(), [1, 2.5, 5])
-    np.testing.assert_allclose(line.get_ydata(), [rows[1], rows[[2, 3]].mean(), rows[[4, 5, 6]].mean()])
+    np.testing.assert_allclose(np.asarray(line.get_xdata()), [1, 2.5, 5])
+    np.testing.assert_allclose(np.asarray(line.get_ydata()), [rows[1], rows[[2, 3]].mean(), rows[[4, 5, 6]].mean()])
 
 
 def test_losses_that_are_nan_are_drawn_as_gaps(compared):

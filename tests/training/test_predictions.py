@@ -1,6 +1,7 @@
 """Predictions against NumPy and SciPy in float64, and closed forms."""
 
 from math import log
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -115,7 +116,8 @@ def test_calibration_against_pandas():
     generator = np.random.default_rng(0)
     confidences, is_correct = generator.random((40, 30)), generator.random((40, 30)) < 0.4
     frame = pd.DataFrame({"confidence": confidences.ravel(), "correct": is_correct.ravel()})
-    groups = frame.groupby(pd.cut(frame["confidence"], np.linspace(0, 1, 11), right=False), observed=False)
+    bins: Any = np.linspace(0, 1, 11)
+    groups = frame.groupby(pd.cut(frame["confidence"], bins, right=False), observed=False)
     gaps = (groups["confidence"].mean() - groups["correct"].mean()).abs()
     expected = (groups.size() / len(frame) * gaps).sum()
     assert made(confidences, is_correct).summary()["ece"] == pytest.approx(expected, rel=1e-12)

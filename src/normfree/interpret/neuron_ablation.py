@@ -98,8 +98,7 @@ def cumulative_ablation(
         rows.append({"n_ablated": n, "layer": layer, "neuron": neuron, **values, **frozen})
     frame = pd.DataFrame(rows)
     for name in ("loss", "entropy"):
-        values = frame[f"{name}_nats"]
-        frame[f"{name}_change_percent"] = 100 * (values / values[0] - 1)
+        frame[f"{name}_change_percent"] = 100 * (frame[f"{name}_nats"] / frame[f"{name}_nats"][0] - 1)
     return frame
 
 
@@ -111,7 +110,6 @@ class _Ablation:
     """
 
     def __init__(self, model: NormfreeForCausalLM, sequences: torch.Tensor, batch_size: int) -> None:
-        check_decoder(model)
         check_predicting(model, sequences)
         self.model, self.readout = model, Readout.of(model)
         self.batches = sequences.to(model.device).split(batch_size)
@@ -182,7 +180,8 @@ def _effects(changes: torch.Tensor, of: str) -> dict[str, float]:
     }
 
 
-def _chosen_neurons(model: NormfreeForCausalLM, neurons: pd.DataFrame) -> list[tuple[int, int]]:
+def _chosen_neurons(model: NormfreeForCausalLM, neurons: pd.DataFrame) -> list[Neuron]:
+    check_decoder(model)
     if missing := [column for column in ("layer", "neuron") if column not in neurons.columns]:
         raise InputError(f"the frame of neurons lacks {', '.join(missing)}; it needs the columns layer and neuron")
     if neurons.empty:

@@ -40,10 +40,11 @@ def compare_predictions(
     names = [sequences.pop("corpus", None)] if corpora is None else list(corpora)
     if not names or len(set(names)) < len(names):
         raise InputError(f"the corpora are {', '.join(map(str, names)) or 'none'}; name at least one, and each once")
-    compared = ComparedModels.of(models, 256, {**sequences, "corpus": names[0]}, device=device, dtype=dtype)
+    sequences.setdefault("n_sequences", 256)
+    own: list[SequenceOptions] = [{**sequences, "corpus": name} for name in names]
+    compared = ComparedModels.of(models, 256, own[0], device=device, dtype=dtype)
     first = compared.loaded
-    rest: SequenceOptions = {"n_sequences": 256, **sequences}
-    read = [compared.sequences, *(token_sequences(first, **{**rest, "corpus": name}) for name in names[1:])]
+    read = [compared.sequences, *(token_sequences(first, **options) for options in own[1:])]
     texts = {
         name or f"evaluation data of {first.source}": Text.of(each.tokens, len(each.beginning))
         for name, each in zip(names, read, strict=True)

@@ -87,8 +87,13 @@ def _draw_losses(axes: Axes, rows: pd.DataFrame, colours: dict[str, str]) -> Non
     octave = np.floor(np.log2(rows["position"]))
     lines = []
     for model in colours:
-        own = weighted[weighted["model"] == model].groupby(octave)[["place", "loss", "tokens"]]
-        sums = own.agg(lambda values: values.sum(skipna=False))
-        lines.append((sums["loss"] / sums["tokens"]).set_axis(sums["place"] / sums["tokens"]))
+        own = weighted[weighted["model"] == model].groupby(octave)
+        place, loss, tokens = (own[name].agg(_sum) for name in ("place", "loss", "tokens"))
+        lines.append((loss / tokens).set_axis(place / tokens))
     for (model, colour), line, style in zip(colours.items(), lines, turns(lines), strict=True):
         axes.plot(line.index, line, color=colour, marker="o", markersize=2.2, label=model, **style)
+
+
+def _sum(values: pd.Series[float]) -> float:
+    """NaN if one of the values is."""
+    return float(values.sum(skipna=False))
