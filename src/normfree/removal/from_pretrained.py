@@ -103,12 +103,7 @@ def remove_from_pretrained(
         total = run.recipe.n_tokens(run.data.sequence_length) * (2 if vanilla else 1)
         with locked(folder), StudyProgress(total, "remove-norm") as progress:
             result = remove(
-                run,
-                data,
-                folder,
-                chosen,
-                vanilla=vanilla,
-                callbacks=lambda variant, n_tokens: (progress.run(variant, n_tokens),),
+                run, data, folder, chosen, vanilla=vanilla, callbacks=lambda name, n: (progress.run(name, n),)
             )
             evaluation = evaluate_removal(run, data, folder, texts, vanilla=vanilla)
     beginning = Beginning.of(data.tokenizer, run.data.beginning)
