@@ -74,13 +74,11 @@ def remove_from_pretrained(
         schedule: the name of a published schedule, or a YAML file; default: by depth and budget, for a run as GPT-2
             Small's, for any other model :func:`~normfree.removal.schedule.pretrained_schedule`.
         order: ``published`` or ``auto``, instead of the schedule's.
-        qk_norms: whether norms of queries and keys stay in the model or go too, instead of the schedule's; default
-            without a schedule: they stay.
+        qk_norms: whether norms of queries and keys stay or go, instead of the schedule's; by default they stay.
         seed: of the order of the data and of dropout.
         lora_rank: trains low-rank changes of this rank, and the norms; default: all weights.
         vanilla: also fine-tune with the norms kept, as a control.
-        eval_corpora: corpora to compare predictions on, besides the evaluation data of the fine-tuning corpus.
-        eval_sequences: of each corpus, at most.
+        eval_corpora, eval_sequences: further corpora to compare predictions on, and the most sequences of each.
         device: ``cpu``, ``cuda`` or ``cuda:N``; default: CUDA where there is a device.
         yes: begin although it takes more than a day.
         cache_dir: of tokenized corpora.
