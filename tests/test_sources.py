@@ -22,6 +22,7 @@ from normfree.data import DataConfig, load_tokenizer
 from normfree.data.corpus import CORPORA, open_corpus
 from normfree.data.corpus_name import KINDS
 from normfree.errors import InputError
+from normfree.measurement import measure
 from normfree.modeling.loading import load_model
 from normfree.sources import local_or_hub, looks_local, split_revision, with_revision
 from normfree.training import RunConfig, load_pretrained
@@ -109,6 +110,11 @@ def test_a_revision_is_loaded_recorded_and_compared(
     early, newest = (load_pretrained(source) for source in ("owner/name@early", "owner/name"))
     assert [each.loaded_as["commit"] for each in (early, newest)] == hub_cache
     assert not torch.equal(early.model.lm_head.weight, newest.model.lm_head.weight)
+    assert load_pretrained("owner/name", revision="early").loaded_as == early.loaded_as
+    measured = measure("owner/name", ["a a a"], revision="early")
+    assert (measured.name, measured.loaded_as["commit"]) == ("owner/name@early", hub_cache[0])
+    with pytest.raises(InputError, match="are for a model that is loaded by its name"):
+        measure(early, ["a a a"], revision="early")
     code, out, error = normfree(
         *("depth", "owner/name", "owner/name@early", "--corpus", corpus_folder, "--cache-dir", tmp_path / "cache"),
         *("--sequences", "4", "--sequence-length", "16", "--probes", "2", "--json"),

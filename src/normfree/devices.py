@@ -58,15 +58,25 @@ def named_device(name: str) -> torch.device:
     Raises:
         InputError: it is none of these, or this machine does not have it.
     """
+    check_device_name(name)
     kind, colon, number = name.partition(":")
-    if kind not in ("cpu", "cuda") or (colon and (kind == "cpu" or not number.isdecimal())):
-        raise InputError(f"unknown device {name!r}; give cpu, cuda or cuda:N")
     n = torch.cuda.device_count() if kind == "cuda" else 0
     if kind == "cuda" and not n:
         raise InputError(f"device {name}: torch finds no CUDA device here; give --device cpu or leave it out")
     if colon and int(number) >= n:
         raise InputError(f"device {name}: this machine has {n} CUDA devices, cuda:0 to cuda:{n - 1}")
     return torch.device(name)
+
+
+def check_device_name(name: str) -> None:
+    """Checks that ``name`` is ``cpu``, ``cuda`` or ``cuda:N``, on this machine or another.
+
+    Raises:
+        InputError: it is none of these.
+    """
+    kind, colon, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (colon and (kind == "cpu" or not number.isdecimal())):
+        raise InputError(f"unknown device {name!r}; give cpu, cuda or cuda:N")
 
 
 def named_dtype(name: str | None) -> torch.dtype | None:

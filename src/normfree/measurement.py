@@ -151,6 +151,7 @@ def measure(
     name: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    revision: str | None = None,
 ) -> Measurement:
     """The attention entropy of every head of ``model`` on ``texts`` (ReLU's Revival, Eq. 8), in nats. ::
 
@@ -175,6 +176,7 @@ def measure(
         name: of the model in figures; default: what it was loaded by, or its class.
         device: that a named model is loaded on: ``cpu``, ``cuda`` or ``cuda:N``; default: CUDA if available.
         dtype: that a named model is loaded in: ``fp32``, ``bf16`` or ``fp16``; default: as saved.
+        revision: branch, tag or commit of a model on the Hub; or ``ID@REVISION``.
 
     Raises:
         InputError: no such model, no tokenizer, texts of another kind, no tokens, tokens or lengths that the model
@@ -182,7 +184,7 @@ def measure(
     """
     if batch_size < 1:
         raise InputError(f"batch_size has to be at least 1, got {batch_size}")
-    loaded, called = _model(model, device, dtype)
+    loaded, called = _model(model, device=device, dtype=dtype, revision=revision)
     if loaded.model.config.is_encoder_decoder:
         raise InputError(
             f"{loaded.source} is an encoder-decoder, and measure calls a model on one text; use "
@@ -199,6 +201,7 @@ def measure_on_corpus(
     name: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    revision: str | None = None,
     **sequences: Unpack[SequenceOptions],
 ) -> Measurement:
     """As :func:`measure`, on sequences of a corpus, or of a run's own evaluation data: ``normfree entropy``.
@@ -206,25 +209,25 @@ def measure_on_corpus(
     Args:
         source: a Hub id, a model folder, a ``.gguf`` file, or a run or checkpoint folder.
         name: the model's name in figures; default: ``source``.
-        device, dtype: as for :func:`measure`.
+        device, dtype, revision: as for :func:`measure`.
         sequences: see :func:`~normfree.interpret.token_sequences`.
 
     Raises:
         InputError: the model or the corpus cannot be used, or no attention layer can be read.
     """
-    loaded = load_pretrained(source, device=device, dtype=dtype)
+    loaded = load_pretrained(source, device=device, dtype=dtype, revision=revision)
     read = token_sequences(loaded, **sequences)
     return replace(measure(loaded, read.tokens, name=name), beginning=read.beginning)
 
 
 def _model(
-    model: PreTrainedModel | nn.Module | LoadedModel | str | Path, device: str | None, dtype: str | None
+    model: PreTrainedModel | nn.Module | LoadedModel | str | Path, **loading: str | None
 ) -> tuple[LoadedModel, nn.Module]:
     """The transformers model with where it came from, and the module to call."""
     if isinstance(model, (str, Path)):
-        model = load_pretrained(str(model), device=device, dtype=dtype)
-    elif device is not None or dtype is not None:
-        raise InputError("device and dtype are for a model that is loaded by its name; move this one with .to()")
+        model = load_pretrained(str(model), **loading)
+    elif any(each is not None for each in loading.values()):
+        raise InputError(f"{', '.join(loading)} are for a model that is loaded by its name; move this one with .to()")
     if isinstance(model, LoadedModel):
         return model, model.model
     if not isinstance(model, nn.Module):

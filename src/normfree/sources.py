@@ -58,9 +58,9 @@ def with_revision(source: str, revision: str | None) -> str:
     if not revision:
         raise InputError("the revision is empty; give a branch, a tag or a commit of the model on the Hub")
     if split_revision(source)[1] is not None:
-        raise InputError(f"{source} names a revision itself; leave --revision out")
+        raise InputError(f"{source} names a revision itself; give one of the two")
     if exists(user_path(source)) or looks_local(source):
-        raise InputError(f"--revision is for models on the Hub, and {source} is a path; leave it out")
+        raise InputError(f"a revision is of a model on the Hub, and {source} is a path; leave it out")
     return f"{source}@{revision}"
 
 

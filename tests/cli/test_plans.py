@@ -19,7 +19,6 @@ from normfree.modeling import NormfreeConfig, NormfreeForCausalLM
 from normfree.removal import from_pretrained
 from normfree.removal.plan import CPU_BATCH, CPU_LENGTH, PUBLISHED_BATCH, PUBLISHED_LENGTH, plan
 from normfree.removal.schedule import load_schedule
-from normfree.runner.presets import load_preset
 from normfree.runner.study_plan import plan_study
 from tests.small_study import PRESET
 
@@ -143,24 +142,3 @@ def test_the_default_budget_fits_a_cpu_and_a_published_schedule_is_as_published(
     on_gpu = plan(str(model), changes=changes, seed=0).run
     assert on_gpu.recipe.model_dump().items() >= PUBLISHED_BATCH.items()
     assert on_gpu.data.sequence_length == PUBLISHED_LENGTH
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"recipe.steps": 3, "recipe.batch_size": 4},
-        {
-            "model.n_layer": 3,
-            "data.corpus": "codeparrot",
-            "recipe.learning_rate": 3e-4,
-            "recipe.probes": ["qk_logit_max"],
-        },
-    ],
-)
-def test_the_command_of_a_report_sets_what_differs_from_the_preset(changes: dict[str, Any]) -> None:
-    preset = load_preset("smoke")
-    changed = preset.with_changes(**changes)
-    differences = changed.differences(preset)
-    assert differences.keys() >= changes.keys()
-    assert preset.with_changes(**{name: yaml.safe_load(value) for name, value in differences.items()}) == changed

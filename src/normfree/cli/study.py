@@ -13,6 +13,7 @@ from normfree.cli.console import open_console, print_json, records, say, table
 from normfree.cli.options import (
     DEFAULT_CACHE_DIR,
     CacheDir,
+    Device,
     Json,
     changes,
     checked_corpus,
@@ -98,6 +99,7 @@ def study(
     workers: Workers = None,
     executor_set: EngineSet = None,
     retries: Retries = None,
+    device: Device = None,
     cache_dir: CacheDir = DEFAULT_CACHE_DIR,
     json_: Json = False,
 ) -> None:
@@ -124,6 +126,7 @@ def study(
         "changes": changes(set_, tokens=tokens, steps=steps, corpus=corpus, tokenizer=tokenizer),
         "only": only,
         "tune_lr": tune_lr,
+        "device": device,
     }
     if plan:
         _show_plan(name, preset, options, json_=json_)

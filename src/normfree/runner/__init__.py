@@ -4,7 +4,8 @@ Studies import from here only. The machinery imports no study: it finds them (se
 """
 
 from normfree.runner.catalog import Found, find_study, installed_studies
-from normfree.runner.driver import DEFAULT_RETRIES, Execution, failure_summary, help_with
+from normfree.runner.driver import failure_summary, help_with
+from normfree.runner.execution import DEFAULT_RETRIES, Execution
 from normfree.runner.executors import EXECUTORS, make_executor
 from normfree.runner.listing import list_presets, list_studies
 from normfree.runner.opening import OpenCollection, OpenStudy, begin, open_folder

@@ -15,6 +15,7 @@ from rich.console import Console
 from normfree.columns import EVAL_LOSS
 from normfree.locks import sweep
 from normfree.progress import display, shown_on
+from normfree.runner.execution import Execution
 from normfree.runner.executors import Executor, Job, Task, ThisProcess
 from normfree.runner.run_order import PlannedRun, is_finished, planned_runs, to_train
 from normfree.runner.run_queue import RunQueue
@@ -35,32 +36,8 @@ from normfree.training import StudyProgress, load_result
 from normfree.training.loop import check_data
 from normfree.training.run_folder import checkpoints, step_of
 
-DEFAULT_RETRIES = 2
-"""Tries of a run after its first failure without progress."""
 LOOK_AGAIN_SECONDS = 10.0
 """Wait before a run that another process has is checked again."""
-
-
-@dataclass(frozen=True)
-class Execution:
-    """How a study is carried out.
-
-    cache_dir: where tokenized corpora are kept.
-    seeds: None for those of the preset.
-    tune_lr: also train each configuration at multiples of the recipe's learning rate (see
-        :func:`~normfree.runner.run_order.planned_runs`).
-    only: labels of the configurations to train, with the baseline; None for all.
-    executor: trains the runs; None: this process, one run at a time.
-    retries: of a run that failed on an executor.
-    """
-
-    console: Console
-    cache_dir: Path
-    seeds: list[int] | None = None
-    tune_lr: bool = False
-    only: tuple[str, ...] | None = None
-    executor: Executor | None = None
-    retries: int = DEFAULT_RETRIES
 
 
 def train_study(study: Study, folder: StudyFolder, execution: Execution) -> dict[str, str]:
@@ -86,8 +63,11 @@ def train_study(study: Study, folder: StudyFolder, execution: Execution) -> dict
         data = folder.prepare_data(execution.cache_dir)
         check_data(data, folder.preset.recipe)
         folder.claim(data)
-        write_plan(folder, seeds, tune_lr=tune_lr, only=only, cache_dir=execution.cache_dir)
-        work = Work(folder, runs, data, measurement)
+        if not all(is_finished(each, folder) for each in runs):
+            folder.keep_command(execution.command)
+        device, cache_dir = execution.device, execution.cache_dir
+        write_plan(folder, seeds, tune_lr=tune_lr, only=only, cache_dir=cache_dir, device=device)
+        work = Work(folder, runs, data, measurement, device)
         title = f"{study.name} ({folder.preset_name})"
         queue = _drive(work, title, executor=execution.executor, retries=execution.retries)
     for planned in runs:

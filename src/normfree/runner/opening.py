@@ -13,7 +13,8 @@ import yaml
 from normfree.errors import InputError, unknown_name
 from normfree.files import write_text
 from normfree.runner.catalog import Found, studies_for, study_of
-from normfree.runner.driver import Execution, train_study
+from normfree.runner.driver import train_study
+from normfree.runner.execution import Execution
 from normfree.runner.page import StudyPage
 from normfree.runner.presets import Preset, load_preset
 from normfree.runner.reporting import write_collection_report, write_study_report

@@ -5,8 +5,6 @@ A preset may name another one as its ``base`` and hold only what differs from it
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
@@ -101,20 +99,6 @@ class Preset(BaseModel):
             InputError: a name is unknown or a value is not allowed.
         """
         return _validated(with_changes(self.model_dump(exclude_unset=True), changes), "the changed preset")
-
-    def differences(self, other: Preset) -> dict[str, str]:
-        """What ``--set`` changes of ``other`` to get this preset: JSON values by dotted name, unset ones left out."""
-        own, others = (dict(_flat(each.model_dump(mode="json", exclude_none=True))) for each in (self, other))
-        return {name: json.dumps(value) for name, value in own.items() if others.get(name) != value}
-
-
-def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Values by dotted name."""
-    for name, value in section.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def preset_names() -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ from normfree.report.entropy_figures import headwise_entropy_heatmaps
 from normfree.report.glossary import glossary
 from normfree.report.numbers import counted
 from normfree.runner.page import StudyPage
-from normfree.runner.presets import load_preset, preset_names
 from normfree.runner.run_frames import head_entropy_frame
 from normfree.runner.run_order import LEARNING_RATE_FACTORS, SWEEP_DECAY
 from normfree.runner.study import Collection, Study
@@ -78,12 +76,12 @@ def write_collection_report(
     write_text(path / RESULTS_FILE, table.to_csv(index=False, na_rep="nan"))
     findings = collection.describe(pages, table, path)
     listed = ", ".join(str(each.relative_to(path)) for each in reports)
-    how = f"Figures, corpus, configuration and command of each study are in its own report: {listed}."
+    how = f"Figures, corpus and configuration of each study are in its own report: {listed}."
     caption = "Evaluation loss and perplexity by model, context length and configuration."
     sections = [
         Section("Result", [_table_block(table, caption)]),
         *findings.sections,
-        Section("How it was made", [Paragraph(how), Callout(findings.limits, "warning")]),
+        Section("How it was made", [*_commands(pages), Paragraph(how), Callout(findings.limits, "warning")]),
     ]
     terms = glossary([label for page in pages for label in page.labels] + _words(sections))
     cautions = dict.fromkeys(filter(None, (page.folder.preset.caution for page in pages)))
@@ -183,7 +181,7 @@ def _method_section(page: StudyPage, limits: str) -> Section:
             Paragraph(
                 "Models of one shape start from the same weights, and all see the same batches in the same order."
             ),
-            Code(_command(page, seeds)),
+            *_commands([page]),
             Callout(limits, "warning"),
             Paragraph("The whole configuration:"),
             Code((page.path / STUDY_FILE).read_text(encoding="utf-8").rstrip()),
@@ -191,16 +189,10 @@ def _method_section(page: StudyPage, limits: str) -> Section:
     )
 
 
-def _command(page: StudyPage, seeds: Sequence[int]) -> str:
-    """The command that makes the study, for a shell: what differs from its preset is set."""
-    folder = page.folder
-    is_named = folder.preset_name in preset_names()
-    words = ["normfree", "study", folder.reference, "--preset", folder.preset_name + ("" if is_named else ".yaml")]
-    words += ["--seeds", ",".join(map(str, seeds))]
-    if is_named:
-        for name, value in folder.preset.differences(load_preset(folder.preset_name)).items():
-            words += ["--set", f"{name}={value}"]
-    return shlex.join([*words, *(["--tune-lr"] if page.tuned else []), "--out", str(page.path)])
+def _commands(pages: Sequence[StudyPage]) -> list[Element]:
+    """The commands that trained the runs, for a shell."""
+    commands = dict.fromkeys(each for page in pages for each in page.folder.commands)
+    return [Code("\n".join(commands))] if commands else []
 
 
 def _facts(page: StudyPage, seeds: Sequence[int]) -> dict[str, str]:

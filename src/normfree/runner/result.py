@@ -6,6 +6,7 @@ import html
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from normfree.processes import check_alone
 from normfree.progress import shown_on
 from normfree.report import FIGURES_FOLDER, formatted, table_notes
 from normfree.runner.catalog import Found, find_study
-from normfree.runner.driver import DEFAULT_RETRIES, Execution, failure_summary
+from normfree.runner.driver import failure_summary
+from normfree.runner.execution import DEFAULT_RETRIES, Execution, study_command
 from normfree.runner.executors import Executor, make_executor
 from normfree.runner.opening import OpenCollection, OpenStudy, begin, open_folder
 from normfree.runner.presets import Preset, load_preset
@@ -170,6 +172,7 @@ def run_study(
     workers: int | None = None,
     executor: Executor | None = None,
     retries: int = DEFAULT_RETRIES,
+    device: str | None = None,
     cache_dir: str | Path = DEFAULT_CACHE_DIR,
     progress: bool | Console = True,
 ) -> StudyResult:
@@ -195,6 +198,8 @@ def run_study(
         workers: processes that train runs at the same time; default: this process, one run after the other.
         executor: trains the runs instead, from :func:`normfree.runner.make_executor`.
         retries: how often a run that failed on workers is tried again.
+        device: of training, workers' too: ``cpu``, ``cuda`` or in this process ``cuda:N``; default: CUDA where there is
+            a device.
         cache_dir: where tokenized corpora are kept.
         progress: print a line every half minute and at each evaluation; or the console to show progress on.
 
@@ -212,7 +217,7 @@ def run_study(
     engine = executor or make_executor("local", {}, workers)
     chosen, labels = checked_seeds(seeds), tuple(only) if only else None
     wanted = dict(changes or {}) | _options(tokens=tokens, steps=steps, corpus=corpus, tokenizer=tokenizer)
-    execution = Execution(_console(progress), Path(cache_dir), chosen, tune_lr, labels, engine, retries)
+    execution = Execution(_console(progress), Path(cache_dir), chosen, tune_lr, labels, engine, retries, device)
     return _carry_out(find_study(name), str(preset), None if out is None else Path(out), wanted, execution)
 
 
@@ -230,7 +235,9 @@ def _carry_out(
         return preset.with_changes(**changes)
 
     begin(found, folder, preset, changed)  # a folder that is refused is not even locked
-    with locked(folder), _undisturbed(), shown_on(console):
+    reference = name if found.file is None else f"{found.file}:{name}"
+    execution = replace(execution, command=study_command(reference, preset, folder, changes, execution))
+    with execution.on_device(), locked(folder), _undisturbed(), shown_on(console):
         begun = begin(found, folder, preset, changed)
         console.print(f"Study {name}, preset {Path(preset).stem}: {load_preset(preset).description}", highlight=False)
         failures = begun.run(execution)

@@ -20,6 +20,7 @@ from normfree.training.run_folder import RESULTS_FILE
 
 STUDY_FILE = "study.yaml"
 COLLECTION_FILE = "collection.yaml"
+COMMANDS_FILE = "commands.yaml"
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,24 @@ class StudyFolder:
             **self.preset.model_dump(mode="json", exclude_none=True),
         }
         write_text(self.path / STUDY_FILE, yaml.safe_dump(content, sort_keys=False))
+
+    @property
+    def commands(self) -> list[str]:
+        """The commands that began runs, each once, in the order of their first time.
+
+        Raises:
+            InputError: their file is damaged.
+        """
+        path = self.path / COMMANDS_FILE
+        found = read_yaml(path).get("commands") if path.exists() else []
+        if not isinstance(found, list):
+            raise InputError(f"{path} is damaged; delete it: the report then names no command")
+        return [str(each) for each in found]
+
+    def keep_command(self, command: str) -> None:
+        """Adds a command that begins runs to ``commands.yaml``."""
+        commands = list(dict.fromkeys([*self.commands, *filter(None, [command])]))
+        write_text(self.path / COMMANDS_FILE, yaml.safe_dump({"commands": commands}, width=float("inf")))
 
     def results(self, group: str) -> list[RunResult]:
         """The finished runs of a group (``runs``, ``sweep``, ``tuned``), in no particular order."""

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from normfree.data import load_tokenizer, vocabulary_size
+from normfree.devices import on_device
 from normfree.progress import stage
 from normfree.runner.catalog import find_study
 from normfree.runner.opening import begin
@@ -27,12 +28,13 @@ def plan_study(
     changes: Mapping[str, Any] | None = None,
     only: Sequence[str] | None = None,
     tune_lr: bool = False,
+    device: str | None = None,
     timed: bool = True,
 ) -> pd.DataFrame:
     """What :func:`~normfree.runner.run_study` with these arguments trains. Writes nothing and reads no corpus.
 
     Args:
-        name, preset, seeds, out, changes, only, tune_lr: as for :func:`~normfree.runner.run_study`.
+        name, preset, seeds, out, changes, only, tune_lr, device: as for :func:`~normfree.runner.run_study`.
         timed: try a micro-batch of each configuration, on random tokens.
 
     Returns:
@@ -50,7 +52,8 @@ def plan_study(
     for member in begun.members:
         chosen = checked_seeds(seeds) or member.folder.preset.seeds
         runs = planned_runs(member.study, member.folder.preset, chosen, tune_lr=tune_lr, only=only)
-        rows += list(_rows(member.study.name, runs, timed))
+        with on_device(device):
+            rows += list(_rows(member.study.name, runs, timed))
     return pd.DataFrame(rows)
 
 

@@ -2,7 +2,7 @@
 
 These files are in the study's folder ``workers``, which is removed when all runs are finished:
 
-``plan.json``: seeds and configurations, whether learning rates are tuned, and where the tokens are.
+``plan.json``: seeds and configurations, whether learning rates are tuned, where the tokens are, and the device.
 ``RUN/.lock``: who trains and measures the run now (see :mod:`normfree.locks`).
 ``RUN/ATTEMPT.json``: what one worker reports of its attempt at the run (:class:`Report`).
 ``RUN/ATTEMPT.log``: what it printed, unless the engine keeps that.
@@ -20,6 +20,7 @@ from typing import Literal
 from rich.console import Console
 
 from normfree.data import PackedData
+from normfree.devices import on_device
 from normfree.errors import InputError
 from normfree.files import write_text
 from normfree.locks import OWNER_FILE, locked
@@ -54,12 +55,16 @@ class Report:
 
 @dataclass(frozen=True)
 class Work:
-    """A study that is ready to be trained."""
+    """A study that is ready to be trained.
+
+    device: of training and measuring, by its name; None: see :mod:`normfree.devices`.
+    """
 
     folder: StudyFolder
     runs: tuple[PlannedRun, ...]
     data: PackedData
     measurement: Measurement | None
+    device: str | None = None
 
     def claims(self, planned: PlannedRun) -> Path:
         """The folder whose lock is held by whoever trains or measures the run."""
@@ -69,22 +74,22 @@ class Work:
         """Trains a run whose turn has come, or resumes it.
 
         Raises:
-            InputError: it cannot be used, or another process has it (see :meth:`holder`).
+            InputError: it cannot be used, another process has it (see :meth:`holder`), or the device is not here.
             RunFailedError: it could not continue.
         """
         run = to_train(planned, self.folder)
         if run is not None:
-            with locked(self.claims(planned)):
+            with locked(self.claims(planned)), on_device(self.device):
                 train(run, self.data, self.folder.path / planned.place, callbacks=callbacks)
 
     def measure(self, planned: PlannedRun, console: Console) -> None:
         """Measures a finished run, except for what is measured already.
 
         Raises:
-            InputError: another process has the run.
+            InputError: another process has the run, or the device is not here.
         """
         if self.measurement is not None and planned.group == "runs":
-            with locked(self.claims(planned)):
+            with locked(self.claims(planned)), on_device(self.device):
                 self.measurement.measure(load_result(self.folder.path / planned.place), self.data, console)
 
     def holder(self, planned: PlannedRun) -> str | None:
@@ -112,11 +117,18 @@ class Work:
 
 
 def write_plan(
-    folder: StudyFolder, seeds: list[int], *, tune_lr: bool, only: Collection[str] | None, cache_dir: Path
+    folder: StudyFolder,
+    seeds: list[int],
+    *,
+    tune_lr: bool,
+    only: Collection[str] | None,
+    cache_dir: Path,
+    device: str | None,
 ) -> None:
     """Writes for the workers what there is to do."""
     labels = None if only is None else list(only)
-    content = {"seeds": seeds, "tune_lr": tune_lr, "only": labels, "cache_dir": str(cache_dir.resolve())}
+    place = str(cache_dir.resolve())
+    content = {"seeds": seeds, "tune_lr": tune_lr, "only": labels, "cache_dir": place, "device": device}
     write_text(folder.path / WORKERS_FOLDER / PLAN_FILE, json.dumps(content) + "\n")
 
 
@@ -140,10 +152,11 @@ def open_work(path: Path, reference: str | Path | None = None) -> Work:
         seeds, tune_lr = [int(seed) for seed in content["seeds"]], bool(content["tune_lr"])
         only = None if content["only"] is None else [str(label) for label in content["only"]]
         cache_dir = Path(content["cache_dir"])
+        device = None if content["device"] is None else str(content["device"])
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{plan_path} is damaged; give the study's command again, it writes the file anew") from error
     runs = planned_runs(study, folder.preset, seeds, tune_lr=tune_lr, only=only)
-    return Work(folder, runs, folder.prepare_data(cache_dir), measurement_of(study, folder))
+    return Work(folder, runs, folder.prepare_data(cache_dir), measurement_of(study, folder), device)
 
 
 def measurement_of(study: Study, folder: StudyFolder) -> Measurement | None:

@@ -17,7 +17,7 @@ from normfree.modeling import NormfreeForCausalLM, from_hf
 from normfree.modeling.gguf import is_gguf, open_gguf
 from normfree.modeling.loading import load_model
 from normfree.progress import stage
-from normfree.sources import commit_of, local_or_hub
+from normfree.sources import commit_of, local_or_hub, with_revision
 from normfree.training.run_config import RunConfig, load_run_config, read_yaml
 from normfree.training.run_folder import CONFIG_FILE, PROVENANCE, last_checkpoint
 
@@ -92,7 +92,9 @@ class LoadedModel:
         return self.model if isinstance(self.model, NormfreeForCausalLM) else from_hf(self.model)
 
 
-def load_pretrained(source: str, *, device: str | None = None, dtype: str | None = None) -> LoadedModel:
+def load_pretrained(
+    source: str, *, device: str | None = None, dtype: str | None = None, revision: str | None = None
+) -> LoadedModel:
     """A model from the Hub, a folder in transformers' format, a GGUF file, or a Normfree run or checkpoint folder.
 
     Only safetensors and GGUF weights are read, and no remote code is run.
@@ -101,13 +103,14 @@ def load_pretrained(source: str, *, device: str | None = None, dtype: str | None
         source: a Hub id, ``ID@REVISION`` for a branch, tag or commit of it, a folder or a file.
         device: ``cpu``, ``cuda`` or ``cuda:N``; default: see :mod:`normfree.devices`.
         dtype: of weights and computation: ``fp32``, ``bf16`` or ``fp16``; default: as saved.
+        revision: that of ``ID@REVISION``.
 
     Raises:
-        InputError: there is no such model, device or dtype, or the weights are not all there (see
-            :func:`normfree.modeling.loading.load_model`).
+        InputError: there is no such model, device or dtype, a path has a revision, or the weights are not all there
+            (see :func:`normfree.modeling.loading.load_model`).
     """
     place, weights = default_device() if device is None else named_device(device), named_dtype(dtype)
-    source = local_or_hub(source, "model")
+    source = local_or_hub(with_revision(source, revision), "model")
     folder = Path(source)
     checkpoint, run = source, None
     if (folder / CONFIG_FILE).is_file():

@@ -13,8 +13,10 @@ from typing import Any, ClassVar
 
 import pandas as pd
 import pytest
+import torch
 from rich.console import Console
 
+from normfree import devices
 from normfree.locks import OWNER_FILE, locked
 from normfree.runner import EXECUTORS
 from normfree.runner.executors import Executor, Job, Settings, Task
@@ -51,6 +53,7 @@ class HereExecutor(Executor):
     started: ClassVar[list[str]] = []
 
     def __init__(self, settings: Settings, workers: int | None) -> None:
+        super().__init__(settings, workers)
         self.at_once = workers
 
     def __enter__(self) -> HereExecutor:
@@ -263,6 +266,25 @@ def test_a_helper_shares_the_runs_with_the_study_and_a_second_study_is_refused(
     assert sorted(label for label, _ in lines) == ["SM+G", "SM+LN+G", "SM+LN+R", "SM+R"]
     assert len({process for _, process in lines}) == 2
     assert state_of(folder) == state_of(whole)
+
+
+def test_runs_are_trained_on_the_device_of_the_study(
+    study: Command, here: type[HereExecutor], half: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from normfree.runner import work as module
+
+    work: Any = module
+    train, seen = work.train, []
+
+    def noted(run: Any, *arguments: Any, **options: Any) -> Any:
+        seen.append((run.configuration, devices._chosen))
+        return train(run, *arguments, **options)
+
+    monkeypatch.setattr(work, "train", noted)
+    assert study("--executor", "slurm", "--device", "cpu", "--only", "SM+G")[0] == 0
+    assert study("--device", "cpu")[0] == 0
+    assert seen == [("SM+G", torch.device("cpu")), ("SM+R", torch.device("cpu"))]
+    assert devices._chosen is None
 
 
 def test_a_helper_needs_a_study_that_somebody_trains(normfree: Command, half: Path) -> None:

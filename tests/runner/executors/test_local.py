@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from normfree.devices import on_device
+from normfree.errors import InputError
 from normfree.runner.executors import Task
 from normfree.runner.executors.local import LocalExecutor, LocalSettings
 from tests.faults.crash import in_child
@@ -69,11 +71,22 @@ def test_every_worker_has_its_own_gpu_and_its_share_of_the_cores(
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(32), raising=False)
     monkeypatch.setattr(subprocess, "Popen", NeverEnding)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    executor = LocalExecutor(LocalSettings(gpus=gpus), 8)
-    jobs = executor.start([Task(tmp_path, f"runs/a/seed-{seed}", "x", STUDY) for seed in range(8)])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: bool(visible))
+    with LocalExecutor(LocalSettings(gpus=gpus), 8) as executor:
+        jobs = executor.start([Task(tmp_path, f"runs/a/seed-{seed}", "x", STUDY) for seed in range(8)])
     environments = [job.process.env for job in jobs]  # type: ignore[attr-defined]
     assert [each.get("CUDA_VISIBLE_DEVICES") for each in environments] == expected
     assert {each["OMP_NUM_THREADS"] for each in environments} == {"4"}
+
+
+def test_workers_of_a_study_on_the_cpu_share_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(InputError, match="2 workers with 1 of a GPU each need more"), LocalExecutor(LocalSettings(), 2):
+        pytest.fail("they were chosen")
+    with on_device("cpu"), LocalExecutor(LocalSettings(), 2) as executor:
+        assert executor._devices == ["", ""]
 
 
 @pytest.mark.skipif(not NIGHTLY, reason="a minute of starting processes")

@@ -25,6 +25,14 @@ Command = Callable[..., tuple[int, str, str]]
         (("--workers", "3", "--executor-set", "gpus=0.5"), "3 workers with 0.5 of a GPU each need more than the 1 GPU"),
         (("--executor", "slurm", "--executor-set", "partitoin=a"), "(did you mean 'partition'?)"),
         (("--executor", "slurm", "--executor-set", "minutes=soon"), "minutes: Input should be a valid integer"),
+        (("--device", "gpu"), "unknown device 'gpu'; give cpu, cuda or cuda:N"),
+        (("--executor", "slurm", "--device", "gpu"), "unknown device 'gpu'; give cpu, cuda or cuda:N"),
+        (
+            ("--executor", "slurm", "--device", "cuda:1"),
+            "each worker has a GPU of its own; give --device cuda",
+        ),
+        (("--device", "cuda"), "torch finds no CUDA device here"),
+        (("--workers", "1", "--device", "cuda"), "torch finds no CUDA device here"),
         (("--executor", "slurm"), "--executor slurm: srun is not on PATH"),
         (("--executor", "ray", "--executor-set", "address=127.0.0.1:1"), "no cluster at 127.0.0.1:1 ([Errno 111] Conn"),
         (("--executor", "ray", "--executor-set", "address=head:ray"), "no cluster at head:ray (invalid literal"),
@@ -35,6 +43,7 @@ def test_refused(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     code, out, err = study(*arguments)
     assert code == 2, (out, err)
     assert says in err

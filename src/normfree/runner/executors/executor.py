@@ -67,19 +67,20 @@ class Executor(ABC):
 
     at_once: int | None
 
-    @abstractmethod
     def __init__(self, settings: Any, workers: int | None) -> None:
         """Takes settings of :attr:`settings_type`, and how many runs may be at work at once, if that is given.
 
         Raises:
-            InputError: what the engine needs is not installed, or this machine is too small.
+            InputError: what the engine needs is not installed.
         """
+        self.settings = settings
+        self.workers = workers
 
     def __enter__(self) -> Self:
         """Finds the engine.
 
         Raises:
-            InputError: this machine cannot reach it.
+            InputError: this machine cannot reach it, or is too small.
         """
         return self
 

@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 from rich.console import Console
 
+from normfree.devices import default_device
 from normfree.errors import InputError
 from normfree.runner.executors.executor import Executor, Job, Settings, Task
 from normfree.runner.work import WORKERS_FOLDER
@@ -56,13 +57,17 @@ class LocalExecutor(Executor):
     poll_seconds = 0.5
 
     def __init__(self, settings: LocalSettings, workers: int | None) -> None:
+        super().__init__(settings, workers)
         workers = workers or 1
         self.at_once = workers
-        self._devices = _devices(settings.gpus, workers)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         default = os.environ.get("OMP_NUM_THREADS", max(1, cores // workers))
         self._threads = str(settings.cpus if settings.cpus is not None else default)
         self._jobs: list[LocalJob] = []
+
+    def __enter__(self) -> LocalExecutor:
+        self._devices = _devices(self.settings.gpus, self.workers or 1)
+        return self
 
     def __exit__(self, *_: object) -> None:
         for job in self._jobs:
@@ -111,7 +116,7 @@ def _devices(gpus: float | None, workers: int) -> list[str | None]:
     there = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = there.split(",") if there else [str(number) for number in range(torch.cuda.device_count())]
     if gpus is None:
-        gpus = 1.0 if names else 0.0
+        gpus = 1.0 if names and default_device().type == "cuda" else 0.0
     if gpus == 0:
         return ["" if names else None] * workers
     shared = int(1 / gpus + 1e-9)

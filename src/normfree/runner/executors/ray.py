@@ -73,14 +73,14 @@ class RayExecutor(Executor):
             import ray  # noqa: F401
         except ImportError as error:
             raise not_installed(self.name, "Ray") from error
-        self._settings = settings
+        super().__init__(settings, workers)
         self.at_once = workers
 
     def __enter__(self) -> RayExecutor:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         import ray
 
-        address = self._settings.address or os.environ.get("RAY_ADDRESS", "local")
+        address = self.settings.address or os.environ.get("RAY_ADDRESS", "local")
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
         if address == "local":
             options |= {"object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
@@ -105,11 +105,11 @@ class RayExecutor(Executor):
     def start(self, tasks: Sequence[Task]) -> list[Job]:
         import ray
 
-        gpus = self._settings.gpus
+        gpus = self.settings.gpus
         if gpus is None:
             gpus = 1.0 if ray.cluster_resources().get("GPU") else 0.0
         remote = ray.remote(work_on).options(
-            num_cpus=self._settings.cpus, num_gpus=gpus, max_retries=0, scheduling_strategy="SPREAD"
+            num_cpus=self.settings.cpus, num_gpus=gpus, max_retries=0, scheduling_strategy="SPREAD"
         )
         return [RayJob(remote.remote(*task.arguments)) for task in tasks]
 

@@ -77,8 +77,7 @@ class SlurmExecutor(Executor):
             import submitit  # noqa: F401
         except ImportError as error:
             raise not_installed(self.name, "submitit") from error
-        self._settings = settings
-        self._parallelism = workers
+        super().__init__(settings, workers)
 
     def __enter__(self) -> SlurmExecutor:
         engine(Path())
@@ -110,7 +109,7 @@ class SlurmExecutor(Executor):
             )
 
     def _parameters(self, n_tasks: int) -> dict[str, Any]:
-        chosen = self._settings
+        chosen = self.settings
         given = {
             "slurm_partition": chosen.partition,
             "slurm_account": chosen.account,
@@ -126,7 +125,7 @@ class SlurmExecutor(Executor):
             "timeout_min": chosen.minutes,
             "cpus_per_task": chosen.cpus,
             "slurm_signal_delay_s": chosen.signal_seconds,
-            "slurm_array_parallelism": self._parallelism or n_tasks,
+            "slurm_array_parallelism": self.workers or n_tasks,
             **{name: value for name, value in given.items() if value is not None},
         }
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from normfree.errors import InputError, RunFailedError
-from normfree.runner.executors.executor import Executor, Job, Task
+from normfree.runner.executors.executor import Executor, Job, Settings, Task
 from normfree.runner.work import Report, Work
 from normfree.training import StudyProgress
 
@@ -34,6 +34,7 @@ class ThisProcess(Executor):
     at_once = 1
 
     def __init__(self, work: Work, progress: StudyProgress) -> None:
+        super().__init__(Settings(), None)
         self._work = work
         self._progress = progress
 
