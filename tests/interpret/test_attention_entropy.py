@@ -175,6 +175,9 @@ def test_nan_is_counted_and_never_averaged_over(models):
         ("gpt2", ("--sequence-length", "33"), "sequence length 33 is more than the 32 positions"),
         ("gpt2", ("--sequences", "100000"), "sequences of 32 tokens from within one document, 100000 are asked for"),
         ("gpt2", ("--sequence-length", "1"), "at least 2 tokens"),
+        ("gpt2", ("--sequence-length", "0"), "at least 2 tokens"),
+        ("gpt2", ("--corpus", "short.txt"), "corpus 'file:short.txt' has 0 sequences of 32 tokens from within one"),
+        ("gpt2", ("--corpus", "empty.txt"), "corpus 'file:empty.txt' has no document"),
         ("gpt2", ("--sequences", "0"), "need at least 1 sequence"),
         ("gpt2", ("--tokenizer", "nowhere"), "cannot load tokenizer 'nowhere'"),
         ("gpt2", ("--corpus", "directory:nowhere"), "no folder 'nowhere'"),
@@ -189,6 +192,8 @@ def test_bad_input_is_one_line(model, arguments, says, models, corpus_folder, no
     build("gpt2", N_POSITIONS).save_pretrained(pickled)
     torch.save(build("gpt2", N_POSITIONS).state_dict(), pickled / "pytorch_model.bin")
     (pickled / "model.safetensors").unlink()
+    (tmp_path / "short.txt").write_text("a few words")
+    (tmp_path / "empty.txt").touch()
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "unfinished" / "config.yaml").write_text("{}")
     path = models / model if model in MODELS else Path(model)

@@ -35,9 +35,11 @@ def assert_refused(command: Command, folder: Path, *arguments: object, says: str
         (("study", "relu-reviva"), "unknown study 'relu-reviva' (did you mean 'relu-revival'?)"),
         (("study", "relu-revival", "--preset", "gpuu"), "unknown preset 'gpuu' (did you mean 'gpu'?)"),
         (("study", "relu-revival", "--preset", "none.yaml"), "cannot read none.yaml: No such file or directory"),
-        (("study", "relu-revival", "--presett", "cpu"), "No such option"),
+        (("study", "relu-revival", "--presett", "cpu"), "--set) (see: normfree study --help)"),
+        (("bench", "trainng"), "'trainng'. Did you mean 'training'? (see: normfree bench --help)"),
+        (("studdy",), "No such command 'studdy'. Did you mean 'study'? (see: normfree --help)"),
+        (("train", "run.yaml"), "Missing option '--out'. (see: normfree train --help)"),
         (("study",), "name a study; normfree study --list shows them all"),
-        (("studdy",), "No such command"),
         (("study", "relu-revival", "--tokens", "many"), "Invalid value for '--tokens'"),
         (("study", "relu-revival", "--tokens", "9", "--steps", "9"), "give --tokens or --steps, not both"),
         (("study", "relu-revival", "--seeds", "one"), "--seeds 'one' is not a comma-separated list"),
@@ -49,7 +51,6 @@ def assert_refused(command: Command, folder: Path, *arguments: object, says: str
         (("study", "table-2", "--only", "SM+R"), "--only is for one study, and table-2 is several"),
         (("report", "nowhere"), "is no study folder"),
         (("train", "nowhere.yaml", "--out", "run"), "cannot read nowhere.yaml"),
-        (("train", "nowhere.yaml"), "Missing option"),
     ],
 )
 def test_bad_arguments(normfree: Command, tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:

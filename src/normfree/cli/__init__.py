@@ -137,7 +137,8 @@ def main() -> None:
     except RunFailedError as error:
         _fail(str(error), 1, everywhere=True)
     except typer.TyperException as error:
-        _fail(f"{error.format_message()} (see: normfree --help)", 2)
+        command = getattr(getattr(error, "ctx", None), "command_path", "normfree")
+        _fail(f"{error.format_message()} (see: {command} --help)", 2)
     except Interrupted as stop:
         _fail(f"{stop}; {_retry()}: {shlex.join(['normfree', *sys.argv[1:]])}", 128 + stop.signal, everywhere=True)
     except OSError as error:

@@ -69,16 +69,18 @@ class PackedSequences(Dataset[dict[str, torch.Tensor]]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, torch.Tensor]]:
-        input_ids = torch.from_numpy(np.asarray(self.tokens[indices], np.int64))
-        all_labels = input_ids.clone()
-        if self.predicted is not None:
-            all_labels[torch.from_numpy(~self.predicted[indices])] = NOT_PREDICTED
-        return [{"input_ids": ids, "labels": labels} for ids, labels in zip(input_ids, all_labels, strict=True)]
+        return [{"input_ids": ids, "labels": labels} for ids, labels in zip(*self._read(indices), strict=True)]
 
     def whole(self, n: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and labels of all, or of the first ``n``, sequences: int64 [n, T] each."""
-        items = self.__getitems__(list(range(len(self)))[:n])
-        return torch.stack([each["input_ids"] for each in items]), torch.stack([each["labels"] for each in items])
+        return self._read(slice(n))
+
+    def _read(self, indices: list[int] | slice) -> tuple[torch.Tensor, torch.Tensor]:
+        input_ids = torch.from_numpy(np.asarray(self.tokens[indices], np.int64))
+        labels = input_ids.clone()
+        if self.predicted is not None:
+            labels[torch.from_numpy(~self.predicted[indices])] = NOT_PREDICTED
+        return input_ids, labels
 
     def n_predicted(self) -> NDArray[np.int64]:
         """Predicted tokens of each sequence, [n_sequences]: all but the first, or those that are marked."""

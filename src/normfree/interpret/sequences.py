@@ -200,7 +200,7 @@ def token_sequences(
     Raises:
         InputError: no corpus or tokenizer, too long sequences, too few of them, or tokens that the model lacks.
     """
-    T = sequence_length or default_sequence_length(measured)
+    T = default_sequence_length(measured) if sequence_length is None else sequence_length
     if T < 2 or n_sequences < 1:
         raise InputError(f"need at least 1 sequence of at least 2 tokens, got {n_sequences} of {T}")
     if measured.n_positions is not None and measured.n_positions < T:
@@ -258,7 +258,7 @@ def _own_sequences(
     measured: LoadedModel, tokenizer: str | None, sequence_length: int, cache_dir: Path, bos: bool | None
 ) -> tuple[torch.Tensor, Beginning]:
     if measured.data is None or measured.fingerprint is None:
-        raise InputError(f"{measured.source} is no run with data of its own; name a corpus to measure on")
+        raise InputError(f"{measured.source} is no run with data of its own; name a corpus to measure on (--corpus)")
     if tokenizer is not None:
         raise InputError("a run's own evaluation data have their tokenizer; name a corpus, or leave the tokenizer out")
     if measured.data.sequence_length != sequence_length:
