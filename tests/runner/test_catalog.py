@@ -208,7 +208,10 @@ def test_a_study_of_a_file_is_trained_shown_and_moved(
     assert (content["study"], content["study_file"]) == ("my-study", str(file))
     assert pd.read_csv(folder / "results.csv")["configuration"].tolist() == ["pre", "post"]
     assert "Lead: pre, post." in (folder / "report.html").read_text()
-    assert f"normfree study {file}:my-study --preset tiny" in (folder / "report.html").read_text()
+    assert (
+        f"normfree study {file}:my-study --preset {preset_file} --out studies/my-study-tiny"
+        in (folder / "report.html").read_text()
+    )
 
     with pytest.raises(InputError, match=rf"is defined in {file}; code is not run because a folder names it"):
         normfree_load(folder)
