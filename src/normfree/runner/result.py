@@ -180,8 +180,8 @@ def run_study(
 
         normfree.run_study("relu-revival", preset="smoke", seeds=(0,), out="studies/smoke")
 
-    The same call resumes a study that was stopped, by an interrupted notebook cell for instance. The random states of
-    Python, NumPy and torch are restored afterwards; no signal handler is installed.
+    The same call resumes a study that was stopped, by an interrupted notebook cell for instance. Random states are
+    restored afterwards; no signal handler is installed.
 
     Args:
         name: of a study or collection; an unknown one lists them all. Or the path of a file of your own that defines a
@@ -190,16 +190,14 @@ def run_study(
         seeds: default: the preset's.
         out: the study's folder; default ``studies/NAME-PRESET``.
         tokens: training budget of each run; or in optimizer ``steps``.
-        corpus: as ``--corpus`` of the command.
-        tokenizer: ``"train"``, or a Hugging Face tokenizer's name or path.
+        corpus, tokenizer: as ``--corpus`` and ``--tokenizer`` of the command.
         changes: any values of the preset by dotted name, such as ``{"model.n_layer": 4}``.
         only: labels of the configurations to train, with the baseline; default: all.
         tune_lr: also give each configuration its own learning rate, from a short sweep.
         workers: processes that train runs at the same time; default: this process, one run after the other.
         executor: trains the runs instead, from :func:`normfree.runner.make_executor`.
         retries: how often a run that failed on workers is tried again.
-        device: of training, workers' too: ``cpu``, ``cuda`` or in this process ``cuda:N``; default: CUDA where there is
-            a device.
+        device: of training, also of workers: ``cpu``, ``cuda`` or ``cuda:N`` (no workers); default: CUDA if available.
         cache_dir: where tokenized corpora are kept.
         progress: print a line every half minute and at each evaluation; or the console to show progress on.
 
@@ -207,17 +205,16 @@ def run_study(
         The study. Runs that failed, where others could be compared, are in its ``failures``.
 
     Raises:
-        InputError: an argument is not allowed, the corpus cannot be used, or the folder holds something else or is in
-            use. Then nothing is written.
+        InputError: an argument, the corpus or the folder cannot be used. Then nothing is written.
         RunFailedError: runs failed, and without them there is nothing to compare.
     """
     check_alone("a study", "leave the launcher out, and give workers to train several runs at once")
     if executor is not None and workers is not None:
         raise InputError("an executor has its own number of workers; give executor or workers, not both")
-    engine = executor or make_executor("local", {}, workers)
-    chosen, labels = checked_seeds(seeds), tuple(only) if only else None
+    engine, labels = executor or make_executor("local", {}, workers), tuple(only) if only else None
     wanted = dict(changes or {}) | _options(tokens=tokens, steps=steps, corpus=corpus, tokenizer=tokenizer)
-    execution = Execution(_console(progress), Path(cache_dir), chosen, tune_lr, labels, engine, retries, device)
+    how = (checked_seeds(seeds), tune_lr, labels, engine, retries, device)
+    execution = Execution(_console(progress), Path(cache_dir), *how)
     return _carry_out(find_study(name), str(preset), None if out is None else Path(out), wanted, execution)
 
 
