@@ -22,7 +22,7 @@ from normfree.runner.run_frames import (
     run_key,
     telemetry_frame,
 )
-from normfree.runner.study import Collection, Configuration, Measurement, Member, Study, run_config
+from normfree.runner.study import Collection, Configuration, Measurement, Member, Study, run_config, slug
 from normfree.runner.study_folder import StudyFolder
 
 __all__ = [
@@ -64,5 +64,6 @@ __all__ = [
     "run_config",
     "run_key",
     "run_study",
+    "slug",
     "telemetry_frame",
 ]

@@ -17,17 +17,8 @@ from normfree.modeling import NormfreeConfig, NormfreeForCausalLM
 from normfree.report import Element, Section, Table
 from normfree.runner import Configuration, Findings, Preset, Study, StudyPage, run_config
 from normfree.studies.norm_removal.figures import removal_scaling
-from normfree.studies.norm_removal.study import (
-    GPT_2,
-    PAPERS,
-    REMOVALS_FILE,
-    TABLE_NOTES,
-    at_the_edge,
-    measurement,
-    options,
-    removals_frame,
-    trained_on,
-)
+from normfree.studies.norm_removal.removing import Way, measurement, options, removals_frame
+from normfree.studies.norm_removal.study import GPT_2, PAPERS, REMOVALS_FILE, TABLE_NOTES, at_the_edge, trained_on
 from normfree.studies.norm_removal.tables import (
     NORM_FREE,
     ORIGINAL,
@@ -45,6 +36,7 @@ SIZE_FACTORS = (0.5, 1.0, 1.5, 2.0)
 THRESHOLD = 0.05
 """Nats above the loss of the model before the removal."""
 REACHED_FILE = "tokens_to_threshold.csv"
+ALONE = Way(NORM_FREE)
 
 
 def configurations(preset: Preset) -> tuple[Configuration, ...]:
@@ -70,7 +62,7 @@ def configurations(preset: Preset) -> tuple[Configuration, ...]:
 def describe(page: StudyPage) -> Findings:
     """The loss by budget and size, the tokens to the threshold, and the power law through them."""
     grid = options(page.folder.preset)
-    removals = removals_frame(page.results, grid)
+    removals = removals_frame(page.results, grid, ALONE)
     write_text(page.path / REMOVALS_FILE, removals.to_csv(index=False, na_rep="nan"))
     limits = trained_on(page)
     if removals.empty:
@@ -170,6 +162,6 @@ STUDY = Study(
     baseline="size 1",
     configurations=configurations,
     describe=describe,
-    measurement=measurement(configurations, vanilla=False),
+    measurement=measurement(configurations, ALONE),
     papers=PAPERS,
 )

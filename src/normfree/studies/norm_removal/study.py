@@ -6,40 +6,29 @@ A model without norms is compared with the one it was made from, and with the sa
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
-from itertools import product
-from pathlib import Path
 
 import pandas as pd
-from rich.console import Console
 
-from normfree.columns import EVAL_LOSS, LOSS_NATS, TRAIN_LOSS
-from normfree.data import PackedData
-from normfree.errors import InputError
+from normfree.columns import LOSS_NATS, TRAIN_LOSS
 from normfree.files import write_text
 from normfree.modeling import NormfreeConfig
-from normfree.removal.finetuning import REMOVAL_FILE, RemovalDivergedError
-from normfree.removal.parts import check_removable, parts_to_remove
-from normfree.removal.plan import plan
-from normfree.removal.removal import NORM_FREE, REMOVAL_FOLDER, TABLE_FILE, VANILLA, remove
-from normfree.removal.schedule import automatic_schedule
+from normfree.removal.finetuning import REMOVAL_FILE
+from normfree.removal.removal import NORM_FREE, REMOVAL_FOLDER, VANILLA
 from normfree.report import Callout, Element, Link, Section, Table, load_published
 from normfree.report.numbers import plus_minus
-from normfree.runner import Configuration, Findings, Measurement, Preset, RemovalOptions, Study, StudyPage, run_config
+from normfree.runner import Configuration, Findings, Preset, RemovalOptions, Study, StudyPage
 from normfree.studies.norm_removal.figures import removal_loss_curves
+from normfree.studies.norm_removal.removing import DEFAULT, measurement, options, removals_frame
 from normfree.studies.norm_removal.tables import (
-    REMOVALS,
     at_best_rates,
     estimate,
     formatted_removals,
     published_removals,
     removal_table,
 )
-from normfree.training import Callback, RunResult, StudyProgress
 from normfree.training.objectives import CROSS_ENTROPY
 from normfree.training.records import METRICS_FILE
 
-Configurations = Callable[[Preset], tuple[Configuration, ...]]
 PAPERS = (Link("Transformers Don't Need LayerNorm at Inference Time, 2025", "https://arxiv.org/abs/2507.02559"),)
 REMOVALS_FILE = "removals.csv"
 CURVE = {VANILLA: TRAIN_LOSS, NORM_FREE: CROSS_ENTROPY}
@@ -96,96 +85,9 @@ def configurations(preset: Preset) -> tuple[Configuration, ...]:
     return (GPT_2, PYTHIA, llama(int(preset.model.get("n_embd", NormfreeConfig.n_embd))))
 
 
-def options(preset: Preset) -> RemovalOptions:
-    """The preset's, or the default ones."""
-    return preset.removal if preset.removal is not None else RemovalOptions()
-
-
-def measurement(study_configurations: Configurations, *, vanilla: bool) -> Callable[[Preset], Measurement]:
-    """Removes the norms of each finished run, at every budget and learning rate of the preset.
-
-    Each removal has its own folder in the run's (see :func:`place` and :func:`normfree.removal.remove`); a finished one
-    is not repeated. With ``vanilla`` each has a control. A run that diverged keeps its norms.
-    """
-
-    def of_preset(preset: Preset) -> Measurement:
-        def check() -> None:
-            for configuration in study_configurations(preset):
-                _check(preset, configuration)
-
-        def measure(result: RunResult, data: PackedData, console: Console) -> None:
-            if result.row["status"] == "finished":
-                _remove_from(result, data, console, options(preset), vanilla=vanilla)
-
-        return Measurement(check, measure)
-
-    return of_preset
-
-
-def place(run: Path, share: float, rate: float) -> Path:
-    """The folder of one removal in the folder of the run whose model it starts from."""
-    return run / "removals" / f"budget-{share:g}" / f"learning-rate-{rate:g}"
-
-
-def removals_frame(results: Iterable[RunResult], grid: RemovalOptions) -> pd.DataFrame:
-    """A row a variant of every finished removal, as :func:`at_best_rates` takes it."""
-    frames = []
-    for result in results:
-        for share, rate in product(grid.budget_shares, grid.learning_rates):
-            path = place(result.folder, share, rate) / TABLE_FILE
-            if path.exists():
-                table = pd.read_csv(path, keep_default_na=False, na_values=["nan"])
-                tokens = table["finetuning_tokens"].max()
-                key = {"configuration": result.row["configuration"], "seed": result.row["seed"]}
-                budget = {"share": share, "learning_rate": rate, "finetuning_tokens": tokens}
-                frames.append(table[["variant", EVAL_LOSS]].assign(**key, **budget))
-    return pd.concat(frames, ignore_index=True)[list(REMOVALS)] if frames else pd.DataFrame(columns=list(REMOVALS))
-
-
-def _check(preset: Preset, configuration: Configuration) -> None:
-    run = run_config(preset, configuration, preset.seeds[0])
-    model = run.build_model_config(preset.data.vocab_size)
-    check_removable(model)
-    n_step = run.recipe.n_steps(preset.data.sequence_length)
-    for share in options(preset).budget_shares:
-        steps = round(share * n_step)
-        last = automatic_schedule(model.n_layer, steps, parts_to_remove(model, "keep")).removals(model)[-1].step
-        if last >= steps:
-            raise InputError(
-                f"removal.budget_shares has {share:g}, {steps} of {n_step} steps, and the automatic schedule of "
-                f"{configuration.label} takes its last norm out at step {last}; raise it, or the budget"
-            )
-
-
-def _remove_from(result: RunResult, data: PackedData, console: Console, grid: RemovalOptions, *, vanilla: bool) -> None:
-    n_step, seed = int(result.row["steps"]), int(result.row["seed"])
-    plans = {
-        place(result.folder, share, rate): plan(
-            str(result.folder),
-            changes={"recipe.steps": round(share * n_step), "recipe.learning_rate": rate},
-            seed=seed,
-        ).run
-        for share, rate in product(grid.budget_shares, grid.learning_rates)
-        if not (place(result.folder, share, rate) / TABLE_FILE).exists()
-    }
-    total = sum(run.recipe.n_tokens(run.data.sequence_length) for run in plans.values()) * (2 if vanilla else 1)
-    name = f"{result.row['configuration']} seed {seed}"
-    with StudyProgress(total, f"{name}: removal") as progress:
-        for folder, run in plans.items():
-            label = f"{name}, {run.recipe.steps} steps at {run.recipe.learning_rate:g}"
-
-            def follow(variant: str, tokens: int, label: str = label) -> tuple[Callback, ...]:
-                return (progress.run(f"{label}: {variant}", tokens),)
-
-            try:
-                remove(run, data, folder, None, vanilla=vanilla, callbacks=follow)
-            except RemovalDivergedError as error:
-                console.print(f"{label}: {error}", highlight=False, soft_wrap=True)
-
-
 def describe(page: StudyPage) -> Findings:
     """The table of the paper with intervals, the published one, and the loss while the norms go."""
-    removals = removals_frame(page.results, options(page.folder.preset))
+    removals = removals_frame(page.results, options(page.folder.preset), DEFAULT)
     write_text(page.path / REMOVALS_FILE, removals.to_csv(index=False, na_rep="nan"))
     limits = trained_on(page)
     if removals.empty:
@@ -260,7 +162,7 @@ def _curves(page: StudyPage, removals: pd.DataFrame) -> tuple[pd.DataFrame, pd.D
         own = best[(best["configuration"] == configuration) & best["learning_rate"].notna()]
         own = own[(own["share"] == own["share"].max()) & (own["seed"] == own["seed"].min())]
         for variant, share, rate in own.loc[own["seed"] == seed, ["variant", "share", "learning_rate"]].to_numpy():
-            folder = place(result.folder, share, rate) / FOLDERS[variant]
+            folder = DEFAULT.place(result.folder, share, rate) / FOLDERS[variant]
             metrics = pd.read_parquet(folder / METRICS_FILE)
             loss = metrics.loc[metrics["name"] == CURVE[variant], ["step", "value"]]
             curves.append(
@@ -293,6 +195,6 @@ STUDY = Study(
     baseline=GPT_2.label,
     configurations=configurations,
     describe=describe,
-    measurement=measurement(configurations, vanilla=True),
+    measurement=measurement(configurations, DEFAULT),
     papers=PAPERS,
 )
