@@ -83,6 +83,7 @@ def in_a_loop(
         for removal in removals:
             if removal.step == step:
                 midway.apply(removal)
+        midway.begin_step(step)
         for group in optimizer.param_groups:
             group["lr"] = RATE * (0 if step == 0 else (len(batches) - step) / (len(batches) - 1))
         logits = student.train()(batch).logits

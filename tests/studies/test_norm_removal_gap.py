@@ -14,7 +14,7 @@ from scipy import stats
 
 from normfree.removal.schedule import automatic_schedule, load_schedule
 from normfree.runner import load_preset
-from normfree.studies.norm_removal.gap import GOAL, WAYS, formatted_gaps, gap_by_way, gap_frame, gap_table
+from normfree.studies.norm_removal.gap import GOAL, STUDY, WAYS, formatted_gaps, gap_by_way, gap_frame, gap_table
 from normfree.studies.norm_removal.removing import DEFAULT, Way
 from normfree.studies.norm_removal.tables import REMOVALS
 
@@ -87,22 +87,19 @@ def test_the_figure_shows_seeds_and_what_is_missing() -> None:
 
 def test_ways_change_only_what_they_name() -> None:
     automatic = automatic_schedule(6, 200)
-    assert DEFAULT.schedule_for(6, 200) == automatic
+    assert DEFAULT.changed(automatic, 200) == automatic
     for way in WAYS:
-        schedule = way.schedule_for(6, 200)
+        schedule = way.changed(automatic, 200)
         changed = {name for name in type(schedule).model_fields if getattr(schedule, name) != getattr(automatic, name)}
         assert changed == {*way.schedule, *(["ramp_steps"] if way.ramp_share else [])}, way.label
     assert len({way.place(Path("run"), 0.05, 1e-3) for way in WAYS}) == len(WAYS)
     assert DEFAULT.place(Path("run"), 0.05, 1e-3) == Path("run/removals/budget-0.05/learning-rate-0.001")
 
 
-@pytest.mark.parametrize("name", ["removal-gap-cpu", "removal-gap-smoke"])
-def test_presets_share_the_bases_of_norm_removal(name: str) -> None:
-    preset, base = load_preset(name), load_preset(name.replace("-gap", ""))
-    assert (preset.model, preset.data, preset.recipe, preset.seeds) == (base.model, base.data, base.recipe, base.seeds)
-    assert preset.removal is not None
-    assert base.removal is not None
-    assert set(preset.removal.budget_shares) <= set(base.removal.budget_shares)
+def test_every_schedule_of_the_presets_leaves_steps_to_recover_in() -> None:
+    for name in STUDY.presets:
+        assert STUDY.measurement is not None
+        STUDY.measurement(load_preset(name)).check()
 
 
 @pytest.mark.usefixtures("blank_figures")
@@ -119,11 +116,14 @@ def test_every_way_is_tried_and_shown(normfree: Command, preset_content: dict[st
     assert gaps["way"].tolist() == [way.label for way in WAYS]
     assert np.isfinite(gaps["gap_nats"]).all()
     run = folder / "runs" / "gpt-2-style" / "seed-0"
+    automatic = automatic_schedule(preset_content["model"]["n_layer"], 12)
     for way in WAYS:
-        place = way.place(run, 1.0, 1e-3)
-        assert load_schedule(str(place / "schedule.yaml")) == way.schedule_for(
-            preset_content["model"]["n_layer"], 12
-        ), way.label
+        place, expected = way.place(run, 1.0, 1e-3), way.changed(automatic, 12)
+        found = load_schedule(str(place / "schedule.yaml"))
+        is_ordered = expected.order == "auto"
+        assert found.stages == expected.stages or is_ordered, way.label
+        assert found.model_copy(update={"order": expected.order, "stages": expected.stages}) == expected, way.label
+        assert (place / "norm-costs.csv").exists() == is_ordered
         assert (place / "vanilla").exists() == way.control, way.label
     assert "of the training tokens:" in (folder / "report.html").read_text()
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("removal.csv")}

@@ -30,6 +30,10 @@ GAPS = ("configuration", "share", "way", "seed", "learning_rate", EVAL_LOSS, "co
 RATE_TO_ZERO = {"final_learning_rate_ratio": 0.0}
 WAYS = (
     DEFAULT,
+    Way("order by cost", {"order": "auto"}),
+    Way("ramp", ramp_share=0.05),
+    Way("median std", {"std_statistic": "median"}),
+    Way("log-ratio loss", {"std_loss": "log_ratio", "std_loss_norms": "all"}),
     Way("distillation", {"distillation_weight": 1.0}),
     Way("rate to zero", recipe=RATE_TO_ZERO, control=True),
 )
@@ -187,7 +191,7 @@ STUDY = Study(
     name="norm-removal-gap",
     title="What closes the gap of models without norms",
     question="Which changes of the removal bring a norm-free model nearest to its control?",
-    presets=("removal-gap-smoke", "removal-gap-cpu"),
+    presets=("removal-gap-smoke", "removal-gap-cpu", "removal-cpu"),
     baseline=GPT_2.label,
     configurations=configurations,
     describe=describe,

@@ -14,16 +14,14 @@ from rich.console import Console
 from normfree.columns import EVAL_LOSS
 from normfree.data import PackedData
 from normfree.errors import InputError
-from normfree.modeling import NormfreeConfig
 from normfree.removal.finetuning import RemovalDivergedError
-from normfree.removal.midway import check_removable
-from normfree.removal.plan import plan
+from normfree.removal.parts import check_removable, parts_to_remove
+from normfree.removal.plan import Plan, plan
 from normfree.removal.removal import TABLE_FILE, remove
 from normfree.removal.schedule import RemovalSchedule, automatic_schedule
 from normfree.runner import Configuration, Measurement, Preset, RemovalOptions, run_config, slug
 from normfree.studies.norm_removal.tables import NORM_FREE, ORIGINAL, REMOVALS, VANILLA
-from normfree.training import Callback, RunConfig, RunResult, StudyProgress, load_run_config
-from normfree.training.run_folder import CONFIG_FILE
+from normfree.training import Callback, RunResult, StudyProgress
 
 Configurations = Callable[[Preset], tuple[Configuration, ...]]
 
@@ -49,11 +47,10 @@ class Way:
         """The variant's name of the control."""
         return VANILLA if self.label == NORM_FREE else f"{VANILLA}, {self.label}"
 
-    def schedule_for(self, n_layer: int, n_step: int) -> RemovalSchedule:
-        """The schedule for a model of that depth and a budget of that many steps."""
+    def changed(self, schedule: RemovalSchedule, n_step: int) -> RemovalSchedule:
+        """``schedule``, of a budget of ``n_step``, with this way's values."""
         ramp = {"ramp_steps": max(2, round(self.ramp_share * n_step))} if self.ramp_share else {}
-        content = automatic_schedule(n_layer, n_step).model_dump()
-        return RemovalSchedule.model_validate({**content, **self.schedule, **ramp})
+        return RemovalSchedule.model_validate({**schedule.model_dump(), **self.schedule, **ramp})
 
     def place(self, run: Path, share: float, rate: float) -> Path:
         """The folder of one removal in the folder of the run whose model it starts from."""
@@ -122,7 +119,8 @@ def _check(preset: Preset, configuration: Configuration, way: Way) -> None:
     n_step = run.recipe.n_steps(preset.data.sequence_length)
     for share in options(preset).budget_shares:
         steps = round(share * n_step)
-        last = way.schedule_for(model.n_layer, steps).removals(model)[-1].step
+        automatic = automatic_schedule(model.n_layer, steps, parts_to_remove(model, "keep"))
+        last = way.changed(automatic, steps).last_step(model)
         if last >= steps:
             raise InputError(
                 f"removal.budget_shares has {share:g}, {steps} of {n_step} steps, and the automatic schedule of "
@@ -139,12 +137,11 @@ def _remove_from(
         if not (way.place(result.folder, share, rate) / TABLE_FILE).exists()
     ]
     T = data.train.sequence_length
-    n_layer = int(load_run_config(result.folder / CONFIG_FILE).model.get("n_layer", NormfreeConfig.n_layer))
-    total = sum(run.recipe.n_tokens(T) * (2 if way.control else 1) for way, _, run in jobs)
+    total = sum(planned.run.recipe.n_tokens(T) * (2 if way.control else 1) for way, _, planned in jobs)
     name = f"{result.row['configuration']} seed {result.row['seed']}"
     with StudyProgress(total, f"{name}: removal") as progress:
-        for way, folder, run in jobs:
-            n_step = run.recipe.n_steps(T)
+        for way, folder, planned in jobs:
+            run, n_step = planned.run, planned.run.recipe.n_steps(T)
             label = f"{name}, {n_step} steps at {run.recipe.learning_rate:g}"
 
             def follow(variant: str, tokens: int, label: str = label, way: Way = way) -> tuple[Callback, ...]:
@@ -152,13 +149,15 @@ def _remove_from(
                 return (progress.run(f"{label}: {shown}", tokens),)
 
             try:
-                schedule = way.schedule_for(n_layer, n_step)
+                schedule = way.changed(planned.schedule, n_step)
                 remove(run, data, folder, schedule, vanilla=way.control, callbacks=follow)
             except RemovalDivergedError as error:
                 console.print(f"{label}: {error}", highlight=False, soft_wrap=True)
 
 
-def _planned(result: RunResult, way: Way, share: float, rate: float) -> RunConfig:
-    recipe = {**way.recipe, "steps": round(share * int(result.row["steps"])), "learning_rate": rate}
+def _planned(result: RunResult, way: Way, share: float, rate: float) -> Plan:
+    steps = round(share * int(result.row["steps"]))
+    # Evaluated at the end alone, which takes longer than many steps of so small a budget.
+    recipe = {"eval_steps": steps, **way.recipe, "steps": steps, "learning_rate": rate}
     changes = {f"recipe.{name}": value for name, value in recipe.items()}
-    return plan(str(result.folder), changes=changes, seed=int(result.row["seed"])).run
+    return plan(str(result.folder), changes=changes, seed=int(result.row["seed"]))
