@@ -22,7 +22,7 @@ SHIPPED = [
 
 DEPTH = ["depth-12", "depth-24", "depth-48", "depth-96"]
 LLAMA = ["llama-130m", "llama-1b", "llama-250m", "llama-350m", "llama-60m"]
-REMOVAL = ["removal-cpu", "removal-scaling-cpu", "removal-smoke"]
+REMOVAL = ["removal-cpu", "removal-gap-cpu", "removal-gap-smoke", "removal-scaling-cpu", "removal-smoke"]
 
 
 def test_the_shipped_presets_are_listed() -> None:

@@ -21,7 +21,7 @@ from normfree.report.style import DASHED, INK, QUIET, paper_style
 from normfree.runner import Findings, Study, StudyPage
 from normfree.studies.norm_removal.removing import DEFAULT, Way, measurement, options, removals_frame
 from normfree.studies.norm_removal.study import GPT_2, PAPERS, REMOVALS_FILE, configurations, trained_on
-from normfree.studies.norm_removal.tables import NORM_FREE, at_best_rates
+from normfree.studies.norm_removal.tables import NORM_FREE, ORIGINAL, at_best_rates
 
 GOAL = 0.02
 """Nats above the control."""
@@ -44,15 +44,15 @@ NAMES = {NORM_FREE: "default"}
 def gap_frame(removals: pd.DataFrame, ways: Sequence[Way]) -> pd.DataFrame:
     """The loss of every way above the control of the same seed, each at its best rate, a row a seed.
 
-    The control is the one with the lowest mean loss over seeds, of every recipe that has one: columns ``GAPS``, nats.
-    NaN where a removal diverged, or is missing for a seed.
+    The control is the variant with norms whose mean loss over seeds is lowest: the original, or its fine-tuning by any
+    recipe. Columns ``GAPS``, nats; NaN where a removal diverged, or is missing for a seed.
 
     Args:
         removals: see :func:`~normfree.studies.norm_removal.tables.at_best_rates`.
     """
     frames = []
     for _, budget in at_best_rates(removals).groupby(["configuration", "share"], sort=False):
-        controls = budget[budget["variant"].isin([way.control_label for way in ways])]
+        controls = budget[budget["variant"].isin([ORIGINAL, *(way.control_label for way in ways)])]
         means = controls.groupby("variant")[EVAL_LOSS].agg(lambda losses: losses.mean(skipna=False)).dropna()
         chosen = controls[controls["variant"] == (means.idxmin() if len(means) else None)]
         rows = budget[budget["variant"].isin([way.label for way in ways])].rename(columns={"variant": "way"})
@@ -160,7 +160,7 @@ def describe(page: StudyPage) -> Findings:
 
 _NOTES = (
     "± is half of a 95 % t-interval over seeds; differences are those of the same seed.",
-    "Control: the same fine-tuning with the norms kept, at the rate and decay with its lowest mean loss.",
+    "Control: the model with norms whose mean loss is lowest, of the original and its fine-tunings.",
     "Closed: the default's gap less that of this way. NaN: a removal diverged, or is missing for a seed.",
 )
 _LIMITS = (
