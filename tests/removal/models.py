@@ -48,7 +48,9 @@ def constant_std(model: NormfreeForCausalLM, **changes: Any) -> NormfreeForCausa
     """``model`` with random constant stds, and options changed, in place of its norms."""
     config = model.config
     options = {name: getattr(config, name) for name in NormfreeConfig.option_names()}
-    options |= {"norm_is_centered": config.norm != "rmsnorm"}
+    kinds = [each for each in (config.norm, config.final_norm) if each != "none"]
+    options |= {"norm_is_centered": kinds[0] != "rmsnorm"}
+    options |= {"final_norm_is_centered": kinds[-1] != "rmsnorm"} if config.final_norm != "none" else {}
     options |= {name: "constant_std" for name in ("norm", "final_norm") if options[name] != "none"}
     constant = NormfreeForCausalLM(NormfreeConfig(**options | changes)).eval()
     weights = {name: tensor for name, tensor in model.state_dict().items() if name in constant.state_dict()}

@@ -9,15 +9,25 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2LMHeadModel, GPTNeoXForCausalLM, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3ForCausalLM,
+    GPT2LMHeadModel,
+    GPTNeoXForCausalLM,
+    LlamaForCausalLM,
+    Qwen3ForCausalLM,
+)
 
 from normfree import NormfreeConfig, NormfreeForCausalLM, from_hf, to_stock
 from normfree.errors import InputError
 from normfree.removal import remove_norms
 
-from .models import constant_std, constant_std_of, stock, tokens
+from .models import VOCAB, constant_std, constant_std_of, perturbed, stock, tokens
 
 CLASSES = {"gpt2": GPT2LMHeadModel, "gpt_neox": GPTNeoXForCausalLM, "llama": LlamaForCausalLM}
+OTHERS = {"qwen3": Qwen3ForCausalLM, "gemma3": Gemma3ForCausalLM}
+UNTIED = ("llama, post", "llama, hybrid", "llama, scaled", "gemma3, soft-capped logits")
+"""Their unembedding takes in what the stock model has no place for."""
 
 
 def llama_with(**options: Any) -> NormfreeForCausalLM:
@@ -36,6 +46,16 @@ def grouped_gpt2() -> NormfreeForCausalLM:
     return NormfreeForCausalLM(NormfreeConfig(n_layer=1, n_head=4, n_kv_head=2, n_embd=32, vocab_size=43, **norms))
 
 
+def rotary(**options: Any) -> NormfreeForCausalLM:
+    """Normfree's own model with RMSNorms, or other options, after their removal."""
+    sizes: dict[str, Any] = {"n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 32, "vocab_size": VOCAB}
+    llama: dict[str, Any] = {"norm": "rmsnorm", "final_norm": "rmsnorm", "position": "rotary", "ffn": "gated"}
+    biases = {"attention_bias": "none", "mlp_bias": False}
+    torch.manual_seed(0)
+    source = perturbed(NormfreeForCausalLM(NormfreeConfig(**sizes, **llama | biases | options)), 0.1)
+    return constant_std(source, qk_norm_is_constant=source.config.qk_norm != "none")
+
+
 VARIANTS = {
     "gpt2": lambda: constant_std_of("gpt2"),
     "gpt2 without biases": lambda: constant_std(from_hf(stock("gpt2")), attention_bias="none", mlp_bias=False),
@@ -45,6 +65,31 @@ VARIANTS = {
     "llama": lambda: constant_std_of("llama"),
     "llama, tied": lambda: constant_std(from_hf(stock("llama")), tie_word_embeddings=True),
     "llama with biases on q and k": lambda: llama_with(attention_bias="qk", mlp_bias=True),
+    "gpt2 with QK-norm": lambda: constant_std(
+        from_hf(stock("gpt2")), qk_norm="layernorm_per_head", qk_norm_is_constant=True
+    ),
+    "gpt2, sandwich": lambda: constant_std(from_hf(stock("gpt2")), norm_placement="sandwich"),
+    "llama, sandwich": lambda: rotary(norm_placement="sandwich", qk_norm="rmsnorm"),
+    "llama, reordered": lambda: rotary(norm_placement="reordered", qk_norm="rmsnorm_full_width"),
+    "llama, post": lambda: rotary(norm_placement="post"),
+    "llama, hybrid": lambda: rotary(norm_placement="hybrid"),
+    "llama, LayerNorm in its blocks": lambda: rotary(norm="layernorm", qk_norm="layernorm"),
+    "llama, scaled": lambda: rotary(attention_scale=0.7, embedding_multiplier=3.0),
+    "llama, no final norm": lambda: rotary(final_norm="none"),
+    "llama, norm-free": lambda: remove_norms(rotary(tie_word_embeddings=False)),
+    "qwen3": lambda: rotary(qk_norm="rmsnorm", sliding_window=5, attention_bias="qkv"),
+    "gemma3": lambda: rotary(
+        norm_placement="sandwich",
+        qk_norm="rmsnorm",
+        embedding_multiplier=32**0.5,
+        sliding_window=5,
+        layer_types=["sliding_attention", "full_attention"],
+        rope_parameters={
+            kind: {"rope_type": "default", "rope_theta": theta}
+            for kind, theta in (("sliding_attention", 1e4), ("full_attention", 1e6))
+        },
+    ),
+    "gemma3, soft-capped logits": lambda: rotary(final_logit_softcapping=3.0),
 }
 
 
@@ -55,9 +100,9 @@ def test_it_is_a_plain_model_with_the_same_logits(variant: str, dtype: torch.dty
     model.to(dtype)
     to_stock(model).save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
-    assert type(again) is CLASSES[variant.split()[0].strip(",")]
+    assert type(again) is (CLASSES | OTHERS)[variant.split()[0].strip(",")]
     is_tied = again.get_output_embeddings().weight is again.get_input_embeddings().weight
-    assert is_tied == model.config.tie_word_embeddings
+    assert is_tied == (model.config.tie_word_embeddings and variant not in UNTIED)
     padding = torch.ones(3, 17, dtype=torch.long)
     padding[1, 12:] = 0
     with torch.no_grad():
@@ -128,6 +173,13 @@ assert "normfree" not in sys.modules
                 ("positions_skip_padding", True),
             )
         ),
+        (
+            lambda: constant_std(from_hf(stock("gpt2")), norm_placement="post"),
+            "norm_placement = 'post' has no counterpart in GPT-2",
+        ),
+        (lambda: rotary(norm="layernorm", final_norm="layernorm"), "final_norm_is_centered = True has no counterpart"),
+        (lambda: rotary(norm="layernorm", norm_placement="post"), "lm_head_bias, which takes in the shift of norms"),
+        (lambda: rotary(norm="layernorm", sliding_window=4), "mlp_bias = True has no counterpart in Qwen3"),
         (grouped_gpt2, "n_kv_head = 2 has no counterpart in GPT-2"),
         (lambda: constant_std(from_hf(stock("gpt_neox")), residual_dropout=0.1), "embedding_dropout = 0.0"),
         (lambda: constant_std(from_hf(stock("llama")), residual_dropout=0.1), "residual_dropout = 0.1"),

@@ -58,10 +58,10 @@ def remove_norms(model: NormfreeForCausalLM) -> NormfreeForCausalLM:
     """
     config = model.config
     _check(config)
-    maps = _folded_maps(model)
+    maps = folded_maps(model, model.dtype)
     with torch.device(model.device), no_init_weights():
         folded: NormfreeForCausalLM = AutoModelForCausalLM.from_config(
-            _without_norms(config, maps), dtype=model.dtype, attn_implementation=config._attn_implementation
+            without_norms(config, maps), dtype=model.dtype, attn_implementation=config._attn_implementation
         )
     weights = model.state_dict()
     for name, each in maps.items():
@@ -99,7 +99,7 @@ def _check(config: NormfreeConfig) -> None:
             )
 
 
-def _without_norms(config: NormfreeConfig, maps: dict[str, Affine]) -> NormfreeConfig:
+def without_norms(config: NormfreeConfig, maps: dict[str, Affine]) -> NormfreeConfig:
     """The configuration of the folded model: no constant norms, and the biases that ``maps`` have."""
     options = {name: getattr(config, name) for name in NormfreeConfig.option_names()}
     options |= {"norm": "none", "final_norm": "none", "norm_is_centered": True, "final_norm_is_centered": None}
@@ -116,8 +116,11 @@ def _without_norms(config: NormfreeConfig, maps: dict[str, Affine]) -> NormfreeC
 
 
 @torch.no_grad()
-def _folded_maps(model: NormfreeForCausalLM) -> dict[str, Affine]:
-    """The linear maps of the folded model by module name, in the model's dtype."""
+def folded_maps(model: NormfreeForCausalLM, dtype: torch.dtype, *, keeps_final_norm: bool = False) -> dict[str, Affine]:
+    """The linear maps of the folded model by module name, in ``dtype``.
+
+    ``lm_head`` is among them if it changes: if the final norm is folded into it, or norms act on the residual stream.
+    """
     maps: dict[str, Affine] = {}
     config = model.config
     reads_norms = config.norm_placement == "mix" and config.norm_is_centered and config.final_norm_is_centered is True
@@ -137,10 +140,10 @@ def _folded_maps(model: NormfreeForCausalLM) -> dict[str, Affine]:
             written = before_norm(_map(getattr(module, writer)), _constant(block, around.after))
             maps[f"{name}.{writer}"] = stream.write(written, _constant(block, around.on_sum), block.alpha)
             for each in [each for each in maps if each.startswith(f"{name}.")]:
-                maps[each] = maps[each].to(model.dtype)
+                maps[each] = maps[each].to(dtype)
     final = _constant(model.model, "final_norm")
-    if final is not None or not stream.is_plain:
-        maps["lm_head"] = stream.read(after_norm(_map(model.lm_head), final, 0)).to(model.dtype)
+    if not stream.is_plain or (final is not None and not keeps_final_norm):
+        maps["lm_head"] = stream.read(after_norm(_map(model.lm_head), final, 0)).to(dtype)
     return maps
 
 

@@ -1,20 +1,25 @@
 """A model with constant stds as a stock model of transformers, whose norms have no effect.
 
-A norm becomes x / sqrt(var(x) + ε) ⊙ gain' with ε = 1e12 and gain' = gain sqrt(ε) / σ ("Transformers Don't Need
-LayerNorm at Inference Time", Section 3). It differs from the division by σ by the factor 1 - var(x) / 2ε, which is
-less than float32's rounding up to a std of 300.
+All norms but the final one are folded into weights (:mod:`normfree.removal.fold`), and those of the stock model become
+x / sqrt(var(x) + ε) ⊙ sqrt(ε) ("Transformers Don't Need LayerNorm at Inference Time", Section 3). This is x but for the
+factor 1 - var(x) / 2ε, which is less than float32's rounding up to a std of 300. The final norm keeps its gain, times
+sqrt(ε) / σ.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Any
 
 import torch
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -22,16 +27,21 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from normfree.errors import InputError
 from normfree.modeling import NormfreeConfig, NormfreeForCausalLM
-from normfree.modeling.conversion import gpt2, gpt_neox, llama
+from normfree.modeling.constant_std import ConstantStdNorm
+from normfree.modeling.conversion import gemma2, gpt2, gpt_neox, llama
 from normfree.modeling.conversion.family import HF_ACTIVATIONS, Weights, renamed
-from normfree.removal.fold import FOLDED
+from normfree.modeling.layer_types import MASKS
+from normfree.modeling.rotary import parameter_sets
+from normfree.removal.fold import FOLDED, Affine, folded_maps, without_norms
 
-EPSILON = 1e12
-"""ε of the norms: float32 loses a token's variance in the sum of the two."""
+EPSILON = 2.0**40
+"""ε of the norms, about 10¹²: float32 loses a token's variance in the sum of the two, and every dtype holds sqrt(ε)."""
 STOCK_ACTIVATIONS = {normfree: stock for stock, normfree in reversed(HF_ACTIVATIONS.items())}
 SHARED = {
     "vocab_size": "vocab_size",
@@ -43,14 +53,15 @@ SHARED = {
     **{name: name for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
 }
 """Options of every stock configuration, and Normfree's names for them."""
-CENTERED = {"norm_is_centered": True, "final_norm_is_centered": True}
-NOT_CENTERED = {"norm_is_centered": False, "final_norm_is_centered": False}
 UNCHECKED = {
     *SHARED.values(),
     *("norm_eps", "scale_residual_init"),  # not read by a trained model
-    *("n_inner", "activation", *CENTERED, "n_kv_head", "head_dim"),  # checked by families
+    *("n_inner", "activation", "norm_is_centered", "n_kv_head", "head_dim"),  # checked by families
+    *("qk_norm", "qk_norm_is_constant"),  # folded, or refused
     "layer_types",  # all are full attention without a sliding_window
 }
+FOLDED_ALL = ("norm_placement", "n_post_layer", "attention_scale", "embedding_multiplier")
+"""Options of models without LayerNorm that weights take in."""
 """Options that need no counterpart, or that are checked elsewhere."""
 
 
@@ -64,6 +75,9 @@ class _Family:
     carried: options of Normfree that the family has a counterpart of. All others must have their default.
     fuse: makes W_qkv or its bias from those of q, k and v; None if the family has three projections.
     is_transposed: projections hold W with shape [in, out].
+    bias_options: options of Normfree, and of the family, that tell which projections have biases; None if all have.
+    embedding_scale: fixed factor of the token embeddings.
+    gain_offset: what the family's norms add to their gain.
     """
 
     name: str
@@ -75,16 +89,20 @@ class _Family:
     carried: tuple[str, ...]
     fuse: Callable[[list[torch.Tensor]], torch.Tensor] | None = None
     is_transposed: bool = False
+    bias_options: tuple[str, ...] | None = None
+    embedding_scale: float = 1.0
+    gain_offset: float = 0.0
 
 
 @torch.no_grad()
-def to_stock(model: NormfreeForCausalLM) -> GPT2LMHeadModel | GPTNeoXForCausalLM | LlamaForCausalLM:
-    """A stock model of transformers with the logits of ``model``, whose norms all have a constant std.
+def to_stock(model: NormfreeForCausalLM) -> PreTrainedModel:
+    """A stock model of transformers with the logits of ``model``, whose norms have constant stds or are gone.
 
-    Models with learned positions become a ``GPT2LMHeadModel``, those with rotary positions a ``GPTNeoXForCausalLM``
-    (dense feed-forward network) or a ``LlamaForCausalLM`` (gated). Norms lose their effect (see the module). If values
-    have another σ than queries and keys, their weights take in the difference. For a model without any norm op use
-    :func:`normfree.remove_norms`.
+    Models with learned positions become a ``GPT2LMHeadModel``, those with rotary positions and a dense feed-forward
+    network a ``GPTNeoXForCausalLM``, those with a gated one a ``LlamaForCausalLM``; with sliding windows a
+    ``Qwen3ForCausalLM``, with soft-capped scores a ``Gemma2ForCausalLM``, with soft-capped logits or rotary parameters
+    by kind of layer a ``Gemma3ForCausalLM``. Norms lose their effect (see the module). For a model without any norm op
+    use :func:`normfree.remove_norms`.
 
     Args:
         model: its ``norm`` and ``final_norm`` are ``constant_std``, as in the checkpoints of a finished removal; it is
@@ -100,20 +118,39 @@ def to_stock(model: NormfreeForCausalLM) -> GPT2LMHeadModel | GPTNeoXForCausalLM
     if model.dtype == torch.float16:
         raise InputError("float16 cannot hold the gains of about 1e6; convert the model to float32 or bfloat16 first")
     config = model.config
-    declare = _gpt2 if config.position == "learned" else _llama if config.ffn == "gated" else _neox
-    family = declare(config)
+    family = _family(config)
     _check_options(config, family)
-    shared = {stock_name: getattr(config, name) for stock_name, name in SHARED.items()}
-    stock: Any = family.model(family.config(**shared, **family.options))
-    weights = _weights(model, family)
+    maps = folded_maps(model, torch.float64, keeps_final_norm=True)
+    options = {stock_name: getattr(config, name) for stock_name, name in SHARED.items()}
+    options |= family.options | _bias_options(without_norms(config, maps), family)
+    ratio = _rounded(config.embedding_multiplier or 1.0, model.dtype) / _rounded(family.embedding_scale, model.dtype)
+    options["tie_word_embeddings"] = config.tie_word_embeddings and ratio == 1 and "lm_head" not in maps
+    weights = _weights(model, family, maps, ratio)
+    stock: Any = family.model(family.config(**options))
+    stock.to(model.dtype)
     state = {}
     for stock_name, (name, tensor) in zip(stock.state_dict(), renamed(stock, family.names).items(), strict=True):
-        weight = weights.get(name, torch.zeros_like(tensor) if name.endswith(".bias") else None)
-        assert weight is not None, name
+        weight = weights.get(name)
+        if weight is None:
+            assert name.endswith(("_norm.weight", ".bias")), name
+            weight = torch.full_like(tensor, sqrt(EPSILON) if name.endswith("_norm.weight") else 0.0)
+        weight = weight - family.gain_offset if name.endswith("_norm.weight") else weight
         state[stock_name] = weight.T if family.is_transposed and name.endswith("_proj.weight") else weight
     stock.load_state_dict(state)
     stock.generation_config = model.generation_config
-    return stock.to(device=model.device, dtype=model.dtype).train(model.training)
+    return stock.to(device=model.device).train(model.training)
+
+
+def _family(config: NormfreeConfig) -> _Family:
+    if config.position == "learned":
+        return _gpt2(config)
+    if config.ffn != "gated":
+        return _neox(config)
+    if config.attn_logit_softcapping is not None:
+        return _gemma(config, "Gemma 2", Gemma2ForCausalLM, Gemma2Config)
+    if config.final_logit_softcapping is not None or len(parameter_sets(config)) > 1:
+        return _gemma(config, "Gemma 3", Gemma3ForCausalLM, Gemma3TextConfig)
+    return _llama(config) if config.sliding_window is None else _qwen3(config)
 
 
 def _gpt2(config: NormfreeConfig) -> _Family:
@@ -130,7 +167,7 @@ def _gpt2(config: NormfreeConfig) -> _Family:
             "attn_pdrop": config.attention_dropout,
             "resid_pdrop": config.residual_dropout,
         },
-        required={**CENTERED, **_equal_heads(config)},
+        required={**_layernorm(config), **_equal_heads(config)},
         carried=("attention_bias", "mlp_bias", "embedding_dropout", "attention_dropout", "residual_dropout"),
         fuse=torch.cat,
         is_transposed=True,
@@ -160,7 +197,7 @@ def _neox(config: NormfreeConfig) -> _Family:
         },
         required={
             "position": "rotary",
-            **CENTERED,
+            **_layernorm(config),
             **_equal_heads(config),
             "embedding_dropout": config.residual_dropout,  # GPT-NeoX has one rate for both
         },
@@ -184,18 +221,76 @@ def _llama(config: NormfreeConfig) -> _Family:
             "hidden_act": _activation(config),
             "rms_norm_eps": EPSILON,
             "rope_parameters": deepcopy(config.rope_parameters),
-            "attention_bias": config.attention_bias != "none",
-            "mlp_bias": config.mlp_bias,
             "attention_dropout": config.attention_dropout,
         },
         required={
             "position": "rotary",
-            **NOT_CENTERED,
+            "norm": config.norm if config.norm == "none" else FOLDED,
+            "final_norm": config.final_norm if config.final_norm == "none" else FOLDED,
+            "final_norm_is_centered": None if config.final_norm == "none" else False,
             "ffn": "gated",
             **({"rope_parameters": {**rotary, "partial_rotary_factor": 1.0}} if rotates_parts else {}),
         },
-        carried=("attention_bias", "mlp_bias", "attention_dropout", "rope_parameters"),
+        carried=(*FOLDED_ALL, "attention_bias", "mlp_bias", "attention_dropout", "rope_parameters"),
+        bias_options=("attention_bias", "mlp_bias"),
     )
+
+
+def _qwen3(config: NormfreeConfig) -> _Family:
+    llama_family = _llama(config)
+    windows = {"use_sliding_window": True, "sliding_window": config.sliding_window, "layer_types": config.layer_types}
+    return replace(
+        llama_family,
+        name="Qwen3",
+        model=Qwen3ForCausalLM,
+        config=Qwen3Config,
+        options={**llama_family.options, **windows},
+        carried=(*llama_family.carried, "sliding_window"),
+        bias_options=("attention_bias",),
+    )
+
+
+def _gemma(config: NormfreeConfig, name: str, model: type[PreTrainedModel], config_class: type[Any]) -> _Family:
+    llama_family, sets = _llama(config), parameter_sets(config)
+    options = dict(llama_family.options)
+    options |= {
+        "hidden_activation": options.pop("hidden_act"),
+        "query_pre_attn_scalar": config.head_dim,
+        "sliding_window": config.sliding_window or config.n_positions,  # makes a mask even if no layer has a window
+        "layer_types": config.layer_types,
+        "attn_logit_softcapping": config.attn_logit_softcapping,
+        "final_logit_softcapping": config.final_logit_softcapping,
+    }
+    if config_class is Gemma3TextConfig:
+        first = next(iter(sets.values()))
+        options["rope_parameters"] = {kind: deepcopy(sets.get(kind, first)) for kind in MASKS}
+    capped = (
+        ("final_logit_softcapping",)
+        if config_class is Gemma3TextConfig
+        else ("final_logit_softcapping", "attn_logit_softcapping")
+    )
+    return replace(
+        llama_family,
+        name=name,
+        model=model,
+        config=config_class,
+        names=gemma2.NAMES,
+        options=options,
+        carried=(*llama_family.carried, "sliding_window", *capped),
+        bias_options=("attention_bias",),
+        embedding_scale=config.n_embd**0.5,
+        gain_offset=1.0,
+    )
+
+
+def _layernorm(config: NormfreeConfig) -> dict[str, Any]:
+    """What a family with LayerNorm requires: it subtracts the mean of what every sublayer and the unembedding read."""
+    places = ("pre", "sandwich")
+    return {
+        "norm_is_centered": True,
+        "final_norm_is_centered": True,
+        "norm_placement": config.norm_placement if config.norm_placement in places else "pre",
+    }
 
 
 def _activation(config: NormfreeConfig) -> str | None:
@@ -207,6 +302,11 @@ def _equal_heads(config: NormfreeConfig) -> dict[str, int]:
 
 
 def _check_options(config: NormfreeConfig, family: _Family) -> None:
+    if config.qk_norm != "none" and not config.qk_norm_is_constant:
+        raise InputError(
+            f"qk_norm = {config.qk_norm!r} has no counterpart in {family.name}: its norms share one ε, which undoes a "
+            "norm that stays; remove it too (qk_norms: remove)"
+        )
     default = NormfreeConfig.from_options({"n_layer": config.n_layer})
     free = UNCHECKED | set(family.carried)
     wanted = {name: getattr(default, name) for name in NormfreeConfig.option_names() if name not in free}
@@ -224,29 +324,52 @@ def _check_options(config: NormfreeConfig, family: _Family) -> None:
         )
 
 
-def _weights(model: NormfreeForCausalLM, family: _Family) -> Weights:
-    """The weights under Normfree's names, float64: norms without effect, q, k and v fused if the family's are.
+def _bias_options(folded: NormfreeConfig, family: _Family) -> dict[str, bool]:
+    """The family's options for the biases of the ``folded`` model.
 
-    Values read r (y - bias) + bias in place of the norm's output y for queries and keys, with r = σ_qk / σ_v. v_proj
-    takes in the difference.
+    Raises:
+        InputError: the family has no such biases.
     """
-    weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
-    for layer in range(model.config.n_layer):
-        attention, norm = f"model.blocks.{layer}.attention", f"model.blocks.{layer}.attention_norm"
-        std_qk, std_v = weights[f"{norm}.std"]
-        ratio, values = std_qk / std_v, weights[f"{attention}.v_proj.weight"]
-        biases = [weights.get(f"{attention}.{each}_proj.bias") for each in "qkv"]
-        if f"{norm}.bias" in weights:
-            shift = (1 - ratio) * (values @ weights[f"{norm}.bias"])
-            biases[2] = shift if biases[2] is None else biases[2] + shift
-        weights[f"{attention}.v_proj.weight"] = ratio * values
-        maps = [weights[f"{attention}.{each}_proj.weight"] for each in "qkv"]
-        filled = [each.new_zeros(len(each)) if bias is None else bias for each, bias in zip(maps, biases, strict=True)]
-        if family.fuse is not None:
-            weights[f"{attention}.qkv_proj.weight"] = family.fuse(maps)
-            weights[f"{attention}.qkv_proj.bias"] = family.fuse(filled)
-        weights |= {f"{attention}.{each}_proj.bias": bias for each, bias in zip("qkv", filled, strict=True)}
-    for name in [name for name in weights if name.endswith("_norm.std")]:
-        gain = f"{name.removesuffix('.std')}.weight"
-        weights[gain] = weights[gain] * (sqrt(EPSILON) / weights[name][0])
+    if folded.lm_head_bias:
+        raise InputError(f"lm_head_bias, which takes in the shift of norms, has no counterpart in {family.name}")
+    if family.bias_options is None:
+        return {}
+    has = {"attention_bias": folded.attention_bias != "none", "mlp_bias": folded.mlp_bias}
+    for option in has.keys() - set(family.bias_options):
+        if has[option]:
+            raise InputError(f"{option} = True has no counterpart in {family.name}; only False can be exported")
+    return {option: has[option] for option in family.bias_options}
+
+
+def _weights(model: NormfreeForCausalLM, family: _Family, maps: dict[str, Affine], embedding_ratio: float) -> Weights:
+    """The weights under Normfree's names, float64, without those of norms that have no effect.
+
+    Queries take in the scale of the scores, and the embeddings theirs.
+    """
+    config = model.config
+    weights = {name: tensor.double() for name, tensor in model.state_dict().items() if "_norm." not in name}
+    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"] * embedding_ratio
+    query_scale = 1.0 if config.attention_scale is None else config.attention_scale * sqrt(config.head_dim)
+    for name, (weight, bias) in maps.items():
+        scale = query_scale if name.endswith(".q_proj") else 1.0
+        weights[f"{name}.weight"] = scale * weight
+        if bias is not None:
+            weights[f"{name}.bias"] = scale * bias
+    for layer in range(config.n_layer):
+        if family.fuse is None:
+            break
+        attention = f"model.blocks.{layer}.attention"
+        rows = [weights[f"{attention}.{each}_proj.weight"] for each in "qkv"]
+        biases = [weights.get(f"{attention}.{each}_proj.bias", rows[0].new_zeros(len(rows[0]))) for each in "qkv"]
+        weights[f"{attention}.qkv_proj.weight"] = family.fuse(rows)
+        weights[f"{attention}.qkv_proj.bias"] = family.fuse(biases)
+    final = model.model.final_norm
+    if isinstance(final, ConstantStdNorm) and "lm_head" not in maps:
+        weights["model.final_norm.weight"] = final.weight.double() * (sqrt(EPSILON) / final.std[0].double())
+        if final.bias is not None:
+            weights["model.final_norm.bias"] = final.bias.double()
     return weights
+
+
+def _rounded(number: float, dtype: torch.dtype) -> float:
+    return float(torch.tensor(number, dtype=dtype))
