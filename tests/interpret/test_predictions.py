@@ -18,7 +18,7 @@ def test_runs_are_compared_on_named_corpora(plain_run, tiny_run, data, corpus_fo
     assert rows.index.tolist() == [(corpus, model) for corpus in corpora for model in ("one", "two")]
     first, second = load_pretrained(folder), load_pretrained(str(tmp_path / "other"))
     sequences = token_sequences(first, corpus=corpora[1], n_sequences=9).tokens
-    expected = predictions(second.model, sequences, original=first.model).summary()
+    expected = predictions([first.model, second.model], sequences)[1].summary()
     assert rows.loc[(corpora[1], "two"), list(expected)].to_dict() == pytest.approx(expected, rel=1e-6)
     own = compare_predictions([folder], n_sequences=4)
     assert own.evaluation["corpus"].tolist() == [f"evaluation data of {folder}"]

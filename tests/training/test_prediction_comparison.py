@@ -38,7 +38,7 @@ def test_frames_hold_every_model_and_corpus(compared, models, texts):
     assert rows["sequences"].tolist() == [4, 4, 6, 6]
     assert rows["tokens"].tolist() == [4 * (T - 1)] * 2 + [6 * (T - 3)] * 2
     for corpus, (sequences, labels) in texts.items():
-        found = predictions(models["norm-free"], sequences, labels, original=models["original"])
+        found = predictions([models["original"], models["norm-free"]], sequences, labels)[1]
         for name, value in found.summary().items():
             assert rows.loc[(corpus, "norm-free"), name] == pytest.approx(value, rel=1e-6)
         original = rows.loc[(corpus, "original")]

@@ -39,7 +39,7 @@ def test_against_scipy(name, dtype, monkeypatch):
     labels[0, :3], labels[3, 4] = -100, -100
     monkeypatch.setattr(module, "LOGIT_BYTES", 2 * T * 50 * 4)  # two sequences a pass
     monkeypatch.setattr(module, "BLOCK_BYTES", 5 * 50 * 4)  # five tokens together
-    found = predictions(model, SEQUENCES, labels, original=original)
+    found = predictions([original, model], SEQUENCES, labels)[1]
     one, other = (log_softmax(logits_of(each), axis=-1) for each in (model, original))
     p, q = np.exp(one), np.exp(other)
     is_predicted = labels.numpy()[:, 1:] != -100
@@ -70,9 +70,9 @@ def test_against_scipy(name, dtype, monkeypatch):
 
 def test_a_model_does_not_diverge_from_itself():
     model = gpt2()
-    found = predictions(model, SEQUENCES, original=model)
+    found = predictions([model, model], SEQUENCES)[1]
     assert 0 <= found.summary()["jsd_nats"] < 1e-7
-    alone = predictions(model, SEQUENCES)
+    (alone,) = predictions([model], SEQUENCES)
     assert alone.divergences is None
     assert alone.summary()["jsd_nats"] == 0
     assert found.loss_increase(alone) == (0, 0)
@@ -143,11 +143,11 @@ def test_impossible_tokens_count_for_nothing_and_nan_stays():
     with torch.no_grad():
         model.lm_head.bias[9] = -torch.inf
     sequences = SEQUENCES.masked_fill(SEQUENCES == 9, 8)
-    found = predictions(model, sequences, original=original)
+    found = predictions([original, model], sequences)[1]
     assert all(np.isfinite(values) for values in found.summary().values())
     with torch.no_grad():
         model.lm_head.bias[9] = torch.nan
-    found = predictions(model, sequences, original=original)
+    found = predictions([original, model], sequences)[1]
     assert all(np.isnan(found.summary()[name]) for name in ("loss_nats", "entropy_nats", "accuracy", "ece", "jsd_nats"))
     assert found.positions()["loss_nats"].isna().all()
     assert found.calibration()["tokens"].sum() == 0

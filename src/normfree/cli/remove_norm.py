@@ -60,7 +60,7 @@ def remove_norm(
     qk_norms: QKNorms = None,
     vanilla: Annotated[bool, typer.Option(help="Also fine-tune with the norms kept, as a control.")] = True,
     eval_corpus: EvalCorpus = None,
-    eval_sequences: Annotated[int, typer.Option(min=1, help="Sequences of each corpus to compare on.")] = 256,
+    eval_sequences: Annotated[int, typer.Option(min=1, help="Sequences of each corpus to compare on.")] = 128,
     yes: Yes = False,
     json_: Json = False,
     **training: Any,

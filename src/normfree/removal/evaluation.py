@@ -13,7 +13,7 @@ from normfree.training import RunConfig, load_pretrained
 from normfree.training.prediction_comparison import Loader, PredictionComparison, Text, compare_on
 from normfree.training.pretrained import starting_model
 
-SEQUENCES = 256
+SEQUENCES = 128
 """Of each corpus, at most; T tokens each."""
 
 

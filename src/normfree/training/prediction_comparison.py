@@ -90,12 +90,13 @@ def compare_on(texts: Mapping[str, Text], models: Mapping[str, Loader]) -> Predi
     original = load_first()
     found: dict[str, dict[str, Predictions]] = {corpus: {} for corpus in texts}
 
-    def measure(name: str, model: PreTrainedModel, reference: PreTrainedModel | None) -> None:
+    def measure(models: dict[str, PreTrainedModel]) -> None:
         for corpus, (tokens, labels) in texts.items():
-            with stage(f"{name}: predictions on {corpus}, {len(tokens)} sequences of {tokens.shape[1]} tokens"):
-                found[corpus][name] = predictions(model, tokens, labels, original=reference)
+            what = f"{len(tokens)} sequences of {tokens.shape[1]} tokens of {corpus}"
+            with stage(f"predictions of {' and '.join(models)} on {what}"):
+                measured = predictions(list(models.values()), tokens, labels)
+            found[corpus] |= dict(zip(models, measured, strict=True))
 
-    measure(first, original, None)
     for name, load in others:
         model = load()
         sizes = [each.config.get_text_config().vocab_size for each in (original, model)]
@@ -104,7 +105,9 @@ def compare_on(texts: Mapping[str, Text], models: Mapping[str, Loader]) -> Predi
                 f"{first} and {name} have vocabularies of {sizes[0]} and {sizes[1]} tokens, so their predictions "
                 "cannot be compared; give models of one vocabulary"
             )
-        measure(name, model, original)
+        measure({first: original, name: model})
+    if not others:
+        measure({first: original})
     return _frames(found)
 
 

@@ -7,6 +7,7 @@ sequences at a time and reduced in blocks; of a token only its numbers are kept.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log, sqrt
 
@@ -125,33 +126,37 @@ class Predictions:
 @FastProducts()
 @torch.no_grad()
 def predictions(
-    model: PreTrainedModel, sequences: Tensor, labels: Tensor | None = None, *, original: PreTrainedModel | None = None
-) -> Predictions:
-    """Runs ``model``, and with it ``original``, over ``sequences``, int64 [n, T] without padding.
+    models: Sequence[PreTrainedModel], sequences: Tensor, labels: Tensor | None = None
+) -> list[Predictions]:
+    """Runs each of ``models`` over ``sequences``, int64 [n, T] without padding; divergences are to the first.
 
     The models keep their mode. Softmax and divergences are float32 (float64 for float64 models); the rounding of a
     divergence is about 1e-7 nats.
 
     Args:
-        model: any causal language model of transformers.
+        models: causal language models of transformers with one vocabulary.
         sequences: T at least 2.
         labels: -100 where a token is not predicted; default: the sequences.
-        original: the model that divergences are measured to; None for none.
     """
     labels = sequences if labels is None else labels
-    n_bytes = sequences.shape[1] * model.config.get_text_config().vocab_size * 4
+    n_bytes = sequences.shape[1] * models[0].config.get_text_config().vocab_size * 4
     size = max(1, min(8, LOGIT_BYTES // n_bytes))
-    rows = []
+    rows: list[list[Tensor]] = [[] for _ in models]
     batches = list(zip(sequences.split(size), labels.split(size), strict=True))
     for tokens, targets in track(batches, "predictions", unit="batches"):
-        logits = _logits(model, tokens)
-        others = None if original is None else _logits(original, tokens).to(logits.device)
-        rows.append(_reduced(logits, targets[:, 1:].reshape(-1).to(logits.device), others).cpu())
-    losses, entropies, confidences, is_correct, *rest = (
-        torch.cat([each[:, column] for each in rows]).double().reshape(len(sequences), -1).numpy()
-        for column in range(rows[0].shape[1])
-    )
+        original: Tensor | None = None
+        for model, own in zip(models, rows, strict=True):
+            logits = _logits(model, tokens)
+            reference = None if original is None else original.to(logits.device)
+            own.append(_reduced(logits, targets[:, 1:].reshape(-1).to(logits.device), reference).cpu())
+            original = logits if original is None else original
     is_predicted = (labels[:, 1:] != NOT_PREDICTED).numpy()
+    return [_of_tokens(torch.cat(each), is_predicted) for each in rows]
+
+
+def _of_tokens(rows: Tensor, is_predicted: NDArray[np.bool_]) -> Predictions:
+    """The columns of :func:`_reduced` by sequence."""
+    losses, entropies, confidences, is_correct, *rest = rows.double().T.reshape(-1, *is_predicted.shape).numpy()
     return Predictions(is_predicted, losses, entropies, confidences, is_correct == 1, rest[0] if rest else None)
 
 
