@@ -45,9 +45,10 @@ real: .venv/.installed-real
 docs: .venv/.installed-docs
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m sphinx -W --keep-going -q -j 2 docs docs/_build/html
 
-# Other tools read Normfree's models: ONNX, nnsight, TransformerLens.
+# Other tools read Normfree's models: ONNX, nnsight, TransformerLens, lm-eval.
 neighbours: .venv/.installed-dev .venv/.installed-neighbours
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_neighbours.py tests/removal/test_transformer_lens.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_neighbours.py tests/removal/test_transformer_lens.py \
+	  tests/removal/test_stock_elsewhere.py
 
 check: .venv/.installed-dev
 	$(BIN)/ruff check

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,16 @@ FILE_SUFFIXES = (
     *(".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz"),
 )
 """File endings that no Hub id has, dots in ids such as Qwen2.5-0.5B included."""
+NUMBERED = re.compile(r"(seed|checkpoint)-\d+")
+"""Folders whose name says nothing without that of the folder around them."""
+
+
+def local_name(path: str, n: int = 1) -> str:
+    """The last ``n`` parts of a path; a run is named with its configuration, a checkpoint with its run."""
+    parts = Path(path).resolve().parts
+    while n < len(parts) - 1 and NUMBERED.fullmatch(parts[-n]):
+        n += 1
+    return "/".join(parts[-n:])
 
 
 def looks_local(source: str) -> bool:

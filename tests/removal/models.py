@@ -29,6 +29,27 @@ STOCK: dict[str, Any] = {
     ),
 }
 
+ROPE = {"rope_theta": 1e4}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "GPT-2": {},
+    "GPT-NeoX": {
+        "position": "rotary",
+        "rope_parameters": {**ROPE, "rope_type": "default", "partial_rotary_factor": 0.5},
+        "parallel_residual": True,
+    },
+    "Llama": {
+        "position": "rotary",
+        "ffn": "gated",
+        "activation": "silu",
+        "norm_is_centered": False,
+        "attention_bias": "none",
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "n_kv_head": 2,
+    },
+}
+"""What a model of each family has, beside sizes; all else is as in GPT-2."""
+
 
 def perturbed(model: Any, std: float = 0.2) -> Any:
     """The model with noise on every parameter, so that no bias is zero and no gain one, in evaluation mode."""
@@ -55,15 +76,30 @@ def constant_std(model: NormfreeForCausalLM, **changes: Any) -> NormfreeForCausa
     constant = NormfreeForCausalLM(NormfreeConfig(**options | changes)).eval()
     weights = {name: tensor for name, tensor in model.state_dict().items() if name in constant.state_dict()}
     constant.load_state_dict(weights, strict=False)
+    set_stds(constant)
+    return constant
+
+
+def set_stds(model: NormfreeForCausalLM) -> None:
+    """Random constant stds."""
     generator = torch.Generator().manual_seed(1)
-    for name, buffer in constant.named_buffers():
+    for name, buffer in model.named_buffers():
         if name.endswith("_norm.std"):
             buffer.copy_(0.5 + 2 * torch.rand(buffer.shape, generator=generator))
-    return constant
 
 
 def constant_std_of(name: str) -> NormfreeForCausalLM:
     return constant_std(from_hf(stock(name)))
+
+
+def constant_std_with(options: dict[str, Any]) -> NormfreeForCausalLM:
+    """A small float64 model with constant stds and these options, all its weights random."""
+    sizes = {"n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 24, "vocab_size": VOCAB}
+    norms = {"norm": "constant_std", "final_norm": "constant_std"}
+    torch.manual_seed(0)
+    model: NormfreeForCausalLM = perturbed(NormfreeForCausalLM(NormfreeConfig(**{**sizes, **norms, **options})))
+    set_stds(model)
+    return model.double()
 
 
 def tokens(n: int = 3, length: int = 17) -> torch.Tensor:

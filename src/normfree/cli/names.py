@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from pathlib import Path
 
 from normfree.cli.options import checked_folder
 from normfree.files import exists
+from normfree.sources import local_name
 
-NUMBERED = re.compile(r"(seed|checkpoint)-\d+")
-"""Folders whose name says nothing without that of the folder around them."""
 LONGEST_NAME = 150
 """Bytes of a default folder's name; most file systems allow 255."""
 
@@ -18,16 +16,14 @@ LONGEST_NAME = 150
 def model_name(source: str, among: list[str]) -> str:
     """The last part of a path, or as many as tell it from the others; a Hub id as it is.
 
-    A run is named with its configuration, a checkpoint with its run.
+    See :func:`normfree.sources.local_name`.
     """
     if not Path(source).exists():
         return source
     parts = Path(source).resolve().parts
     others = [Path(each).resolve().parts for each in among if each != source]
     n = next(n for n in range(1, len(parts) + 1) if all(each[-n:] != parts[-n:] for each in others) or n == len(parts))
-    while n < len(parts) - 1 and NUMBERED.fullmatch(parts[-n]):
-        n += 1
-    return "/".join(parts[-n:])
+    return local_name(source, n)
 
 
 def output_folder(out: Path | None, command: str, models: list[str]) -> Path:

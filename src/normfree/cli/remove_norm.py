@@ -12,6 +12,7 @@ from normfree.cli.names import model_name, output_folder
 from normfree.cli.options import Json, Model, Output, Tokenizer, checked_corpus
 from normfree.cli.shared_options import Corpus, trains_a_model
 from normfree.columns import EVAL_LOSS, EVAL_PPL
+from normfree.errors import InputError
 from normfree.processes import check_alone
 
 if TYPE_CHECKING:
@@ -35,6 +36,12 @@ QKNorms = Annotated[
     typer.Option(
         help="Norms of queries and keys: keep them (only norms of the residual stream go), or remove them too; "
         "default: as the schedule says, or keep."
+    ),
+]
+Push = Annotated[
+    str | None,
+    typer.Option(
+        metavar="OWNER/NAME", help="Also push the exports and their model cards to this repository of the Hub."
     ),
 ]
 Yes = Annotated[bool, typer.Option("--yes", help="Begin although it takes more than a day on this machine.")]
@@ -62,6 +69,8 @@ def remove_norm(
     eval_corpus: EvalCorpus = None,
     eval_sequences: Annotated[int, typer.Option(min=1, help="Sequences of each corpus to compare on.")] = 128,
     yes: Yes = False,
+    push_to_hub: Push = None,
+    private: Annotated[bool, typer.Option("--private", help="The repository is private.")] = False,
     json_: Json = False,
     **training: Any,
 ) -> None:
@@ -71,9 +80,14 @@ def remove_norm(
 
     Example: normfree remove-norm studies/relu-revival-cpu/runs/sm-ln-g/seed-0
     """
+    from normfree.removal import publish
     from normfree.removal.from_pretrained import remove_from_pretrained
 
     check_alone("normfree remove-norm", "leave the launcher out: its statistics would be those of one of them")
+    if push_to_hub is not None:
+        publish.check_repository(push_to_hub, private=private)
+    elif private:
+        raise InputError("--private is for a repository of the Hub; name it with --push-to-hub, or leave it out")
     folder, name = output_folder(out, "removal", [model]), model_name(model, [model])
     data = {"data.corpus": corpus, "data.tokenizer": tokenizer}
     training["changes"] |= {name: value for name, value in data.items() if value is not None}
@@ -90,14 +104,17 @@ def remove_norm(
         yes=yes,
         **training,
     )
+    if not json_:
+        _show(removal, name, console)
+    pushed = None if push_to_hub is None else publish.push_to_hub(folder, push_to_hub, private=private)
     if json_:
         read = {"beginning": removal.beginning.summary(), "quantization": removal.quantization}
         stock = None if removal.result.stock is None else str(removal.result.stock)
         exports = {"norm_free": str(removal.result.norm_free), "stock": stock}
         tables = {"table": records(removal.result.table), "evaluation": records(removal.evaluation.evaluation)}
-        print_json(folder=str(folder), **read, **exports, **tables)
-        return
-    _show(removal, name, console)
+        print_json(folder=str(folder), **read, **exports, pushed=pushed, **tables)
+    elif pushed is not None:
+        say(console, f"On the Hub: {pushed}")
 
 
 def _show(removal: PretrainedRemoval, name: str, console: Console) -> None:

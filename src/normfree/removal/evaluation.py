@@ -8,7 +8,7 @@ from pathlib import Path
 from normfree.data import Beginning, PackedData, corpus_sequences
 from normfree.data.corpus_name import full_corpus_name
 from normfree.errors import InputError
-from normfree.removal.removal import NORM_FREE, NORM_FREE_FOLDER, ORIGINAL, VANILLA
+from normfree.removal.layout import NORM_FREE, NORM_FREE_FOLDER, ORIGINAL, VANILLA
 from normfree.training import RunConfig, load_pretrained
 from normfree.training.prediction_comparison import Loader, PredictionComparison, Text, compare_on
 from normfree.training.pretrained import starting_model

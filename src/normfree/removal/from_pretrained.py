@@ -14,9 +14,10 @@ from normfree.files import DEFAULT_CACHE_DIR
 from normfree.locks import locked
 from normfree.progress import display, duration, stage
 from normfree.removal.evaluation import SEQUENCES, evaluate_removal, evaluation_texts
+from normfree.removal.layout import SCHEDULE_FILE
 from normfree.removal.parts import QKNorms
 from normfree.removal.plan import plan
-from normfree.removal.removal import SCHEDULE_FILE, RemovalResult, remove
+from normfree.removal.removal import RemovalResult, remove
 from normfree.removal.schedule import Order, load_schedule
 from normfree.training import RunConfig, StudyProgress, quantization_of
 from normfree.training.prediction_comparison import PredictionComparison

@@ -24,6 +24,18 @@ from normfree.removal.finetuning import (
     remove_by_finetuning,
 )
 from normfree.removal.fold import remove_norms
+from normfree.removal.layout import (
+    COSTS_FILE,
+    NORM_FREE,
+    NORM_FREE_FOLDER,
+    ORIGINAL,
+    REMOVAL_FOLDER,
+    SCHEDULE_FILE,
+    STOCK_FOLDER,
+    TABLE_FILE,
+    VANILLA,
+)
+from normfree.removal.model_card import write_cards
 from normfree.removal.order import norm_costs
 from normfree.removal.parts import SPECIAL_PARTS, check_removable, parts_to_remove
 from normfree.removal.schedule import RemovalSchedule, automatic_schedule, load_schedule
@@ -36,14 +48,6 @@ from normfree.training.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
-TABLE_FILE = "removal.csv"
-NORM_FREE_FOLDER = "norm-free"
-STOCK_FOLDER = "stock"
-REMOVAL_FOLDER = "removal"
-SCHEDULE_FILE = "schedule.yaml"
-COSTS_FILE = "norm-costs.csv"
-ORIGINAL, VANILLA, NORM_FREE = "original", "vanilla", "norm-free"
-
 Callbacks = Callable[[str, int], tuple[Callback, ...]]
 """Callbacks of a run, from its name and its tokens."""
 
@@ -53,7 +57,7 @@ class RemovalResult:
     """The result of :func:`remove`.
 
     table: variant, finetuning_tokens, eval_loss (nats), eval_ppl, delta_loss (to the original); a row a variant.
-    norm_free: folder of the model without norms, in transformers' format.
+    norm_free: folder of the model without norms, in transformers' format, with a model card.
     stock: folder of the same model as a stock model of transformers; None if no architecture can hold it.
     """
 
@@ -116,12 +120,10 @@ def remove(
     except RemovalDivergedError:
         _write_table(losses | {NORM_FREE: nan}, tokens, folder)
         raise
-    constant = constant_std_model(place)
-    norm_free = remove_norms(constant)
-    losses[NORM_FREE] = _loss(norm_free, data.eval)
-    _export(norm_free, data, folder / NORM_FREE_FOLDER)
-    stock = _export_stock(constant, data, folder / STOCK_FOLDER)
-    return RemovalResult(_write_table(losses, tokens, folder), folder / NORM_FREE_FOLDER, stock)
+    losses[NORM_FREE], stock = _export_both(data, folder)
+    table = _write_table(losses, tokens, folder)
+    write_cards(folder)
+    return RemovalResult(table, folder / NORM_FREE_FOLDER, stock)
 
 
 def _loss(model: NormfreeForCausalLM, blocks: PackedSequences) -> float:
@@ -182,6 +184,14 @@ def _write_table(losses: dict[str, float], tokens: int, folder: Path) -> pd.Data
     )
     write_text(folder / TABLE_FILE, table.to_csv(index=False, na_rep="nan"))
     return table
+
+
+def _export_both(data: PackedData, folder: Path) -> tuple[float, Path | None]:
+    """Writes the exports; the loss without norms, and the folder of the stock model if an architecture can hold it."""
+    constant = constant_std_model(folder / REMOVAL_FOLDER)
+    norm_free = remove_norms(constant)
+    _export(norm_free, data, folder / NORM_FREE_FOLDER)
+    return _loss(norm_free, data.eval), _export_stock(constant, data, folder / STOCK_FOLDER)
 
 
 def _export_stock(model: NormfreeForCausalLM, data: PackedData, folder: Path) -> Path | None:

@@ -60,9 +60,13 @@ UNCHECKED = {
     *("qk_norm", "qk_norm_is_constant"),  # folded, or refused
     "layer_types",  # all are full attention without a sliding_window
 }
+"""Options that need no counterpart, or that are checked elsewhere."""
 FOLDED_ALL = ("norm_placement", "n_post_layer", "attention_scale", "embedding_multiplier")
 """Options of models without LayerNorm that weights take in."""
-"""Options that need no counterpart, or that are checked elsewhere."""
+DECISIVE = ("norm", "final_norm", "norm_placement", "ffn", "attention", "position")
+"""Options that decide which others there are: the first that a message names."""
+OUTGROWN = ("longrope",)
+"""Rotary positions whose frequencies change within a sequence: Normfree rotates cached keys again, as Phi-3."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +195,7 @@ def _neox(config: NormfreeConfig) -> _Family:
             "layer_norm_eps": EPSILON,
             "use_parallel_residual": config.parallel_residual,
             "attention_bias": True,
-            "rope_parameters": deepcopy(config.rope_parameters),
+            "rope_parameters": {"partial_rotary_factor": 1.0, **(config.rope_parameters or {})},  # its default is 0.25
             "hidden_dropout": config.residual_dropout,
             "attention_dropout": config.attention_dropout,
         },
@@ -207,8 +211,9 @@ def _neox(config: NormfreeConfig) -> _Family:
 
 
 def _llama(config: NormfreeConfig) -> _Family:
-    rotary = config.rope_parameters or {}
-    rotates_parts = rotary.get("partial_rotary_factor", 1.0) != 1.0
+    sets = parameter_sets(config)
+    whole = {kind: {**each, "partial_rotary_factor": 1.0} for kind, each in sets.items()}
+    rotates_parts = any(each.get("partial_rotary_factor", 1.0) != 1.0 for each in sets.values())
     return _Family(
         "Llama",
         LlamaForCausalLM,
@@ -229,7 +234,7 @@ def _llama(config: NormfreeConfig) -> _Family:
             "final_norm": config.final_norm if config.final_norm == "none" else FOLDED,
             "final_norm_is_centered": None if config.final_norm == "none" else False,
             "ffn": "gated",
-            **({"rope_parameters": {**rotary, "partial_rotary_factor": 1.0}} if rotates_parts else {}),
+            **({"rope_parameters": whole.get(None, whole)} if rotates_parts else {}),
         },
         carried=(*FOLDED_ALL, "attention_bias", "mlp_bias", "attention_dropout", "rope_parameters"),
         bias_options=("attention_bias", "mlp_bias"),
@@ -261,14 +266,13 @@ def _gemma(config: NormfreeConfig, name: str, model: type[PreTrainedModel], conf
         "attn_logit_softcapping": config.attn_logit_softcapping,
         "final_logit_softcapping": config.final_logit_softcapping,
     }
+    first, *others = sets.values()
+    required, capped = dict(llama_family.required), ["final_logit_softcapping"]
     if config_class is Gemma3TextConfig:
-        first = next(iter(sets.values()))
         options["rope_parameters"] = {kind: deepcopy(sets.get(kind, first)) for kind in MASKS}
-    capped = (
-        ("final_logit_softcapping",)
-        if config_class is Gemma3TextConfig
-        else ("final_logit_softcapping", "attn_logit_softcapping")
-    )
+    else:
+        required |= {"rope_parameters": first} if others else {}
+        capped.append("attn_logit_softcapping")
     return replace(
         llama_family,
         name=name,
@@ -276,6 +280,7 @@ def _gemma(config: NormfreeConfig, name: str, model: type[PreTrainedModel], conf
         config=config_class,
         names=gemma2.NAMES,
         options=options,
+        required=required,
         carried=(*llama_family.carried, "sliding_window", *capped),
         bias_options=("attention_bias",),
         embedding_scale=config.n_embd**0.5,
@@ -294,7 +299,9 @@ def _layernorm(config: NormfreeConfig) -> dict[str, Any]:
 
 
 def _activation(config: NormfreeConfig) -> str | None:
-    return STOCK_ACTIVATIONS.get(config.activation) if isinstance(config.activation, str) else None
+    """The stock name of the one activation of all layers; None if they differ or it has none."""
+    first, *others = dict.fromkeys(config.activations)
+    return None if others else STOCK_ACTIVATIONS.get(first)
 
 
 def _equal_heads(config: NormfreeConfig) -> dict[str, int]:
@@ -307,16 +314,22 @@ def _check_options(config: NormfreeConfig, family: _Family) -> None:
             f"qk_norm = {config.qk_norm!r} has no counterpart in {family.name}: its norms share one ε, which undoes a "
             "norm that stays; remove it too (qk_norms: remove)"
         )
-    default = NormfreeConfig.from_options({"n_layer": config.n_layer})
+    default = NormfreeConfig.from_options({"n_layer": config.n_layer, "activation": config.activation})
     free = UNCHECKED | set(family.carried)
     wanted = {name: getattr(default, name) for name in NormfreeConfig.option_names() if name not in free}
     wanted |= {"norm": FOLDED, "final_norm": FOLDED, **family.required}
-    for option, value in wanted.items():
+    for option, value in sorted(wanted.items(), key=lambda each: each[0] not in DECISIVE):
         if getattr(config, option) != value:
             raise InputError(
                 f"{option} = {getattr(config, option)!r} has no counterpart in {family.name}; only {value!r} can be "
                 "exported"
             )
+    types = {each.get("rope_type") for each in parameter_sets(config).values()} & {*OUTGROWN}
+    if types:
+        raise InputError(
+            f"rope_parameters of rope_type {types.pop()!r} have no counterpart in {family.name}, which keeps cached "
+            "keys when a sequence outgrows the original length; other types can be exported"
+        )
     if _activation(config) is None:
         raise InputError(
             f"activation {config.activation!r} has no counterpart in {family.name}; allowed, for all layers: "

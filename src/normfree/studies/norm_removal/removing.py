@@ -15,9 +15,10 @@ from normfree.columns import EVAL_LOSS
 from normfree.data import PackedData
 from normfree.errors import InputError
 from normfree.removal.finetuning import RemovalDivergedError
+from normfree.removal.layout import TABLE_FILE
 from normfree.removal.parts import check_removable, parts_to_remove
 from normfree.removal.plan import Plan, plan
-from normfree.removal.removal import TABLE_FILE, remove
+from normfree.removal.removal import remove
 from normfree.removal.schedule import RemovalSchedule, automatic_schedule
 from normfree.runner import Configuration, Measurement, Preset, RemovalOptions, run_config, slug
 from normfree.studies.norm_removal.tables import NORM_FREE, ORIGINAL, REMOVALS, VANILLA
