@@ -126,6 +126,11 @@ def test_a_removal_of_less_than_a_day_begins(
         from_pretrained.remove_from_pretrained(str(model), tmp_path / "both", **options)
     found = from_pretrained.remove_from_pretrained(str(model), tmp_path / "one", vanilla=False, **options)
     assert found.result.norm_free.exists()
+    taught = load_schedule(str(tmp_path / "one" / "schedule.yaml")).model_dump() | {"distillation_weight": 1.0}
+    (tmp_path / "taught.yaml").write_text(json.dumps(taught))
+    options |= {"vanilla": False, "schedule": str(tmp_path / "taught.yaml")}
+    with pytest.raises(InputError, match="about 1 d 5 h on cpu"):
+        from_pretrained.remove_from_pretrained(str(model), tmp_path / "taught", **options)
 
 
 def test_the_default_budget_fits_a_cpu_and_a_published_schedule_is_as_published(

@@ -22,7 +22,7 @@ from normfree.removal.schedule import Order, load_schedule
 from normfree.training import RunConfig, StudyProgress, quantization_of
 from normfree.training.prediction_comparison import PredictionComparison
 from normfree.training.pretrained import starting_model
-from normfree.training.training_plan import TrainingPlan, seconds_a_step
+from normfree.training.training_plan import TrainingPlan, memory, seconds_a_step
 
 MOST_SECONDS = 86_400.0
 """A removal that takes longer has to be asked for."""
@@ -98,7 +98,7 @@ def remove_from_pretrained(
         chosen = chosen.model_copy(update={name: value for name, value in options.items() if value is not None})
         texts = evaluation_texts(run, data, eval_corpora, eval_sequences)
         if not (folder / SCHEDULE_FILE).exists():
-            _check_time(run, data, 2 if vanilla else 1, is_agreed=yes)
+            _check_time(run, data, vanilla=vanilla, is_taught=chosen.distillation_weight > 0, is_agreed=yes)
         total = run.recipe.n_tokens(run.data.sequence_length) * (2 if vanilla else 1)
         with locked(folder), StudyProgress(total, "remove-norm") as progress:
             result = remove(
@@ -109,8 +109,8 @@ def remove_from_pretrained(
     return PretrainedRemoval(result, evaluation, run, beginning, quantization_of(source))
 
 
-def _check_time(run: RunConfig, data: PackedData, n_run: int, *, is_agreed: bool) -> None:
-    """Says what ``n_run`` fine-tunings take, and tries a step if they may take long.
+def _check_time(run: RunConfig, data: PackedData, *, vanilla: bool, is_taught: bool, is_agreed: bool) -> None:
+    """Says what the fine-tunings take, and tries a step if they may take long.
 
     Raises:
         InputError: they would take more than :data:`MOST_SECONDS`, and that is not agreed.
@@ -119,15 +119,19 @@ def _check_time(run: RunConfig, data: PackedData, n_run: int, *, is_agreed: bool
     run.recipe.check(run.data.sequence_length)
     model = starting_model(run.start_from, data)
     cost = TrainingPlan.of(run.recipe, run.data.sequence_length, model)
-    display().say(f"Plan: {cost}" + ("; twice: with the norms kept (--no-vanilla leaves it out)" if n_run > 1 else ""))
+    # A teacher's forward pass takes a third of a step.
+    n_run = (2 if vanilla else 1) + (1 / 3 if is_taught else 0)
+    twice = "; twice: with the norms kept (--no-vanilla leaves it out)" if vanilla else ""
+    teacher = f"; the original as teacher takes {memory(4 * cost.parameters)} more" if is_taught else ""
+    display().say(f"Plan: {cost}{twice}{teacher}")
     if is_agreed or cost.operations * n_run < SHORT_OPERATIONS:
         return
     with stage("trying a step"):
         seconds = n_run * cost.steps * seconds_a_step(run.recipe, run.data.sequence_length, model)
     display().say(f"Training takes about {duration(seconds)}, by a trial of one micro-batch")
+    n_tokens = cost.tokens * (2 if vanilla else 1)
     if seconds > MOST_SECONDS:
         raise InputError(
-            f"this takes about {duration(seconds)} on {model.device.type} ({cost.tokens * n_run:,} tokens); give --yes "
-            "to begin it, or a smaller budget, e.g. --steps 300 --set recipe.batch_size=8 "
-            "--set data.sequence_length=256"
+            f"this takes about {duration(seconds)} on {model.device.type} ({n_tokens:,} tokens); give --yes to begin "
+            "it, or a smaller budget, e.g. --steps 300 --set recipe.batch_size=8 --set data.sequence_length=256"
         )
