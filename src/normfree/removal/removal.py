@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from math import nan
 from pathlib import Path
@@ -99,7 +100,7 @@ def remove(
     run.recipe.check(run.data.sequence_length)
     check_data(data, run.recipe)
     original = starting_model(run.start_from, data)
-    config = original.config
+    config = deepcopy(original.config)  # measuring costs changes the model
     check_removable(config, "keep" if schedule is None else schedule.qk_norms)
     T = run.data.sequence_length
     schedule = schedule or automatic_schedule(config.n_layer, run.recipe.n_steps(T), parts_to_remove(config, "keep"))
@@ -161,10 +162,11 @@ def _claim(
     An order by measurement leaves ``model`` with removable norms.
     """
     if schedule.order == "auto":
+        config = deepcopy(model.config)
         costs = norm_costs(model, data.train, schedule, recipe)
         write_text(folder / COSTS_FILE, costs.to_csv(index=False, na_rep="nan"))
         layers = (None if pd.isna(layer) else int(layer) for layer in costs["layer"])
-        schedule = schedule.reordered(model.config, zip(costs["part"], layers, strict=True))
+        schedule = schedule.reordered(config, zip(costs["part"], layers, strict=True))
     write_text(
         folder / SCHEDULE_FILE, yaml.safe_dump(schedule.model_dump(mode="json", exclude_none=True), sort_keys=False)
     )
