@@ -3,6 +3,7 @@
 #
 #     sh benchmarks/gpu_checks.sh timings FOLDER    tests, then every timing; about ten minutes
 #     sh benchmarks/gpu_checks.sh study FOLDER      the four runs of the gpu preset; about ten
+#     sh benchmarks/gpu_checks.sh removal FOLDER    SmolLM2-135M without norms, and its control; about ten, resumes
 #
 # FOLDER gets a log of each check, the figures as JSON, and summary.txt: exit codes (124: out of time) and seconds.
 # PYTHON says which Python has normfree installed, in any way; by default the one of .venv. The sources here are what is run.
@@ -47,8 +48,17 @@ timings)
 study)
   check study-gpu 590 -m normfree study relu-revival --preset gpu --out "$out/relu-revival-gpu"
   ;;
+removal)
+  model=$("$python" -c "from pathlib import Path
+from examples.real_models.packages import SMOLLM2
+print(SMOLLM2.path(Path('.')))") || exit 2
+  check removal-gpu 590 -m normfree remove-norm "$model" --corpus installed-python --yes --out "$out/removal" \
+    --steps 600 --set recipe.batch_size=64 --set recipe.micro_batch_size=64 --set data.sequence_length=512 \
+    --set data.train_tokens=19660800 --set data.eval_tokens=131072 --set recipe.eval_steps=30
+  check removal-curve 60 -m examples.real_models.removal "$out/removal" "$out/smollm2-removal-gpu.csv"
+  ;;
 *)
-  echo "no such part: '$part'; it can be timings or study" >&2
+  echo "no such part: '$part'; it can be timings, study or removal" >&2
   exit 2
   ;;
 esac
