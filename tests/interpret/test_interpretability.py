@@ -58,6 +58,7 @@ def test_models_with_and_without_norms_on_one_page(
     together = pd.read_csv(page / "cumulative_ablation.csv").set_index("model")
     assert together.loc["with", "n_ablated"].tolist() == [0, 1, 2, 3]
     without = together.loc["without"]
+    assert without["neuron"].tolist() == together.loc["with", "neuron"].tolist(), "the first model's candidates"
     np.testing.assert_allclose(without["entropy_nats"], without["frozen_entropy_nats"], rtol=1e-6)
     assert 0 < rows["with"]["sink_query_share"] < 1
     text = (page / "report.html").read_text()

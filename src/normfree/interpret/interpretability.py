@@ -147,7 +147,8 @@ class InterpretabilityComparison:
                 "cumulative-ablation",
                 cumulative_ablation_figure(frames["cumulative_ablation"]),
                 "Loss and output entropy while candidates are mean-ablated together, against no ablation: in total, "
-                "and dashed with the final norm's std frozen. Each model's own candidates, by falling score.",
+                "and dashed with the final norm's std frozen. In all models of the first one's shape its candidates, by "
+                "falling score; in others their own.",
             ),
             figure_section(
                 "Sinks and residual norms",
@@ -193,23 +194,33 @@ def compare_interpretability(
         pairs = read_prompts(prompts, tokenizer_of(compared.loaded), beginning)
     else:
         pairs = induction_pairs(read.tokens, max(1, len(read.tokens) // 2), n_beginning=len(beginning))
-    found = {}
+    found: dict[str, dict[str, pd.DataFrame]] = {}
+    together: dict[tuple[int, int], pd.DataFrame] = {}
     for name, each in compared:
         with stage(f"{name}: {read}, {len(pairs.answers)} prompts, {n_neuron} neurons"):
-            found[name] = interpret_model(each.as_normfree(), read.tokens, pairs, n_neuron=n_neuron)
+            model = each.as_normfree()
+            neurons = together.get(_shape(model))
+            found[name] = interpret_model(model, read.tokens, pairs, n_neuron=n_neuron, together=neurons)
+        if len(found) == 1:
+            together[_shape(model)] = found[name]["cumulative_ablation"][1:]
     return InterpretabilityComparison(found, read, compared.quantization, compared.loaded_as)
 
 
 @FastProducts()
 def interpret_model(
-    model: NormfreeForCausalLM, sequences: torch.Tensor, pairs: PromptPairs, *, n_neuron: int
+    model: NormfreeForCausalLM,
+    sequences: torch.Tensor,
+    pairs: PromptPairs,
+    *,
+    n_neuron: int,
+    together: pd.DataFrame | None = None,
 ) -> dict[str, pd.DataFrame]:
     """Every tool on one model, by the names of ``FRAMES``.
 
     attribution_errors: :func:`~normfree.interpret.direct_attribution_errors` of the heads.
     patches: :func:`~normfree.interpret.patch_heads`.
     neuron_weights, neuron_effects: of the last layer's neurons, and of its ``n_neuron`` candidate confidence neurons.
-    cumulative_ablation: of the first ``TOGETHER`` candidates, in their order.
+    cumulative_ablation: of the neurons ``together``, by default the first ``TOGETHER`` candidates.
     sinks, residual_stds: :func:`~normfree.interpret.attention_sinks`,
         :func:`~normfree.interpret.residual_std_by_position`.
 
@@ -223,10 +234,17 @@ def interpret_model(
         "patches": patch_heads(model, pairs),
         "neuron_weights": weights,
         "neuron_effects": neuron_ablation_effects(model, sequences, candidates),
-        "cumulative_ablation": cumulative_ablation(model, sequences, candidates[:TOGETHER]),
+        "cumulative_ablation": cumulative_ablation(
+            model, sequences, candidates[:TOGETHER] if together is None else together
+        ),
         "sinks": attention_sinks(model, sequences),
         "residual_stds": residual_std_by_position(model, sequences),
     }
+
+
+def _shape(model: NormfreeForCausalLM) -> tuple[int, int]:
+    """Layers, and neurons of each."""
+    return model.config.n_layer, model.config.n_inner
 
 
 def _summary(frames: Mapping[str, pd.DataFrame]) -> dict[str, float]:
