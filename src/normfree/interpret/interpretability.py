@@ -147,8 +147,8 @@ class InterpretabilityComparison:
                 "cumulative-ablation",
                 cumulative_ablation_figure(frames["cumulative_ablation"]),
                 "Loss and output entropy while candidates are mean-ablated together, against no ablation: in total, "
-                "and dashed with the final norm's std frozen. In all models of the first one's shape its candidates, by "
-                "falling score; in others their own.",
+                "and dashed with the final norm's std frozen. The first model's candidates, by falling score, in all "
+                "models of its shape; in others their own.",
             ),
             figure_section(
                 "Sinks and residual norms",
@@ -229,14 +229,13 @@ def interpret_model(
     """
     weights = neuron_output_weights(model, [model.config.n_layer - 1])
     candidates = confidence_neuron_candidates(weights, n_neuron)
+    together = candidates[:TOGETHER] if together is None else together
     return {
         "attribution_errors": direct_attribution_errors(model, sequences).heads,
         "patches": patch_heads(model, pairs),
         "neuron_weights": weights,
         "neuron_effects": neuron_ablation_effects(model, sequences, candidates),
-        "cumulative_ablation": cumulative_ablation(
-            model, sequences, candidates[:TOGETHER] if together is None else together
-        ),
+        "cumulative_ablation": cumulative_ablation(model, sequences, together),
         "sinks": attention_sinks(model, sequences),
         "residual_stds": residual_std_by_position(model, sequences),
     }
