@@ -15,6 +15,8 @@ from normfree.errors import InputError
 
 DEFAULT_CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "normfree"
 """Cache of tokenized corpora."""
+ANOTHER_CACHE = "give another place for tokens, with --cache-dir"
+"""What to do where a cache cannot be written."""
 _NEW, _OLD = "new", "old"
 """Names inside the temporary folder of :func:`folder_written_whole`."""
 
@@ -63,19 +65,20 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 """Errors of a full disk, which another folder on it does not fix."""
 
 
-def check_output_folder(folder: Path) -> None:
+def check_output_folder(folder: Path, advice: str = "give another output folder") -> None:
     """Checks that files can be written into ``folder`` by writing one and removing it again.
 
     Permissions alone do not tell: a file system may be read-only, a name too long, a parent a file or a link to itself.
 
     Raises:
-        InputError: the folder cannot be created or written into; the message has the operating system's reason.
+        InputError: the folder cannot be created or written into; the message has the operating system's reason
+            and the ``advice``.
         OSError: the disk is full.
     """
     made: list[Path] = []
     try:
         if folder.exists() and not folder.is_dir():
-            raise InputError(f"{folder} is a file; give another output folder")
+            raise InputError(f"{folder} is a file; {advice}")
         made = [each for each in (folder, *folder.parents) if not each.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         # Named like leftovers of a killed process, which readers of the folder ignore.
@@ -86,7 +89,7 @@ def check_output_folder(folder: Path) -> None:
         if isinstance(error, InputError) or getattr(error, "errno", None) in NO_SPACE:
             raise
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot write into {str(folder)!r}: {reason}; give another output folder") from error
+        raise InputError(f"cannot write into {str(folder)!r}: {reason}; {advice}") from error
     finally:
         for each in made:
             with suppress(OSError, ValueError):  # it was not created, or another process has written into it

@@ -74,6 +74,12 @@ def test_the_same_contents_elsewhere_give_the_same_bytes(folder, tmp_path, cut):
         assert (first.folder / name).read_bytes() == (second.folder / name).read_bytes()
 
 
+def test_a_cache_that_cannot_be_written_is_one_line_that_names_the_option(folder, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="; give another place for tokens, with --cache-dir"):
+        prepare_data(config_for(folder), tmp_path / "file" / "cache")
+
+
 def test_caps(folder, tmp_path):
     everything = prepare_data(config_for(folder), tmp_path / "cache")
     capped = prepare_data(config_for(folder, train_tokens=1000, eval_tokens=320), tmp_path / "cache")

@@ -12,8 +12,8 @@ import typer
 import yaml
 
 from normfree.errors import InputError
+from normfree.files import ANOTHER_CACHE, check_output_folder, exists
 from normfree.files import DEFAULT_CACHE_DIR as DEFAULT_CACHE_DIR
-from normfree.files import check_output_folder, exists
 from normfree.processes import is_main_process
 from normfree.sources import local_or_hub, with_revision
 
@@ -47,7 +47,7 @@ def checked_file(file: Path | None) -> Path | None:
 
 def _checked_cache(folder: Path) -> Path:
     if is_main_process() and folder != DEFAULT_CACHE_DIR and not (exists(folder) and folder.is_dir()):
-        check_output_folder(folder)
+        check_output_folder(folder, ANOTHER_CACHE)
     return folder
 
 

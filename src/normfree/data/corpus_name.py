@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from normfree.errors import InputError, unknown_name
-from normfree.files import exists, user_path, written_whole
+from normfree.files import ANOTHER_CACHE, check_output_folder, exists, user_path, written_whole
 from normfree.processes import check_alone
 from normfree.sources import looks_local
 
@@ -92,6 +92,7 @@ def _saved_input(cache_dir: Path) -> Path:
         raise InputError("--corpus -: standard input is empty; pipe text into the command")
     path = user_path(str(cache_dir)) / "stdin" / f"{hashlib.sha256(content).hexdigest()[:16]}.txt"
     if not path.exists():
+        check_output_folder(path.parent, ANOTHER_CACHE)
         with written_whole(path) as temporary:
             temporary.write_bytes(content)
     return path.resolve()

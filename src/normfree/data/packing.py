@@ -32,7 +32,7 @@ from normfree.data.packed_sequences import PackedSequences, SplitStatistics, wri
 from normfree.data.pairs import PairCorpus, write_pairs
 from normfree.data.tokenizer import load_tokenizer, train_tokenizer, vocabulary_size
 from normfree.errors import InputError
-from normfree.files import first_difference, sha256
+from normfree.files import ANOTHER_CACHE, check_output_folder, first_difference, sha256
 from normfree.locks import locked, remove_abandoned
 from normfree.progress import stage
 
@@ -272,6 +272,7 @@ def _too_small(split: Split, statistics: SplitStatistics, config: DataConfig) ->
 @contextmanager
 def _built_in_place(folder: Path) -> Iterator[Path]:
     """A temporary folder that is renamed to ``folder`` at the end."""
+    check_output_folder(folder.parent, ANOTHER_CACHE)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     with locked(temporary):

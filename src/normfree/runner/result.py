@@ -236,7 +236,8 @@ def _carry_out(
     execution = replace(execution, command=study_command(reference, preset, folder, changes, execution))
     with execution.on_device(), locked(folder), _undisturbed(), shown_on(console):
         begun = begin(found, folder, preset, changed)
-        console.print(f"Study {name}, preset {Path(preset).stem}: {load_preset(preset).description}", highlight=False)
+        described = load_preset(preset).description
+        console.print(f"Study {name}, preset {Path(preset).stem}: {described}", highlight=False, soft_wrap=True)
         failures = begun.run(execution)
         try:
             begun.write()
