@@ -29,6 +29,7 @@ from normfree.removal.finetuning import (
     remove_by_finetuning,
 )
 from normfree.removal.midway import Midway
+from normfree.removal.parts import QKNorms, parts_to_remove
 from normfree.removal.plan import plan
 from normfree.removal.schedule import Removal, RemovalSchedule, automatic_schedule, load_schedule, pretrained_schedule
 from normfree.removal.std_losses import StdLosses
@@ -137,6 +138,57 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return finetuning.constant_std_model(folder).state_dict()
+
+
+OTHER_NORMS: dict[str, dict[str, Any]] = {
+    "sandwich": {"norm_placement": "sandwich", "qk_norm": "rmsnorm", "norm": "rmsnorm", "final_norm": "rmsnorm"},
+    "scaled": {"norm": "layernorm_scaling"},
+    "post": {"norm_placement": "post", "norm": "rmsnorm", "final_norm": "none"},
+}
+
+
+@pytest.mark.parametrize("name", OTHER_NORMS)
+def test_other_norms_go_and_a_stopped_removal_resumes(name: str, corpus: Path, tmp_path: Path) -> None:
+    rotary: dict[str, Any] = {"position": "rotary", "ffn": "gated", "attention_bias": "none", "mlp_bias": False}
+    sizes: dict[str, Any] = {
+        "vocab_size": 270,
+        "n_positions": T,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_kv_head": 2,
+        "n_embd": 16,
+    }
+    torch.manual_seed(0)
+    NormfreeForCausalLM(NormfreeConfig(**sizes, **rotary, **OTHER_NORMS[name])).save_pretrained(tmp_path / "model")
+    run = run_from(str(tmp_path / "model"), corpus)
+    data = prepare_data(run.data, tmp_path / "cache")
+    config: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "model").config
+    qk_norms: QKNorms = "keep" if config.qk_norm == "none" else "remove"
+    schedule = automatic_schedule(2, STEPS, parts_to_remove(config, qk_norms), qk_norms)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    result = remove(run, data, whole, schedule, vanilla=False)
+    norm_free: Any = AutoModelForCausalLM.from_pretrained(result.norm_free)
+    assert not any("norm" in each for each in norm_free.state_dict())
+    assert ops_of(norm_free) & NORMALIZING == set()
+    sequences = torch.from_numpy(np.asarray(data.eval.tokens, dtype=np.int64))
+    losses = result.table.set_index("variant")["eval_loss"]
+    np.testing.assert_allclose(losses["norm-free"], loss_of(norm_free, sequences), rtol=1e-5)
+    assert losses["norm-free"] < losses["original"], "the corpus has eight words"
+    assert (result.stock is None) == (name == "scaled"), "Llama has no LayerNorm before its unembedding"
+    if result.stock is not None:
+        exported = AutoModelForCausalLM.from_pretrained(result.stock)
+        assert type(exported).__name__ == "LlamaForCausalLM"
+        np.testing.assert_allclose(loss_of(exported, sequences), losses["norm-free"], rtol=1e-4)
+
+    with pytest.raises(KeyboardInterrupt):
+        remove_by_finetuning(
+            run.model_copy(update={"configuration": "norm-free"}), data, parts, schedule, config, callbacks=(StopAt(6),)
+        )
+    remove_by_finetuning(run.model_copy(update={"configuration": "norm-free"}), data, parts, schedule, config)
+    expected, actual = weights(whole / "removal"), weights(parts)
+    assert expected.keys() == actual.keys()
+    for key, tensor in expected.items():
+        assert torch.equal(tensor, actual[key]), key
 
 
 def test_a_stopped_removal_goes_on_to_the_same_weights(gpt2: Path, corpus: Path, tmp_path: Path) -> None:
@@ -492,6 +544,7 @@ def test_the_std_loss_in_float64() -> None:
         (["--set", "recipe.logging_steps=2"], "set recipe.logging_steps to 1, not 2"),
         (["--set", "lora.alpha=2"], "unknown option 'lora.alpha'"),
         (["--lora", "2", "--set", "lora.dropout=1"], "unknown option 'lora.dropout'"),
+        (["--qk-norms", "remove"], "qk_norms is remove, and the model's qk_norm is none; leave it out"),
         (["--lora", "0"], "Invalid value for '--lora'"),
         (["--tokens", "9", "--steps", "9"], "give --tokens or --steps, not both"),
     ],

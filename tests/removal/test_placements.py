@@ -97,8 +97,8 @@ def check(model: NormfreeForCausalLM, folder: Path, qk_norms: QKNorms = "keep") 
 def test_every_placement(placement: str, kind: str, tmp_path: Path) -> None:
     model = model_of(kind, norm_placement=placement)
     if placement.startswith("hybrid") and kind == "layernorm":
-        with pytest.raises(InputError, match=r"a LayerNorm on the residual stream subtracts its mean.*RMSNorm can be"):
-            remove_norms(constant(model, tmp_path))
+        with pytest.raises(InputError, match=f"norm_placement '{placement}' subtracts the mean of the residual stream"):
+            Midway(model, schedule_of(model))
         return
     folded = check(model, tmp_path)
     assert not any("_norm" in name for name in folded.state_dict())
@@ -166,6 +166,16 @@ def test_every_head_has_the_mean_of_its_own_stds(tmp_path: Path) -> None:
         assert found.shape == (1, {"q": 4, "k": 2}[name])
         np.testing.assert_allclose(found[0], stds[:, 1:].mean((0, 1)), rtol=1e-5)
     assert midway.tokens.shares["first_token"] == 1
+
+
+def test_means_that_no_weight_can_subtract_are_refused(tmp_path: Path) -> None:
+    mixed = model_of("layernorm", norm_placement="mix", final_norm="rmsnorm")
+    with pytest.raises(InputError, match="norm_placement 'mix' subtracts the mean of the residual stream"):
+        Midway(mixed, schedule_of(mixed))
+    for options in ({"norm_placement": "hybrid"}, {"norm_placement": "mix", "final_norm_is_centered": False}):
+        config = NormfreeConfig(**{**SIZES, **LLAMA, "norm": "constant_std", "final_norm": "constant_std", **options})
+        with pytest.raises(InputError, match=r"a LayerNorm on the residual stream subtracts.*RMSNorm can be folded"):
+            remove_norms(NormfreeForCausalLM(config))
 
 
 def test_gains_of_zero_on_the_stream_are_refused(tmp_path: Path) -> None:

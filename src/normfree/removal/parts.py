@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple, get_args
 
 from normfree.errors import InputError
 from normfree.modeling import NormfreeConfig
-from normfree.modeling.blocks import PLACEMENTS
+from normfree.modeling.blocks import PLACEMENTS, QKV_NORM_PLACEMENTS
 from normfree.modeling.norms import SCALED_NORMS
 
 BlockPart = Literal["ffn", "attention_qk", "attention_v", "ffn_output", "attention_output", "qk_norm", "v_norm"]
@@ -75,7 +75,7 @@ def check_removable(config: NormfreeConfig, qk_norms: QKNorms = "keep") -> None:
     """Checks that the norms of a model of that configuration can be removed.
 
     Raises:
-        InputError: it has none, or one that is constant or of another kind.
+        InputError: it has none, or one that is constant, of another kind, or whose place no weight can take over.
     """
     names = {"norm": config.norm, "final_norm": config.final_norm}
     if qk_norms == "remove" and config.qk_norm == "none":
@@ -91,5 +91,14 @@ def check_removable(config: NormfreeConfig, qk_norms: QKNorms = "keep") -> None:
     for option, name in names.items():
         if name not in (*NORMS_TO_REMOVE, "none"):
             raise InputError(f"{option} {name!r} cannot be removed; allowed: {', '.join(NORMS_TO_REMOVE)}, none")
+    read_as_it_is = config.norm_placement in QKV_NORM_PLACEMENTS or (
+        config.norm_placement == "mix" and config.final_norm not in CENTERED_NORMS
+    )
+    if config.norm in CENTERED_NORMS and read_as_it_is:
+        raise InputError(
+            f"norm {config.norm!r} of norm_placement {config.norm_placement!r} subtracts the mean of the residual "
+            "stream, and what is written after it is read without a norm that does: no weight can hold that; RMSNorm "
+            "can be removed"
+        )
     if config.qk_norm_is_constant and qk_norms == "remove":
         raise InputError("qk_norms is remove, and the model's qk_norm is constant already; leave it out")
