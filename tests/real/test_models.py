@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from normfree import EntropyProbe, from_hf
+from normfree import EntropyProbe, NormfreeConfig, NormfreeForCausalLM, from_hf, remove_norms, to_stock
 from normfree.interpret import (
     attention_sinks,
     check_quantization,
@@ -15,6 +15,9 @@ from normfree.interpret import (
     residual_std_by_position,
 )
 from normfree.modeling.decoder_blocks import decoder_blocks
+from normfree.removal.midway import Midway
+from normfree.removal.parts import parts_to_remove
+from normfree.removal.schedule import automatic_schedule
 from normfree.training.evaluation import evaluation_losses
 from tests.real.conftest import eager_attentions
 
@@ -108,6 +111,36 @@ def test_a_pruned_model_is_the_model_with_its_layers_skipped(name, loaded, seque
     with torch.no_grad():
         found = prune_layers(model, [layer])(input_ids=tokens, use_cache=False).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@BOTH
+@torch.no_grad()
+def test_norms_become_constants_that_fold_away(name, loaded, sequences):
+    """Of Gemma 3 four norms a block and those of queries and keys; constants of the largest std keep logits finite."""
+    hf, tokens = loaded(name).model, sequences(name, 1, 32).tokens
+    model = from_hf(hf)
+    qk_norms = "keep" if model.config.qk_norm == "none" else "remove"
+    parts = parts_to_remove(model.config, qk_norms)
+    schedule = automatic_schedule(model.config.n_layer, 300, parts, qk_norms)
+    schedule = schedule.model_copy(update={"std_statistic": 1.0, "special_tokens": "published"})
+    removals = schedule.removals(model.config)
+    midway = Midway(model, schedule)
+    expected = hf(input_ids=tokens, use_cache=False).logits
+    found = model(tokens, use_cache=False).logits
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    with midway.measuring():
+        model(tokens, use_cache=False)
+    for removal in removals:
+        midway.apply(removal)
+    midway.finish()
+    constant = NormfreeForCausalLM(
+        NormfreeConfig(**{each: getattr(model.config, each) for each in NormfreeConfig.option_names()})
+    ).eval()
+    constant.load_state_dict(model.state_dict())
+    expected = constant(tokens, use_cache=False).logits
+    for export in (remove_norms, to_stock):
+        torch.testing.assert_close(export(constant)(tokens, use_cache=False).logits, expected, rtol=1e-5, atol=1e-5)
+    assert type(to_stock(constant)) is type(hf)
 
 
 @BOTH
