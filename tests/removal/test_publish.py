@@ -305,6 +305,11 @@ def test_the_command_checks_before_training_and_pushes_after(
     assert code == 0, err
     assert json.loads(out)["pushed"] == f"{hub.address}/Ada/a"
     assert hub.repositories["Ada/a"].private
+    measured = pd.read_csv(tmp_path / "out" / "evaluation.csv").set_index("model").loc["norm-free"]
+    for card in (hub.repositories["Ada/a"].files["README.md"].decode(), (tmp_path / "out/stock/README.md").read_text()):
+        assert f"| `directory:{corpus.name}` | norm-free: this model |" in card
+        assert f"| {measured['loss_nats']:.4f} | {measured['jsd_nats']:.4f} |" in card
+        assert str(corpus.parent) not in card
     code, out, err = normfree(*command, "--json")
     assert json.loads(out)["pushed"] is None
     assert hub.repositories["Ada/a"].commits == 1, "nothing is pushed without being asked"

@@ -9,6 +9,7 @@ from normfree.data import Beginning, PackedData, corpus_sequences
 from normfree.data.corpus_name import full_corpus_name
 from normfree.errors import InputError
 from normfree.removal.layout import NORM_FREE, NORM_FREE_FOLDER, ORIGINAL, VANILLA
+from normfree.removal.model_card import write_cards
 from normfree.training import RunConfig, load_pretrained
 from normfree.training.prediction_comparison import Loader, PredictionComparison, Text, compare_on
 from normfree.training.pretrained import starting_model
@@ -45,7 +46,8 @@ def evaluate_removal(
 ) -> PredictionComparison:
     """Compares the models of a finished removal in ``folder`` on ``texts``, in float32, and writes the comparison.
 
-    Corpora that are in ``folder`` already, with as many sequences and the same models, are not measured again.
+    The exports' model cards get it as well. Corpora that are in ``folder`` already, with as many sequences and the same
+    models, are not measured again.
     """
     assert run.start_from is not None, "there is a model to start from"
     start = run.start_from
@@ -65,4 +67,5 @@ def evaluate_removal(
     found = compare_on(missing, models)
     found = found if measured is None else measured.together(found)
     found.write(folder)
+    write_cards(folder)
     return found

@@ -30,6 +30,7 @@ from normfree.removal.layout import (
 from normfree.removal.parts import SPECIAL_PARTS
 from normfree.removal.schedule import SCHEDULES, load_schedule
 from normfree.sources import local_name, looks_local, split_revision
+from normfree.training.prediction_comparison import PredictionComparison
 from normfree.training.run_config import RunConfig, load_run_config, read_yaml
 from normfree.training.run_folder import CONFIG_FILE, PROVENANCE
 
@@ -225,8 +226,9 @@ class _Card:
     def _losses(self) -> str:
         n, length = self.provenance["corpus"]["eval"]["blocks"], self.run.data.sequence_length
         table = pd.read_csv(self.folder / TABLE_FILE)
+        corpus = _named(self.run.data.corpus)
         lines = [
-            f"Cross-entropy on {n:,} held-out sequences of {length:,} tokens of {self._corpus()}, in float32.",
+            f"Cross-entropy on {n:,} held-out sequences of {length:,} tokens of {corpus}, in float32.",
             "",
             "| model | fine-tuning tokens | loss, nats | perplexity | Δ loss |",
             "|---|---:|---:|---:|---:|",
@@ -234,20 +236,28 @@ class _Card:
         for _, row in table[table["variant"].isin(ROWS)].iterrows():
             numbers = f"{row[EVAL_LOSS]:.4f} | {row[EVAL_PPL]:.2f} | {row['delta_loss']:+.4f}"
             lines.append(f"| {ROWS[row['variant']]} | {row['finetuning_tokens']:,} | {numbers} |")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._predictions()])
 
-    def _corpus(self) -> str:
-        """The corpus; of a local one, only the kind and the last part of its path."""
-        name = self.run.data.corpus
-        kind, _, argument = name.partition(":")
-        is_local = kind in ("directory", "file", "pairs")
-        return f"`{kind}:{Path(argument.partition(':')[0]).name}`" if is_local else f"`{name}`"
+    def _predictions(self) -> list[str]:
+        """The evaluation by corpus, if there is one."""
+        compared = PredictionComparison.read(self.folder)
+        if compared is None:
+            return []
+        lines = [
+            *("", "Predictions by corpus, with their Jensen-Shannon divergence (JSD) from the original's:", ""),
+            "| corpus | model | tokens | loss, nats | JSD, nats | calibration error |",
+            "|---|---|---:|---:|---:|---:|",
+        ]
+        for _, row in compared.evaluation[compared.evaluation["model"].isin(ROWS)].iterrows():
+            numbers = f"{row['loss_nats']:.4f} | {row['jsd_nats']:.4f} | {row['ece']:.4f}"
+            lines.append(f"| {_named(row['corpus'])} | {ROWS[row['model']]} | {row['tokens']:,} | {numbers} |")
+        return lines
 
     def _recipe(self) -> str:
         recipe, length = self.run.recipe, self.run.data.sequence_length
         end = recipe.final_learning_rate_ratio * recipe.learning_rate
         rows = {
-            "corpus": self._corpus(),
+            "corpus": _named(self.run.data.corpus),
             "tokens": f"{recipe.n_tokens(length):,}",
             "steps": f"{recipe.n_steps(length):,} of {recipe.batch_size:,} × {length:,} tokens",
             **self._schedule(),
@@ -287,3 +297,10 @@ class _Card:
             return UNKNOWN_LICENSE
         name = stated.get("license_name", stated["license"])
         return f"[{name}]({stated['license_link']})" if "license_link" in stated else name
+
+
+def _named(corpus: str) -> str:
+    """A corpus as a card may name it: of a local one, only the kind and the last part of its path."""
+    kind, _, argument = corpus.partition(":")
+    is_local = kind in ("directory", "file", "pairs")
+    return f"`{kind}:{Path(argument.partition(':')[0]).name}`" if is_local else f"`{corpus}`"
