@@ -110,3 +110,15 @@ def test_what_has_no_counterpart_is_refused(options: dict[str, Any]) -> None:
     (name,) = options
     with pytest.raises(InputError, match=f"{name} .* has no encrypted counterpart yet; those with one: "):
         block_steps(NormfreeConfig(**SIZES, **options), 0, 16)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"norm": "constant_std", "norm_placement": "post"},
+        {"norm": "constant_std", "final_norm": "constant_std", "final_norm_is_centered": False},
+    ],
+)
+def test_constant_stds_that_the_engine_would_misread_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"constant stds have no encrypted counterpart.*remove_norms"):
+        block_steps(NormfreeConfig(**SIZES, **options), 0, 16)

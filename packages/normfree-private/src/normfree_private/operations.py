@@ -82,6 +82,12 @@ def check_supported(config: NormfreeConfig) -> None:
         _check_option(option, getattr(config, option), allowed)
     for name in config.activations:
         _check_option("activation", name, _ACTIVATIONS)
+    is_mixed = config.final_norm == "constant_std" and config.final_norm_is_centered != config.norm_is_centered
+    if is_mixed or (config.norm == "constant_std" and config.norm_placement != "pre"):
+        raise InputError(
+            "constant stds have no encrypted counterpart in norm_placement post, or where one of norm and final_norm "
+            "subtracts the mean; fold them first with normfree.remove_norms"
+        )
 
 
 def _check_option(option: str, value: object, allowed: Collection[object]) -> None:
