@@ -16,7 +16,7 @@ from normfree.interpret import (
 )
 from normfree.modeling.decoder_blocks import decoder_blocks
 from normfree.removal.midway import Midway
-from normfree.removal.parts import parts_to_remove
+from normfree.removal.parts import QKNorms, parts_to_remove
 from normfree.removal.schedule import automatic_schedule
 from normfree.training.evaluation import evaluation_losses
 from tests.real.conftest import eager_attentions
@@ -119,7 +119,7 @@ def test_norms_become_constants_that_fold_away(name, loaded, sequences):
     """Of Gemma 3 four norms a block and those of queries and keys; constants of the largest std keep logits finite."""
     hf, tokens = loaded(name).model, sequences(name, 1, 32).tokens
     model = from_hf(hf)
-    qk_norms = "keep" if model.config.qk_norm == "none" else "remove"
+    qk_norms: QKNorms = "keep" if model.config.qk_norm == "none" else "remove"
     parts = parts_to_remove(model.config, qk_norms)
     schedule = automatic_schedule(model.config.n_layer, 300, parts, qk_norms)
     schedule = schedule.model_copy(update={"std_statistic": 1.0, "special_tokens": "published"})
