@@ -15,8 +15,9 @@ from normfree.errors import InputError
 from normfree.modeling.blocks import PLACEMENTS
 from normfree.modeling.norms import SCALED_NORMS
 from normfree.removal.midway import Midway
-from normfree.removal.parts import QKNorms, norms_to_remove, parts_to_remove
-from normfree.removal.schedule import RemovalSchedule, automatic_schedule
+from normfree.removal.parts import SPECIAL_PARTS, QKNorms, norms_to_remove, parts_to_remove
+from normfree.removal.schedule import Removal, RemovalSchedule, automatic_schedule
+from normfree.removal.std_losses import STD_LOSS, StdLosses
 
 from ..modeling import reference
 from .models import VOCAB, perturbed, tokens
@@ -166,6 +167,57 @@ def test_every_head_has_the_mean_of_its_own_stds(tmp_path: Path) -> None:
         assert found.shape == (1, {"q": 4, "k": 2}[name])
         np.testing.assert_allclose(found[0], stds[:, 1:].mean((0, 1)), rtol=1e-5)
     assert midway.tokens.shares["first_token"] == 1
+
+
+@pytest.mark.parametrize("treatment", ["separate", "measured"])
+def test_the_losses_of_heads_are_their_own(treatment: str) -> None:
+    """Each head is drawn to the mean of its ordinary tokens, then to its constant; massive tokens are of the stream."""
+    model = model_of("rmsnorm", norm_placement="sandwich", qk_norm="layernorm_per_head")
+    options = {"std_loss": "log_ratio", "std_loss_norms": "all", "std_loss_weight": 1.0, "massive_weight": 0.5}
+    options |= {"special_tokens": treatment, "special_factor": 1.5}
+    removals = [each for each in schedule_of(model, "remove").removals(model.config) if each.part not in SPECIAL_PARTS]
+    midway = Midway(model, schedule_of(model, "remove", **options))
+    objective = StdLosses(midway)
+    inputs: dict[str, torch.Tensor] = {}
+    for name, norm in midway.norms():
+        norm.register_forward_pre_hook(lambda _, x, name=name: inputs.update({name: x[0].detach()}))
+    model.train()(tokens())
+
+    def mismatch(*, constant: bool) -> float:
+        found = []
+        for name, norm in midway.norms():
+            x = inputs[name].numpy()
+            x = x - x.mean(-1, keepdims=True) if "attention.q" in name or "attention.k" in name else x
+            stds = np.sqrt((x**2).mean(-1) + norm.eps).reshape(*x.shape[:2], -1)
+            ordinary = np.ones_like(stds, dtype=bool)
+            ordinary[:, 0] = False
+            if treatment == "measured":
+                ordinary = stds <= 1.5 * np.median(stds, axis=1, keepdims=True)
+            means = [stds[..., head][ordinary[..., head]].mean() for head in range(stds.shape[-1])]
+            if constant:
+                np.testing.assert_allclose(norm.std[0].flatten(), means, rtol=1e-5)
+            found.append((np.log(stds / np.array(means)) ** 2).mean())
+        return float(np.mean(found))
+
+    terms = objective.terms(None, None)
+    np.testing.assert_allclose(terms[STD_LOSS].value.item(), mismatch(constant=False), rtol=1e-9)
+    assert len(objective.all_norms) == len(list(midway.norms())) - 4, "without two norms of heads a block"
+    for removal in removals:
+        midway.apply(removal)
+    again = objective.terms(None, None)[STD_LOSS].value.item()
+    np.testing.assert_allclose(again, mismatch(constant=True), rtol=1e-5)
+
+
+def test_one_part_of_heads_is_measured_alone() -> None:
+    model = model_of("rmsnorm", qk_norm="rmsnorm")
+    midway = Midway(model, schedule_of(model, "remove"))
+    with torch.no_grad(), midway.measuring():
+        before = model(tokens()).logits
+        with midway.alone(Removal(0, "qk_norm", 1)) as std:
+            assert not torch.allclose(model(tokens()).logits, before)
+        heads = [model.model.blocks[1].attention.get_submodule(f"{name}_norm").std for name in "qk"]
+        assert std == pytest.approx(float(torch.cat(heads, dim=1).mean()))
+        torch.testing.assert_close(model(tokens()).logits, before)
 
 
 def test_means_that_no_weight_can_subtract_are_refused(tmp_path: Path) -> None:
