@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig, GPT2LMHeadModel
 
 from normfree import NormfreeConfig, NormfreeForCausalLM, from_hf
 from normfree.data import PackedData, prepare_data
@@ -145,6 +145,35 @@ OTHER_NORMS: dict[str, dict[str, Any]] = {
     "scaled": {"norm": "layernorm_scaling"},
     "post": {"norm_placement": "post", "norm": "rmsnorm", "final_norm": "none"},
 }
+
+
+@pytest.mark.parametrize("qk_norms", ["keep", "remove"])
+def test_the_command_keeps_or_removes_qk_norms(qk_norms: str, normfree: Command, corpus: Path, tmp_path: Path) -> None:
+    """A model that is no run, so by the schedule for pretrained ones."""
+    config = Gemma3TextConfig(
+        **{"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 270, "hidden_size": 32, "head_dim": 8},
+        **{"intermediate_size": 40, "num_key_value_heads": 2, "max_position_embeddings": T, "sliding_window": 8},
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    torch.manual_seed(0)
+    Gemma3ForCausalLM(config).save_pretrained(tmp_path / "gemma")
+    size = ["--corpus", f"directory:{corpus}", "--tokenizer", "train", "--set", "data.vocab_size=270", "--steps", "30"]
+    size += ["--set", f"data.sequence_length={T}", "--set", "recipe.batch_size=4", "--set", "recipe.micro_batch_size=4"]
+    code, out, err = normfree(
+        "remove-norm", tmp_path / "gemma", *size, "--qk-norms", qk_norms, "--no-vanilla", "--json"
+    )
+    assert code == 0, err
+    found = json.loads(out)
+    parts = set(pd.read_csv(Path(found["folder"]) / "norm-costs.csv")["part"])
+    block_parts = {"ffn", "attention_qk", "attention_v", "ffn_output", "attention_output", "final"}
+    assert parts == block_parts | ({"qk_norm"} if qk_norms == "remove" else set())
+    norm_free: Any = AutoModelForCausalLM.from_pretrained(found["norm_free"])
+    assert norm_free.config.qk_norm == ("none" if qk_norms == "remove" else "rmsnorm")
+    if qk_norms == "keep":
+        assert found["stock"] is None
+        assert "qk_norm = 'rmsnorm' has no counterpart in Gemma 3: its norms share one ε" in err
+    else:
+        assert type(AutoModelForCausalLM.from_pretrained(found["stock"])) is Gemma3ForCausalLM
 
 
 @pytest.mark.parametrize("name", OTHER_NORMS)
