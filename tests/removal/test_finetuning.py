@@ -30,8 +30,15 @@ from normfree.removal.finetuning import (
 )
 from normfree.removal.midway import Midway
 from normfree.removal.parts import QKNorms, parts_to_remove
-from normfree.removal.plan import plan
-from normfree.removal.schedule import Removal, RemovalSchedule, automatic_schedule, load_schedule, pretrained_schedule
+from normfree.removal.plan import RECIPE, plan
+from normfree.removal.schedule import (
+    PRETRAINED_RECIPE,
+    Removal,
+    RemovalSchedule,
+    automatic_schedule,
+    load_schedule,
+    pretrained_schedule,
+)
 from normfree.removal.std_losses import StdLosses
 from normfree.training import Callback, RunConfig, RunResult, RunState
 from normfree.training.lora import LoraOptions
@@ -618,6 +625,17 @@ def test_a_schedule_brings_its_recipe(
     assert (recipe.steps, recipe.learning_rate, recipe.decay_steps) == (900, 3e-4, 1200)
     recipe = plan(str(plain_run.folder), changes={}, seed=0, schedule=published).run.recipe
     assert (recipe.steps, recipe.batch_size) == (800, tiny_run().recipe.batch_size)
+
+
+def test_default_schedules_are_for_runs_and_for_other_models(plain_run: RunResult, gpt2: Path, corpus: Path) -> None:
+    changes: dict[str, Any] = {"data.corpus": f"directory:{corpus}", "data.tokenizer": "train"}
+    pretrained = plan(str(gpt2), changes=changes, seed=0)
+    assert pretrained.schedule == pretrained_schedule(3, 300)
+    assert (pretrained.run.recipe.learning_rate, pretrained.run.recipe.steps) == (PRETRAINED_RECIPE.learning_rate, 300)
+    assert plan(str(gpt2), changes=changes | {"recipe.learning_rate": 1e-5}, seed=0).run.recipe.learning_rate == 1e-5
+    own = plan(str(plain_run.folder), changes={}, seed=0)
+    assert (own.schedule.order, own.schedule.special_tokens) == ("published", "separate")
+    assert own.run.recipe.learning_rate == RECIPE["learning_rate"]
 
 
 def test_models_that_cannot_be_removed_from(normfree: Command, gpt2: Path, corpus: Path, tmp_path: Path) -> None:
