@@ -133,10 +133,10 @@ def remove_by_finetuning(
     """Trains ``run``, which starts from a model of configuration ``model``, while ``schedule`` removes its norms.
 
     The last checkpoint in ``folder`` is a model whose norms have constant stds. If the loss rises by more than
-    ``MAX_JUMP`` nats after a removal and stays there for ``JUMP_STEPS`` steps or to the end, or is NaN, the run returns
-    to its last checkpoint before that removal and stretches the waits for later ones by ``STRETCH``, at most
-    ``MAX_STRETCHES`` times. ``removal.json`` records the stretches, with which a stopped run resumes, and finally all
-    removals: step, part, layer.
+    ``MAX_JUMP`` nats after a removal and stays there for ``JUMP_STEPS`` steps or to the end, or it or a std is not
+    finite, the run returns to its last checkpoint before that removal, and before those whose ramps were not over, and
+    stretches the waits for later ones by ``STRETCH``, at most ``MAX_STRETCHES`` times. ``removal.json`` records the
+    stretches, with which a stopped run resumes, and finally all removals: step, part, layer.
 
     Raises:
         RemovalDivergedError: the removal diverged too often.
@@ -163,7 +163,7 @@ def remove_by_finetuning(
                     f"the removal diverged {MAX_STRETCHES + 1} times, at last with {jump}; give more steps, a lower "
                     "learning rate, or another schedule"
                 ) from jump
-            step = _go_back(folder, jump.removal.step)
+            step = _go_back(folder, max(0, jump.removal.step - schedule.ramp_steps))
             schedule = schedule.stretched(model, step, STRETCH)
             stretches.append({"step": step, "jump": str(jump)})
             write_text(path, json.dumps({"stretches": stretches}, indent=2))
