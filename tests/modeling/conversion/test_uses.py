@@ -57,7 +57,8 @@ REORDERED = "norm_placement is 'reordered'"
 REFUSED = {"opt-post": POST_NORM, "gemma2": SANDWICH, "gemma3": SANDWICH, "olmo2": REORDERED}
 NOT_STOCK = {
     "gptj": "lm_head_bias = True has no counterpart in GPT-NeoX",
-    **dict.fromkeys(("opt", "opt-post"), "positions_skip_padding = True has no counterpart in GPT-2"),
+    "opt": "positions_skip_padding = True has no counterpart in GPT-2",
+    "opt-post": "final_norm = 'none' has no counterpart in GPT-2",
     "phi3": "partial_rotary_factor",
     **dict.fromkeys(
         ("stablelm", "stablelm-parallel", "stablelm-qk"), "final_norm_is_centered = True has no counterpart in Llama"
