@@ -49,6 +49,8 @@ SYNONYMS = {
     "alpha": ("lora_alpha",),
 }
 """Names of options, and their names in other programs."""
+MOST_LISTED = 40
+"""Names in a message; of more, a section is listed."""
 
 
 class InputError(ValueError):
@@ -70,14 +72,17 @@ class RunFailedError(Exception):
 def unknown_name(kind: str, name: object, allowed: Iterable[str]) -> InputError:
     """An error for a ``name`` that is not in ``allowed``; suggests a synonym or the closest match.
 
-    Names may be dotted; synonyms apply to the last part.
+    Names may be dotted; synonyms apply to the last part. Of many names, those of the suggestion's section are listed.
     """
     from difflib import get_close_matches
 
     names = [str(each) for each in allowed]
     close = _meant(str(name), names) or get_close_matches(str(name), names, n=1, cutoff=0.5)
     suggestion = f" (did you mean {close[0]!r}?)" if close else ""
-    return InputError(f"unknown {kind} {name!r}{suggestion}; allowed: {', '.join(names)}")
+    section = close[0].rpartition(".")[0] if close and len(names) > MOST_LISTED else ""
+    listed = [each.rpartition(".")[2] for each in names if each.rpartition(".")[0] == section] if section else names
+    where = f" in {section}" if section else ""
+    return InputError(f"unknown {kind} {name!r}{suggestion}; allowed{where}: {', '.join(listed)}")
 
 
 def _meant(name: str, allowed: list[str]) -> list[str]:
@@ -89,15 +94,17 @@ def _meant(name: str, allowed: list[str]) -> list[str]:
     return sorted(found, key=lambda each: each.rpartition(".")[0] != section)[:1]
 
 
-def invalid_fields(where: str, error: ValidationError, schema: type[BaseModel]) -> InputError:
+def invalid_fields(
+    where: str, error: ValidationError, schema: type[BaseModel], others: Iterable[str] = ()
+) -> InputError:
     """The first mistake that pydantic found in ``where`` (a file, an option), as one line.
 
-    For an unknown field, the closest field of ``schema`` is suggested.
+    For an unknown field, the closest field of ``schema`` or of ``others``, which are options too, is suggested.
     """
     first, n_more = error.errors()[0], error.error_count() - 1
     path = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        message = str(unknown_name("option", path, field_names(schema)))
+        message = str(unknown_name("option", path, [*field_names(schema), *others]))
     else:
         reason = first["msg"].removeprefix("Value error, ")
         given = "" if isinstance(first["input"], (dict, list)) else f" (given: {first['input']!r})"

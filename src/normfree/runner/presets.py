@@ -15,7 +15,7 @@ from normfree.data import DataConfig
 from normfree.errors import InputError, invalid_fields, unknown_name
 from normfree.modeling import NormfreeConfig
 from normfree.training import Recipe
-from normfree.training.run_config import read_yaml, with_changes
+from normfree.training.run_config import model_fields, read_yaml, with_changes
 
 _FOLDER = files("normfree") / "presets"
 
@@ -165,4 +165,4 @@ def _validated(content: dict[str, Any], where: str) -> Preset:
     try:
         return Preset.model_validate(content)
     except ValidationError as error:
-        raise invalid_fields(where, error, Preset) from error
+        raise invalid_fields(where, error, Preset, model_fields()) from error

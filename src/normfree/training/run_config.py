@@ -167,6 +167,11 @@ def unknown_option(name: str, sections: Collection[str]) -> InputError:
     return unknown_name("option", name, allowed)
 
 
+def model_fields() -> list[str]:
+    """Dotted names of the options in ``model``, which no schema has."""
+    return [f"model.{option}" for option in NormfreeConfig.option_names()]
+
+
 def load_run_config(path: Path) -> RunConfig:
     """A run's configuration from a file written by hand or by a former run.
 
@@ -178,7 +183,7 @@ def load_run_config(path: Path) -> RunConfig:
     try:
         return RunConfig.model_validate(content)
     except ValidationError as error:
-        raise invalid_fields(str(path), error, RunConfig) from error
+        raise invalid_fields(str(path), error, RunConfig, model_fields()) from error
 
 
 def provenance(data: PackedData) -> dict[str, Any]:
