@@ -157,13 +157,11 @@ OTHER_NORMS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("qk_norms", ["keep", "remove"])
 def test_the_command_keeps_or_removes_qk_norms(qk_norms: str, normfree: Command, corpus: Path, tmp_path: Path) -> None:
     """A model that is no run, so by the schedule for pretrained ones."""
-    config = Gemma3TextConfig(
-        **{"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 270, "hidden_size": 32, "head_dim": 8},
-        **{"intermediate_size": 40, "num_key_value_heads": 2, "max_position_embeddings": T, "sliding_window": 8},
-        layer_types=["sliding_attention", "full_attention"],
-    )
+    options: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 270, "hidden_size": 32}
+    options |= {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 40, "max_position_embeddings": T}
+    options |= {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
     torch.manual_seed(0)
-    Gemma3ForCausalLM(config).save_pretrained(tmp_path / "gemma")
+    Gemma3ForCausalLM(Gemma3TextConfig(**options)).save_pretrained(tmp_path / "gemma")
     size = ["--corpus", f"directory:{corpus}", "--tokenizer", "train", "--set", "data.vocab_size=270", "--steps", "30"]
     size += ["--set", f"data.sequence_length={T}", "--set", "recipe.batch_size=4", "--set", "recipe.micro_batch_size=4"]
     code, out, err = normfree(
@@ -180,7 +178,8 @@ def test_the_command_keeps_or_removes_qk_norms(qk_norms: str, normfree: Command,
         assert found["stock"] is None
         assert "qk_norm = 'rmsnorm' has no counterpart in Gemma 3: its norms share one ε" in err
     else:
-        assert type(AutoModelForCausalLM.from_pretrained(found["stock"])) is Gemma3ForCausalLM
+        stock_model: Any = AutoModelForCausalLM.from_pretrained(found["stock"])
+        assert type(stock_model) is Gemma3ForCausalLM
 
 
 @pytest.mark.parametrize("name", OTHER_NORMS)
