@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -178,6 +181,18 @@ def test_the_root_loads_everywhere_and_the_subfolder_has_no_norm(
     for model, export in zip(models, ("stock", "norm-free"), strict=True):
         expected = logits(AutoModelForCausalLM.from_pretrained(finished / export))
         torch.testing.assert_close(logits(model), expected, rtol=0, atol=0)
+
+
+def test_the_address_of_the_hub_is_that_of_its_client(finished: Path) -> None:
+    """In a process of its own, which reads address and token from the environment."""
+    code = "import sys; from normfree.removal import push_to_hub; print(push_to_hub(sys.argv[1], 'the-lab/a'))"
+    with stand_in() as hub:
+        settings = {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+        command = [sys.executable, "-c", code, str(finished)]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | settings)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines()[-1] == f"{hub.address}/the-lab/a"
+    assert "norm-free/model.safetensors" in hub.repositories["the-lab/a"].files
 
 
 def test_a_model_that_no_stock_architecture_holds_is_the_root(removal: Path, hub: Hub) -> None:

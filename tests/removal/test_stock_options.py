@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from normfree import NormfreeConfig, NormfreeForCausalLM, to_stock
 from normfree.errors import InputError
+from normfree.removal.stock import check_predictions
 
 from ..nightly import NIGHTLY
-from .models import FAMILIES, ROPE, constant_std_with, tokens
+from .models import FAMILIES, ROPE, VOCAB, constant_std_with, tokens
 
 SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
 ALL_FAMILIES = FAMILIES | {
@@ -189,3 +190,24 @@ def test_one_option_changed(family: str, name: str) -> None:
 )
 def test_what_is_taken_and_what_is_refused(options: dict[str, Any], taken: bool) -> None:
     assert (refused(constant_std_with(options)) is None) == taken
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stds_that_are_too_large_for_epsilon_are_noticed(family: str) -> None:
+    """Residual streams of a std of 10³ export; those of 10⁷, more than √ε, do not."""
+    model = constant_std_with({**FAMILIES[family], "tie_word_embeddings": False}).float()
+    check_predictions(to_stock(model), model, tokens())
+    embeddings = torch.randn(VOCAB, 32, generator=torch.Generator().manual_seed(4))
+
+    def scale_to(std: float) -> None:
+        with torch.no_grad():
+            model.model.embed_tokens.weight.copy_(std * embeddings)
+            for name, buffer in model.named_buffers():
+                if name.endswith("_norm.std"):
+                    buffer.fill_(std)
+
+    scale_to(1e3)
+    check_predictions(to_stock(model), model, tokens())
+    scale_to(1e7)
+    with pytest.raises(InputError, match=r"log-probabilities of a stock export differ by .* nats"):
+        check_predictions(to_stock(model), model, tokens())

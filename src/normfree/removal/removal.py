@@ -40,7 +40,7 @@ from normfree.removal.model_card import write_cards
 from normfree.removal.order import norm_costs
 from normfree.removal.parts import SPECIAL_PARTS, check_removable, parts_to_remove
 from normfree.removal.schedule import RemovalSchedule, automatic_schedule, load_schedule
-from normfree.removal.stock import to_stock
+from normfree.removal.stock import check_predictions, to_stock
 from normfree.training import Callback, RunConfig, load_pretrained, train
 from normfree.training.evaluation import evaluation_losses, mean_loss, perplexity
 from normfree.training.loop import check_data
@@ -49,6 +49,8 @@ from normfree.training.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
+CHECKED_SEQUENCES = 4
+"""On which a stock export has to predict as the model does."""
 Callbacks = Callable[[str, int], tuple[Callback, ...]]
 """Callbacks of a run, from its name and its tokens."""
 
@@ -199,6 +201,7 @@ def _export_both(data: PackedData, folder: Path) -> tuple[float, Path | None]:
 def _export_stock(model: NormfreeForCausalLM, data: PackedData, folder: Path) -> Path | None:
     try:
         exported = to_stock(model)
+        check_predictions(exported, model, data.eval.whole(CHECKED_SEQUENCES)[0])
     except InputError as reason:
         log.warning("no stock model is exported: %s", reason)
         return None

@@ -42,6 +42,7 @@ from normfree.removal.fold import FOLDED, Affine, folded_maps, without_norms
 
 EPSILON = 2.0**40
 """ε of the norms, about 10¹²: float32 loses a token's variance in the sum of the two, and every dtype holds sqrt(ε)."""
+MOST_DIFFERENCE = 1e-3
 STOCK_ACTIVATIONS = {normfree: stock for stock, normfree in reversed(HF_ACTIVATIONS.items())}
 SHARED = {
     "vocab_size": "vocab_size",
@@ -143,6 +144,30 @@ def to_stock(model: NormfreeForCausalLM) -> PreTrainedModel:
     stock.load_state_dict(state)
     stock.generation_config = model.generation_config
     return stock.to(device=model.device).train(model.training)
+
+
+@torch.no_grad()
+def check_predictions(stock: PreTrainedModel, model: NormfreeForCausalLM, tokens: torch.Tensor) -> None:
+    """Checks that ``stock``, an export of ``model``, predicts ``tokens``, int64 [n, T], as the model does.
+
+    The stds of massive tokens may be too large to be lost in ε. Both models are left in evaluation mode.
+
+    Raises:
+        InputError: the tokens' log-probabilities differ by more than :data:`MOST_DIFFERENCE` nats in the mean.
+    """
+    differences = []
+    for sequence in tokens.to(model.device).split(1):
+        own, exported = (
+            each.eval()(input_ids=sequence).logits[:, :-1].float().log_softmax(-1).gather(-1, sequence[:, 1:, None])
+            for each in (model, stock)
+        )
+        differences.append((exported - own).abs().mean())
+    difference = float(torch.stack(differences).mean())
+    if not difference <= MOST_DIFFERENCE:
+        raise InputError(
+            f"log-probabilities of a stock export differ by {difference:.2g} nats from the model's, where its residual "
+            "stream is too large for ε; use the model without norms"
+        )
 
 
 def _family(config: NormfreeConfig) -> _Family:
