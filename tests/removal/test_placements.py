@@ -230,6 +230,19 @@ def test_means_that_no_weight_can_subtract_are_refused(tmp_path: Path) -> None:
             remove_norms(NormfreeForCausalLM(config))
 
 
+def test_means_that_float32_weights_cannot_subtract_are_refused(tmp_path: Path) -> None:
+    """Gains that differ by orders of magnitude make the folded stream one that rounds away what is written."""
+    settled = constant(model_of("layernorm", norm_placement="post", n_layer=6), tmp_path)
+    remove_norms(settled)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for block in settled.model.blocks:
+            for norm in (block.attention_norm, block.ffn_norm):
+                norm.weight.copy_((2 * torch.randn(norm.weight.shape, generator=generator)).exp())
+    with pytest.raises(InputError, match="differ too much to be undone in float32"):
+        remove_norms(settled)
+
+
 def test_gains_of_zero_on_the_stream_are_refused(tmp_path: Path) -> None:
     settled = constant(model_of("rmsnorm", norm_placement="post"), tmp_path)
     with torch.no_grad():

@@ -29,6 +29,9 @@ from normfree.modeling.norms import POINTWISE_NORMS
 from normfree.removal.parts import VALUES
 
 FOLDED = "constant_std"
+MAX_ROUNDING = 2e-6
+"""Largest error of what a writer adds, by float32 weights in a residual stream whose mean norms subtract. Larger ones
+showed in logits, 12 and 24 layers deep, as up to 1e-3 of them."""
 
 
 class Affine(NamedTuple):
@@ -250,7 +253,7 @@ class _Stream:
         map_, wanted = _centered(self.scale), _centered(written)
         u = torch.linalg.pinv(map_, rcond=1e-12) @ wanted
         error = (map_ @ u.float().double() - wanted).norm() / wanted.norm()
-        if not error < 1e-4:
+        if not error < MAX_ROUNDING:
             raise InputError(
                 f"the gains of norms on the residual stream differ too much to be undone in float32 (error {error:.1e})"
             )
