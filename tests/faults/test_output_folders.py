@@ -83,7 +83,7 @@ def test_a_cache_that_cannot_be_made(places, normfree, corpus_folder):
     for place in ("file", "file/cache", "loop/cache", "/proc/x"):
         code, _, err = normfree("depth", "nowhere", "--cache-dir", places / place)
         assert code == 2, err
-        assert "give another output folder" in err
+        assert "give another place for tokens, with --cache-dir" in err
 
 
 def test_a_folder_that_can_be_made_is_left_as_it_was(places):
