@@ -12,7 +12,7 @@ Command = Callable[..., tuple[int, str, str]]
 pytestmark = pytest.mark.usefixtures("blank_figures")
 PRESET = load_preset("smoke")
 STUDIES = {name: each for name, each in installed_studies().items() if isinstance(each, Study)}
-MEASURED_IN_MINUTES = ("norm-removal", "norm-removal-scaling")
+MEASURED_IN_MINUTES = ("norm-removal", "norm-removal-gap", "norm-removal-scaling")
 
 
 @pytest.mark.parametrize("name", [name for name in STUDIES if name not in MEASURED_IN_MINUTES])
