@@ -58,7 +58,7 @@ def test_a_trial_counts_all_micro_batches_and_leaves_no_trace(monkeypatch: pytes
     model = trial_model(CONFIG).eval()
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     clock = iter([0.0, 9.0])  # one trial of 9 s, too long to be repeated
-    monkeypatch.setattr("normfree.training.training_plan.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("normfree.timing.time.perf_counter", lambda: next(clock))
     torch.manual_seed(3)
     expected = torch.rand(3)
     torch.manual_seed(3)
@@ -73,7 +73,7 @@ def test_a_short_trial_is_repeated_warm_and_a_few_sequences_are_enough_on_a_cpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = iter([0.0, 4.0, 10.0, 11.0])
-    monkeypatch.setattr("normfree.training.training_plan.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("normfree.timing.time.perf_counter", lambda: next(clock))
     monkeypatch.setattr(training_plan, "CPU_TRIAL_TOKENS", 32)
     assert seconds_a_step(recipe(), 16, trial_model(CONFIG)) == 1.0 * 8 / 2
 
