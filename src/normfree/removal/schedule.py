@@ -61,7 +61,7 @@ class ScheduleRecipe(BaseModel):
     weight_decay: float | None = Field(default=None, ge=0)
 
 
-PRETRAINED_RECIPE = ScheduleRecipe(learning_rate=3e-4)
+PRETRAINED_RECIPE = ScheduleRecipe(learning_rate=2e-4, final_learning_rate_ratio=0.1)
 """Of :func:`pretrained_schedule`."""
 
 
@@ -223,29 +223,29 @@ def automatic_schedule(
 def pretrained_schedule(
     n_layer: int, n_step: int, parts: Sequence[Part] = PUBLISHED_PARTS, qk_norms: QKNorms = "keep"
 ) -> RemovalSchedule:
-    """A schedule for pretrained models, which have massive tokens, by what was measured on SmolLM2-135M.
+    """A schedule for pretrained models, which have massive tokens; with 360 steps that of SmolLM2-135M in the docs.
 
-    The first fifth of the budget makes massive tokens unnecessary, then norms go at equal distances in the order of
-    their costs until seven tenths of it, and the tokens that are massive nevertheless at three quarters.
+    The first ninth of the budget makes massive tokens unnecessary, then norms go at equal distances in the order of
+    their costs until two thirds of it, and soon after the std of tokens that are massive nevertheless.
     """
     n_norm = sum(n_layer if part in BLOCK_PARTS else 1 for part in parts)
-    gap = 0.5 * n_step / n_norm
+    gap = 5 / 9 * n_step / n_norm
     stages = [Stage(part=part, after=gap, gap=gap if part in BLOCK_PARTS else 0) for part in parts]
     stages[0] = stages[0].model_copy(update={"after": max(1.0, gap)})
     return RemovalSchedule(
-        stages=(*stages, Stage(part="massive_tokens", after=0.05 * n_step)),
+        stages=(*stages, Stage(part="massive_tokens", after=n_step / 30)),
         order="auto",
         std_statistic="median",
-        ramp_steps=max(1, round(0.05 * n_step)),
+        ramp_steps=max(1, round(n_step / 36)),
         qk_norms=qk_norms,
         special_tokens="measured",
         special_factor=3.0,
         std_loss="log_ratio",
         std_loss_norms="all",
-        std_loss_weight=0.1,
-        std_loss_ramp_steps=max(1, round(0.1 * n_step)),
-        massive_steps=round(0.2 * n_step),
-        massive_weight=0.1,
+        std_loss_weight=0.2,
+        std_loss_ramp_steps=max(1, round(n_step / 18)),
+        massive_steps=round(n_step / 9),
+        massive_weight=0.05,
         recipe=PRETRAINED_RECIPE,
     )
 
