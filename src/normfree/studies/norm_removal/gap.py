@@ -27,6 +27,7 @@ GOAL = 0.02
 """Nats above the control."""
 GAPS_FILE = "gaps.csv"
 GAPS = ("configuration", "share", "way", "seed", "learning_rate", EVAL_LOSS, "control", "gap_nats")
+LOG_RATIO = {"std_loss": "log_ratio", "std_loss_norms": "all"}
 RATE_TO_ZERO = {"final_learning_rate_ratio": 0.0}
 """The default ends at half its rate, and its noise is part of the loss that is measured."""
 WAYS = (
@@ -34,10 +35,10 @@ WAYS = (
     Way("order by cost", {"order": "auto"}),
     Way("ramp", ramp_share=0.05),
     Way("median std", {"std_statistic": "median"}),
-    Way("log-ratio loss", {"std_loss": "log_ratio", "std_loss_norms": "all"}),
+    Way("log-ratio loss", LOG_RATIO),
     Way("distillation", {"distillation_weight": 1.0}),
     Way("rate to zero", recipe=RATE_TO_ZERO, control=True),
-    Way("distillation, rate to zero", {"distillation_weight": 1.0}, RATE_TO_ZERO),
+    Way("combined", {"std_statistic": "median", **LOG_RATIO, "distillation_weight": 1.0}, ramp_share=0.05),
 )
 NAMES = {NORM_FREE: "default"}
 """Of ways, where another name is shown."""
