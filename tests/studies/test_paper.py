@@ -38,8 +38,8 @@ def test_table_2_has_every_column_with_its_published_one(normfree: Command, colu
     code, out, err = normfree("study", "table-2", "--preset", columns, "--out", "table", "--seeds", "0,1")
     assert code == 0, err
     command = f"normfree study table-2 --preset {columns} --out table --seeds 0,1"
-    for page in (tmp_path / "table").glob("**/report.html"):  # of the collection and of its two studies
-        assert command in page.read_text(encoding="utf-8")
+    for report in (tmp_path / "table").glob("**/report.html"):  # of the collection and of its two studies
+        assert command in report.read_text(encoding="utf-8")
     table = pd.read_csv(tmp_path / "table" / "results.csv")
     assert table["configuration"].tolist() == LABELS * 2
     assert table["model"].tolist() == ["tiny"] * 4 + ["tiny rotary"] * 4
