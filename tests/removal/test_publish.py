@@ -355,7 +355,7 @@ def test_the_licence_of_a_base_on_the_hub_is_on_its_card(
     push_to_hub(removal, "Ada/a")
     header, text = read(hub.repositories["Ada/a"].files["README.md"].decode())
     assert (header["license"], header["base_model"]) == ("unknown", "owner/model")
-    assert "Of the base model: unknown: see the base model." in text
+    assert "Of the base model: not known here; see its own card." in text
     assert "The norms of [owner/model](https://huggingface.co/owner/model) were removed" in text
     hub.repositories["owner/model"] = Repository(files={"README.md": b"---\nlicense: mit\n---\n"})
     push_to_hub(removal, "Ada/a")

@@ -37,7 +37,7 @@ from normfree.training.run_folder import CONFIG_FILE, PROVENANCE
 CARD_FILE = "README.md"
 PAPER = "[Transformers Don't Need LayerNorm at Inference Time](https://arxiv.org/abs/2507.02559)"
 LICENSE_ENTRIES = ("license", "license_name", "license_link")
-UNKNOWN_LICENSE = "unknown: see the base model"
+UNKNOWN_LICENSE = "not known here; see its own card"
 TAGS = ("normfree", "norm-free")
 ROWS = {
     ORIGINAL: "original",
