@@ -87,7 +87,7 @@ def test_predictions_of_every_variant_on_every_corpus(
         assert found["loss_nats"] == pytest.approx(-np.log(np.take_along_axis(p[name], targets, -1)).mean(), rel=1e-5)
         divergence = (jensenshannon(p["original"], p[name], axis=-1) ** 2).mean()
         assert found["jsd_nats"] == pytest.approx(divergence, rel=1e-3, abs=1e-7)
-    assert rows.loc[(other, "norm-free"), "jsd_nats"] > 1e-3
+    assert rows.loc[(other, "norm-free"), "jsd_nats"] > 1e-5
 
     def never(*_: object) -> None:
         raise AssertionError("what is there is measured again")
