@@ -174,3 +174,19 @@ def test_stages_left_open_by_an_error_end_with_their_display() -> None:
         _interrupted_study()
     assert shown.line() == ""
     assert shown._thread is None
+
+
+def test_a_run_that_goes_back_lengthens_the_work_by_what_it_repeats() -> None:
+    log = Log()
+    state: Any = SimpleNamespace(step=4, n_steps=10, plan=None)  # resumed: four steps are no work ahead
+    with shown_on(log.display), StudyProgress(100.0, "study") as study:
+        run = study.run("run", 100.0)
+        run.begin(state)
+        for n_step in (5, 2):  # to step 9
+            for _ in range(n_step):
+                run.end_step(state)
+            state.step = 7
+            run.begin(state)
+        for _ in range(3):
+            run.end_step(state)
+        assert "100 %, 100 of 100 tokens" in log.after(60)

@@ -51,6 +51,11 @@ class StudyProgress:
         self._total -= tokens
         self._whole.update(total=self._total)
 
+    def repeat(self, tokens: float) -> None:
+        """Adds tokens that are trained on again, by a run that went back to a checkpoint, to the work ahead."""
+        self._total += tokens
+        self._whole.update(total=self._total)
+
     def show(self, done_tokens: float, total_tokens: float, note: str) -> None:
         """Sets the work to ``done_tokens`` of ``total_tokens``, both with the tokens of :meth:`skip`."""
         self._done, self._total = done_tokens - self._skipped_tokens, total_tokens - self._skipped_tokens
@@ -100,6 +105,7 @@ class RunProgress(Callback):
         self._study = study
         self._description = description
         self._tokens = tokens
+        self._reached: float | None = None
         self._notes: dict[str, str] = {}
         self._stage: Stage | None = None
 
@@ -109,11 +115,18 @@ class RunProgress(Callback):
             self._study.say_plan(self._description, run.plan)
         self._per_step = self._tokens / run.n_steps
         self._stage = stage(self._description, run.n_steps, done=run.step, unit="steps")
-        self._study.skip(run.step * self._per_step)
+        resumed = run.step * self._per_step
+        if self._reached is None:
+            self._study.skip(resumed)
+        else:
+            self._study.repeat(self._reached - resumed)
+        self._reached = resumed
 
     def end_step(self, run: RunState) -> None:
         assert self._stage is not None, "begin() comes first"
+        assert self._reached is not None, "begin() comes first"
         self._stage.advance()
+        self._reached += self._per_step
         self._study.advance(self._per_step)
 
     def log(self, run: RunState, entries: Mapping[str, float]) -> None:
