@@ -223,7 +223,7 @@ def automatic_schedule(
 def pretrained_schedule(
     n_layer: int, n_step: int, parts: Sequence[Part] = PUBLISHED_PARTS, qk_norms: QKNorms = "keep"
 ) -> RemovalSchedule:
-    """A schedule for pretrained models, which have massive tokens; with 360 steps that of SmolLM2-135M in the docs.
+    """A schedule for pretrained models, which have massive tokens: the one that went furthest on SmolLM2-135M.
 
     The first ninth of the budget makes massive tokens unnecessary, then norms go at equal distances in the order of
     their costs until two thirds of it, and soon after the std of tokens that are massive nevertheless.
@@ -239,13 +239,13 @@ def pretrained_schedule(
         ramp_steps=max(1, round(n_step / 36)),
         qk_norms=qk_norms,
         special_tokens="measured",
-        special_factor=3.0,
+        special_factor=2.5,
         std_loss="log_ratio",
         std_loss_norms="all",
-        std_loss_weight=0.2,
+        std_loss_weight=1.0,
         std_loss_ramp_steps=max(1, round(n_step / 18)),
         massive_steps=round(n_step / 9),
-        massive_weight=0.05,
+        massive_weight=0.5,
         recipe=PRETRAINED_RECIPE,
     )
 
