@@ -23,7 +23,7 @@ FILE_SUFFIXES = (
 )
 """File endings that no Hub id has, dots in ids such as Qwen2.5-0.5B included."""
 NUMBERED = re.compile(r"(seed|checkpoint)-\d+")
-"""Folders whose name says nothing without that of the folder around them."""
+"""Folder names that identify a model only together with the parent folder's name."""
 
 
 def local_name(path: str, n: int = 1) -> str:

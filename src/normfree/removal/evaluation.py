@@ -22,7 +22,7 @@ def evaluation_texts(run: RunConfig, data: PackedData, corpora: Sequence[str], n
     """The first sequences of the evaluation data of ``run``, and of each other corpus, cut as those; by corpus.
 
     Raises:
-        InputError: a corpus cannot be used, is named twice or that of the run, or has no sequence.
+        InputError: a corpus cannot be used, has no sequence, or is given twice; the run's own corpus counts as given.
     """
     tokens, labels = data.eval.whole(n_sequences)
     texts = {run.data.corpus: Text(tokens, labels)}

@@ -197,7 +197,7 @@ def before_norm(writer: Affine, norm: ConstantStdNorm | None) -> Affine:
 
 
 class _Stream:
-    """The residual stream x = M z + c of a model, by that of the folded one, z, on which no norm acts.
+    """A model's residual stream x = M z + c, where no norm acts on the folded model's residual stream z.
 
     M and c are float64. A norm of x makes M a diagonal [n_embd] or, where it subtracts the mean, a singular matrix
     [n_embd, n_embd]. Writers then need the solution u of C M u = C f for what they write, f: all of f counts only up to

@@ -74,7 +74,7 @@ class RemovalSchedule(BaseModel):
     std_statistic: of the tokens' stds, the constant: their mean, median, or a quantile, from 0 to 1.
     std_momentum: of the running mean of this statistic, updated every micro-batch; 0 keeps the last one's.
     ramp_steps: from a token's own std to the constant, own^(1 - λ) · constant^λ with λ in steps of 1 / ``ramp_steps``;
-        0 and 1 switch at once. The stds of special tokens approach that of the others in the same way.
+        0 and 1 switch at once. At their stage, special tokens move to the common std by the same ramp.
     qk_norms: whether norms of queries and keys stay in the model or go too.
     special_tokens: tokens with their own std (see :class:`~normfree.removal.removable.SpecialTokens`).
     special_factor: a token is massive before a norm if its std there is more than this many times the median of its
@@ -118,7 +118,7 @@ class RemovalSchedule(BaseModel):
         return removals
 
     def last_step(self, model: NormfreeConfig) -> int:
-        """The first step that divides by constants alone: that of the last removal, when its ramp is over."""
+        """The first step in which every norm divides by a constant: the last removal's, or the end of its ramp."""
         return self.removals(model)[-1].step + max(self.ramp_steps - 1, 0)
 
     def stretched(self, model: NormfreeConfig, step: int, factor: float) -> RemovalSchedule:

@@ -153,7 +153,7 @@ def describe(page: StudyPage) -> Findings:
     figure = page.figure(
         "removal-gap",
         gap_by_way(shown, goal=GOAL),
-        "Evaluation loss without norms above that of the control of the same seed, at the largest budget. Dots: seeds; "
+        "Norm-free evaluation loss less the control's of the same seed, at the largest budget. Dots: seeds; "
         f"bars: 95 % t-interval of their mean; dashed: the goal, {GOAL:g} nats.",
     )
     text = "Evaluation loss in nats per token, each way at its own best learning rate."
