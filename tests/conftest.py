@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from normfree import cli, compiled
+from normfree import cli, compiled, progress
 from normfree.data import DataConfig, PackedData, prepare_data
 from normfree.training import Recipe, RunConfig, RunResult, train
 from tests.data.made_up import document, write_documents
@@ -28,6 +28,14 @@ COMPILED = Path(str(compiled.__file__)).parent
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """A test that forgets to replace the hub fails at once instead of retrying."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture(autouse=True)
+def no_display_left() -> Iterator[None]:
+    """A test that leaves a display behind fails, and not the one after it that finds one."""
+    before = progress.display()
+    yield
+    assert progress.display() is before
 
 
 @pytest.fixture(autouse=True, scope="session")

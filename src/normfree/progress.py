@@ -226,9 +226,9 @@ def shown_on(shown: Console | Display | None) -> Iterator[Display]:
     try:
         yield _display
     finally:
-        if _display is not before:
-            _display.close()
-        _display = before
+        ended, _display = _display, before
+        if ended is not before:
+            ended.close()
 
 
 def stage(description: str, total: float | None = None, *, done: float = 0, unit: str = "") -> Stage:

@@ -110,6 +110,7 @@ def _app(
     ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help=VERBOSE_HELP, callback=be_verbose)] = False,
 ) -> None:
+    context.with_resource(shown_on(None))  # where a command shows its progress ends with the command
     _help_without_command(context)
 
 
@@ -130,7 +131,7 @@ def main() -> None:
     warnings.setFormatter(logging.Formatter("normfree: %(message)s"))
     logging.getLogger("normfree").addHandler(warnings)
     try:
-        with stopping_cleanly(), shown_on(None):
+        with stopping_cleanly():
             code = app(prog_name="normfree", standalone_mode=False)
     except InputError as error:
         _fail(str(error), 2, everywhere=True)
