@@ -169,7 +169,7 @@ def test_the_command_keeps_or_removes_qk_norms(qk_norms: str, normfree: Command,
     )
     assert code == 0, err
     found = json.loads(out)
-    parts = set(pd.read_csv(Path(found["folder"]) / "norm-costs.csv")["part"])
+    parts = set(pd.read_csv(Path(found["folder"]) / "removal" / "norm-costs.csv")["part"])
     block_parts = {"ffn", "attention_qk", "attention_v", "ffn_output", "attention_output", "final"}
     assert parts == block_parts | ({"qk_norm"} if qk_norms == "remove" else set())
     norm_free: Any = AutoModelForCausalLM.from_pretrained(found["norm_free"])

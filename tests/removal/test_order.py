@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,14 +12,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from normfree import from_hf
 from normfree.data import PackedData, prepare_data
 from normfree.errors import InputError
-from normfree.removal import removal, remove
+from normfree.removal import finetuning, remove
+from normfree.removal.midway import Midway
 from normfree.removal.order import norm_costs
 from normfree.removal.schedule import RemovalSchedule, load_schedule, pretrained_schedule
+from normfree.training import Callback, RunState
 from normfree.training.evaluation import sequence_losses
 
 from .models import STOCK, scheduled
@@ -49,34 +54,42 @@ def data(llama: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return prepare_data(run_from(str(llama), corpus).data, tmp_path_factory.mktemp("cache"))
 
 
-@torch.no_grad()
 def test_each_cost_is_that_of_one_constant_alone(llama: Path, corpus: Path, data: PackedData) -> None:
     """Against transformers' model, one of whose norms is replaced by a function that divides by a constant."""
-    run = run_from(str(llama), corpus)
     schedule = scheduled(special_tokens="measured", std_statistic="median", special_factor=3.0, stages=measured(9))
-    costs = norm_costs(from_hf(AutoModelForCausalLM.from_pretrained(llama)), data.train, schedule, run.recipe)
+    n = min(len(data.train), 2048 // 24)
+    rows = [data.train[int(each)]["input_ids"] for each in np.linspace(0, len(data.train) - 1, n)]
+    ids = torch.stack(rows)
+    midway = Midway(from_hf(AutoModelForCausalLM.from_pretrained(llama)).train(), schedule)
+    midway.model(ids)  # sets the running stds
+    before = {name: buffer.clone() for name, buffer in midway.model.named_buffers()}
+    costs = norm_costs(midway, schedule.removals(midway.model.config), data.train, "fp32")
+    assert midway.model.training
+    assert not midway.gone
+    assert not any(any(norm.is_constant) for _, norm in midway.norms())
+    for name, buffer in midway.model.named_buffers():
+        assert torch.equal(buffer.nan_to_num(), before[name].nan_to_num()), name
     assert list(costs["loss_increase"]) == sorted(costs["loss_increase"])
     assert (costs["part"].iloc[-1], costs["layer"].iloc[-1]) == ("ffn", 1) or costs["part"].iloc[-1] == "final"
 
     model: Any = AutoModelForCausalLM.from_pretrained(llama)
-    n = min(len(data.train), 2048 // 24)
-    rows = [data.train[int(each)]["input_ids"] for each in np.linspace(0, len(data.train) - 1, n)]
-    ids = torch.stack(rows)
-    base = sequence_losses(model(ids).logits, ids).double().mean().item()
-    for layer in range(3):
-        norm = model.model.layers[layer].post_attention_layernorm
+    with torch.no_grad():
+        base = sequence_losses(model(ids).logits, ids).double().mean().item()
+        for layer in range(3):
+            norm = model.model.layers[layer].post_attention_layernorm
 
-        def constant(x: torch.Tensor, norm: torch.nn.Module = norm) -> torch.Tensor:
-            s = np.sqrt((x.double().numpy() ** 2).mean(-1) + norm.variance_epsilon)
-            is_massive = s > 3 * np.median(s, axis=1, keepdims=True)
-            divisor = np.where(is_massive, s[is_massive].mean() if is_massive.any() else 1.0, np.median(s[~is_massive]))
-            return x / torch.from_numpy(divisor)[..., None].float() * norm.weight
+            def constant(x: torch.Tensor, norm: torch.nn.Module = norm) -> torch.Tensor:
+                s = np.sqrt((x.double().numpy() ** 2).mean(-1) + norm.variance_epsilon)
+                is_massive = s > 3 * np.median(s, axis=1, keepdims=True)
+                special = s[is_massive].mean() if is_massive.any() else 1.0
+                divisor = np.where(is_massive, special, np.median(s[~is_massive]))
+                return x / torch.from_numpy(divisor)[..., None].float() * norm.weight
 
-        kept, norm.forward = norm.forward, constant
-        increase = sequence_losses(model(ids).logits, ids).double().mean().item() - base
-        norm.forward = kept
-        (found,) = costs[(costs["part"] == "ffn") & (costs["layer"] == layer)]["loss_increase"]
-        assert found == pytest.approx(increase, abs=2e-5), layer
+            kept, norm.forward = norm.forward, constant
+            increase = sequence_losses(model(ids).logits, ids).double().mean().item() - base
+            norm.forward = kept
+            (found,) = costs[(costs["part"] == "ffn") & (costs["layer"] == layer)]["loss_increase"]
+            assert found == pytest.approx(increase, abs=2e-5), layer
 
 
 def measured(after: float) -> list[dict[str, object]]:
@@ -84,33 +97,60 @@ def measured(after: float) -> list[dict[str, object]]:
     return [{"part": part, "after": 1 if part == "ffn" else after, "gap": 0} for part in parts]
 
 
-def test_an_order_is_measured_once_and_written(
+def test_an_order_is_measured_once_and_kept(
     llama: Path, corpus: Path, data: PackedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = run_from(str(llama), corpus)
     given = pretrained_schedule(3, STEPS)
-    remove(run, data, tmp_path, given, vanilla=False)
-    costs = pd.read_csv(tmp_path / "norm-costs.csv")
-    resolved = load_schedule(str(tmp_path / "schedule.yaml"))
-    assert (given.order, resolved.order) == ("auto", "published")
     config = from_hf(AutoModelForCausalLM.from_pretrained(llama)).config
     steps = [each.step for each in given.removals(config)]
-    removals = resolved.removals(config)
-    assert [each.step for each in removals] == steps
+    remove(run, data, tmp_path / "a", given, vanilla=False)
+    assert load_schedule(str(tmp_path / "a" / "schedule.yaml")) == given
+    costs = pd.read_csv(tmp_path / "a" / "removal" / "norm-costs.csv")
+    removals = json.loads((tmp_path / "a" / "removal" / "removal.json").read_text())["removals"]
+    assert [each["step"] for each in removals] == steps
     layers = [None if pd.isna(layer) else int(layer) for layer in costs["layer"]]
-    assert [each[1:] for each in removals[:-1]] == list(zip(costs["part"], layers, strict=True))
-    assert removals[-1].part == "massive_tokens"
-    assert resolved == given.reordered(config, zip(costs["part"], layers, strict=True))
+    expected = [*zip(costs["part"], layers, strict=True), ("massive_tokens", None)]
+    assert [(each["part"], each["layer"]) for each in removals] == expected
+
+    class Stop(Callback):
+        """Interrupts the run after the order was measured, before its next checkpoint, once."""
+
+        left = 1
+
+        def end_step(self, run: RunState) -> None:
+            if run.step == steps[0] + 1 and self.left:
+                self.left = 0
+                raise KeyboardInterrupt
+
+    stop = Stop()
+    with pytest.raises(KeyboardInterrupt):
+        remove(run, data, tmp_path / "b", given, vanilla=False, callbacks=lambda *_: (stop,))
+    kept = (tmp_path / "b" / "removal" / "norm-costs.csv").read_text()
+    assert kept == (tmp_path / "a" / "removal" / "norm-costs.csv").read_text()
 
     def never(*_: object) -> None:
         raise AssertionError("measured twice")
 
-    monkeypatch.setattr(removal, "norm_costs", never)
-    remove(run, data, tmp_path, given, vanilla=False)
-    remove(run, data, tmp_path, resolved, vanilla=False)
-    other: RemovalSchedule = given.model_copy(update={"ramp_steps": 2})
+    monkeypatch.setattr(finetuning, "norm_costs", never)
+    remove(run, data, tmp_path / "b", given, vanilla=False)
+    one, other = (load_file(tmp_path / each / "norm-free" / "model.safetensors") for each in "ab")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    changed: RemovalSchedule = given.model_copy(update={"ramp_steps": 2})
     with pytest.raises(InputError, match="holds a removal by another schedule"):
-        remove(run, data, tmp_path, other, vanilla=False)
+        remove(run, data, tmp_path / "b", changed, vanilla=False)
+
+
+def test_a_resumed_removal_needs_its_order(llama: Path, corpus: Path, data: PackedData, tmp_path: Path) -> None:
+    run = run_from(str(llama), corpus, save_steps=2)
+    remove(run, data, tmp_path, pretrained_schedule(3, STEPS), vanilla=False)
+    folder = tmp_path / "removal"
+    for name in ("norm-costs.csv", "results.csv"):
+        (folder / name).unlink()
+    last = max(folder.glob("checkpoint-*"), key=lambda each: int(each.name.rpartition("-")[2]))
+    shutil.rmtree(last)
+    with pytest.raises(InputError, match=r"norm-costs\.csv is missing"):
+        remove(run, data, tmp_path, pretrained_schedule(3, STEPS), vanilla=False)
 
 
 def test_the_command_takes_an_order(normfree: Command, llama: Path, corpus: Path, tmp_path: Path) -> None:
@@ -124,6 +164,6 @@ def test_the_command_takes_an_order(normfree: Command, llama: Path, corpus: Path
     for order in ("auto", "published"):
         code, _, err = normfree("remove-norm", llama, *size, "--order", order, "--out", order)
         assert code == 0, err
-        assert (tmp_path / order / "norm-costs.csv").exists() == (order == "auto")
+        assert (tmp_path / order / "removal" / "norm-costs.csv").exists() == (order == "auto")
     parts = [stage.part for stage in load_schedule(str(tmp_path / "published" / "schedule.yaml")).stages]
     assert parts == ["ffn", "attention_qk", "attention_v", "final", "massive_tokens"]

@@ -211,7 +211,9 @@ def test_the_losses_of_heads_are_their_own(treatment: str) -> None:
 def test_one_part_of_heads_is_measured_alone() -> None:
     model = model_of("rmsnorm", qk_norm="rmsnorm")
     midway = Midway(model, schedule_of(model, "remove"))
-    with torch.no_grad(), midway.measuring():
+    model.train()(tokens())  # sets the running stds
+    model.eval()
+    with torch.no_grad():
         before = model(tokens()).logits
         with midway.alone(Removal(0, "qk_norm", 1)) as std:
             assert not torch.allclose(model(tokens()).logits, before)

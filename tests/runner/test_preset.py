@@ -13,7 +13,7 @@ from normfree.studies.relu_revival import GELU, LAYERNORM_GELU, STUDY
 
 STUDIES = {name: each for name, each in installed_studies().items() if isinstance(each, Study)}
 SHIPPED = [
-    *("cpu", "cpu-pythia-128", "cpu-pythia-256"),
+    *("cpu", "cpu-long", "cpu-pythia-128", "cpu-pythia-256"),
     *("gpu", "gpu-pythia-128", "gpu-pythia-256"),
     *("paper-gpt2-128", "paper-pythia-128", "paper-pythia-256"),
     "smoke",
@@ -32,6 +32,16 @@ def test_the_shipped_presets_are_listed() -> None:
 def test_presets_are_what_they_were_when_each_was_a_whole_file() -> None:
     whole = json.loads(Path(__file__).with_name("resolved_presets.json").read_text())
     assert {name: load_preset(name).model_dump(mode="json", exclude_unset=True) for name in whole} == whole
+
+
+def test_the_long_preset_takes_the_steps_of_the_paper_and_sees_no_token_twice() -> None:
+    paper, long, short = (load_preset(name) for name in ("paper-gpt2-128", "cpu-long", "cpu"))
+    steps = paper.recipe.n_steps(paper.data.sequence_length)
+    assert long.recipe.n_steps(long.data.sequence_length) == steps == 32043
+    assert long.recipe.n_tokens(long.data.sequence_length) == long.data.train_tokens
+    for name in ("learning_rate", "warmup_ratio", "learning_rate_decay", "weight_decay", "eval_steps"):
+        assert getattr(long.recipe, name) == getattr(paper.recipe, name), name
+    assert long.model == short.model
 
 
 def written(folder: Path, **files: str) -> str:

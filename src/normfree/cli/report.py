@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from normfree.cli.console import open_console
-from normfree.cli.options import Json, StudyFile
+from normfree.cli.console import open_console, say
+from normfree.cli.options import Json, StudyFile, checked_folder
 
 if TYPE_CHECKING:
     from normfree.runner import StudyResult
@@ -19,17 +19,30 @@ if TYPE_CHECKING:
 def report(
     folder: Annotated[Path, typer.Argument(help="The folder of a study.")],
     study: StudyFile = None,
+    keep: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also copy what the report is made of to this folder: finished runs without checkpoints, for a "
+            "repository. It is a study folder too; runs that it holds stay.",
+            callback=checked_folder,
+        ),
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Write the table, the figures and the report of a study again, from the runs that are finished.
 
     Example: normfree report studies/relu-revival-cpu
     """
-    from normfree.runner import load_study
+    from normfree.runner import keep_tables, load_study
 
     result = load_study(folder, study)
     result.write_report()
-    show_study(result, open_console(json_), json_=json_)
+    console = open_console(json_)
+    show_study(result, console, json_=json_)
+    if keep is not None:
+        n_run = keep_tables(folder, keep, study)
+        if not json_:
+            say(console, f"Kept:    {keep} (runs added: {n_run})")
 
 
 def show_study(result: StudyResult, console: Console, *, json_: bool) -> None:

@@ -7,16 +7,20 @@ import logging
 import math
 import shutil
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from normfree.data import PackedData
 from normfree.errors import InputError
 from normfree.files import write_text
 from normfree.modeling import NormfreeConfig, NormfreeForCausalLM
 from normfree.removal.distillation import Distilled
+from normfree.removal.layout import COSTS_FILE
 from normfree.removal.midway import Midway
+from normfree.removal.order import measured_order, norm_costs
 from normfree.removal.schedule import Removal, RemovalSchedule, part_name
 from normfree.removal.std_losses import StdLosses
 from normfree.training import Callback, RunConfig, RunResult, RunState, load_pretrained, train
@@ -51,13 +55,19 @@ class RemovalDivergedError(InputError):
 class RemoveNorms(Callback):
     """Removes norms at the steps of ``removals``.
 
+    Args:
+        measure_order: called when the first norm is about to go; returns the removals in the order that it measured.
+
     Raises:
         DivergedError: the loss jumps after a removal, or it or a std before a norm is not finite.
     """
 
-    def __init__(self, midway: Midway, removals: list[Removal]) -> None:
+    def __init__(
+        self, midway: Midway, removals: list[Removal], measure_order: Callable[[], list[Removal]] | None = None
+    ) -> None:
         self.midway = midway
         self.removals = removals
+        self._measure_order = measure_order
         self.last_step = removals[-1].step + max(midway.schedule.ramp_steps - 1, 0)
         self._before: deque[float] = deque(maxlen=BASELINE_STEPS)
         self._high: list[DivergedError] = []
@@ -69,12 +79,16 @@ class RemoveNorms(Callback):
 
     def begin(self, run: RunState) -> None:
         """Repeats the removals before the checkpoint that the run resumes from, and reads the recorded losses."""
+        if self._measure_order is not None and run.step > self.removals[0].step:
+            raise InputError(f"{COSTS_FILE} is missing, which says what was removed; begin again in another folder")
         if run.step:
             self._remove(run.step - 1)
         for step, loss in run.records.metric(CROSS_ENTROPY):
             self._watch(step, loss)
 
     def begin_step(self, run: RunState) -> None:
+        if self._measure_order is not None and run.step == self.removals[0].step:
+            self.removals = self._measure_order()
         self._remove(run.step)
 
     def end_step(self, run: RunState) -> None:
@@ -136,7 +150,8 @@ def remove_by_finetuning(
     ``MAX_JUMP`` nats after a removal and stays there for ``JUMP_STEPS`` steps or to the end, or it or a std is not
     finite, the run returns to its last checkpoint before that removal, and before those whose ramps were not over, and
     stretches the waits for later ones by ``STRETCH``, at most ``MAX_STRETCHES`` times. ``removal.json`` records the
-    stretches, with which a stopped run resumes, and finally all removals: step, part, layer.
+    stretches, with which a stopped run resumes, and finally all removals: step, part, layer. An order by measurement is
+    measured once, before the first norm goes, and kept in ``norm-costs.csv``.
 
     Raises:
         RemovalDivergedError: the removal diverged too often.
@@ -147,6 +162,7 @@ def remove_by_finetuning(
     for each in stretches:
         schedule = schedule.stretched(model, each["step"], STRETCH)
     while True:
+        schedule = _ordered(schedule, folder, model)
         try:
             check_fit(run, schedule, model)
         except InputError as error:
@@ -169,7 +185,7 @@ def remove_by_finetuning(
             write_text(path, json.dumps({"stretches": stretches}, indent=2))
             log.warning("diverged: %s; back to step %d, later waits are stretched by %g", jump, step, STRETCH)
         else:
-            removals = [each._asdict() for each in schedule.removals(model)]
+            removals = [each._asdict() for each in _ordered(schedule, folder, model).removals(model)]
             write_text(path, json.dumps({"stretches": stretches, "removals": removals}, indent=2))
             return result
 
@@ -223,9 +239,24 @@ def _train(
         if schedule.distillation_weight:
             assert run.start_from is not None, "a removal starts from a model"
             objective = Distilled(objective, run.start_from, data, schedule.distillation_weight)
-        return objective, RemoveNorms(midway, schedule.removals(model))
+        removals = schedule.removals(model)
+
+        def measure_order() -> list[Removal]:
+            costs = norm_costs(midway, removals, data.train, run.recipe.precision)
+            write_text(folder / COSTS_FILE, costs.to_csv(index=False, na_rep="nan"))
+            return _ordered(schedule, folder, model).removals(model)
+
+        return objective, RemoveNorms(midway, removals, measure_order if schedule.order == "auto" else None)
 
     return train(run, data, folder, callbacks=callbacks, intervene=intervene)
+
+
+def _ordered(schedule: RemovalSchedule, folder: Path, model: NormfreeConfig) -> RemovalSchedule:
+    """The schedule with its order resolved, if that has been measured."""
+    path = folder / COSTS_FILE
+    if schedule.order != "auto" or not path.exists():
+        return schedule
+    return schedule.reordered(model, measured_order(pd.read_csv(path)))
 
 
 def _go_back(folder: Path, step: int) -> int:

@@ -76,24 +76,17 @@ class Midway:
             norm.begin_step()
 
     @contextmanager
-    def measuring(self) -> Iterator[None]:
-        """Forward passes set the running stds, in evaluation mode too."""
-        for _, norm in self.norms():
-            norm.is_measuring = True
-        yield
-        for _, norm in self.norms():
-            norm.is_measuring = False
-
-    @contextmanager
     def alone(self, removal: Removal) -> Iterator[float]:
         """Only this part divides by its constant, which is yielded; the mean of several."""
         readers = self._readers_of(removal)
         assert readers, "special tokens are no norm"
-        for norm, place in readers:
-            norm.make_constant(place)
-        yield float(torch.cat([norm.std[place].flatten() for norm, place in readers]).mean())
-        for norm, place in readers:
-            norm.is_constant[place] = False
+        try:
+            for norm, place in readers:
+                norm.make_constant(place)
+            yield float(torch.cat([norm.std[place].flatten() for norm, place in readers]).mean())
+        finally:
+            for norm, place in readers:
+                norm.is_constant[place] = False
 
     def overflow(self) -> str | None:
         """The first norm, in the model's order, before which a std of this step was not finite; None if all were."""

@@ -105,7 +105,7 @@ class SpecialTokens:
 class RemovableNorm(nn.Module):
     """A LayerNorm or RMSNorm whose division can be made constant for one reader at a time.
 
-    In training, or while ``is_measuring``, it keeps a running mean of a statistic of its tokens' stds,
+    In training it keeps a running mean of a statistic of its tokens' stds,
     ``std_r ← m · std_r + (1 - m) · statistic``, for each reader r that still divides by each token's own; the first
     batch sets it. For special tokens, whose statistic is the mean, see :class:`SpecialTokens`. A constant std does not
     change: it is no parameter. While λ = ``ramp[r]`` is less than 1, a constant reader divides by
@@ -145,7 +145,6 @@ class RemovableNorm(nn.Module):
         self.statistic = statistic
         self.is_constant = [False] * n_reader
         self.ramp = [1.0] * n_reader
-        self.is_measuring = False
         self.keeps_own_std = False
         self.own_std: Tensor | None = None
         self.is_ordinary: Tensor | None = None
@@ -159,7 +158,7 @@ class RemovableNorm(nn.Module):
         centered = wide - wide.mean(dim=-1, keepdim=True) if self.is_centered else wide
         own_std = (self._mean_square(centered) + self.eps).sqrt()
         share = self.tokens.share(own_std)
-        if self.is_measuring or (self.training and torch.is_grad_enabled()):
+        if self.training and torch.is_grad_enabled():
             self._update(own_std.detach(), share)
         if self.keeps_own_std:
             self.own_std, self.is_ordinary = own_std, self._ordinary(own_std, share)

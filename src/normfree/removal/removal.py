@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass
 from math import nan
 from pathlib import Path
@@ -17,7 +16,7 @@ from normfree.columns import EVAL_LOSS, EVAL_PPL
 from normfree.data import PackedData, PackedSequences
 from normfree.errors import InputError
 from normfree.files import folder_written_whole, write_text
-from normfree.modeling import NormfreeConfig, NormfreeForCausalLM
+from normfree.modeling import NormfreeForCausalLM
 from normfree.removal.finetuning import (
     RemovalDivergedError,
     check_fit,
@@ -26,7 +25,6 @@ from normfree.removal.finetuning import (
 )
 from normfree.removal.fold import remove_norms
 from normfree.removal.layout import (
-    COSTS_FILE,
     NORM_FREE,
     NORM_FREE_FOLDER,
     ORIGINAL,
@@ -37,15 +35,13 @@ from normfree.removal.layout import (
     VANILLA,
 )
 from normfree.removal.model_card import write_cards
-from normfree.removal.order import norm_costs
-from normfree.removal.parts import SPECIAL_PARTS, check_removable, parts_to_remove
+from normfree.removal.parts import check_removable, parts_to_remove
 from normfree.removal.schedule import RemovalSchedule, automatic_schedule, load_schedule
 from normfree.removal.stock import check_predictions, to_stock
 from normfree.training import Callback, RunConfig, load_pretrained, train
 from normfree.training.evaluation import evaluation_losses, mean_loss, perplexity
 from normfree.training.loop import check_data
 from normfree.training.pretrained import starting_model
-from normfree.training.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
@@ -81,8 +77,8 @@ def remove(
     """Removes the norms of the model that ``run`` starts from, and compares the result with it.
 
     ``folder`` then holds the runs ``vanilla`` (the same tokens with norms kept) and ``removal``, the initial schedule
-    in ``schedule.yaml``, for an order by measurement the costs in ``norm-costs.csv``, the model without norms in
-    ``norm-free`` and, if a stock architecture can hold it, in ``stock``; and ``removal.csv``. Every variant is measured
+    in ``schedule.yaml``, the model without norms in ``norm-free`` and, if a stock architecture can hold it, in
+    ``stock``; and ``removal.csv``. Every variant is measured
     on all evaluation sequences in float32. Finished parts are not repeated. A removal that diverged too often leaves a
     ``removal.csv`` with a loss of NaN without norms.
 
@@ -102,15 +98,14 @@ def remove(
     run.recipe.check(run.data.sequence_length)
     check_data(data, run.recipe)
     original = starting_model(run.start_from, data)
-    config = deepcopy(original.config)  # measuring costs changes the model
+    config = original.config
     check_removable(config, "keep" if schedule is None else schedule.qk_norms)
     T = run.data.sequence_length
     schedule = schedule or automatic_schedule(config.n_layer, run.recipe.n_steps(T), parts_to_remove(config, "keep"))
     check_fit(run, schedule, config)
-    recorded = _recorded(folder, schedule, config)
+    _claim(folder, schedule)
     tokens = run.recipe.n_tokens(T)
     losses = {ORIGINAL: _loss(original, data.eval)}
-    schedule = _claim(folder, schedule, original, data, run.recipe) if recorded is None else recorded
     del original  # each run loads it again
     if vanilla:
         control = run.model_copy(update={"configuration": VANILLA})
@@ -134,45 +129,20 @@ def _loss(model: NormfreeForCausalLM, blocks: PackedSequences) -> float:
     return mean_loss(evaluation_losses(model.eval(), tokens, labels=labels), blocks.n_predicted())
 
 
-def _recorded(folder: Path, schedule: RemovalSchedule, model: NormfreeConfig) -> RemovalSchedule | None:
-    """The schedule of the removal that ``folder`` holds, with its order resolved; None if there is none.
+def _claim(folder: Path, schedule: RemovalSchedule) -> None:
+    """Claims ``folder`` for a removal by ``schedule``.
 
     Raises:
-        InputError: it is another schedule than ``schedule``.
+        InputError: it holds a removal by another one.
     """
     path = folder / SCHEDULE_FILE
     if not path.exists():
-        return None
-    recorded = load_schedule(str(path))
-    if schedule.order == "auto":
-        schedule = schedule.reordered(
-            model, (each[1:] for each in recorded.removals(model) if each.part not in SPECIAL_PARTS)
-        )
-    if recorded != schedule:
+        write_text(path, yaml.safe_dump(schedule.model_dump(mode="json", exclude_none=True), sort_keys=False))
+    elif load_schedule(str(path)) != schedule:
         raise InputError(
             f"{folder} holds a removal by another schedule ({SCHEDULE_FILE}); give another folder with --out, or its "
             "schedule with --schedule"
         )
-    return recorded
-
-
-def _claim(
-    folder: Path, schedule: RemovalSchedule, model: NormfreeForCausalLM, data: PackedData, recipe: Recipe
-) -> RemovalSchedule:
-    """Claims ``folder`` for a removal by ``schedule``; returns it with its order resolved.
-
-    An order by measurement leaves ``model`` with removable norms.
-    """
-    if schedule.order == "auto":
-        config = deepcopy(model.config)
-        costs = norm_costs(model, data.train, schedule, recipe)
-        write_text(folder / COSTS_FILE, costs.to_csv(index=False, na_rep="nan"))
-        layers = (None if pd.isna(layer) else int(layer) for layer in costs["layer"])
-        schedule = schedule.reordered(config, zip(costs["part"], layers, strict=True))
-    write_text(
-        folder / SCHEDULE_FILE, yaml.safe_dump(schedule.model_dump(mode="json", exclude_none=True), sort_keys=False)
-    )
-    return schedule
 
 
 def _write_table(losses: dict[str, float], tokens: int, folder: Path) -> pd.DataFrame:

@@ -70,7 +70,7 @@ class RemovalSchedule(BaseModel):
 
     stages: in order; the first begins after ``massive_steps``.
     order: ``published`` removes as ``stages`` say; ``auto`` removes norms at the same steps, but in ascending order of
-        what each costs alone (:mod:`normfree.removal.order`).
+        what each costs alone when the first one is about to go (:mod:`normfree.removal.order`).
     std_statistic: of the tokens' stds, the constant: their mean, median, or a quantile, from 0 to 1.
     std_momentum: of the running mean of this statistic, updated every micro-batch; 0 keeps the last one's.
     ramp_steps: from a token's own std to the constant, own^(1 - λ) · constant^λ with λ in steps of 1 / ``ramp_steps``;

@@ -7,6 +7,7 @@ from normfree.runner.catalog import Found, find_study, installed_studies
 from normfree.runner.driver import failure_summary, help_with
 from normfree.runner.execution import DEFAULT_RETRIES, Execution
 from normfree.runner.executors import EXECUTORS, make_executor
+from normfree.runner.keeping import keep_tables
 from normfree.runner.listing import list_presets, list_studies
 from normfree.runner.opening import OpenCollection, OpenStudy, begin, open_folder
 from normfree.runner.page import Findings, StudyPage
@@ -52,6 +53,7 @@ __all__ = [
     "head_entropy_frame",
     "help_with",
     "installed_studies",
+    "keep_tables",
     "layer_entropy_frame",
     "list_presets",
     "list_studies",

@@ -21,6 +21,8 @@ from normfree.training.run_folder import RESULTS_FILE
 STUDY_FILE = "study.yaml"
 COLLECTION_FILE = "collection.yaml"
 COMMANDS_FILE = "commands.yaml"
+GROUPS = ("runs", "sweep", "tuned")
+"""Folders of runs: at the recipe's learning rate, at those that are tried, at each configuration's best one."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ class StudyFolder:
         write_text(self.path / COMMANDS_FILE, yaml.safe_dump({"commands": commands}, width=float("inf")))
 
     def results(self, group: str) -> list[RunResult]:
-        """The finished runs of a group (``runs``, ``sweep``, ``tuned``), in no particular order."""
+        """The finished runs of one of :data:`GROUPS`, in no particular order."""
         return [load_result(path.parent) for path in sorted(self.path.glob(f"{group}/*/*/{RESULTS_FILE}"))]
 
     def best_learning_rates(self) -> dict[str, float]:
