@@ -1,8 +1,13 @@
 """Comparisons of models by their names."""
 
+import json
+import re
+import shutil
+
 import pytest
 import torch
 
+from normfree import NormfreeConfig, NormfreeForCausalLM
 from normfree.errors import InputError
 from normfree.interpret import compare_predictions, token_sequences
 from normfree.training import load_pretrained, train
@@ -32,3 +37,17 @@ def test_runs_are_compared_on_named_corpora(plain_run, tiny_run, data, corpus_fo
 def test_corpora_are_named_once(plain_run, corpora):
     with pytest.raises(InputError, match="name at least one, and each once"):
         compare_predictions([str(plain_run.folder)], corpora)
+
+
+def test_a_later_model_with_fewer_positions_is_refused(plain_run, tmp_path):
+    """Rotary positions have no table to run out of: such a model would answer, and mean nothing."""
+    short = tmp_path / "short"
+    shutil.copytree(load_pretrained(str(plain_run.folder)).checkpoint, short)
+    config = json.loads((short / "config.json").read_text())
+    config |= {"position": "rotary", "n_positions": config["n_positions"] // 2}
+    model = NormfreeForCausalLM(NormfreeConfig.from_dict(config))
+    model.save_pretrained(short)
+    message = f"{short} has {config['n_positions']} positions, and the sequences {2 * config['n_positions']} tokens"
+    models = [str(plain_run.folder), str(short)]
+    with pytest.raises(InputError, match=re.escape(message)):
+        compare_predictions(models, n_sequences=2)

@@ -9,8 +9,7 @@ from typing import Unpack
 from transformers import PreTrainedModel
 
 from normfree.errors import InputError
-from normfree.interpret.sequences import ComparedModels, SequenceOptions, check_same_tokens, token_sequences
-from normfree.training import load_pretrained
+from normfree.interpret.sequences import ComparedModels, SequenceOptions, token_sequences
 from normfree.training.prediction_comparison import PredictionComparison, Text, compare_on
 
 
@@ -35,7 +34,7 @@ def compare_predictions(
         sequences: as for :func:`~normfree.interpret.token_sequences`, for the first model; default: 256 sequences.
 
     Raises:
-        InputError: a model cannot be loaded, the models have different vocabularies, or the sequences do not fit.
+        InputError: a model cannot be loaded, the models have different vocabularies, or the sequences do not fit one.
     """
     names = [sequences.pop("corpus", None)] if corpora is None else list(corpora)
     if not names or len(set(names)) < len(names):
@@ -53,8 +52,6 @@ def compare_predictions(
     def load(source: str) -> PreTrainedModel:
         if source == first.source:
             return first.model
-        loaded = load_pretrained(source, device=device, dtype=dtype)
-        check_same_tokens(first.checkpoint, loaded.checkpoint)
-        return loaded.model
+        return compared.load(source).model
 
     return compare_on(texts, {name: partial(load, source) for name, source in compared.sources.items()})

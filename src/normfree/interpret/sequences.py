@@ -105,17 +105,29 @@ class ComparedModels:
         """Each model with its name.
 
         Raises:
-            InputError: a model cannot be loaded, or its vocabulary is not that of the first.
+            InputError: see :meth:`load`.
         """
-        first = self.loaded.checkpoint
         for name, source in self.sources.items():
             if source != self.loaded.source:
-                self.loaded = load_pretrained(source, device=self.device, dtype=self.dtype)
-                check_same_tokens(first, self.loaded.checkpoint)
+                self.loaded = self.load(source)
             self.loaded_as[name] = self.loaded.loaded_as
             if self.loaded.quantization is not None:
                 self.quantization[name] = self.loaded.quantization
             yield name, self.loaded
+
+    def load(self, source: str) -> LoadedModel:
+        """Another model of the comparison.
+
+        Raises:
+            InputError: it cannot be loaded, its vocabulary is not that of the first, or it has fewer positions than a
+                sequence has tokens.
+        """
+        loaded = load_pretrained(source, device=self.device, dtype=self.dtype)
+        check_same_tokens(self.loaded.checkpoint, loaded.checkpoint)
+        T, n_positions = self.sequences.tokens.shape[1], loaded.n_positions
+        if n_positions is not None and n_positions < T:
+            raise InputError(f"{source} has {n_positions} positions, and the sequences {T} tokens; use shorter ones")
+        return loaded
 
 
 def tokenizer_of(measured: LoadedModel) -> PreTrainedTokenizerBase:
