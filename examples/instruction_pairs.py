@@ -8,32 +8,12 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 from normfree.data import DataConfig
 from normfree.data.corpus import open_corpus
-
-LONGEST_PROMPT, LONGEST_COMPLETION = 400, 400
-"""Characters; longer functions are left out."""
-
-
-def pairs_of(source: str) -> Iterator[dict[str, str]]:
-    """The functions of a module that have a docstring and a body."""
-    try:
-        tree = ast.parse(source)
-    except (SyntaxError, ValueError):
-        return
-    lines = source.splitlines(keepends=True)
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.FunctionDef) or ast.get_docstring(node) is None or len(node.body) < 2:
-            continue
-        body = node.body[1].lineno - 1
-        prompt, completion = "".join(lines[node.lineno - 1 : body]), "".join(lines[body : node.end_lineno])
-        if len(prompt) <= LONGEST_PROMPT and len(completion) <= LONGEST_COMPLETION:
-            yield {"prompt": prompt, "completion": completion}
+from normfree.data.function_pairs import function_pairs
 
 
 def main() -> None:
@@ -43,7 +23,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=20000, help="at most so many")
     arguments = parser.parse_args()
     corpus = open_corpus(DataConfig(corpus=arguments.corpus, max_document_bytes=32768))
-    found = (pair for document in corpus.documents("train") for pair in pairs_of(document))
+    found = (pair for document in corpus.documents("train") for pair in function_pairs(document))
     with arguments.out.open("w", encoding="utf-8") as file:
         for _, pair in zip(range(arguments.pairs), found, strict=False):
             file.write(json.dumps(pair) + "\n")

@@ -1,5 +1,4 @@
 import json
-import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,12 +84,3 @@ def test_the_command(base: Path, tmp_path: Path, normfree: Callable[..., Any]) -
     row = json.loads(out)
     assert row["status"] == "finished"
     assert row["steps"] == 2
-
-
-def test_pairs_of_python_functions() -> None:
-    names = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "instruction_pairs.py"))
-    source = 'import os\n\n\ndef f(x):\n    """Twice."""\n    y = 2\n    return y * x\n\n\ndef g():\n    return 1\n'
-    assert list(names["pairs_of"](source)) == [
-        {"prompt": 'def f(x):\n    """Twice."""\n', "completion": "    y = 2\n    return y * x\n"}
-    ]
-    assert list(names["pairs_of"]("def f(:")) == []
