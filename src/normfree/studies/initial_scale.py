@@ -1,0 +1,116 @@
+"""Does GELU need LayerNorm because the residual stream of a norm-free model begins where GELU is linear?
+
+GELU(x) = x / 2 + O(x²): where inputs are small, a feed-forward network with GELU is nearly linear. ReLU is homogeneous,
+ReLU(c x) = c ReLU(x), and does not know the scale of its inputs. LayerNorm brings inputs to one; so does a fixed gain
+on the token embeddings, at the start of training. If scale is what GELU lacks, the gain helps GELU and not ReLU.
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from normfree.columns import EVAL_LOSS, RESIDUAL_RMS
+from normfree.report import Section
+from normfree.report.numbers import number
+from normfree.report.overload import perplexity_and_overload
+from normfree.runner import Configuration, Findings, Study, StudyPage, head_entropy_frame, telemetry_frame
+from normfree.studies.hybrid_activations import layer_entropy_by_configuration
+from normfree.studies.relu_revival import GELU, LAYERNORM_GELU, PAPER, RELU, scale_limits
+
+GAINS = (1, 4, 16, 64)
+"""Of token embeddings, which begin with a std of 0.02."""
+SMALL = 0.5
+"""GELU(x) differs from x / 2 by less than a fifth of |x| for |x| below this."""
+
+
+def scaled(base: Configuration, gain: int) -> Configuration:
+    """``base`` with its token embeddings times ``gain``."""
+    if gain == 1:
+        return base
+    return Configuration(f"{base.label}, ×{gain}", {**base.model, "embedding_multiplier": gain})
+
+
+CONFIGURATIONS = (
+    LAYERNORM_GELU,
+    *(scaled(GELU, gain) for gain in GAINS),
+    *(scaled(RELU, gain) for gain in GAINS),
+)
+
+
+def describe(page: StudyPage) -> Findings:
+    """Perplexity by gain, entropy by layer, and by how much each activation gains."""
+    rows = [
+        {"line": base.label, "place": place, "value": f"×{gain}", **page.overload[scaled(base, gain).label]}
+        for base in (GELU, RELU)
+        for place, gain in enumerate(GAINS)
+        if scaled(base, gain).label in page.overload
+    ]
+    figures = []
+    if rows:
+        figures.append(
+            page.figure(
+                "perplexity-by-gain",
+                perplexity_and_overload(
+                    pd.DataFrame(rows),
+                    changed="gain of the token embeddings",
+                    level=page.overload[LAYERNORM_GELU.label],
+                ),
+                "Perplexity and share of heads in the top quarter of the entropy range by the gain of the token "
+                f"embeddings, without LayerNorm. Dashed: {LAYERNORM_GELU.label}.",
+            )
+        )
+    small = small_layers(telemetry_frame(page.results, [RESIDUAL_RMS]))
+    figures += [
+        page.figure(
+            "entropy-by-layer",
+            layer_entropy_by_configuration(
+                head_entropy_frame(page.results),
+                marked=small,
+                mark=f"RMS at first < {SMALL:g}",
+                maximum=page.uniform_bound,
+            ),
+            "Attention entropy by layer, mean over heads: final weights, evaluation tokens. A dot marks layers whose "
+            f"output, the residual stream, had an RMS below {SMALL:g} when it was first recorded.",
+        ),
+        page.loss_figure(),
+    ]
+    return Findings(_lead(page.table), [Section("By initial scale", figures)], scale_limits(page) + _LIMITS)
+
+
+_LIMITS = "Position embeddings keep their scale, and are small next to token embeddings with a large gain."
+
+
+def small_layers(rms: pd.DataFrame) -> dict[str, list[int]]:
+    """The layers with an RMS below ``SMALL`` at the first recorded step, mean over seeds, by configuration.
+
+    Args:
+        rms: configuration, seed, step, layer, residual_rms.
+    """
+    first = rms[rms["step"] == rms["step"].min()]
+    means = first.groupby(["configuration", "layer"], as_index=False, sort=False)[RESIDUAL_RMS].mean()
+    small = means[means[RESIDUAL_RMS] < SMALL]
+    return {str(name): each["layer"].tolist() for name, each in small.groupby("configuration", sort=False)}
+
+
+def _lead(table: pd.DataFrame) -> str:
+    """What the best gain is worth to each activation."""
+    losses = table.set_index("configuration")[EVAL_LOSS]
+    sentences = []
+    for base in (GELU, RELU):
+        own = losses.reindex([scaled(base, gain).label for gain in GAINS]).dropna()
+        if base.label in own.index and len(own) > 1:
+            best = str(own.drop(base.label).idxmin())
+            gained = number(own[base.label] - own[best], "+.3f")
+            sentences.append(f"{best} gains {gained} nats on {base.label}")
+    return f"{'; '.join(sentences)}." if sentences else "Only one gain has been trained yet."
+
+
+STUDY = Study(
+    name="initial-scale",
+    title="The scale at which norm-free models begin",
+    question="Does GELU need LayerNorm because residual streams begin too small for it?",
+    baseline=LAYERNORM_GELU.label,
+    configurations=lambda preset: CONFIGURATIONS,
+    describe=describe,
+    papers=(PAPER,),
+)
