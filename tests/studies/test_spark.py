@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from normfree import NormfreeForCausalLM
 from normfree.runner import StudyFolder, load_preset, run_config
-from normfree.studies.spark.study import CURVE, NORMS, STUDY, costs_frame, savings_frame
+from normfree.studies.spark.study import CURVE, NORMS, PREDICTOR, STUDY, costs_frame, savings_frame
 from normfree.training.records import LAYERS_FILE
 
 Command = Callable[..., tuple[int, str, str]]
@@ -97,6 +98,24 @@ def test_the_curve_of_active_neurons(normfree: Command, preset_file: Path, tmp_p
     page = (tmp_path / "study" / "report.html").read_text()
     assert "active 2 %" in page
     assert "Perplexity against dense SM+LN+G: " in page
+
+
+def test_predictors_of_every_size_have_as_many_weights() -> None:
+    preset = load_preset("cpu")
+    dense, *sparse = (
+        NormfreeForCausalLM(run_config(preset, each, 0).build_model_config(512))
+        for each in PREDICTOR.configurations(preset)
+    )
+    assert [model.config.spark_sizes.ffn_predictor_dim for model in sparse] == [16, 32, 64, 96]
+    assert {model.num_parameters() for model in sparse} == {dense.num_parameters()}
+
+
+@pytest.mark.usefixtures("blank_figures")
+def test_the_curve_of_predictors(normfree: Command, preset_file: Path, tmp_path: Path) -> None:
+    code, _, err = normfree("study", "spark-predictor", "--preset", preset_file, "--out", "study", *SMALL)
+    assert code == 0, err
+    assert (tmp_path / "study" / "figures" / "perplexity-by-share.png").exists()
+    assert "predictor 12.5 %" in (tmp_path / "study" / "report.html").read_text()
 
 
 def test_networks_with_and_without_norms_are_of_one_size() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -47,6 +47,8 @@ FFN_ACTIVE = 0.08
 ATTENTION_ACTIVE = 0.125
 """Share of the positions: 256 keys, the paper's k, would be all of a small model's."""
 ACTIVE_SHARES = (0.02, 0.04, 0.08, 0.16, 0.32, 1.0)
+PREDICTOR_SHARES = (0.125, 0.25, 0.5, 0.75)
+"""Of the input's dimensions, those that choose the neurons; the others compute them."""
 
 _SPARK_OPTIONS = (*(each.name for each in fields(SparkSizes)), "ffn", "attention", "topk")
 _FFN = {"ffn": "spark", "ffn_active": FFN_ACTIVE}
@@ -79,6 +81,11 @@ CONFIGURATIONS = (
 def active(share: float) -> Configuration:
     """A model with norms and sparse feed-forward networks that aim at ``share`` of their neurons."""
     return Configuration(f"active {100 * share:g} %", {**LAYERNORM_GELU.model, "ffn": "spark", "ffn_active": share})
+
+
+def predicting(share: float) -> Configuration:
+    """The same with 8 % of the neurons, chosen by ``share`` of the dimensions."""
+    return Configuration(f"predictor {100 * share:g} %", {**SPARK_FFN.model, "ffn_predictor_dim": share})
 
 
 def measure(result: RunResult, data: PackedData, console: Console) -> None:
@@ -186,22 +193,45 @@ def describe_norms(page: StudyPage) -> Findings:
 
 def describe_curve(page: StudyPage) -> Findings:
     """Perplexity by the share of neurons that top-k aims at, and what is measured."""
-    rows = [
-        {"line": SPARK_FFN.label, "place": place, "value": f"{100 * share:g}", **page.overload[active(share).label]}
-        for place, share in enumerate(ACTIVE_SHARES)
-        if active(share).label in page.overload
-    ]
-    sections = _sparsity_sections(page, nominal=None)
-    if rows:
-        level = {**page.overload[LAYERNORM_GELU.label], "configuration": f"{LAYERNORM_GELU.label}, dense"}
-        figure = page.figure(
-            "perplexity-by-share",
-            perplexity_and_overload(pd.DataFrame(rows), changed="neurons kept (%)", level=level),
-            "Perplexity and share of heads in the top quarter of the entropy range by the share of neurons that top-k "
-            "aims at. At 100 % nothing is cut off: the product of the two parts alone. Dashed: the dense network.",
-        )
-        sections = [Section("By share of neurons", [figure]), *sections]
+    by_share = _by_share(
+        page,
+        {100 * share: active(share) for share in ACTIVE_SHARES},
+        "neurons kept (%)",
+        "the share of neurons that top-k aims at. At 100 % nothing is cut off: the product of the two parts alone.",
+    )
+    return Findings(
+        _lead(page.table, LAYERNORM_GELU.label), [*by_share, *_sparsity_sections(page, nominal=None)], _LIMITS
+    )
+
+
+def describe_predictor(page: StudyPage) -> Findings:
+    """Perplexity by the share of the input that chooses the neurons, and what is measured."""
+    by_share = _by_share(
+        page,
+        {100 * share: predicting(share) for share in PREDICTOR_SHARES},
+        "dimensions that choose (%)",
+        "the share of the input's dimensions that choose the neurons; the others compute them.",
+    )
+    sections = [*by_share, *_sparsity_sections(page, nominal=FFN_ACTIVE)]
     return Findings(_lead(page.table, LAYERNORM_GELU.label), sections, _LIMITS)
+
+
+def _by_share(page: StudyPage, shares: Mapping[float, Configuration], changed: str, what: str) -> list[Section]:
+    """The figure of perplexity by ``shares``, in percent; none before one of them is trained."""
+    rows = [
+        {"line": SPARK_FFN.label, "place": place, "value": f"{share:g}", **page.overload[each.label]}
+        for place, (share, each) in enumerate(shares.items())
+        if each.label in page.overload
+    ]
+    if not rows:
+        return []
+    level = {**page.overload[LAYERNORM_GELU.label], "configuration": f"{LAYERNORM_GELU.label}, dense"}
+    figure = page.figure(
+        "perplexity-by-share",
+        perplexity_and_overload(pd.DataFrame(rows), changed=changed, level=level),
+        f"Perplexity and share of heads in the top quarter of the entropy range by {what} Dashed: the dense network.",
+    )
+    return [Section("By share", [figure])]
 
 
 def _sparsity_sections(page: StudyPage, *, nominal: float | None) -> list[Section]:
@@ -375,6 +405,16 @@ CURVE = Study(
     measurement=lambda preset: _MEASUREMENT,
     papers=_PAPERS,
 )
+PREDICTOR = Study(
+    name="spark-predictor",
+    title="Spark Transformer: perplexity by the size of the predictor",
+    question="How many dimensions are enough to choose the neurons?",
+    baseline=LAYERNORM_GELU.label,
+    configurations=lambda preset: (LAYERNORM_GELU, *(predicting(share) for share in PREDICTOR_SHARES)),
+    describe=describe_predictor,
+    measurement=lambda preset: _MEASUREMENT,
+    papers=_PAPERS,
+)
 NORMS = Study(
     name="spark-norms",
     title="Spark Transformer: what a sparse feed-forward network costs with and without norms",
@@ -385,4 +425,4 @@ NORMS = Study(
     measurement=lambda preset: _MEASUREMENT,
     papers=_PAPERS,
 )
-STUDIES = (STUDY, CURVE, NORMS)
+STUDIES = (STUDY, CURVE, PREDICTOR, NORMS)
