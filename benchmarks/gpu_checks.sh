@@ -55,7 +55,6 @@ print(SMOLLM2.path(Path('.')))") || exit 2
   check removal-gpu 590 -m normfree remove-norm "$model" --corpus installed-python --yes --out "$out/removal" \
     --steps 600 --set recipe.batch_size=64 --set recipe.micro_batch_size=64 --set data.sequence_length=512 \
     --set data.train_tokens=19660800 --set data.eval_tokens=131072 --set recipe.eval_steps=30
-  check removal-curve 60 -m examples.real_models.removal "$out/removal" "$out/smollm2-removal-gpu.csv"
   ;;
 *)
   echo "no such part: '$part'; it can be timings, study or removal" >&2

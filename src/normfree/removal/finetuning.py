@@ -7,7 +7,7 @@ import logging
 import math
 import shutil
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -150,26 +150,24 @@ def remove_by_finetuning(
     ``MAX_JUMP`` nats after a removal and stays there for ``JUMP_STEPS`` steps or to the end, or it or a std is not
     finite, the run returns to its last checkpoint before that removal, and before those whose ramps were not over, and
     stretches the waits for later ones by ``STRETCH``, at most ``MAX_STRETCHES`` times. ``removal.json`` records the
-    stretches, with which a stopped run resumes, and finally all removals: step, part, layer. An order by measurement is
-    measured once, before the first norm goes, and kept in ``norm-costs.csv``.
+    stretches, with which a stopped run resumes, and at the end, good or bad, all removals: step, part, layer. An order
+    by measurement is measured once, before the first norm goes, and kept in ``norm-costs.csv``.
 
     Raises:
         RemovalDivergedError: the removal diverged too often.
         InputError: the schedule does not fit the model or the budget.
     """
-    path = folder / REMOVAL_FILE
-    stretches: list[dict[str, Any]] = json.loads(path.read_text())["stretches"] if path.exists() else []
-    for each in stretches:
-        schedule = schedule.stretched(model, each["step"], STRETCH)
+    stretches = _stretches(folder)
     while True:
-        schedule = _ordered(schedule, folder, model)
+        current = _resolved(schedule, stretches, folder, model)
         try:
-            check_fit(run, schedule, model)
+            check_fit(run, current, model)
         except InputError as error:
             raise (RemovalDivergedError(f"after a jump of the loss {error}") if stretches else error) from error
         try:
-            result = _train(run, data, folder, schedule, model, callbacks)
+            result = _train(run, data, folder, current, model, callbacks)
         except DivergedError as jump:
+            _record(folder, stretches, schedule, model)
             if jump.removal is None:
                 raise RemovalDivergedError(
                     f"training diverged: {jump}; lower recipe.learning_rate, or the weights of the schedule's losses"
@@ -179,14 +177,12 @@ def remove_by_finetuning(
                     f"the removal diverged {MAX_STRETCHES + 1} times, at last with {jump}; give more steps, a lower "
                     "learning rate, or another schedule"
                 ) from jump
-            step = _go_back(folder, max(0, jump.removal.step - schedule.ramp_steps))
-            schedule = schedule.stretched(model, step, STRETCH)
+            step = _go_back(folder, max(0, jump.removal.step - current.ramp_steps))
             stretches.append({"step": step, "jump": str(jump)})
-            write_text(path, json.dumps({"stretches": stretches}, indent=2))
+            _record(folder, stretches, schedule, model)
             log.warning("diverged: %s; back to step %d, later waits are stretched by %g", jump, step, STRETCH)
         else:
-            removals = [each._asdict() for each in _ordered(schedule, folder, model).removals(model)]
-            write_text(path, json.dumps({"stretches": stretches, "removals": removals}, indent=2))
+            _record(folder, stretches, schedule, model)
             return result
 
 
@@ -244,19 +240,39 @@ def _train(
         def measure_order() -> list[Removal]:
             costs = norm_costs(midway, removals, data.train, run.recipe.precision)
             write_text(folder / COSTS_FILE, costs.to_csv(index=False, na_rep="nan"))
-            return _ordered(schedule, folder, model).removals(model)
+            return schedule.reordered(model, measured_order(costs)).removals(model)
 
         return objective, RemoveNorms(midway, removals, measure_order if schedule.order == "auto" else None)
 
     return train(run, data, folder, callbacks=callbacks, intervene=intervene)
 
 
-def _ordered(schedule: RemovalSchedule, folder: Path, model: NormfreeConfig) -> RemovalSchedule:
-    """The schedule with its order resolved, if that has been measured."""
+def _resolved(
+    schedule: RemovalSchedule, stretches: Iterable[Mapping[str, Any]], folder: Path, model: NormfreeConfig
+) -> RemovalSchedule:
+    """``schedule`` as the removal in ``folder`` follows it: stretched, and in the order that it measured."""
+    for each in stretches:
+        schedule = schedule.stretched(model, each["step"], STRETCH)
     path = folder / COSTS_FILE
     if schedule.order != "auto" or not path.exists():
         return schedule
     return schedule.reordered(model, measured_order(pd.read_csv(path)))
+
+
+def _stretches(folder: Path) -> list[dict[str, Any]]:
+    path = folder / REMOVAL_FILE
+    return json.loads(path.read_text(encoding="utf-8"))["stretches"] if path.exists() else []
+
+
+def _record(folder: Path, stretches: list[dict[str, Any]], schedule: RemovalSchedule, model: NormfreeConfig) -> None:
+    removals = [each._asdict() for each in _resolved(schedule, stretches, folder, model).removals(model)]
+    write_text(folder / REMOVAL_FILE, json.dumps({"stretches": stretches, "removals": removals}, indent=2))
+
+
+def recorded_removals(folder: Path) -> list[Removal]:
+    """What went when, or was to go, in the removal in ``folder``, which has ended."""
+    content = json.loads((folder / REMOVAL_FILE).read_text(encoding="utf-8"))
+    return [Removal(**each) for each in content["removals"]]
 
 
 def _go_back(folder: Path, step: int) -> int:

@@ -13,12 +13,14 @@ from normfree.errors import InputError
 from normfree.files import DEFAULT_CACHE_DIR
 from normfree.locks import locked
 from normfree.progress import display, duration, stage
+from normfree.removal.curve import write_curve
 from normfree.removal.evaluation import SEQUENCES, evaluate_removal, evaluation_texts
+from normfree.removal.finetuning import RemovalDivergedError
 from normfree.removal.layout import SCHEDULE_FILE
 from normfree.removal.parts import QKNorms
 from normfree.removal.plan import plan
 from normfree.removal.removal import RemovalResult, remove
-from normfree.removal.schedule import Order, load_schedule
+from normfree.removal.schedule import Order, RemovalSchedule, load_schedule
 from normfree.training import RunConfig, StudyProgress, quantization_of
 from normfree.training.prediction_comparison import PredictionComparison
 from normfree.training.pretrained import starting_model
@@ -66,7 +68,8 @@ def remove_from_pretrained(
 ) -> PretrainedRemoval:
     """Removes every norm of the model ``source`` by fine-tuning (:func:`~normfree.removal.removal.remove`).
 
-    A stopped removal resumes when called again.
+    A stopped removal resumes when called again. One that has ended, good or bad, leaves its curve
+    (:mod:`normfree.removal.curve`).
 
     Args:
         source: a Hub id, a model folder, a ``.gguf`` file, or a run or checkpoint folder.
@@ -101,12 +104,24 @@ def remove_from_pretrained(
             _check_time(run, data, vanilla=vanilla, is_taught=chosen.distillation_weight > 0, is_agreed=yes)
         total = run.recipe.n_tokens(run.data.sequence_length) * (2 if vanilla else 1)
         with locked(folder), StudyProgress(total, "remove-norm") as progress:
-            result = remove(
-                run, data, folder, chosen, vanilla=vanilla, callbacks=lambda name, n: (progress.run(name, n),)
-            )
+            result = _remove_with_curve(run, data, folder, chosen, vanilla, progress)
             evaluation = evaluate_removal(run, data, folder, texts, vanilla=vanilla)
     beginning = Beginning.of(data.tokenizer, run.data.beginning)
     return PretrainedRemoval(result, evaluation, run, beginning, quantization_of(source))
+
+
+def _remove_with_curve(
+    run: RunConfig, data: PackedData, folder: Path, schedule: RemovalSchedule, vanilla: bool, progress: StudyProgress
+) -> RemovalResult:
+    try:
+        result = remove(
+            run, data, folder, schedule, vanilla=vanilla, callbacks=lambda name, n: (progress.run(name, n),)
+        )
+    except RemovalDivergedError:
+        write_curve(folder)
+        raise
+    write_curve(folder)
+    return result
 
 
 def _check_time(run: RunConfig, data: PackedData, *, vanilla: bool, is_taught: bool, is_agreed: bool) -> None:
