@@ -15,10 +15,9 @@ from normfree.removal.curve import loss_and_norms_gone, removal_curve
 from normfree.removal.finetuning import recorded_removals
 from normfree.removal.schedule import Removal
 
-from .models import stock
-from .test_finetuning import corpus
+from .small_removals import corpus, gpt2
 
-__all__ = ["corpus"]
+__all__ = ["corpus", "gpt2"]
 Command = Callable[..., tuple[int, str, str]]
 RATIO = "largest_std_over_median"
 
@@ -66,20 +65,12 @@ def test_the_figure_shows_what_there_is(has_ratio: bool) -> None:
     assert len(ratio) == has_ratio
 
 
-def small_gpt2(folder: Path) -> Path:
-    model = stock("gpt2")
-    model.resize_token_embeddings(270)
-    model.save_pretrained(folder)
-    return folder
-
-
 SIZE: tuple[Any, ...] = ("--tokenizer", "train", "--set", "data.vocab_size=270", "--set", "data.sequence_length=24")
 SIZE += ("--set", "recipe.batch_size=4", "--set", "recipe.micro_batch_size=4", "--steps", "30")
 
 
-def test_a_removal_leaves_its_curve(normfree: Command, corpus: Path, tmp_path: Path) -> None:
-    model = small_gpt2(tmp_path / "gpt2")
-    code, _, err = normfree("remove-norm", model, "--corpus", f"directory:{corpus}", *SIZE, "--out", "out")
+def test_a_removal_leaves_its_curve(normfree: Command, gpt2: Path, corpus: Path, tmp_path: Path) -> None:
+    code, _, err = normfree("remove-norm", gpt2, "--corpus", f"directory:{corpus}", *SIZE, "--out", "out")
     assert code == 0, err
     curve = pd.read_csv(tmp_path / "out" / "curve.csv")
     assert curve.groupby("variant").size().to_dict() == {"norm-free": 30, "vanilla": 30}
@@ -88,9 +79,9 @@ def test_a_removal_leaves_its_curve(normfree: Command, corpus: Path, tmp_path: P
     assert (tmp_path / "out" / "figures" / "removal-curve.png").exists()
 
 
-def test_a_removal_that_diverged_leaves_its_curve(normfree: Command, corpus: Path, tmp_path: Path) -> None:
-    model, fast = small_gpt2(tmp_path / "gpt2"), ("--set", "recipe.learning_rate=1e4", "--no-vanilla")
-    code, _, err = normfree("remove-norm", model, "--corpus", f"directory:{corpus}", *SIZE, *fast, "--out", "out")
+def test_a_removal_that_diverged_leaves_its_curve(normfree: Command, gpt2: Path, corpus: Path, tmp_path: Path) -> None:
+    fast = ("--set", "recipe.learning_rate=1e4", "--no-vanilla")
+    code, _, err = normfree("remove-norm", gpt2, "--corpus", f"directory:{corpus}", *SIZE, *fast, "--out", "out")
     assert code == 2
     assert "diverged" in err
     folder = tmp_path / "out"

@@ -26,7 +26,7 @@ from normfree.training.lora import LoraOptions
 from ..training.objectives.test_entropy_regularization import metric
 from ..training.test_telemetry import BatchLog
 from .models import STOCK
-from .test_finetuning import STEPS, StopAt, corpus, run_from, weights
+from .small_removals import STEPS, StopAt, corpus, run_from, weights
 
 __all__ = ["corpus"]
 Command = Callable[..., tuple[int, str, str]]

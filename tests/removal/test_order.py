@@ -26,7 +26,7 @@ from normfree.training import Callback, RunState
 from normfree.training.evaluation import sequence_losses
 
 from .models import STOCK, scheduled
-from .test_finetuning import STEPS, corpus, run_from
+from .small_removals import STEPS, corpus, run_from
 
 __all__ = ["corpus"]
 Command = Callable[..., tuple[int, str, str]]
