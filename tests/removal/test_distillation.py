@@ -148,11 +148,11 @@ def test_divergence_is_watched_in_cross_entropy(
     minimized: list[float] = []
     back = finetuning._go_back
 
-    def go_back(folder: Path, step: int) -> int:
+    def go_back(folder: Path, wanted: int, latest: int) -> int:
         metrics = pd.read_parquet(folder / "metrics.parquet")
         minimized.extend(metrics.loc[metrics["name"] == "train_loss", "value"])
         finetuning.MAX_JUMP = 100.0
-        return back(folder, step)
+        return back(folder, wanted, latest)
 
     monkeypatch.setattr(finetuning, "_go_back", go_back)
     monkeypatch.setattr(finetuning, "MAX_JUMP", -1.0)

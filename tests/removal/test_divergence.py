@@ -32,6 +32,7 @@ from normfree.removal.schedule import (
 )
 from normfree.training import RunState
 from normfree.training.objectives import CROSS_ENTROPY
+from normfree.training.run_folder import checkpoints, step_of
 
 from .models import scheduled, stock, tokens
 from .small_removals import STEPS, corpus, gpt2, run_from
@@ -51,9 +52,9 @@ def test_a_removal_that_diverges_goes_back_and_waits_longer(
     monkeypatch.setattr(finetuning, "MAX_JUMP", -100.0)
     back = finetuning._go_back
 
-    def go_back(folder: Path, step: int) -> int:
+    def go_back(folder: Path, wanted: int, latest: int) -> int:
         finetuning.MAX_JUMP = next(jumps) + 200
-        return back(folder, step)
+        return back(folder, wanted, latest)
 
     monkeypatch.setattr(finetuning, "_go_back", go_back)
     remove_by_finetuning(run, data, tmp_path / "run", schedule, config)
@@ -201,3 +202,29 @@ def test_a_removal_that_diverged_for_good_leaves_a_table(
     assert np.isfinite(table["eval_loss"]["original"])
     assert np.isnan(table.loc["norm-free", ["eval_loss", "eval_ppl", "delta_loss"]].to_numpy(dtype=float)).all()
     assert not (tmp_path / "out" / "norm-free").exists()
+
+
+@pytest.mark.parametrize(("needed", "left", "factor"), [(100, 500, 2.0), (100, 150, 1.5), (100, 101, 1.2), (0, 5, 2.0)])
+def test_a_schedule_is_stretched_as_far_as_the_budget_goes(needed: int, left: int, factor: float) -> None:
+    assert finetuning._stretch(needed, left) == factor
+
+
+@pytest.mark.parametrize(
+    ("steps", "wanted", "step", "left"),
+    [
+        ((20, 40), 30, 20, [20]),
+        ((20, 40), 10, 20, [20]),  # before the removal at 25, though ramps of earlier ones were not over
+        ((30, 40), 10, 0, []),
+        ((), 10, 0, []),
+    ],
+)
+def test_a_run_goes_back_to_before_the_ramps_or_at_least_before_the_removal(
+    steps: tuple[int, ...], wanted: int, step: int, left: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        finetuning, "last_checkpoint", lambda folder: max(checkpoints(folder), key=step_of, default=None)
+    )
+    for each in steps:
+        (tmp_path / f"checkpoint-{each}").mkdir()
+    assert finetuning._go_back(tmp_path, wanted, max(25, wanted)) == step
+    assert [step_of(each) for each in checkpoints(tmp_path)] == left

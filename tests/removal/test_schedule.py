@@ -8,11 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from normfree import NormfreeConfig
 from normfree.errors import InputError
+from normfree.removal.parts import Part
 from normfree.removal.plan import PUBLISHED_BATCH, PUBLISHED_LENGTH, RECIPE
 from normfree.removal.schedule import (
     PUBLISHED_PARTS,
@@ -22,6 +24,7 @@ from normfree.removal.schedule import (
     Stage,
     automatic_schedule,
     load_schedule,
+    pretrained_schedule,
 )
 from normfree.training.recipe import Recipe
 
@@ -131,3 +134,28 @@ def test_files(tmp_path: Path) -> None:
         load_schedule(str(path))
     with pytest.raises(InputError, match=r"unknown removal schedule 'gpt2-smal'.*allowed: gpt2, gpt2-medium"):
         load_schedule("gpt2-smal")
+
+
+def test_the_schedule_of_pretrained_models_is_slow_at_the_end() -> None:
+    parts: tuple[Part, ...] = ("ffn", "attention_qk", "attention_v", "final")
+    schedule = pretrained_schedule(30, 700, parts)
+    config = NormfreeConfig(n_layer=30, n_head=1, n_embd=8, eos_token_id=None)
+    steps = [each.step for each in schedule.removals(config)]
+    assert len(steps) == 92
+    assert 58 <= steps[0] <= 62
+    gaps = np.diff(steps[:-1])
+    assert set(gaps[:59]) == {3, 4}
+    assert min(gaps[60:]) >= 10
+    assert 0.8 * 700 < schedule.last_step(config) < 0.87 * 700
+
+
+@pytest.mark.parametrize("n_layer", [1, 2, 6, 48])
+@pytest.mark.parametrize("parts", [("ffn",), ("ffn", "attention_qk", "attention_v", "final"), ("final",)])
+def test_it_fits_every_model_and_budget(n_layer: int, parts: tuple[Part, ...]) -> None:
+    for n_step in (16, 300, 5000):
+        schedule = pretrained_schedule(n_layer, n_step, parts)
+        total = schedule.massive_steps + sum(
+            stage.after + stage.gap * (n_layer - 1 if stage.gap else 0) for stage in schedule.stages
+        )
+        assert total + schedule.ramp_steps < n_step
+        assert schedule.stages[0].after >= 1

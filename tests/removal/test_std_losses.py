@@ -130,3 +130,48 @@ def test_the_weight_of_the_std_loss_rises() -> None:
         objective.midway.begin_step(step)
         weights.append(objective.terms(None, None)[STD_LOSS].weight)
     np.testing.assert_allclose(weights, [0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
+
+
+RANDOM = {"std_loss": "log_ratio", "std_loss_norms": "all", "std_loss_weight": 1.0, "massive_weight": 0.5}
+
+
+def test_random_tokens_add_losses_of_their_own_and_move_no_constant() -> None:
+    objective, _ = losses("llama", **RANDOM, random_sequences=2)
+    plain, _ = losses("llama", **RANDOM)
+    midway = objective.midway
+    before = {name: (norm.std.clone(), norm.largest) for name, norm in midway.norms()}
+    seen: list[torch.Size] = []
+    midway.model.model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(args), with_kwargs=True)
+    found, expected = objective.terms(None, None), plain.terms(None, None)
+    assert seen == [], "no probe sees them"
+    for name, term in expected.items():
+        torch.testing.assert_close(found[name].value, term.value)
+    assert found.keys() - expected.keys() == {f"random_{STD_LOSS}", f"random_{MASSIVE_LOSS}"}
+    for name, norm in midway.norms():
+        std, largest = before[name]
+        torch.testing.assert_close(norm.std, std, equal_nan=True)
+        assert norm.largest is largest
+        assert not norm.is_aside
+    random = found[f"random_{STD_LOSS}"]
+    assert random.weight == 1.0
+    random.value.backward()
+    weight = midway.model.model.blocks[0].ffn.down_proj.weight
+    assert weight.grad is not None
+    assert weight.grad.abs().sum() > 0, "the weights are those that train"
+
+
+def test_random_tokens_are_those_of_the_step() -> None:
+    objective, _ = losses("llama", **RANDOM, random_sequences=1)
+    value = []
+    for step in (3, 4, 3):
+        objective.midway.begin_step(step)
+        value.append(objective.terms(None, None)[f"random_{STD_LOSS}"].value.item())
+    assert value[0] == value[2] != value[1]
+
+
+def test_what_overflows_on_random_tokens_is_left_out() -> None:
+    objective, _ = losses("llama", **RANDOM, random_sequences=1)
+    with torch.no_grad():
+        objective.midway.model.model.embed_tokens.weight.mul_(torch.inf)
+    assert not {name for name in objective.terms(None, None) if name.startswith("random_")}
+    assert objective.midway.overflow() is None

@@ -25,7 +25,7 @@ from normfree.removal.schedule import Removal, RemovalSchedule, part_name
 from normfree.removal.std_losses import StdLosses
 from normfree.training import Callback, RunConfig, RunResult, RunState, load_pretrained, train
 from normfree.training.objectives import CROSS_ENTROPY, Objective
-from normfree.training.run_folder import last_checkpoint
+from normfree.training.run_folder import checkpoints, last_checkpoint, step_of
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,8 @@ MAX_JUMP = 1.0
 JUMP_STEPS = 5
 """... for so many steps: without norms, one batch with a very long token may raise the loss."""
 BASELINE_STEPS = 10
-STRETCH = 2.0
+STRETCH, LEAST_STRETCH = 2.0, 1.2
+"""A stretched schedule that does not fit the budget is stretched less, but no less than this."""
 MAX_STRETCHES = 3
 
 
@@ -149,15 +150,16 @@ def remove_by_finetuning(
     The last checkpoint in ``folder`` is a model whose norms have constant stds. If the loss rises by more than
     ``MAX_JUMP`` nats after a removal and stays there for ``JUMP_STEPS`` steps or to the end, or it or a std is not
     finite, the run returns to its last checkpoint before that removal, and before those whose ramps were not over, and
-    stretches the waits for later ones by ``STRETCH``, at most ``MAX_STRETCHES`` times. ``removal.json`` records the
-    stretches, with which a stopped run resumes, and at the end, good or bad, all removals: step, part, layer. An order
-    by measurement is measured once, before the first norm goes, and kept in ``norm-costs.csv``.
+    stretches the waits for later ones by ``STRETCH``, or as far as the budget goes, at most ``MAX_STRETCHES`` times.
+    ``removal.json`` records the stretches, with which a stopped run resumes, and at the end, good or bad, all removals:
+    step, part, layer. An order by measurement is measured once, before the first norm goes, and kept in
+    ``norm-costs.csv``.
 
     Raises:
         RemovalDivergedError: the removal diverged too often.
         InputError: the schedule does not fit the model or the budget.
     """
-    stretches = _stretches(folder)
+    stretches, n_step = _stretches(folder), run.recipe.n_steps(run.data.sequence_length)
     while True:
         current = _resolved(schedule, stretches, folder, model)
         try:
@@ -177,10 +179,11 @@ def remove_by_finetuning(
                     f"the removal diverged {MAX_STRETCHES + 1} times, at last with {jump}; give more steps, a lower "
                     "learning rate, or another schedule"
                 ) from jump
-            step = _go_back(folder, max(0, jump.removal.step - current.ramp_steps))
-            stretches.append({"step": step, "jump": str(jump)})
+            step = _go_back(folder, max(0, jump.removal.step - current.ramp_steps), jump.removal.step)
+            factor = _stretch(current.last_step(model) - step, n_step - 2 - step)
+            stretches.append({"step": step, "factor": factor, "jump": str(jump)})
             _record(folder, stretches, schedule, model)
-            log.warning("diverged: %s; back to step %d, later waits are stretched by %g", jump, step, STRETCH)
+            log.warning("diverged: %s; back to step %d, later waits are stretched by %.3g", jump, step, factor)
         else:
             _record(folder, stretches, schedule, model)
             return result
@@ -247,12 +250,17 @@ def _train(
     return train(run, data, folder, callbacks=callbacks, intervene=intervene)
 
 
+def _stretch(needed: int, left: int) -> float:
+    """``STRETCH``, or as much as the budget allows: ``left`` steps for what takes ``needed``."""
+    return max(LEAST_STRETCH, min(STRETCH, left / max(needed, 1)))
+
+
 def _resolved(
     schedule: RemovalSchedule, stretches: Iterable[Mapping[str, Any]], folder: Path, model: NormfreeConfig
 ) -> RemovalSchedule:
     """``schedule`` as the removal in ``folder`` follows it: stretched, and in the order that it measured."""
     for each in stretches:
-        schedule = schedule.stretched(model, each["step"], STRETCH)
+        schedule = schedule.stretched(model, each["step"], each["factor"])
     path = folder / COSTS_FILE
     if schedule.order != "auto" or not path.exists():
         return schedule
@@ -275,10 +283,15 @@ def recorded_removals(folder: Path) -> list[Removal]:
     return [Removal(**each) for each in content["removals"]]
 
 
-def _go_back(folder: Path, step: int) -> int:
-    """Deletes the checkpoints after ``step``; returns the step that the run resumes from, 0 for its beginning."""
-    for checkpoint in folder.glob("checkpoint-*"):
-        if int(checkpoint.name.removeprefix("checkpoint-")) > step:
+def _go_back(folder: Path, wanted: int, latest: int) -> int:
+    """Deletes the checkpoints after ``wanted``, or, if that would leave none, after ``latest``.
+
+    Returns the step that the run resumes from, 0 for its beginning.
+    """
+    steps = [step_of(each) for each in checkpoints(folder)]
+    bound = wanted if any(step <= wanted for step in steps) else latest
+    for checkpoint in checkpoints(folder):
+        if step_of(checkpoint) > bound:
             shutil.rmtree(checkpoint)
     left = last_checkpoint(folder)
-    return int(left.name.removeprefix("checkpoint-")) if left is not None else 0
+    return step_of(left) if left is not None else 0

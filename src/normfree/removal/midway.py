@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -76,6 +77,18 @@ class Midway:
             norm.begin_step()
 
     @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Forward passes in training mode leave running and largest stds as they are."""
+        norms = [norm for _, norm in self.norms()]
+        try:
+            for norm in norms:
+                norm.is_aside = True
+            yield
+        finally:
+            for norm in norms:
+                norm.is_aside = False
+
+    @contextmanager
     def alone(self, removal: Removal) -> Iterator[float]:
         """Only this part divides by its constant, which is yielded; the mean of several."""
         readers = self._readers_of(removal)
@@ -87,6 +100,16 @@ class Midway:
         finally:
             for norm, place in readers:
                 norm.is_constant[place] = False
+
+    def unobserved_decoder(self) -> nn.Module:
+        """The decoder with its own modules, but the same weights, norms and configuration: no probe sees its passes."""
+        shared = [
+            *self.model.parameters(),
+            *self.model.buffers(),
+            self.model.config,
+            *(norm for _, norm in self.norms()),
+        ]
+        return deepcopy(self.model.model, {id(each): each for each in shared})
 
     def overflow(self) -> str | None:
         """The first norm, in the model's order, before which a std of this step was not finite; None if all were."""

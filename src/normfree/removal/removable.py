@@ -57,6 +57,7 @@ class SpecialTokens:
     All norms of a model share one instance, which sees the tokens before each forward pass.
 
     shares: how much of its own std a kind of token keeps: 1 before its stage, then down to 0.
+    length: tokens of the sequences that were seen last.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class SpecialTokens:
             "first_token": float(treatment == "separate"),
             "massive_tokens": float(treatment == "measured"),
         }
+        self.length = 0
         self._share: Tensor | None = None
 
     @property
@@ -83,6 +85,7 @@ class SpecialTokens:
 
     def see(self, input_ids: Tensor) -> None:
         """Marks the tokens of whole sequences, ``input_ids`` int64 [batch, T], that are special by what they are."""
+        self.length = input_ids.shape[1]
         share = torch.zeros(input_ids.shape, dtype=torch.float32, device=input_ids.device)
         for token in self.end_of_text or ():
             share[input_ids == token] = self.shares["end_of_text"]
@@ -105,7 +108,7 @@ class SpecialTokens:
 class RemovableNorm(nn.Module):
     """A LayerNorm or RMSNorm whose division can be made constant for one reader at a time.
 
-    In training it keeps a running mean of a statistic of its tokens' stds,
+    In training, unless ``is_aside``, it keeps a running mean of a statistic of its tokens' stds,
     ``std_r ← m · std_r + (1 - m) · statistic``, for each reader r that still divides by each token's own; the first
     batch sets it. For special tokens, whose statistic is the mean, see :class:`SpecialTokens`. A constant std does not
     change: it is no parameter. While λ = ``ramp[r]`` is less than 1, a constant reader divides by
@@ -145,6 +148,7 @@ class RemovableNorm(nn.Module):
         self.statistic = statistic
         self.is_constant = [False] * n_reader
         self.ramp = [1.0] * n_reader
+        self.is_aside = False
         self.keeps_own_std = False
         self.own_std: Tensor | None = None
         self.is_ordinary: Tensor | None = None
@@ -158,7 +162,7 @@ class RemovableNorm(nn.Module):
         centered = wide - wide.mean(dim=-1, keepdim=True) if self.is_centered else wide
         own_std = (self._mean_square(centered) + self.eps).sqrt()
         share = self.tokens.share(own_std)
-        if self.training and torch.is_grad_enabled():
+        if self.training and torch.is_grad_enabled() and not self.is_aside:
             self._update(own_std.detach(), share)
         if self.keeps_own_std:
             self.own_std, self.is_ordinary = own_std, self._ordinary(own_std, share)

@@ -83,6 +83,8 @@ class RemovalSchedule(BaseModel):
     std_loss_ramp_steps: over which its weight rises from 0.
     distillation_weight: share of KL(original ‖ model) in the loss, the rest is cross-entropy
         (:class:`~normfree.removal.distillation.Distilled`).
+    random_sequences: sequences of random tokens that each micro-batch adds to these losses: a corpus has few rare
+        tokens, and an outlier among them overflows in a network without norms.
     massive_steps: steps before the first stage, for the penalty on massive tokens.
     massive_weight: of this penalty, which stays to the end.
     recipe: the schedule's recipe; values that the user gives override it.
@@ -102,6 +104,7 @@ class RemovalSchedule(BaseModel):
     std_loss_norms: Literal["final", "all"] = "final"
     std_loss_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     std_loss_ramp_steps: int = Field(default=0, ge=0)
+    random_sequences: int = Field(default=0, ge=0)
     distillation_weight: float = Field(default=0.0, ge=0, le=1)
     massive_steps: int = Field(default=0, ge=0)
     massive_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)
@@ -223,28 +226,36 @@ def automatic_schedule(
 def pretrained_schedule(
     n_layer: int, n_step: int, parts: Sequence[Part] = PUBLISHED_PARTS, qk_norms: QKNorms = "keep"
 ) -> RemovalSchedule:
-    """A schedule for pretrained models, which have massive tokens: the one that went furthest on SmolLM2-135M.
+    """A schedule for pretrained models, which have massive tokens: the one that took all norms out of SmolLM2-135M.
 
-    The first ninth of the budget makes massive tokens unnecessary, then norms go at equal distances in the order of
-    their costs until two thirds of it, and soon after the std of tokens that are massive nevertheless.
+    The first twelfth of the budget makes massive tokens unnecessary. Then norms go in the order of their costs: the
+    cheap ones in a quarter of it; the costliest, a quarter of the norms or more, in nearly half, because a network
+    without norms is unstable at last: outliers grow from block to block. Soon after goes the std of tokens that are
+    massive nevertheless; a sixth of the budget is left to settle.
     """
-    n_norm = sum(n_layer if part in BLOCK_PARTS else 1 for part in parts)
-    gap = 5 / 9 * n_step / n_norm
-    stages = [Stage(part=part, after=gap, gap=gap if part in BLOCK_PARTS else 0) for part in parts]
-    stages[0] = stages[0].model_copy(update={"after": max(1.0, gap)})
+    counts = {part: n_layer if part in BLOCK_PARTS else 1 for part in parts}
+    slow: list[Part] = []  # any parts will do: what goes at their places is measured
+    while 4 * sum(counts[part] for part in slow) < sum(counts.values()):
+        slow.append(parts[len(parts) - 1 - len(slow)])
+    n_slow = sum(counts[part] for part in slow)
+    n_fast = sum(counts.values()) - n_slow
+    gaps = {part: 0.46 * n_step / n_slow if part in slow else 0.27 * n_step / n_fast for part in parts}
+    stages = [Stage(part=part, after=gap, gap=gap if part in BLOCK_PARTS else 0) for part, gap in gaps.items()]
+    stages[0] = stages[0].model_copy(update={"after": max(1.0, stages[0].after)})
     return RemovalSchedule(
         stages=(*stages, Stage(part="massive_tokens", after=n_step / 30)),
         order="auto",
         std_statistic="median",
-        ramp_steps=max(1, round(n_step / 36)),
+        ramp_steps=max(1, round(n_step / 60)),
         qk_norms=qk_norms,
         special_tokens="measured",
         special_factor=2.5,
         std_loss="log_ratio",
         std_loss_norms="all",
-        std_loss_weight=1.0,
-        std_loss_ramp_steps=max(1, round(n_step / 18)),
-        massive_steps=round(n_step / 9),
+        std_loss_weight=10.0,
+        std_loss_ramp_steps=max(1, round(n_step / 12)),
+        random_sequences=1,
+        massive_steps=round(n_step / 12),
         massive_weight=0.5,
         recipe=PRETRAINED_RECIPE,
     )

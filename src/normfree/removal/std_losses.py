@@ -27,6 +27,7 @@ class StdLosses(Objective):
     - massive loss: log(s / median)² of tokens that are more than ``special_factor`` times the median of their sequence;
       sum over a sequence's tokens, mean over sequences and all norms. The largest ratio, mean over sequences, is
       recorded. Norms of queries, keys and values are left out.
+    - With ``random_sequences`` both losses once more, ``random_``, on random tokens. What overflows there is left out.
 
     Raises:
         InputError: the std loss reads the final norm alone, and the model has none.
@@ -50,8 +51,30 @@ class StdLosses(Objective):
         self.all_norms = of_stream if schedule.massive_weight else []
         for norm in [*self.all_norms, *(self.norms if schedule.std_loss_weight else ())]:
             norm.keeps_own_std = True
+        self.unobserved = midway.unobserved_decoder() if schedule.random_sequences else None
 
     def terms(self, entropy: Tensor | None, lesson: Lesson | None) -> dict[str, Term]:
+        terms = self._terms()
+        if self.schedule.random_sequences:
+            self._see_random_tokens()
+            random = {name: self._terms()[name] for name in terms if name != LARGEST_RATIO}
+            # An overflow on tokens that no text has is no divergence, and teaches nothing.
+            terms |= {f"random_{name}": term for name, term in random.items() if term.value.isfinite()}
+        return terms
+
+    def _see_random_tokens(self) -> None:
+        """A forward pass over sequences of random tokens, the same in each run; constants do not move."""
+        assert self.unobserved is not None, "made for random sequences"
+        midway, device = self.midway, self.midway.model.device
+        draw = torch.Generator().manual_seed(midway.step)
+        shape = (self.schedule.random_sequences, midway.tokens.length)
+        ids = torch.randint(midway.model.config.vocab_size, shape, generator=draw).to(device)
+        with midway.aside():
+            midway.tokens.see(ids)
+            self.unobserved.to(device).train(midway.model.training)(input_ids=ids, use_cache=False)
+
+    def _terms(self) -> dict[str, Term]:
+        """Those of the tokens that were seen last."""
         schedule, terms = self.schedule, {}
         if schedule.std_loss_weight:
             ramp = schedule.std_loss_ramp_steps
