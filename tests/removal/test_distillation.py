@@ -17,7 +17,8 @@ from normfree import from_hf
 from normfree.data import PackedData, prepare_data
 from normfree.errors import InputError
 from normfree.removal import finetuning, remove
-from normfree.removal.finetuning import REMOVAL_FILE, remove_by_finetuning
+from normfree.removal.finetuning import remove_by_finetuning
+from normfree.removal.layout import REMOVAL_FILE
 from normfree.removal.midway import Midway
 from normfree.removal.schedule import RemovalSchedule, automatic_schedule, load_schedule
 from normfree.training import RunConfig, load_result

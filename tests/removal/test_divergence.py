@@ -18,12 +18,12 @@ from normfree.data import prepare_data
 from normfree.errors import InputError
 from normfree.removal import finetuning, remove
 from normfree.removal.finetuning import (
-    REMOVAL_FILE,
     DivergedError,
     RemovalDivergedError,
     RemoveNorms,
     remove_by_finetuning,
 )
+from normfree.removal.layout import REMOVAL_FILE
 from normfree.removal.midway import Midway
 from normfree.removal.schedule import (
     Removal,

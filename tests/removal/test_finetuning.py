@@ -19,10 +19,10 @@ from normfree.data import prepare_data
 from normfree.errors import InputError
 from normfree.removal import removal, remove
 from normfree.removal.finetuning import (
-    REMOVAL_FILE,
     check_fit,
     remove_by_finetuning,
 )
+from normfree.removal.layout import REMOVAL_FILE
 from normfree.removal.midway import Midway
 from normfree.removal.parts import QKNorms, parts_to_remove
 from normfree.removal.schedule import (

@@ -136,16 +136,16 @@ def test_files(tmp_path: Path) -> None:
         load_schedule("gpt2-smal")
 
 
-def test_the_schedule_of_pretrained_models_is_slow_at_the_end() -> None:
+def test_the_schedule_of_pretrained_models_is_slow_with_what_costs_most() -> None:
     parts: tuple[Part, ...] = ("ffn", "attention_qk", "attention_v", "final")
     schedule = pretrained_schedule(30, 700, parts)
     config = NormfreeConfig(n_layer=30, n_head=1, n_embd=8, eos_token_id=None)
     steps = [each.step for each in schedule.removals(config)]
     assert len(steps) == 92
-    assert 58 <= steps[0] <= 62
+    assert 58 <= steps[0] <= 70
     gaps = np.diff(steps[:-1])
-    assert set(gaps[:59]) == {3, 4}
-    assert min(gaps[60:]) >= 10
+    assert min(gaps[:29]) >= 7
+    assert max(gaps[30:]) <= 5
     assert 0.8 * 700 < schedule.last_step(config) < 0.87 * 700
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -81,3 +82,22 @@ def test_a_collection_is_kept_with_its_studies(
     run_study("table-2", path, out=folder, cache_dir=tmp_path / "cache", progress=False)
     assert keep_tables(folder, kept) == 4
     assert load_study(kept).table.equals(load_study(folder).table)
+
+
+def test_of_removals_what_the_report_reads_is_kept(
+    preset_content: dict[str, Any], normfree: Command, tmp_path: Path, blank_figures: None
+) -> None:
+    recipe = {**preset_content["recipe"], "steps": 12, "eval_steps": 12, "save_steps": 12}
+    path = tmp_path / "tiny.yaml"
+    removal = {"budget_shares": [1.0], "learning_rates": [1e-3]}
+    path.write_text(yaml.safe_dump({**preset_content, "recipe": recipe, "removal": removal}))
+    code, _, err = normfree("study", "norm-removal", "--preset", path, "--out", "study", "--only", "GPT-2 style")
+    assert code == 0, err
+    kept = tmp_path / "kept"
+    assert keep_tables(tmp_path / "study", kept) == 1
+    nested = {each.name for each in kept.rglob("removals/**/*") if each.is_file()}
+    assert nested == {"removal.csv", "schedule.yaml", "metrics.parquet", "removal.json"}
+    assert normfree("report", "kept")[0] == 0
+    assert (kept / "report.html").read_bytes() == (tmp_path / "study" / "report.html").read_bytes()
+    texts = [each.read_text() for kind in ("*.yaml", "*.csv", "*.json") for each in kept.rglob(kind)]
+    assert not [text for text in texts if str(tmp_path / "study") in text], "where it was trained is no part of it"

@@ -28,7 +28,7 @@ Schedule = Annotated[
 Order = Annotated[
     Literal["auto", "published"] | None,
     typer.Option(
-        help="Remove norms by measured cost, the cheapest first, or as the schedule says; default: as it says."
+        help="Remove norms by measured cost, the costliest first, or as the schedule says; default: as it says."
     ),
 ]
 QKNorms = Annotated[

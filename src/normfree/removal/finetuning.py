@@ -18,7 +18,7 @@ from normfree.errors import InputError
 from normfree.files import write_text
 from normfree.modeling import NormfreeConfig, NormfreeForCausalLM
 from normfree.removal.distillation import Distilled
-from normfree.removal.layout import COSTS_FILE
+from normfree.removal.layout import COSTS_FILE, REMOVAL_FILE
 from normfree.removal.midway import Midway
 from normfree.removal.order import measured_order, norm_costs
 from normfree.removal.schedule import Removal, RemovalSchedule, part_name
@@ -29,7 +29,6 @@ from normfree.training.run_folder import checkpoints, last_checkpoint, step_of
 
 log = logging.getLogger(__name__)
 
-REMOVAL_FILE = "removal.json"
 MAX_JUMP = 1.0
 """A removal has diverged if the loss stays more than this many nats above the loss before the first removal ..."""
 JUMP_STEPS = 5

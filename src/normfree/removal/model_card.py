@@ -16,11 +16,11 @@ from normfree.columns import EVAL_LOSS, EVAL_PPL
 from normfree.data.hub import CODEPARROT
 from normfree.files import exists, write_text
 from normfree.modeling.gguf import is_gguf, open_gguf
-from normfree.removal.finetuning import REMOVAL_FILE
 from normfree.removal.layout import (
     NORM_FREE,
     NORM_FREE_FOLDER,
     ORIGINAL,
+    REMOVAL_FILE,
     REMOVAL_FOLDER,
     SCHEDULE_FILE,
     STOCK_FOLDER,

@@ -1,4 +1,8 @@
-"""The order of removals by measurement: the norm first whose constant std costs least alone."""
+"""The order of removals by measurement: the norm first whose constant std costs most alone.
+
+What is hardest to do without goes while the other norms still hold the stream together, and has the longest time to be
+learned.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +36,7 @@ def norm_costs(
     own, and the losses are those of ``TOKENS`` tokens of ``data``, evenly spread. The model is left as it was.
 
     Returns:
-        part, layer (None outside of blocks), std, loss_increase (nats); in ascending order of the increase, NaN last.
+        part, layer (None outside of blocks), std, loss_increase (nats); in descending order of the increase, NaN first.
     """
     model = midway.model
     n = min(len(data), max(1, TOKENS // data.sequence_length))
@@ -54,7 +58,7 @@ def norm_costs(
             rows.append({"part": removal.part, "layer": removal.layer, "std": std, "loss_increase": loss() - base})
     model.train(was_training)
     costs = pd.DataFrame(rows).astype({"layer": "Int64"})
-    return costs.sort_values("loss_increase", kind="stable", na_position="last", ignore_index=True)
+    return costs.sort_values("loss_increase", ascending=False, kind="stable", na_position="first", ignore_index=True)
 
 
 def measured_order(costs: pd.DataFrame) -> list[tuple[Part, int | None]]:

@@ -69,7 +69,7 @@ class RemovalSchedule(BaseModel):
     """A schedule of "Transformers Don't Need LayerNorm at Inference Time", Section 3, and what pretrained models need.
 
     stages: in order; the first begins after ``massive_steps``.
-    order: ``published`` removes as ``stages`` say; ``auto`` removes norms at the same steps, but in ascending order of
+    order: ``published`` removes as ``stages`` say; ``auto`` removes norms at the same steps, but in descending order of
         what each costs alone when the first one is about to go (:mod:`normfree.removal.order`).
     std_statistic: of the tokens' stds, the constant: their mean, median, or a quantile, from 0 to 1.
     std_momentum: of the running mean of this statistic, updated every micro-batch; 0 keeps the last one's.
@@ -229,17 +229,16 @@ def pretrained_schedule(
     """A schedule for pretrained models, which have massive tokens: the one that took all norms out of SmolLM2-135M.
 
     The first twelfth of the budget makes massive tokens unnecessary. Then norms go in the order of their costs: the
-    cheap ones in a quarter of it; the costliest, a quarter of the norms or more, in nearly half, because a network
-    without norms is unstable at last: outliers grow from block to block. Soon after goes the std of tokens that are
-    massive nevertheless; a sixth of the budget is left to settle.
+    costliest, a quarter of the norms or more, in a third of it, the others in two fifths. Soon after goes the std of
+    tokens that are massive nevertheless; a sixth of the budget is left to settle.
     """
     counts = {part: n_layer if part in BLOCK_PARTS else 1 for part in parts}
     slow: list[Part] = []  # any parts will do: what goes at their places is measured
     while 4 * sum(counts[part] for part in slow) < sum(counts.values()):
-        slow.append(parts[len(parts) - 1 - len(slow)])
+        slow.append(parts[len(slow)])
     n_slow = sum(counts[part] for part in slow)
     n_fast = sum(counts.values()) - n_slow
-    gaps = {part: 0.46 * n_step / n_slow if part in slow else 0.27 * n_step / n_fast for part in parts}
+    gaps = {part: 0.33 * n_step / n_slow if part in slow else 0.4 * n_step / n_fast for part in parts}
     stages = [Stage(part=part, after=gap, gap=gap if part in BLOCK_PARTS else 0) for part, gap in gaps.items()]
     stages[0] = stages[0].model_copy(update={"after": max(1.0, stages[0].after)})
     return RemovalSchedule(

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from normfree.errors import InputError
 from normfree.files import folder_written_whole, write_text
+from normfree.removal.layout import REMOVAL_FILE
 from normfree.runner.opening import OpenCollection, open_folder
 from normfree.runner.study_folder import COLLECTION_FILE, GROUPS, STUDY_FILE, StudyFolder
-from normfree.training.run_folder import RESULTS_FILE
+from normfree.training.records import METRICS_FILE
+from normfree.training.run_folder import CONFIG_FILE, RESULTS_FILE
 
-KEPT = ("*.csv", "*.parquet", "*.yaml", "removal.json")
+KEPT = ("*.csv", "*.parquet", "*.yaml")
 """Files of a run that reports read: tables, telemetry, options. Weights and the state of training are left out."""
+KEPT_OF_OTHERS = (METRICS_FILE, REMOVAL_FILE)
+"""Of runs in its folder, such as those of a removal, whose own tables are beside them."""
 
 
 def keep_tables(folder: Path, to: Path, study: str | Path | None = None) -> int:
@@ -53,15 +58,21 @@ def _keep_study(study: StudyFolder, to: Path) -> int:
     new = [run for run in finished if not (to / run.relative_to(study.path)).exists()]
     for run in new:
         with folder_written_whole(to / run.relative_to(study.path)) as temporary:
-            shutil.copytree(run, temporary, dirs_exist_ok=True, ignore=_ignored)
+            shutil.copytree(run, temporary, dirs_exist_ok=True, ignore=_ignored_in(run))
     return len(new)
 
 
-def _ignored(folder: str, names: list[str]) -> set[str]:
-    """Checkpoints, exported models, and files of a run that no report reads."""
-    places = [Path(folder) / name for name in names]
-    return {
-        each.name
-        for each in places
-        if each.name.startswith("checkpoint-") or (each.is_file() and not any(each.match(kind) for kind in KEPT))
-    }
+def _ignored_in(run: Path) -> Callable[[str, list[str]], set[str]]:
+    """Checkpoints, exported models, and files that no report reads, for ``shutil.copytree``."""
+
+    def ignored(folder: str, names: list[str]) -> set[str]:
+        is_other = CONFIG_FILE in names and Path(folder) != run
+        kinds = KEPT_OF_OTHERS if is_other else KEPT
+        return {
+            name
+            for name in names
+            if name.startswith("checkpoint-")
+            or ((Path(folder) / name).is_file() and not any(Path(name).match(kind) for kind in kinds))
+        }
+
+    return ignored

@@ -32,13 +32,13 @@ RATE_TO_ZERO = {"final_learning_rate_ratio": 0.0}
 """The default ends at half its rate, and its noise is part of the loss that is measured."""
 WAYS = (
     DEFAULT,
-    Way("order by cost", {"order": "auto"}),
+    Way("costliest first", {"order": "auto"}),
     Way("ramp", ramp_share=0.05),
     Way("median std", {"std_statistic": "median"}),
     Way("log-ratio loss", LOG_RATIO),
     Way("distillation", {"distillation_weight": 1.0}),
     Way("rate to zero", recipe=RATE_TO_ZERO, control=True),
-    Way("combined", {"std_statistic": "median", **LOG_RATIO, "distillation_weight": 1.0}, ramp_share=0.05),
+    Way("distillation, costliest first", {"distillation_weight": 1.0, "order": "auto"}),
 )
 NAMES = {NORM_FREE: "default"}
 """Of ways, where another name is shown."""

@@ -12,8 +12,7 @@ import pandas as pd
 from normfree.columns import LOSS_NATS, TRAIN_LOSS
 from normfree.files import write_text
 from normfree.modeling import NormfreeConfig
-from normfree.removal.finetuning import REMOVAL_FILE
-from normfree.removal.layout import NORM_FREE, REMOVAL_FOLDER, VANILLA
+from normfree.removal.layout import NORM_FREE, REMOVAL_FILE, REMOVAL_FOLDER, VANILLA
 from normfree.report import Callout, Element, Link, Section, Table, load_published
 from normfree.report.numbers import plus_minus
 from normfree.runner import Configuration, Findings, Preset, RemovalOptions, Study, StudyPage
