@@ -226,7 +226,7 @@ def automatic_schedule(
 def pretrained_schedule(
     n_layer: int, n_step: int, parts: Sequence[Part] = PUBLISHED_PARTS, qk_norms: QKNorms = "keep"
 ) -> RemovalSchedule:
-    """A schedule for pretrained models, which have massive tokens: the one that took all norms out of SmolLM2-135M.
+    """A schedule for pretrained models, which have massive tokens: what went furthest on SmolLM2-135M.
 
     The first twelfth of the budget makes massive tokens unnecessary. Then norms go in the order of their costs: the
     costliest, a quarter of the norms or more, in a third of it, the others in two fifths. Soon after goes the std of
