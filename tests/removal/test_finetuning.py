@@ -157,7 +157,7 @@ def test_ramps_and_measured_tokens_resume_to_the_same_weights(
     run = run_from(str(gpt2), corpus, save_steps=1)
     data = prepare_data(run.data, tmp_path / "cache")
     config = from_hf(GPT2LMHeadModel.from_pretrained(gpt2)).config
-    options = {"ramp_steps": 3, "special_factor": 1.1, "massive_steps": 3, "std_loss_ramp_steps": 8}
+    options = {"ramp_steps": 3, "special_factor": 1.1, "massive_steps": 1, "std_loss_ramp_steps": 8}
     schedule = pretrained_schedule(3, STEPS).model_copy(update=options)
     assert [schedule.removals(config)[-1].step, schedule.last_step(config)] == [13, 15]
     remove_by_finetuning(run, data, tmp_path / "whole", schedule, config)
