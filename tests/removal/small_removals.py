@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from normfree.removal import finetuning
-from normfree.training import Callback, RunConfig, RunState
+from normfree.training import RunConfig
 
 from .models import stock
 
@@ -19,8 +19,12 @@ T, STEPS = 24, 16
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    words = np.random.default_rng(0).choice(["def", "return", "x", "y", "+", "for", "in", "range"], (400, 40))
+    return write_words(tmp_path_factory.mktemp("corpus"), 400)
+
+
+def write_words(folder: Path, n: int) -> Path:
+    """Writes ``n`` documents of forty words, of eight."""
+    words = np.random.default_rng(0).choice(["def", "return", "x", "y", "+", "for", "in", "range"], (n, 40))
     for number, row in enumerate(words):
         (folder / f"{number}.py").write_text(" ".join(row) + "\n")
     return folder
@@ -59,12 +63,3 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return finetuning.constant_std_model(folder).state_dict()
-
-
-class StopAt(Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def end_step(self, run: RunState) -> None:
-        if run.step == self.step:
-            raise KeyboardInterrupt

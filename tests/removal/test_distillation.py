@@ -23,11 +23,12 @@ from normfree.removal.midway import Midway
 from normfree.removal.schedule import RemovalSchedule, automatic_schedule, load_schedule
 from normfree.training import RunConfig, load_result
 from normfree.training.lora import LoraOptions
+from tests.stop_at import StopAt
 
 from ..training.objectives.test_entropy_regularization import metric
 from ..training.test_telemetry import BatchLog
 from .models import STOCK
-from .small_removals import STEPS, StopAt, corpus, run_from, weights
+from .small_removals import STEPS, corpus, run_from, weights
 
 __all__ = ["corpus"]
 Command = Callable[..., tuple[int, str, str]]

@@ -32,10 +32,11 @@ from normfree.removal.schedule import (
 )
 from normfree.removal.std_losses import StdLosses
 from normfree.training.lora import LoraOptions
+from tests.stop_at import StopAt
 
 from ..modeling.test_no_norm_op import NORMALIZING, ops_of
 from .models import STOCK, scheduled, stock, tokens
-from .small_removals import STEPS, StopAt, T, corpus, gpt2, run_from, weights
+from .small_removals import STEPS, T, corpus, gpt2, run_from, weights
 
 __all__ = ["corpus", "gpt2"]
 

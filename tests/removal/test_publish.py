@@ -29,6 +29,7 @@ from normfree.training import RunConfig
 
 from .hub import TOKEN, Hub, Repository, stand_in
 from .models import stock
+from .small_removals import write_words
 
 Command = Callable[..., tuple[int, str, str]]
 T = 24
@@ -37,11 +38,7 @@ HEADER = "---\nlicense: other\nlicense_name: test-license\nlicense_link: https:/
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("private-texts")
-    words = np.random.default_rng(0).choice(["def", "return", "x", "y", "+", "for", "in", "range"], (200, 40))
-    for number, row in enumerate(words):
-        (folder / f"{number}.py").write_text(" ".join(row) + "\n")
-    return folder
+    return write_words(tmp_path_factory.mktemp("private-texts"), 200)
 
 
 @pytest.fixture(scope="module")

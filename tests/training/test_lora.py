@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from normfree import NormfreeConfig, NormfreeForCausalLM
 from normfree.data import PackedData
 from normfree.errors import InputError
-from normfree.training import Callback, RunConfig, RunResult, RunState, load_pretrained, train
+from normfree.training import RunConfig, RunResult, load_pretrained, train
 from normfree.training.lora import ADAPTERS_FILE, Adapters, LoraOptions
 from normfree.training.run_folder import last_checkpoint
+from tests.stop_at import StopAt
 
 pytest.importorskip("peft")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -112,15 +113,6 @@ def run(plain_run: RunResult, tiny_run: Callable[..., RunConfig]) -> RunConfig:
     return tiny_run().model_copy(
         update={"model": {}, "start_from": str(plain_run.folder), "lora": LoraOptions(rank=2), "configuration": "lora"}
     )
-
-
-class StopAt(Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def end_step(self, run: RunState) -> None:
-        if run.step == self.step:
-            raise KeyboardInterrupt
 
 
 def test_a_run_leaves_plain_models_and_goes_on_identically(run: RunConfig, data: PackedData, tmp_path: Path) -> None:

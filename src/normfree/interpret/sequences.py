@@ -119,8 +119,7 @@ class ComparedModels:
         """Another model of the comparison.
 
         Raises:
-            InputError: it cannot be loaded, its vocabulary is not that of the first, or it has fewer positions than a
-                sequence has tokens.
+            InputError: it cannot be loaded, has another vocabulary than the first, or is too short for the sequences.
         """
         loaded = load_pretrained(source, device=self.device, dtype=self.dtype)
         check_same_tokens(self.loaded.checkpoint, loaded.checkpoint)

@@ -23,7 +23,7 @@ from normfree.training.records import METRICS_FILE
 
 GONE = "parts_removed"
 _NAMES = {TRAIN_LOSS: TRAIN_LOSS, CROSS_ENTROPY: TRAIN_LOSS, EVAL_LOSS: EVAL_LOSS, LARGEST_RATIO: LARGEST_RATIO}
-_COLOURS = {VANILLA: "#0072B2", NORM_FREE: "#D55E00"}
+VARIANT_COLOURS = {VANILLA: "#0072B2", NORM_FREE: "#D55E00"}
 
 
 def write_curve(folder: Path) -> None:
@@ -71,7 +71,7 @@ def loss_and_norms_gone(curve: pd.DataFrame, original: float) -> Figure:
     """
     figure = Figure(figsize=(1.35 * ONE_COLUMN, 3.4), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(1.5, 1))
-    for variant, colour in _COLOURS.items():
+    for variant, colour in VARIANT_COLOURS.items():
         evaluated = curve[(curve["variant"] == variant) & curve[EVAL_LOSS].notna()]
         if len(evaluated):
             above.plot(evaluated["tokens"], evaluated[EVAL_LOSS], "-o", markersize=2.4, color=colour, label=variant)

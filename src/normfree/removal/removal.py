@@ -13,7 +13,7 @@ import yaml
 from transformers import PreTrainedModel
 
 from normfree.columns import EVAL_LOSS, EVAL_PPL
-from normfree.data import PackedData, PackedSequences
+from normfree.data import PackedData
 from normfree.errors import InputError
 from normfree.files import folder_written_whole, write_text
 from normfree.modeling import NormfreeForCausalLM
@@ -39,7 +39,7 @@ from normfree.removal.parts import check_removable, parts_to_remove
 from normfree.removal.schedule import RemovalSchedule, automatic_schedule, load_schedule
 from normfree.removal.stock import check_predictions, to_stock
 from normfree.training import Callback, RunConfig, load_pretrained, train
-from normfree.training.evaluation import evaluation_losses, mean_loss, perplexity
+from normfree.training.evaluation import loss_on, perplexity
 from normfree.training.loop import check_data
 from normfree.training.pretrained import starting_model
 
@@ -105,12 +105,12 @@ def remove(
     check_fit(run, schedule, config)
     _claim(folder, schedule)
     tokens = run.recipe.n_tokens(T)
-    losses = {ORIGINAL: _loss(original, data.eval)}
+    losses = {ORIGINAL: loss_on(original, data.eval)}
     del original  # each run loads it again
     if vanilla:
         control = run.model_copy(update={"configuration": VANILLA})
         train(control, data, folder / VANILLA, callbacks=callbacks(VANILLA, tokens))
-        losses[VANILLA] = _loss(load_pretrained(str(folder / VANILLA)).as_normfree(), data.eval)
+        losses[VANILLA] = loss_on(load_pretrained(str(folder / VANILLA)).as_normfree(), data.eval)
     removing = run.model_copy(update={"configuration": NORM_FREE})
     place, following = folder / REMOVAL_FOLDER, callbacks(NORM_FREE, tokens)
     try:
@@ -122,11 +122,6 @@ def remove(
     table = _write_table(losses, tokens, folder)
     write_cards(folder)
     return RemovalResult(table, folder / NORM_FREE_FOLDER, stock)
-
-
-def _loss(model: NormfreeForCausalLM, blocks: PackedSequences) -> float:
-    tokens, labels = blocks.whole()
-    return mean_loss(evaluation_losses(model.eval(), tokens, labels=labels), blocks.n_predicted())
 
 
 def _claim(folder: Path, schedule: RemovalSchedule) -> None:
@@ -165,7 +160,7 @@ def _export_both(data: PackedData, folder: Path) -> tuple[float, Path | None]:
     constant = constant_std_model(folder / REMOVAL_FOLDER)
     norm_free = remove_norms(constant)
     _export(norm_free, data, folder / NORM_FREE_FOLDER)
-    return _loss(norm_free, data.eval), _export_stock(constant, data, folder / STOCK_FOLDER)
+    return loss_on(norm_free, data.eval), _export_stock(constant, data, folder / STOCK_FOLDER)
 
 
 def _export_stock(model: NormfreeForCausalLM, data: PackedData, folder: Path) -> Path | None:

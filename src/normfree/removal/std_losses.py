@@ -57,7 +57,8 @@ class StdLosses(Objective):
         terms = self._terms()
         if self.schedule.random_sequences:
             self._see_random_tokens()
-            random = {name: self._terms()[name] for name in terms if name != LARGEST_RATIO}
+            random = self._terms()
+            random.pop(LARGEST_RATIO, None)
             # An overflow on tokens that no text has is no divergence, and teaches nothing.
             terms |= {f"random_{name}": term for name, term in random.items() if term.value.isfinite()}
         return terms

@@ -29,7 +29,7 @@ from normfree.studies import curse_of_depth
 from normfree.studies.curse_of_depth import LNS, PRE_LN, configurations
 from normfree.studies.relu_revival import scale_limits
 from normfree.training import RunResult, StudyProgress, load_pretrained, load_run_config, train
-from normfree.training.evaluation import evaluation_losses, mean_loss
+from normfree.training.evaluation import loss_on
 from normfree.training.finetuning import finetuning_run
 from normfree.training.run_folder import CONFIG_FILE
 
@@ -71,8 +71,7 @@ def measure(result: RunResult, data: PackedData, console: Console) -> None:
     changes = {"data.corpus": f"pairs:{pairs}", "recipe.steps": steps, "recipe.eval_steps": steps}
     seed = int(result.row["seed"])
     run, prompts = finetuning_run(loaded, pairs.parent / TOKENS_FOLDER, changes=changes, epochs=1, seed=seed)
-    tokens, labels = prompts.eval.whole()
-    before = mean_loss(evaluation_losses(loaded.model.eval(), tokens, labels=labels), prompts.eval.n_predicted())
+    before = loss_on(loaded.model, prompts.eval)
     n_token = run.recipe.n_tokens(run.data.sequence_length)
     name = f"{result.row['configuration']} seed {seed}: fine-tuning"
     with StudyProgress(n_token, name) as progress:

@@ -32,7 +32,7 @@ from normfree.runner import Findings, Measurement, Study, StudyPage, measured_fr
 from normfree.studies.hybrid_activations import layer_entropy_by_configuration
 from normfree.studies.relu_revival import GELU, LAYERNORM_GELU, PAPER, RELU, scale_limits
 from normfree.training import Recipe, RunResult, StudyProgress, load_pretrained, load_run_config, train
-from normfree.training.evaluation import evaluation_losses, mean_loss
+from normfree.training.evaluation import loss_on
 from normfree.training.half_precision import autocast
 from normfree.training.run_folder import CONFIG_FILE
 
@@ -176,7 +176,8 @@ def measure(result: RunResult, data: PackedData, console: Console) -> None:
     with StudyProgress(len(INTERVENTIONS) * n_token, f"{label} seed {result.row['seed']}: interventions") as progress:
         for each in INTERVENTIONS:
             changed = each.change(trained)
-            before = _loss(changed, data, recipe)
+            with autocast(recipe.precision, changed.device):
+                before = loss_on(changed, data.eval)
             folder = place / slug(each.label)
             start = folder / "start"
             changed.save_pretrained(start)
@@ -193,7 +194,7 @@ def measure(result: RunResult, data: PackedData, console: Console) -> None:
 
 
 def _recipe(recipe: Recipe, trained_steps: int) -> Recipe:
-    """That of the fine-tuning."""
+    """The recipe of the fine-tuning, from that of the training."""
     steps = max(1, round(STEPS_SHARE * trained_steps))
     changes: dict[str, object] = {
         "steps": steps,
@@ -204,12 +205,6 @@ def _recipe(recipe: Recipe, trained_steps: int) -> Recipe:
     }
     changes |= {"learning_rate": RATE_SHARE * recipe.learning_rate, "learning_rate_decay": "cosine"}
     return Recipe.model_validate({**recipe.model_dump(), **changes})
-
-
-def _loss(model: NormfreeForCausalLM, data: PackedData, recipe: Recipe) -> float:
-    tokens, labels = data.eval.whole()
-    with autocast(recipe.precision, model.device):
-        return mean_loss(evaluation_losses(model.eval(), tokens, labels=labels), data.eval.n_predicted())
 
 
 def describe(page: StudyPage) -> Findings:
@@ -245,7 +240,8 @@ def describe(page: StudyPage) -> Findings:
 
 
 _CAPTION = (
-    "Evaluation loss in nats per token: right after the change, and after fine-tuning less that of the control. Stuck: "
+    "Evaluation loss in nats per token right after the change, and how far it is above the control's after "
+    "fine-tuning. Stuck: "
     f"heads above {100 * STUCK:.0f} % of the entropy of uniform attention. ± 95 % t-interval over seeds."
 )
 _LIMITS = (

@@ -95,6 +95,12 @@ def shared_losses(
     return accelerator.reduce(losses, reduction="sum").double().cpu().numpy()
 
 
+def loss_on(model: PreTrainedModel, data: PackedSequences) -> float:
+    """The mean loss of all predicted tokens of ``data`` in nats, in evaluation mode, in which the model is left."""
+    tokens, labels = data.whole()
+    return mean_loss(evaluation_losses(model.eval(), tokens, labels=labels), data.n_predicted())
+
+
 def mean_loss(losses: NDArray[np.float64], n_predicted: NDArray[np.int64]) -> float:
     """The mean over the predicted tokens of all sequences, from each sequence's mean loss and their number, [n]."""
     is_measured = n_predicted > 0

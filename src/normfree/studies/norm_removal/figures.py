@@ -11,16 +11,17 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatt
 
 from normfree.columns import LOSS_NATS
 from normfree.errors import InputError
+from normfree.removal.curve import VARIANT_COLOURS
+from normfree.removal.layout import NORM_FREE, VANILLA
 from normfree.report.frames import check_frame, in_order
 from normfree.report.primitives import panel_grid, title_panel
 from normfree.report.style import DASHED, INK, QUIET, TWO_COLUMN, Style, depth_colours, paper_style
-from normfree.studies.norm_removal.tables import NORM_FREE, VANILLA, PowerLaw
+from normfree.studies.norm_removal.tables import PowerLaw
 
 CURVES = ("configuration", "variant", "step", LOSS_NATS)
 REMOVED = ("configuration", "step", "part", "layer")
 EXCESS = ("size", "parameters", "seed", "finetuning_tokens", "excess_nats")
 REACHED = ("size", "parameters", "seed", "tokens", "bound")
-_VARIANT_COLOURS = {VANILLA: "#0072B2", NORM_FREE: "#D55E00"}
 _PARTS = {
     "ffn": "before the FFN",
     "attention_qk": "before Q and K",
@@ -66,7 +67,7 @@ def removal_loss_curves(curves: pd.DataFrame, removed: pd.DataFrame) -> Figure:
         window = max(1, len(losses) // _SMOOTHED_STEPS)
         shown = [variant for variant in (VANILLA, NORM_FREE) if variant in losses]
         for variant in shown:
-            _line(above, losses[variant], window, _VARIANT_COLOURS[variant])
+            _line(above, losses[variant], window, VARIANT_COLOURS[variant])
         if len(shown) == 2:
             below.axhline(0, **{**DASHED, "color": QUIET})
             _line(below, losses[NORM_FREE] - losses[VANILLA], window, INK)
@@ -78,7 +79,7 @@ def removal_loss_curves(curves: pd.DataFrame, removed: pd.DataFrame) -> Figure:
     grid[1, 0].set_ylabel("training loss (nats)")
     grid[2, 0].set_ylabel("norm-free less\nvanilla (nats)")
     named = {_PARTS[part]: colour for part, colour in _PART_COLOURS.items() if part in set(removed["part"])}
-    keys = {name: Line2D([], [], color=colour) for name, colour in {**_VARIANT_COLOURS, **named}.items()}
+    keys = {name: Line2D([], [], color=colour) for name, colour in {**VARIANT_COLOURS, **named}.items()}
     figure.legend(list(keys.values()), list(keys), loc="outside lower center", ncols=4)
     return figure
 

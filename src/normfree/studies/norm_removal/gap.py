@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from normfree.columns import EVAL_LOSS
 from normfree.files import write_text
+from normfree.removal.layout import NORM_FREE, ORIGINAL
 from normfree.report import Element, Section, Table
 from normfree.report.frames import check_frame, in_order
 from normfree.report.intervals import mean_confidence_interval
@@ -21,7 +22,7 @@ from normfree.report.style import DASHED, INK, QUIET, paper_style
 from normfree.runner import Findings, Study, StudyPage
 from normfree.studies.norm_removal.removing import DEFAULT, Way, measurement, options, removals_frame
 from normfree.studies.norm_removal.study import GPT_2, PAPERS, REMOVALS_FILE, configurations, trained_on
-from normfree.studies.norm_removal.tables import NORM_FREE, ORIGINAL, at_best_rates
+from normfree.studies.norm_removal.tables import at_best_rates
 
 GOAL = 0.02
 """Nats above the control."""

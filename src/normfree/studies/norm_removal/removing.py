@@ -15,13 +15,13 @@ from normfree.columns import EVAL_LOSS
 from normfree.data import PackedData
 from normfree.errors import InputError
 from normfree.removal.finetuning import RemovalDivergedError
-from normfree.removal.layout import TABLE_FILE
+from normfree.removal.layout import NORM_FREE, ORIGINAL, TABLE_FILE, VANILLA
 from normfree.removal.parts import check_removable, parts_to_remove
 from normfree.removal.plan import Plan, plan
 from normfree.removal.removal import remove
 from normfree.removal.schedule import RemovalSchedule, automatic_schedule
 from normfree.runner import Configuration, Measurement, Preset, RemovalOptions, run_config, slug
-from normfree.studies.norm_removal.tables import NORM_FREE, ORIGINAL, REMOVALS, VANILLA
+from normfree.studies.norm_removal.tables import REMOVALS
 from normfree.training import Callback, RunResult, StudyProgress
 
 Configurations = Callable[[Preset], tuple[Configuration, ...]]

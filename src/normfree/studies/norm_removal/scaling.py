@@ -14,14 +14,13 @@ from normfree.columns import EVAL_LOSS
 from normfree.errors import InputError
 from normfree.files import write_text
 from normfree.modeling import NormfreeConfig, NormfreeForCausalLM
+from normfree.removal.layout import NORM_FREE, ORIGINAL
 from normfree.report import Element, Section, Table
 from normfree.runner import Configuration, Findings, Preset, Study, StudyPage, run_config
 from normfree.studies.norm_removal.figures import removal_scaling
 from normfree.studies.norm_removal.removing import Way, measurement, options, removals_frame
 from normfree.studies.norm_removal.study import GPT_2, PAPERS, REMOVALS_FILE, TABLE_NOTES, at_the_edge, trained_on
 from normfree.studies.norm_removal.tables import (
-    NORM_FREE,
-    ORIGINAL,
     PowerLaw,
     at_best_rates,
     formatted_removals,

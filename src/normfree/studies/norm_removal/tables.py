@@ -12,13 +12,13 @@ from scipy import stats
 
 from normfree.columns import EVAL_LOSS
 from normfree.errors import InputError
+from normfree.removal.layout import NORM_FREE, ORIGINAL, VANILLA
 from normfree.report.frames import check_frame, in_order
 from normfree.report.intervals import Estimate, mean_confidence_interval
 from normfree.report.numbers import number, plus_minus
 
 REMOVALS = ("configuration", "share", "learning_rate", "seed", "variant", "finetuning_tokens", EVAL_LOSS)
-VARIANTS = ("original", "vanilla", "norm-free")
-ORIGINAL, VANILLA, NORM_FREE = VARIANTS
+VARIANTS = (ORIGINAL, VANILLA, NORM_FREE)
 _BUDGET = ["configuration", "share"]
 
 
