@@ -148,10 +148,13 @@ STATISTICS = {"mean": np.mean, "median": np.median, 0.9: lambda stds: np.quantil
 @pytest.mark.parametrize("statistic", STATISTICS)
 @pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
 def test_measured_tokens_are_special_wherever_they_are(kind: str, statistic: Any) -> None:
-    """Two massive tokens at the beginning of a sequence, one within another, none in a third."""
+    """Two massive tokens at the beginning of a sequence, one within another, none in a third.
+
+    They are divided by their own stds, and from their stage on by a share of it, or the constant if that is more.
+    """
     tokens = SpecialTokens([2], "measured", factor=8.0)
     module = RemovableNorm(norm_of(kind), n_reader=2, momentum=0.5, tokens=tokens, statistic=statistic)
-    constant, massive = np.nan, np.nan
+    constant = np.nan
     for seed in range(3):
         x, ids = batch(seed)
         x[:, 0] /= 50
@@ -162,22 +165,23 @@ def test_measured_tokens_are_special_wherever_they_are(kind: str, statistic: Any
         s = stds(kind, x)
         is_massive = s > 8 * np.median(s, axis=1, keepdims=True)
         assert is_massive.nonzero()[0].tolist() == [0, 0, 1]
-        now, theirs = STATISTICS[statistic](s[~is_massive]), s[is_massive].mean()
+        now = STATISTICS[statistic](s[~is_massive])
         constant = now if seed == 0 else 0.5 * constant + 0.5 * now
-        massive = theirs if seed == 0 else 0.5 * massive + 0.5 * theirs
     np.testing.assert_allclose(module.std.numpy(), [constant] * 2, rtol=1e-5)
-    np.testing.assert_allclose(module.special_std.numpy(), [massive] * 2, rtol=1e-5)
+    assert module.special_std.isnan().all()
     for reader in (0, 1):
         module.make_constant(reader)
     centered = x - x.mean(-1, keepdim=True) if kind == "layernorm" else x
     bias = module.bias if module.bias is not None else 0.0
-    divisor = torch.from_numpy(np.where(is_massive, massive, constant))[..., None].float()
-    for reading in module(x):
-        torch.testing.assert_close(reading, centered / divisor * module.weight + bias)
-    tokens.shares["massive_tokens"] = 0.25
-    between = torch.from_numpy(np.where(is_massive, massive**0.25 * constant**0.75, constant))[..., None].float()
-    for reading in module(x):
-        torch.testing.assert_close(reading, centered / between * module.weight + bias)
+    relative = s[is_massive] / constant
+    for share in (1.0, 0.25, 2 / (relative.min() + relative.max())):
+        tokens.shares["massive_tokens"] = share
+        divisor = np.where(is_massive, np.maximum(constant, share * s), constant)
+        assert (divisor[is_massive] > constant).any()
+        for reading in module(x):
+            expected = centered / torch.from_numpy(divisor)[..., None].float() * module.weight + bias
+            torch.testing.assert_close(reading, expected)
+    assert (divisor[is_massive] == constant).any(), "the last share leaves the less massive ones to the constant"
     tokens.shares["massive_tokens"] = 0.0
     for reading in module(x):
         torch.testing.assert_close(reading, centered / float(constant) * module.weight + bias)

@@ -39,7 +39,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
         *(["relu", "relu"], ["relu", "gelu"], ["leaky_relu", "leaky_relu"]),
     ),
     "negative_slope": (0.01, 0.2),
-    "ffn": ("dense", "gated", "spark"),
+    "ffn": ("dense", "gated", "spark", "topk"),
     "mlp_bias": (True, False),
     "attention_bias": ("none", "qk", "qkv", "all"),
     "attention_scale": (0.2, 8**-0.5),

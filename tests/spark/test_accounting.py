@@ -94,10 +94,10 @@ def test_a_sparse_layer_by_hand() -> None:
     assert measured["attention values"].flops == 2 * 4 * 6 * 3
 
 
-@pytest.mark.parametrize("ffn", ["dense", "gated", "spark"])
+@pytest.mark.parametrize("ffn", ["dense", "gated", "spark", "topk"])
 def test_weights_read_are_the_model_s_own(ffn: str) -> None:
     """With every neuron active, a step reads every weight matrix once."""
-    active: dict[str, Any] = {"ffn_active": 1.0} if ffn == "spark" else {}
+    active: dict[str, Any] = {"ffn_active": 1.0} if ffn in ("spark", "topk") else {}
     config = NormfreeConfig(vocab_size=13, n_layer=2, n_head=2, n_embd=16, n_inner=24, ffn=ffn, **active)
     model = NormfreeForCausalLM(config)
     matrices = sum(
@@ -122,6 +122,8 @@ def test_natural_sparsity_saves_the_last_weight_only() -> None:
     assert dense["ffn out"] == 2 * 0.75 * 16 * 24
     gated = by_part(decode_cost(NormfreeConfig(**sizes, ffn="gated"), context_length=3, active_share=0.25))
     assert gated["ffn in"] == 2 * 2 * 1.25 * 16 * 24
+    topk = by_part(decode_cost(NormfreeConfig(**{**sizes, "ffn": "topk", "ffn_active": 0.25}), context_length=3))
+    assert (topk["ffn in"], topk["ffn out"]) == (2 * 2 * 16 * 24, 2 * 2 * 0.25 * 16 * 24)
 
 
 def test_the_published_reduction_for_gemma_2_2b() -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.special import erf, softmax
 from torch import nn
 
-from normfree import EntropyProbe, NormfreeConfig, NormfreeForCausalLM
+from normfree import EntropyProbe, NormfreeConfig, NormfreeForCausalLM, sparse_decode
 from normfree.errors import InputError
 from normfree.modeling.activations import ACTIVATIONS
 from normfree.modeling.feed_forward import FEED_FORWARDS
@@ -53,6 +53,29 @@ def test_the_feed_forward_network_is_that_of_the_equation(topk: str, bias: bool)
     neurons = gelu(numpy_topk.soft_threshold(scores, threshold)) * (nn_in[..., 12:] @ w["up_proj.weight"].T)
     expected = neurons @ w["down_proj.weight"].T + w.get("down_proj.bias", 0)
     np.testing.assert_allclose(layer(x).detach().numpy(), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("topk", ["statistical", "exact"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_without_a_predictor_the_whole_input_chooses(topk: str, bias: bool) -> None:
+    config = NormfreeConfig(**SIZES, ffn="topk", ffn_active=20, topk=topk, mlp_bias=bias)
+    layer = FEED_FORWARDS["topk"](config, 0).double()
+    x = torch.randn(2, 7, 32, dtype=torch.float64)
+    w = {name: each.detach().numpy() for name, each in layer.named_parameters()}
+    scores = x.numpy() @ w["up_proj.weight"].T + w.get("up_proj.bias", 0)
+    threshold = (
+        numpy_topk.statistical_threshold(scores, 20 / 128)
+        if topk == "statistical"
+        else numpy_topk.exact_threshold(scores, 20)
+    )
+    neurons = gelu(numpy_topk.soft_threshold(scores, threshold))
+    assert ((neurons != 0).sum(-1) == 20).all() or topk == "statistical"
+    expected = neurons @ w["down_proj.weight"].T + w.get("down_proj.bias", 0)
+    np.testing.assert_allclose(layer(x).detach().numpy(), expected, rtol=1e-10, atol=1e-12)
+    model = NormfreeForCausalLM(config)
+    assert model.num_parameters() == NormfreeForCausalLM(NormfreeConfig(**SIZES, mlp_bias=bias)).num_parameters()
+    with pytest.raises(InputError, match="one of them must be 'spark'"), sparse_decode(model):
+        pass
 
 
 def numpy_attention(q: Array, k: Array, v: Array, r: int, n_active: int, topk: str, first: int) -> Array:
@@ -308,7 +331,9 @@ def test_other_attention_implementations_are_refused() -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"ffn_active": 0.1}, "ffn_active means nothing for ffn 'dense'; leave it out, or use ffn: spark"),
+    ({"ffn_active": 0.1}, "ffn_active means nothing for ffn 'dense'; leave it out, or use ffn: spark or topk"),
+    ({"ffn": "topk", "ffn_predictor_dim": 4}, "ffn_predictor_dim means nothing for ffn 'topk'"),
+    ({"ffn": "topk", "activation": "leaky_relu"}, "activation leaky_relu means nothing with ffn 'topk'"),
     ({"ffn": "gated", "ffn_predictor_dim": 4}, "ffn_predictor_dim means nothing for ffn 'gated'"),
     ({"attention_active": 4}, "attention_active means nothing for attention 'softmax'"),
     ({"attention_predictor_dim": 4}, "attention_predictor_dim means nothing for attention 'softmax'"),

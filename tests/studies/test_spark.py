@@ -102,12 +102,13 @@ def test_the_curve_of_active_neurons(normfree: Command, preset_file: Path, tmp_p
 
 def test_predictors_of_every_size_have_as_many_weights() -> None:
     preset = load_preset("cpu")
-    dense, *sparse = (
+    dense, *sparse, without = (
         NormfreeForCausalLM(run_config(preset, each, 0).build_model_config(512))
         for each in PREDICTOR.configurations(preset)
     )
     assert [model.config.spark_sizes.ffn_predictor_dim for model in sparse] == [16, 32, 64, 96]
-    assert {model.num_parameters() for model in sparse} == {dense.num_parameters()}
+    assert {model.num_parameters() for model in (*sparse, without)} == {dense.num_parameters()}
+    assert (without.config.ffn, without.config.spark_sizes.ffn_active) == ("topk", round(0.08 * 512))
 
 
 @pytest.mark.usefixtures("blank_figures")
@@ -115,7 +116,9 @@ def test_the_curve_of_predictors(normfree: Command, preset_file: Path, tmp_path:
     code, _, err = normfree("study", "spark-predictor", "--preset", preset_file, "--out", "study", *SMALL)
     assert code == 0, err
     assert (tmp_path / "study" / "figures" / "perplexity-by-share.png").exists()
-    assert "predictor 12.5 %" in (tmp_path / "study" / "report.html").read_text()
+    report = (tmp_path / "study" / "report.html").read_text()
+    assert "predictor 12.5 %" in report
+    assert "no predictor" in report
 
 
 def test_networks_with_and_without_norms_are_of_one_size() -> None:

@@ -5,6 +5,7 @@ A new one is one ``nn.Module`` built from ``(options, layer)`` and one line in `
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -13,14 +14,14 @@ from normfree.errors import InputError
 from normfree.model_options import one_of, option
 from normfree.modeling.activations import LEAKY_ACTIVATIONS, ActivationOptions, build_activation
 from normfree.modeling.initialization import ResidualProjection
-from normfree.spark.sizes import SparkOptions
-from normfree.spark.sparse_feed_forward import SparkFeedForward
+from normfree.spark.sizes import TOPK_FFNS, SparkOptions
+from normfree.spark.sparse_feed_forward import SparkFeedForward, TopkFeedForward
 
 
 @dataclass(kw_only=True)
 class FeedForwardOptions(ActivationOptions, SparkOptions):
     """Feed-forward network
-    ``ffn``: ``dense | gated | spark``; ``mlp_bias``.
+    ``ffn``: ``dense | gated | spark | topk``; ``mlp_bias``.
     """
 
     ffn: str = option("dense", check=one_of(lambda: FEED_FORWARDS))
@@ -28,10 +29,10 @@ class FeedForwardOptions(ActivationOptions, SparkOptions):
 
     def check_together(self) -> None:
         leaky = sorted(set(self.activations) & set(LEAKY_ACTIVATIONS))
-        if self.ffn == "spark" and leaky:
+        if self.ffn in TOPK_FFNS and leaky:
             raise InputError(
-                f"activation {leaky[0]} means nothing with ffn 'spark': it differs from relu below zero only, where "
-                "top-k leaves nothing; use relu"
+                f"activation {leaky[0]} means nothing with ffn {self.ffn!r}: it differs from relu below zero only, "
+                "where top-k leaves nothing; use relu"
             )
 
 
@@ -66,12 +67,18 @@ def _down_proj(options: FeedForwardOptions) -> ResidualProjection:
     return ResidualProjection(options.n_inner, options.n_embd, bias=options.mlp_bias)
 
 
+def _choosing(
+    kind: type[SparkFeedForward] | type[TopkFeedForward], options: FeedForwardOptions, layer: int
+) -> nn.Module:
+    activation, down_proj = build_activation(options, layer), _down_proj(options)
+    return kind(options, bias=options.mlp_bias, activation=activation, down_proj=down_proj)
+
+
 FEED_FORWARDS: dict[str, Callable[[FeedForwardOptions, int], nn.Module]] = {
     "dense": DenseFeedForward,
     "gated": GatedFeedForward,
-    "spark": lambda options, layer: SparkFeedForward(
-        options, bias=options.mlp_bias, activation=build_activation(options, layer), down_proj=_down_proj(options)
-    ),
+    "spark": partial(_choosing, SparkFeedForward),
+    "topk": partial(_choosing, TopkFeedForward),
 }
 
 

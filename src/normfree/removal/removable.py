@@ -52,7 +52,10 @@ class SpecialTokens:
     - ``published``: end-of-text, for the values only; the std of the others averages over all tokens, as in the
       released models of "Transformers Don't Need LayerNorm at Inference Time".
     - ``measured``: wherever its position, a token whose std before a norm is more than ``factor`` times the median of
-      its sequence, for every reader of this norm; the std of the others leaves it out.
+      its sequence, for every reader of this norm; the std of the others leaves it out. It is divided by its own std,
+      and from its stage on by no less than its share of that, so that what a norm returns is at most 1 / share times as
+      long as before: without a bound, a feed-forward network that squares its input makes it longer from block to
+      block.
 
     All norms of a model share one instance, which sees the tokens before each forward pass.
 
@@ -193,7 +196,7 @@ class RemovableNorm(nn.Module):
     def _reading(self, centered: Tensor, own_std: Tensor, share: Tensor | None, reader: int) -> Tensor:
         std = own_std
         if self.is_constant[reader]:
-            std, ramp = self._constant_std(share, reader), self.ramp[reader]
+            std, ramp = self._constant_std(own_std, share, reader), self.ramp[reader]
             std = std if ramp == 1 else own_std.pow(1 - ramp) * std.pow(ramp)
         scaled = centered / std * self._gain(centered)
         return scaled if self.bias is None else scaled + self.bias
@@ -204,10 +207,12 @@ class RemovableNorm(nn.Module):
     def _gain(self, x: Tensor) -> Tensor:
         return self.weight
 
-    def _constant_std(self, share: Tensor | None, reader: int) -> Tensor:
+    def _constant_std(self, own_std: Tensor, share: Tensor | None, reader: int) -> Tensor:
         std = self.std[reader].unsqueeze(-1)
         if share is None or not self.tokens.concerns(reader):
             return std
+        if self.tokens.treatment == "measured":
+            return torch.maximum(std, share * own_std)
         special = self.special_std[reader].unsqueeze(-1)
         return std.pow(1 - share) * torch.where(special.isfinite(), special, std).pow(share)
 
@@ -224,7 +229,7 @@ class RemovableNorm(nn.Module):
         if all(self.is_constant):
             return
         kinds = [(self.std, self._ordinary(own_std, share), self.statistic)]
-        if share is not None:
+        if share is not None and self.tokens.treatment != "measured":
             kinds.append((self.special_std, (share > 0).expand_as(own_std), "mean"))
         for buffer, among, statistic in kinds:
             for running, (own, chosen) in zip(buffer.view(len(buffer), -1).T, by_head(own_std, among), strict=True):

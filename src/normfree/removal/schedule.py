@@ -74,7 +74,8 @@ class RemovalSchedule(BaseModel):
     std_statistic: of the tokens' stds, the constant: their mean, median, or a quantile, from 0 to 1.
     std_momentum: of the running mean of this statistic, updated every micro-batch; 0 keeps the last one's.
     ramp_steps: from a token's own std to the constant, own^(1 - λ) · constant^λ with λ in steps of 1 / ``ramp_steps``;
-        0 and 1 switch at once. At their stage, special tokens move to the common std by the same ramp.
+        0 and 1 switch at once. At their stage, special tokens move to the common std by the same ramp
+        (see :class:`~normfree.removal.removable.SpecialTokens`).
     qk_norms: whether norms of queries and keys stay in the model or go too.
     special_tokens: tokens with their own std (see :class:`~normfree.removal.removable.SpecialTokens`).
     special_factor: a token is massive before a norm if its std there is more than this many times the median of its

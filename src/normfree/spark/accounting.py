@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from normfree.errors import InputError
-from normfree.spark.sizes import SparkSizes
+from normfree.spark.sizes import TOPK_FFNS, SparkSizes
 
 PARTS = (
     "attention projections",
@@ -90,7 +90,7 @@ def decode_cost(
         InputError: a list is not one number a layer, or a number is out of range.
     """
     sizes = shape.spark_sizes
-    nominal = sizes.ffn_active / shape.n_inner if shape.ffn == "spark" else 1.0
+    nominal = sizes.ffn_active / shape.n_inner if shape.ffn in TOPK_FFNS else 1.0
     contexts = _by_layer("context_length", context_length, shape.n_layer, low=1)
     shares = _by_layer("active_share", nominal if active_share is None else active_share, shape.n_layer, high=1)
     if attended_keys is not None and shape.attention != "spark":
@@ -145,7 +145,7 @@ def _feed_forward(shape: Shape, active_share: float) -> tuple[_Part, ...]:
         r = shape.spark_sizes.ffn_predictor_dim
         predictor, first = float(r * shape.n_inner), active_share * (shape.n_embd - r) * shape.n_inner
     else:
-        predictor, first = 0.0, whole if shape.ffn == "dense" else whole + active
+        predictor, first = 0.0, whole + active if shape.ffn == "gated" else whole
     counts = {"ffn predictor": predictor, "ffn in": first, "ffn out": active}
     return tuple((part, 2 * count, count, 0.0) for part, count in counts.items() if part != "ffn predictor" or count)
 

@@ -15,13 +15,15 @@ FFN_ACTIVE = 0.08
 ATTENTION_ACTIVE = 256
 """Most keys that a query of "Spark Transformer" attends to (abstract)."""
 SPARK = ("spark",)
+TOPK_FFNS = ("spark", "topk")
+"""Feed-forward networks that choose neurons."""
 
 
 @dataclass(frozen=True)
 class SparkSizes:
     """The four sizes of the sparse layers, as counts; 0 for those of a layer that the model lacks.
 
-    ffn_active: neurons of n_inner that are computed for a token (k).
+    ffn_active: neurons of n_inner that are kept for a token (k).
     ffn_predictor_dim: dimensions of n_embd that choose them (r).
     attention_active: keys that a query attends to, at most.
     attention_predictor_dim: dimensions of head_dim that choose them.
@@ -35,14 +37,14 @@ class SparkSizes:
 
 @dataclass(kw_only=True)
 class SparkOptions(Dimensions):
-    """Sparsity (``ffn`` or ``attention`` spark), each a count, or a float: a share
-    ``ffn_active``: neurons computed for a token, default 0.08 of ``n_inner``; ``ffn_predictor_dim``: dimensions of
+    """Sparsity (``ffn`` spark or topk, ``attention`` spark), each a count, or a float: a share
+    ``ffn_active``: neurons kept for a token, default 0.08 of ``n_inner``; ``ffn_predictor_dim`` (spark): dimensions of
     ``n_embd`` that choose them, default half; ``attention_active``: keys that a query attends to at most, default 256
     (a share is one of ``n_positions``); ``attention_predictor_dim``: dimensions of ``head_dim`` that choose them,
     default half; ``topk``: ``statistical | exact``.
     """
 
-    ffn_active: float | int | None = option_of("ffn", kinds=SPARK, use="ffn: spark", fill=FFN_ACTIVE)
+    ffn_active: float | int | None = option_of("ffn", kinds=TOPK_FFNS, use="ffn: spark or topk", fill=FFN_ACTIVE)
     ffn_predictor_dim: float | int | None = option_of(
         "ffn", kinds=SPARK, use="ffn: spark", fill=lambda options: options.n_embd // 2
     )
@@ -52,7 +54,7 @@ class SparkOptions(Dimensions):
     attention_predictor_dim: float | int | None = option_of(
         "attention", kinds=SPARK, use="attention: spark", fill=lambda options: options.head_dim // 2
     )
-    topk: str | None = option_of("ffn", "attention", kinds=SPARK, fill="statistical", check=one_of(TOPKS))
+    topk: str | None = option_of("ffn", "attention", kinds=TOPK_FFNS, fill="statistical", check=one_of(TOPKS))
 
     @property
     def spark_sizes(self) -> SparkSizes:

@@ -50,6 +50,9 @@ ACTIVE_SHARES = (0.02, 0.04, 0.08, 0.16, 0.32, 1.0)
 PREDICTOR_SHARES = (0.125, 0.25, 0.5, 0.75)
 """Of the input's dimensions, those that choose the neurons; the others compute them."""
 
+NO_PREDICTOR = Configuration("no predictor", {**LAYERNORM_GELU.model, "ffn": "topk", "ffn_active": FFN_ACTIVE})
+"""A dense network that keeps 8 % of its neurons."""
+
 _SPARK_OPTIONS = (*(each.name for each in fields(SparkSizes)), "ffn", "attention", "topk")
 _FFN = {"ffn": "spark", "ffn_active": FFN_ACTIVE}
 _ATTENTION = {"attention": "spark", "attention_active": ATTENTION_ACTIVE}
@@ -208,9 +211,10 @@ def describe_predictor(page: StudyPage) -> Findings:
     """Perplexity by the share of the input that chooses the neurons, and what is measured."""
     by_share = _by_share(
         page,
-        {100 * share: predicting(share) for share in PREDICTOR_SHARES},
+        {**{100 * share: predicting(share) for share in PREDICTOR_SHARES}, 100: NO_PREDICTOR},
         "dimensions that choose (%)",
-        "the share of the input's dimensions that choose the neurons; the others compute them.",
+        "the share of the input's dimensions that choose the neurons; the others compute them. At 100 % there is no "
+        "predictor: a dense network keeps its largest neurons.",
     )
     sections = [*by_share, *_sparsity_sections(page, nominal=FFN_ACTIVE)]
     return Findings(_lead(page.table, LAYERNORM_GELU.label), sections, _LIMITS)
@@ -410,7 +414,7 @@ PREDICTOR = Study(
     title="Spark Transformer: perplexity by the size of the predictor",
     question="How many dimensions are enough to choose the neurons?",
     baseline=LAYERNORM_GELU.label,
-    configurations=lambda preset: (LAYERNORM_GELU, *(predicting(share) for share in PREDICTOR_SHARES)),
+    configurations=lambda preset: (LAYERNORM_GELU, *map(predicting, PREDICTOR_SHARES), NO_PREDICTOR),
     describe=describe_predictor,
     measurement=lambda preset: _MEASUREMENT,
     papers=_PAPERS,
