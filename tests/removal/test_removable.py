@@ -150,7 +150,8 @@ STATISTICS = {"mean": np.mean, "median": np.median, 0.9: lambda stds: np.quantil
 def test_measured_tokens_are_special_wherever_they_are(kind: str, statistic: Any) -> None:
     """Two massive tokens at the beginning of a sequence, one within another, none in a third.
 
-    They are divided by their own stds, and from their stage on by a share of it, or the constant if that is more.
+    What exceeds 8 times the constant, even a whole strange sequence, is divided by its own std, and from its stage on by
+    a share of it, or the constant if that is more.
     """
     tokens = SpecialTokens([2], "measured", factor=8.0)
     module = RemovableNorm(norm_of(kind), n_reader=2, momentum=0.5, tokens=tokens, statistic=statistic)
@@ -171,17 +172,21 @@ def test_measured_tokens_are_special_wherever_they_are(kind: str, statistic: Any
     assert module.special_std.isnan().all()
     for reader in (0, 1):
         module.make_constant(reader)
+    x[3] *= 100
+    s = stds(kind, x)
+    too_long = s > 8 * constant
+    assert too_long[3, 1:].all(), "a whole sequence, none of which is massive in it"
     centered = x - x.mean(-1, keepdim=True) if kind == "layernorm" else x
     bias = module.bias if module.bias is not None else 0.0
-    relative = s[is_massive] / constant
+    relative = s[too_long] / constant
     for share in (1.0, 0.25, 2 / (relative.min() + relative.max())):
         tokens.shares["massive_tokens"] = share
-        divisor = np.where(is_massive, np.maximum(constant, share * s), constant)
-        assert (divisor[is_massive] > constant).any()
+        divisor = np.where(too_long, np.maximum(constant, share * s), constant)
+        assert (divisor[too_long] > constant).any()
         for reading in module(x):
             expected = centered / torch.from_numpy(divisor)[..., None].float() * module.weight + bias
             torch.testing.assert_close(reading, expected)
-    assert (divisor[is_massive] == constant).any(), "the last share leaves the less massive ones to the constant"
+    assert (divisor[too_long] == constant).any(), "the last share leaves the less massive ones to the constant"
     tokens.shares["massive_tokens"] = 0.0
     for reading in module(x):
         torch.testing.assert_close(reading, centered / float(constant) * module.weight + bias)

@@ -68,7 +68,7 @@ class RemoveNorms(Callback):
         self.midway = midway
         self.removals = removals
         self._measure_order = measure_order
-        self.last_step = removals[-1].step + max(midway.schedule.ramp_steps - 1, 0)
+        self.last_step = midway.schedule.end_of(removals)
         self._before: deque[float] = deque(maxlen=BASELINE_STEPS)
         self._high: list[DivergedError] = []
 
@@ -178,7 +178,8 @@ def remove_by_finetuning(
                     f"the removal diverged {MAX_STRETCHES + 1} times, at last with {jump}; give more steps, a lower "
                     "learning rate, or another schedule"
                 ) from jump
-            step = _go_back(folder, max(0, jump.removal.step - current.ramp_steps), jump.removal.step)
+            ramp = current.ramp_of(jump.removal.part)
+            step = _go_back(folder, max(0, jump.removal.step - ramp), jump.removal.step)
             factor = _stretch(current.last_step(model) - step, n_step - 2 - step)
             stretches.append({"step": step, "factor": factor, "jump": str(jump)})
             _record(folder, stretches, schedule, model)
@@ -211,7 +212,8 @@ def check_fit(run: RunConfig, schedule: RemovalSchedule, model: NormfreeConfig) 
     if first.step < 1:
         raise InputError(f"the schedule removes {part_name(*first[1:])} before the first step; begin after step 0")
     if schedule.last_step(model) >= n_step:
-        ramp = f" with a ramp of {schedule.ramp_steps} steps" if schedule.ramp_steps > 1 else ""
+        n_ramp = schedule.ramp_of(last.part)
+        ramp = f" with a ramp of {n_ramp} steps" if n_ramp > 1 else ""
         raise InputError(
             f"the schedule's last removal ({last.part}) is at step {last.step}{ramp}, and the budget ends after "
             f"{n_step} steps; give more tokens or steps, or a shorter schedule"

@@ -166,7 +166,7 @@ class Midway:
         return removable
 
     def _follow_ramp(self, removal: Removal) -> None:
-        n_step = self.schedule.ramp_steps
+        n_step = self.schedule.ramp_of(removal.part)
         done = min(1.0, (self.step - removal.step + 1) / n_step) if n_step else 1.0
         for norm, place in self._readers_of(removal):
             norm.ramp[place] = done

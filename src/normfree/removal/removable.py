@@ -52,10 +52,10 @@ class SpecialTokens:
     - ``published``: end-of-text, for the values only; the std of the others averages over all tokens, as in the
       released models of "Transformers Don't Need LayerNorm at Inference Time".
     - ``measured``: wherever its position, a token whose std before a norm is more than ``factor`` times the median of
-      its sequence, for every reader of this norm; the std of the others leaves it out. It is divided by its own std,
-      and from its stage on by no less than its share of that, so that what a norm returns is at most 1 / share times as
-      long as before: without a bound, a feed-forward network that squares its input makes it longer from block to
-      block.
+      its sequence; the std of the others leaves it out. A constant norm divides by a token's own std where this is more
+      than ``factor`` times the constant, and from the stage ``massive_tokens`` on by the constant, but no less than the
+      share of its own std. What the norm returns thus stays bounded, by 1 / share: without a bound, a network that
+      multiplies what it reads makes such a token, or all of a strange sequence, longer from block to block.
 
     All norms of a model share one instance, which sees the tokens before each forward pass.
 
@@ -212,7 +212,8 @@ class RemovableNorm(nn.Module):
         if share is None or not self.tokens.concerns(reader):
             return std
         if self.tokens.treatment == "measured":
-            return torch.maximum(std, share * own_std)
+            least = self.tokens.shares["massive_tokens"] * own_std
+            return torch.where(own_std > self.tokens.factor * std, torch.maximum(std, least), std)
         special = self.special_std[reader].unsqueeze(-1)
         return std.pow(1 - share) * torch.where(special.isfinite(), special, std).pow(share)
 

@@ -74,8 +74,9 @@ class RemovalSchedule(BaseModel):
     std_statistic: of the tokens' stds, the constant: their mean, median, or a quantile, from 0 to 1.
     std_momentum: of the running mean of this statistic, updated every micro-batch; 0 keeps the last one's.
     ramp_steps: from a token's own std to the constant, own^(1 - λ) · constant^λ with λ in steps of 1 / ``ramp_steps``;
-        0 and 1 switch at once. At their stage, special tokens move to the common std by the same ramp
-        (see :class:`~normfree.removal.removable.SpecialTokens`).
+        0 and 1 switch at once.
+    special_ramp_steps: from their stage on, in which special tokens move to the common std likewise; default:
+        ``ramp_steps``.
     qk_norms: whether norms of queries and keys stay in the model or go too.
     special_tokens: tokens with their own std (see :class:`~normfree.removal.removable.SpecialTokens`).
     special_factor: a token is massive before a norm if its std there is more than this many times the median of its
@@ -98,6 +99,7 @@ class RemovalSchedule(BaseModel):
     std_statistic: Statistic | Annotated[float, Field(ge=0, le=1)] = "mean"
     std_momentum: float = Field(default=0.9, ge=0, lt=1)
     ramp_steps: int = Field(default=0, ge=0)
+    special_ramp_steps: int | None = Field(default=None, ge=0)
     qk_norms: QKNorms = "keep"
     special_tokens: Treatment = "separate"
     special_factor: float = Field(default=8.0, gt=1, allow_inf_nan=False)
@@ -122,8 +124,17 @@ class RemovalSchedule(BaseModel):
         return removals
 
     def last_step(self, model: NormfreeConfig) -> int:
-        """The first step in which every norm divides by a constant: the last removal's, or the end of its ramp."""
-        return self.removals(model)[-1].step + max(self.ramp_steps - 1, 0)
+        """The first step in which every norm divides by a constant."""
+        return self.end_of(self.removals(model))
+
+    def end_of(self, removals: Iterable[Removal]) -> int:
+        """The first step in which all ``removals`` and their ramps are over."""
+        return max(each.step + max(self.ramp_of(each.part) - 1, 0) for each in removals)
+
+    def ramp_of(self, part: Part) -> int:
+        """The steps of the ramp of a part."""
+        own = self.special_ramp_steps if part in SPECIAL_PARTS else None
+        return self.ramp_steps if own is None else own
 
     def stretched(self, model: NormfreeConfig, step: int, factor: float) -> RemovalSchedule:
         """A copy whose waits after ``step`` are scaled by ``factor``."""
@@ -230,8 +241,8 @@ def pretrained_schedule(
     """A schedule for pretrained models, which have massive tokens: what went furthest on SmolLM2-135M.
 
     The first twelfth of the budget makes massive tokens unnecessary. Then norms go in the order of their costs: the
-    costliest, a quarter of the norms or more, in a third of it, the others in two fifths. Soon after goes the std of
-    tokens that are massive nevertheless; a sixth of the budget is left to settle.
+    costliest, a quarter of the norms or more, in a quarter of it, the others in another. In a third quarter goes the
+    bound on tokens that are massive nevertheless; a tenth of the budget is left to settle.
     """
     counts = {part: n_layer if part in BLOCK_PARTS else 1 for part in parts}
     slow: list[Part] = []  # any parts will do: what goes at their places is measured
@@ -239,7 +250,7 @@ def pretrained_schedule(
         slow.append(parts[len(slow)])
     n_slow = sum(counts[part] for part in slow)
     n_fast = sum(counts.values()) - n_slow
-    gaps = {part: 0.33 * n_step / n_slow if part in slow else 0.4 * n_step / n_fast for part in parts}
+    gaps = {part: n_step / 4 / n_slow if part in slow else n_step / 4 / n_fast for part in parts}
     stages = [Stage(part=part, after=gap, gap=gap if part in BLOCK_PARTS else 0) for part, gap in gaps.items()]
     stages[0] = stages[0].model_copy(update={"after": max(1.0, stages[0].after)})
     return RemovalSchedule(
@@ -247,6 +258,7 @@ def pretrained_schedule(
         order="auto",
         std_statistic="median",
         ramp_steps=max(1, round(n_step / 60)),
+        special_ramp_steps=max(1, round(n_step / 4)),
         qk_norms=qk_norms,
         special_tokens="measured",
         special_factor=2.5,
