@@ -150,7 +150,7 @@ STATISTICS = {"mean": np.mean, "median": np.median, 0.9: lambda stds: np.quantil
 def test_measured_tokens_are_special_wherever_they_are(kind: str, statistic: Any) -> None:
     """Two massive tokens at the beginning of a sequence, one within another, none in a third.
 
-    What exceeds 8 times the constant, even a whole strange sequence, is divided by its own std, and from its stage on by
+    What exceeds 8 times the constant, even a whole sequence, is divided by its own std, and from its stage on by
     a share of it, or the constant if that is more.
     """
     tokens = SpecialTokens([2], "measured", factor=8.0)
