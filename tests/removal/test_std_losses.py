@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from normfree import from_hf
 from normfree.removal.midway import Midway
 from normfree.removal.schedule import Removal
-from normfree.removal.std_losses import LARGEST_RATIO, MASSIVE_LOSS, STD_LOSS, StdLosses
+from normfree.removal.std_losses import LARGEST_RATIO, MASSIVE_LOSS, STD_LOSS, StdLosses, random_sequences
 
 from .models import scheduled, stock, tokens
 
@@ -160,10 +160,29 @@ def test_random_tokens_add_losses_of_their_own_and_move_no_constant() -> None:
     assert weight.grad.abs().sum() > 0, "the weights are those that train"
 
 
+def test_random_sequences_repeat_a_pattern_of_the_text_or_of_any_tokens() -> None:
+    text = torch.arange(2 * 48).view(2, 48) + 1000
+    drawn = torch.cat([random_sequences(2, text, 100, seed=seed) for seed in range(60)])
+    assert drawn.shape == (120, 48)
+    assert drawn.dtype == torch.int64
+    periods = []
+    for row in drawn.tolist():
+        period = next(p for p in range(1, 49) if all(row[t] == row[t - p] for t in range(p, 48)))
+        pattern = row[:period]
+        assert max(pattern) < 100 or pattern == list(range(pattern[0], pattern[0] + period))
+        periods.append(period)
+    from_text = [row[0] >= 1000 for row in drawn.tolist()]
+    assert sum(from_text) == 60
+    assert {*from_text[::4]} == {False}
+    assert 0.3 < np.mean([period < 48**0.5 for period in periods]) < 0.7, "half of the lengths are below the root of T"
+    assert {1} < {*periods}
+    assert torch.equal(random_sequences(2, text, 100, seed=59), drawn[-2:])
+
+
 def test_random_tokens_are_those_of_the_step() -> None:
     objective, _ = losses("llama", **RANDOM, random_sequences=1)
     value = []
-    for step in (3, 4, 3):
+    for step in (2, 6, 2):
         objective.midway.begin_step(step)
         value.append(objective.terms(None, None)[f"random_{STD_LOSS}"].value.item())
     assert value[0] == value[2] != value[1]

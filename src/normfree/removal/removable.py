@@ -60,7 +60,7 @@ class SpecialTokens:
     All norms of a model share one instance, which sees the tokens before each forward pass.
 
     shares: how much of its own std a kind of token keeps: 1 before its stage, then down to 0.
-    length: tokens of the sequences that were seen last.
+    seen: the tokens that were seen last, int64 [batch, T].
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class SpecialTokens:
             "first_token": float(treatment == "separate"),
             "massive_tokens": float(treatment == "measured"),
         }
-        self.length = 0
+        self.seen: Tensor | None = None
         self._share: Tensor | None = None
 
     @property
@@ -88,7 +88,7 @@ class SpecialTokens:
 
     def see(self, input_ids: Tensor) -> None:
         """Marks the tokens of whole sequences, ``input_ids`` int64 [batch, T], that are special by what they are."""
-        self.length = input_ids.shape[1]
+        self.seen = input_ids
         share = torch.zeros(input_ids.shape, dtype=torch.float32, device=input_ids.device)
         for token in self.end_of_text or ():
             share[input_ids == token] = self.shares["end_of_text"]

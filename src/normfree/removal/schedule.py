@@ -85,8 +85,8 @@ class RemovalSchedule(BaseModel):
     std_loss_ramp_steps: over which its weight rises from 0.
     distillation_weight: share of KL(original ‖ model) in the loss, the rest is cross-entropy
         (:class:`~normfree.removal.distillation.Distilled`).
-    random_sequences: sequences of random tokens that each micro-batch adds to these losses: a corpus has few rare
-        tokens, and an outlier among them overflows in a network without norms.
+    random_sequences: :func:`~normfree.removal.std_losses.random_sequences` that each micro-batch adds to these losses:
+        in rare tokens and repetitions a network without norms overflows.
     massive_steps: steps before the first stage, for the penalty on massive tokens.
     massive_weight: of this penalty, which stays to the end.
     recipe: the schedule's recipe; values that the user gives override it.

@@ -27,7 +27,8 @@ class StdLosses(Objective):
     - massive loss: log(s / median)² of tokens that are more than ``special_factor`` times the median of their sequence;
       sum over a sequence's tokens, mean over sequences and all norms. The largest ratio, mean over sequences, is
       recorded. Norms of queries, keys and values are left out.
-    - With ``random_sequences`` both losses once more, ``random_``, on random tokens. What overflows there is left out.
+    - With ``random_sequences`` both losses once more, ``random_``, on :func:`random_sequences`. What overflows there is
+      left out.
 
     Raises:
         InputError: the std loss reads the final norm alone, and the model has none.
@@ -56,23 +57,23 @@ class StdLosses(Objective):
     def terms(self, entropy: Tensor | None, lesson: Lesson | None) -> dict[str, Term]:
         terms = self._terms()
         if self.schedule.random_sequences:
-            self._see_random_tokens()
+            self._see_random_sequences()
             random = self._terms()
             random.pop(LARGEST_RATIO, None)
-            # An overflow on tokens that no text has is no divergence, and teaches nothing.
+            # An overflow in sequences that no text has is no divergence, and teaches nothing.
             terms |= {f"random_{name}": term for name, term in random.items() if term.value.isfinite()}
         return terms
 
-    def _see_random_tokens(self) -> None:
-        """A forward pass over sequences of random tokens, the same in each run; constants do not move."""
+    def _see_random_sequences(self) -> None:
+        """A forward pass over them, the same in each run; constants do not move."""
+        midway, text = self.midway, self.midway.tokens.seen
         assert self.unobserved is not None, "made for random sequences"
-        midway, device = self.midway, self.midway.model.device
-        draw = torch.Generator().manual_seed(midway.step)
-        shape = (self.schedule.random_sequences, midway.tokens.length)
-        ids = torch.randint(midway.model.config.vocab_size, shape, generator=draw).to(device)
+        assert text is not None, "the model has seen a batch"
+        ids = random_sequences(self.schedule.random_sequences, text, midway.model.config.vocab_size, seed=midway.step)
         with midway.aside():
             midway.tokens.see(ids)
-            self.unobserved.to(device).train(midway.model.training)(input_ids=ids, use_cache=False)
+            self.unobserved.to(text.device).train(midway.model.training)(input_ids=ids, use_cache=False)
+        midway.tokens.see(text)
 
     def _terms(self) -> dict[str, Term]:
         """Those of the tokens that were seen last."""
@@ -100,6 +101,25 @@ class StdLosses(Objective):
         if any(norm.is_constant):
             target = norm.std[norm.is_constant.index(True)].unsqueeze(-1)
         return (own_std / target).log().square().mean()
+
+
+def random_sequences(n: int, text: Tensor, vocab_size: int, *, seed: int) -> Tensor:
+    """Sequences that repeat a random pattern, int64 [n, T]; ``text`` is int64 [batch, T].
+
+    The pattern's length is T^u, u uniform in [0, 1); every second one is a piece of the text, the others are random
+    tokens. Both are what a corpus has too little of: rare tokens, and repetitions, in which attention agrees so much
+    that the residual stream of all tokens grows.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    batch, T = text.shape
+    rows = []
+    for row in range(n):
+        period = int(T ** float(torch.rand(1, generator=draw)))
+        sequence, start = (int(torch.randint(size, (1,), generator=draw)) for size in (batch, T - period + 1))
+        tokens = torch.randint(vocab_size, (period,), generator=draw).to(text.device)
+        pattern = text[sequence, start : start + period] if (seed + row) % 2 else tokens
+        rows.append(pattern.repeat(-(-T // period))[:T])
+    return torch.stack(rows)
 
 
 def _own_std(norm: RemovableNorm) -> Tensor:
