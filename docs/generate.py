@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import pandas as pd
 import typer
 import yaml
 from typer.core import TyperCommand, TyperGroup
@@ -37,7 +38,7 @@ ROOMS = {
 """Modules with public names, ``__all__``, and what they are for. A name is described in the first that has it."""
 PARTS = ("normfree.modeling.conversion",)
 """Modules whose public names are those of a room."""
-PAGES = ("commands", "gallery", "architecture", "contributing", "changelog")
+PAGES = ("commands", "claims", "gallery", "architecture", "contributing", "changelog")
 """Generated pages next to the API reference."""
 
 _IMAGE = re.compile(r"^!\[([^\]]*)\]\((images/[^)]+)\)", re.MULTILINE)
@@ -97,6 +98,7 @@ def pages(docs: Path) -> dict[str, str]:
         "index.md": _reference_index(),
         **{f"{room}.rst": _room_page(room) for room in ROOMS},
         "commands.md": "\n".join(_command_pages()),
+        "claims.md": _claims(docs),
         "gallery.md": _gallery(docs),
         "architecture.md": house.replace("## The house", "# Architecture", 1),
         "contributing.md": f"{before}{after}",
@@ -197,6 +199,24 @@ def _cell(text: str, *, escape: bool = False) -> str:
     if escape:
         parts[::2] = [re.sub(r"([\\*_<>\[\]$])", r"\\\1", part) for part in parts[::2]]
     return "`".join(parts).replace("|", r"\|")
+
+
+def _claims(docs: Path) -> str:
+    """Every published claim with what was measured: a table for each paper."""
+    claims = pd.read_csv(docs.parent / "benchmarks" / "results" / "claims.csv", dtype=str, keep_default_na=False)
+    parts = [
+        "# Claims",
+        "Effects at CPU scale, from benchmarks/results/claims.csv. [What we found](../what-we-found.md)"
+        " discusses them. ± is half of a 95 % t-interval over seeds.",
+    ]
+    for paper, rows in claims.groupby("paper", sort=False):
+        lines = ["| claim | verdict | measured | | seeds | command |", "|---|---|---|---:|---:|---|"]
+        for row in rows.itertuples():
+            effect = f"{row.effect} ± {row.half_width}" if row.half_width else row.effect
+            cells = (row.claim, row.verdict, row.measured, effect.replace("-", "−"), row.seeds, f"`{row.command}`")
+            lines.append(f"| {' | '.join(cells)} |")
+        parts += [f"## {paper}", "\n".join(lines)]
+    return "\n\n".join(parts) + "\n"
 
 
 def _gallery(docs: Path) -> str:

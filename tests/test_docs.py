@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+import pandas as pd
 import pytest
 import typer
 import yaml
@@ -182,6 +183,33 @@ def test_the_gallery_says_how_each_figure_is_drawn() -> None:
             assert command is not None, line
             assert {*_OPTION.findall(words)} <= {option for each in command.params for option in each.opts}, line
             assert name != "study" or words.split()[0] in installed_studies(), line
+
+
+def test_every_claim_has_its_effect_and_command() -> None:
+    text = (ROOT / "docs" / "what-we-found.md").read_text(encoding="utf-8")
+    table = text.partition("| Published claim | Here |\n|---|---|\n")[2].partition("\n\n")[0]
+    told = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    shown, paper = [], ""
+    for claim, verdict in told:
+        if verdict:
+            named = re.match(r"\[([^\]]+)\]", verdict)
+            assert named is not None, verdict
+            shown.append((paper, claim, named[1]))
+        else:
+            paper = claim.strip("*")
+    claims = pd.read_csv(ROOT / "benchmarks" / "results" / "claims.csv")
+    listed = claims[["paper", "claim", "verdict"]].drop_duplicates().itertuples(index=False, name=None)
+    assert sorted(shown) == sorted(listed)
+    assert claims["effect"].notna().all()
+    for line in claims["command"]:
+        program, name, words = line.split(" ", 2)
+        assert program == "normfree"
+        command = _command(name, words)
+        if command is None:
+            assert name in PLUG_INS, line
+            continue
+        assert {*_OPTION.findall(words)} <= {option for each in command.params for option in each.opts}, line
+        assert name != "study" or words.split()[0] in installed_studies(), line
 
 
 def test_pages_stay_short() -> None:
