@@ -287,6 +287,7 @@ class _Card:
         limits = (
             f"Sequences of more than {self.run.data.sequence_length:,} tokens, other text and tasks were not measured. "
             "What the base model's card says of its use holds here too.",
+            "Nothing bounds the residual stream: a rare sequence, such as a strong repetition, may overflow.",
             *LIMITS[self.export],
         )
         return "\n".join(f"- {each}" for each in limits)
