@@ -6,6 +6,7 @@ They are in docs/reference, rewritten by each build and not tracked.
 from __future__ import annotations
 
 import ast
+import csv
 import importlib
 import importlib.util
 import inspect
@@ -15,7 +16,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import pandas as pd
 import typer
 import yaml
 from typer.core import TyperCommand, TyperGroup
@@ -203,18 +203,20 @@ def _cell(text: str, *, escape: bool = False) -> str:
 
 def _claims(docs: Path) -> str:
     """Every published claim with what was measured: a table for each paper."""
-    claims = pd.read_csv(docs.parent / "benchmarks" / "results" / "claims.csv", dtype=str, keep_default_na=False)
+    with (docs.parent / "benchmarks" / "results" / "claims.csv").open(encoding="utf-8", newline="") as file:
+        claims = list(csv.DictReader(file))
     parts = [
         "# Claims",
         "Effects at CPU scale, from benchmarks/results/claims.csv. [What we found](../what-we-found.md)"
         " discusses them. ± is half of a 95 % t-interval over seeds.",
     ]
-    for paper, rows in claims.groupby("paper", sort=False):
+    for paper in dict.fromkeys(each["paper"] for each in claims):
         lines = ["| claim | verdict | measured | | seeds | command |", "|---|---|---|---:|---:|---|"]
-        for row in rows.itertuples():
-            effect = f"{row.effect} ± {row.half_width}" if row.half_width else row.effect
-            cells = (row.claim, row.verdict, row.measured, effect.replace("-", "−"), row.seeds, f"`{row.command}`")
-            lines.append(f"| {' | '.join(cells)} |")
+        for row in claims:
+            if row["paper"] == paper:
+                effect = f"{row['effect']} ± {row['half_width']}" if row["half_width"] else row["effect"]
+                cells = (row["claim"], row["verdict"], row["measured"], effect.replace("-", "−"), row["seeds"])
+                lines.append(f"| {' | '.join(cells)} | `{row['command']}` |")
         parts += [f"## {paper}", "\n".join(lines)]
     return "\n\n".join(parts) + "\n"
 
