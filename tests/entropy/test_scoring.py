@@ -119,6 +119,26 @@ def test_share_of_the_first_key_is_its_weight_next_to_the_sink(case):
     assert torch.equal(entropy.nan_to_num(-1), alone.nan_to_num(-1))
 
 
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["bias", "attention_mask"])
+def test_a_raised_mask_hides_what_it_hid(narrow, wide, name):
+    """Rows of hidden keys alone as well: the most negative number of a narrow dtype is a number of a wide one."""
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 3, 9, 4, dtype=wide).unbind()
+    keep = torch.rand(1, 1, 9, 9) < 0.7
+    keep[:, :, :, 0], keep[:, :, 2] = False, False
+    raised, exact = (
+        torch.zeros(1, 1, 9, 9, dtype=dtype).masked_fill(~keep, hidden).to(wide)
+        for dtype, hidden in ((narrow, torch.finfo(narrow).min), (wide, -math.inf))
+    )
+    for function in (attention_entropy, attention_entropy_reference):
+        hidden: list[Any] = [{name: exact}, {name: raised}]
+        expected, found = (function(q, k, is_causal=True, **each) for each in hidden)
+        assert expected[:, :, [0, 2]].isnan().all()
+        torch.testing.assert_close(found, expected, equal_nan=True)
+
+
 def leaves(q, k, options, dtype):
     """q, k, bias and sinks as leaves with gradients, and the options without the latter two."""
     tensors: dict[str, Any] = {"q": q, "k": k} | {

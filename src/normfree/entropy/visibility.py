@@ -109,7 +109,7 @@ class Visibility:
             raise InputError(f"bias is on {bias.device} and q on {self.device}; put them on one device")
         bias = bias.reshape(shape)
         bias = bias.expand(*shape[:3], self.n_key) if shape[3] == 1 else bias
-        hidden = bias.detach() <= torch.finfo(bias.dtype).min / 2
+        hidden = hides(bias.detach())
         allowed = self.allowed
         if hidden.any():
             allowed = ~hidden if allowed is None else allowed & ~hidden
@@ -159,6 +159,13 @@ class Visibility:
         if self.allowed is None:
             return torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         return self.allowed.any(2).to(torch.uint8).argmax(-1)
+
+
+def hides(added: Tensor) -> Tensor:
+    """Which numbers that are added to scores hide a key: -inf, or the most negative finite one of the dtype, as in
+    transformers, or of a narrower dtype that it was raised from (bfloat16 and float32).
+    """
+    return added <= max(torch.finfo(added.dtype).min, torch.finfo(torch.float32).min) / 2
 
 
 def visible_range(n_query: int, n_key: int, *, is_causal: bool, sliding_window: int | None) -> tuple[Tensor, Tensor]:
@@ -263,8 +270,7 @@ def _split_mask(mask: Tensor, q: Tensor, n_key: int) -> tuple[Tensor | None, Ten
         return mask, None
     if not mask.is_floating_point():
         raise InputError(f"a 4-D attention_mask must be bool (True = attend) or float (added), got {mask.dtype}")
-    # transformers hides a key with the most negative finite number of the dtype, others with -inf
-    allowed = ~(mask <= torch.finfo(mask.dtype).min / 2)
+    allowed = ~hides(mask)
     has_bias = bool(((mask != 0) & allowed).any())
     return allowed, mask if has_bias else None
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from normfree.entropy.reference import distribution
-from normfree.entropy.visibility import Visibility, visible_range
+from normfree.entropy.visibility import Visibility, hides, visible_range
 
 HIDING_SCORE = -5e3
 """Old models hide a key by adding -1e4 to its score."""
@@ -38,7 +38,7 @@ def visibility_of_scores(scores: Tensor) -> Visibility:
     """Keys are hidden by -inf, the most negative number of the dtype, or -1e4."""
     batch, n_head, n_query, n_key = scores.shape
     first, last = visible_range(n_query, n_key, is_causal=False, sliding_window=None)
-    hidden = scores <= torch.finfo(scores.dtype).min / 2
+    hidden = hides(scores)
     if scores.dtype == torch.float32 or scores.dtype == torch.float64:
         # masked in half precision and raised afterwards
         hidden |= scores <= torch.finfo(torch.float16).min / 2
