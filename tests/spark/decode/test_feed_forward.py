@@ -46,7 +46,8 @@ def score_scale(q, K1, K2, V, counts, predictor_bias=None, rest_bias=None):
     r, (q, K1, K2, V) = K1.shape[0], (np.abs(numpy_spark.array(each)) for each in (q, K1, K2, V))
     score = (q[:, :r] @ K1).max() + largest(predictor_bias)
     multiplier = np.linalg.norm(q[:, r:], axis=1).max() * np.linalg.norm(K2, axis=0).max() + largest(rest_bias)
-    return 1 + score * multiplier * V.max() * math.sqrt(counts.max())
+    # where no neuron is active, one may be that is at the threshold but for rounding
+    return 1 + score * multiplier * V.max() * math.sqrt(max(counts.max(), 1))
 
 
 def assert_is_the_dense_result(backend, q, matrices, k, **biases):
