@@ -179,10 +179,7 @@ def test_the_gallery_says_how_each_figure_is_drawn() -> None:
         if program == "make":
             assert f"\n{name}: " in targets
         elif name not in PLUG_INS:
-            command = _command(name, words)
-            assert command is not None, line
-            assert {*_OPTION.findall(words)} <= {option for each in command.params for option in each.opts}, line
-            assert name != "study" or words.split()[0] in installed_studies(), line
+            _check_line(name, words)
 
 
 def test_every_claim_has_its_effect_and_command() -> None:
@@ -204,12 +201,16 @@ def test_every_claim_has_its_effect_and_command() -> None:
     for line in claims["command"]:
         program, name, words = line.split(" ", 2)
         assert program == "normfree"
-        command = _command(name, words)
-        if command is None:
-            assert name in PLUG_INS, line
-            continue
-        assert {*_OPTION.findall(words)} <= {option for each in command.params for option in each.opts}, line
-        assert name != "study" or words.split()[0] in installed_studies(), line
+        if name not in PLUG_INS or _command(name, words) is not None:
+            _check_line(name, words)
+
+
+def _check_line(name: str, words: str) -> None:
+    """Checks that ``normfree name words`` has a command, its options and, of a study, its name."""
+    command = _command(name, words)
+    assert command is not None, name
+    assert {*_OPTION.findall(words)} <= {option for each in command.params for option in each.opts}, words
+    assert name != "study" or words.split()[0] in installed_studies(), words
 
 
 def test_pages_stay_short() -> None:

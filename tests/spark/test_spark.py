@@ -36,6 +36,13 @@ def gelu(x: Array) -> Array:
     return x * (1 + erf(x / np.sqrt(2))) / 2
 
 
+def threshold_of_20(scores: Array, topk: str) -> Array:
+    """The threshold that keeps 20 of 128 neurons."""
+    if topk == "statistical":
+        return numpy_topk.statistical_threshold(scores, 20 / 128)
+    return numpy_topk.exact_threshold(scores, 20)
+
+
 @pytest.mark.parametrize("topk", ["statistical", "exact"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_feed_forward_network_is_that_of_the_equation(topk: str, bias: bool) -> None:
@@ -45,11 +52,7 @@ def test_the_feed_forward_network_is_that_of_the_equation(topk: str, bias: bool)
     w = {name: each.detach().numpy() for name, each in layer.named_parameters()}
     nn_in = x.numpy()
     scores = nn_in[..., :12] @ w["predictor_proj.weight"].T + w.get("predictor_proj.bias", 0)
-    threshold = (
-        numpy_topk.statistical_threshold(scores, 20 / 128)
-        if topk == "statistical"
-        else numpy_topk.exact_threshold(scores, 20)
-    )
+    threshold = threshold_of_20(scores, topk)
     neurons = gelu(numpy_topk.soft_threshold(scores, threshold)) * (nn_in[..., 12:] @ w["up_proj.weight"].T)
     expected = neurons @ w["down_proj.weight"].T + w.get("down_proj.bias", 0)
     np.testing.assert_allclose(layer(x).detach().numpy(), expected, rtol=1e-10, atol=1e-12)
@@ -63,11 +66,7 @@ def test_without_a_predictor_the_whole_input_chooses(topk: str, bias: bool) -> N
     x = torch.randn(2, 7, 32, dtype=torch.float64)
     w = {name: each.detach().numpy() for name, each in layer.named_parameters()}
     scores = x.numpy() @ w["up_proj.weight"].T + w.get("up_proj.bias", 0)
-    threshold = (
-        numpy_topk.statistical_threshold(scores, 20 / 128)
-        if topk == "statistical"
-        else numpy_topk.exact_threshold(scores, 20)
-    )
+    threshold = threshold_of_20(scores, topk)
     neurons = gelu(numpy_topk.soft_threshold(scores, threshold))
     assert ((neurons != 0).sum(-1) == 20).all() or topk == "statistical"
     expected = neurons @ w["down_proj.weight"].T + w.get("down_proj.bias", 0)

@@ -5,7 +5,6 @@ A new one is one ``nn.Module`` built from ``(options, layer)`` and one line in `
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import nn
@@ -15,7 +14,8 @@ from normfree.model_options import one_of, option
 from normfree.modeling.activations import LEAKY_ACTIVATIONS, ActivationOptions, build_activation
 from normfree.modeling.initialization import ResidualProjection
 from normfree.spark.sizes import TOPK_FFNS, SparkOptions
-from normfree.spark.sparse_feed_forward import SparkFeedForward, TopkFeedForward
+from normfree.spark.sparse_feed_forward import SparkFeedForward
+from normfree.spark.topk import TOPKS
 
 
 @dataclass(kw_only=True)
@@ -49,6 +49,22 @@ class DenseFeedForward(nn.Module):
         return self.down_proj(self.activation(self.up_proj(x)))
 
 
+class TopkFeedForward(DenseFeedForward):
+    """σ(Top-k(x W_in)) W_out: a dense network that keeps k neurons, chosen by all of x instead of a predictor.
+
+    Top-k is that of :class:`~normfree.spark.sparse_feed_forward.SparkFeedForward`. Only rows of W_out can be skipped.
+    """
+
+    def __init__(self, options: FeedForwardOptions, layer: int) -> None:
+        super().__init__(options, layer)
+        assert options.topk is not None, "filled in for topk"
+        self.n_active = options.spark_sizes.ffn_active
+        self.soft_threshold = TOPKS[options.topk].soft_threshold
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.activation(self.soft_threshold(self.up_proj(x), self.n_active)))
+
+
 class GatedFeedForward(nn.Module):
     """(σ(x W_gate) ⊙ x W_in) W_out (Shazeer, "GLU Variants Improve Transformer", 2020)."""
 
@@ -67,18 +83,13 @@ def _down_proj(options: FeedForwardOptions) -> ResidualProjection:
     return ResidualProjection(options.n_inner, options.n_embd, bias=options.mlp_bias)
 
 
-def _choosing(
-    kind: type[SparkFeedForward] | type[TopkFeedForward], options: FeedForwardOptions, layer: int
-) -> nn.Module:
-    activation, down_proj = build_activation(options, layer), _down_proj(options)
-    return kind(options, bias=options.mlp_bias, activation=activation, down_proj=down_proj)
-
-
 FEED_FORWARDS: dict[str, Callable[[FeedForwardOptions, int], nn.Module]] = {
     "dense": DenseFeedForward,
     "gated": GatedFeedForward,
-    "spark": partial(_choosing, SparkFeedForward),
-    "topk": partial(_choosing, TopkFeedForward),
+    "spark": lambda options, layer: SparkFeedForward(
+        options, bias=options.mlp_bias, activation=build_activation(options, layer), down_proj=_down_proj(options)
+    ),
+    "topk": TopkFeedForward,
 }
 
 

@@ -250,7 +250,7 @@ def pretrained_schedule(
         slow.append(parts[len(slow)])
     n_slow = sum(counts[part] for part in slow)
     n_fast = sum(counts.values()) - n_slow
-    gaps = {part: n_step / 4 / n_slow if part in slow else n_step / 4 / n_fast for part in parts}
+    gaps = {part: n_step / 4 / (n_slow if part in slow else n_fast) for part in parts}
     stages = [Stage(part=part, after=gap, gap=gap if part in BLOCK_PARTS else 0) for part, gap in gaps.items()]
     stages[0] = stages[0].model_copy(update={"after": max(1.0, stages[0].after)})
     return RemovalSchedule(

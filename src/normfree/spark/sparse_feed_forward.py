@@ -1,4 +1,4 @@
-"""The sparse feed-forward networks of "Spark Transformer" (2025), Section 2."""
+"""The sparse feed-forward network of "Spark Transformer" (2025), Section 2."""
 
 from __future__ import annotations
 
@@ -36,24 +36,4 @@ class SparkFeedForward(nn.Module):
         predictor_input, rest = x[..., : self.predictor_dim], x[..., self.predictor_dim :]
         active = self.activation(self.soft_threshold(self.predictor_proj(predictor_input), self.n_active))
         output: torch.Tensor = self.down_proj(active * self.up_proj(rest))
-        return output
-
-
-class TopkFeedForward(nn.Module):
-    """σ(Top-k(x W_in)) W_out: a dense network that keeps k neurons, chosen by all of x instead of a predictor.
-
-    Top-k is that of :class:`SparkFeedForward`. Only rows of W_out can be skipped.
-    """
-
-    def __init__(self, options: SparkOptions, *, bias: bool, activation: nn.Module, down_proj: nn.Linear) -> None:
-        super().__init__()
-        assert options.topk is not None, "filled in for topk"
-        self.n_active = options.spark_sizes.ffn_active
-        self.soft_threshold = TOPKS[options.topk].soft_threshold
-        self.up_proj = nn.Linear(options.n_embd, options.n_inner, bias=bias)
-        self.activation = activation
-        self.down_proj = down_proj
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = self.down_proj(self.activation(self.soft_threshold(self.up_proj(x), self.n_active)))
         return output

@@ -194,7 +194,7 @@ def measure(result: RunResult, data: PackedData, console: Console) -> None:
 
 
 def _recipe(recipe: Recipe, trained_steps: int) -> Recipe:
-    """The recipe of the fine-tuning, from that of the training."""
+    """The recipe of the brief fine-tuning: that of the training run, shorter and at a lower rate."""
     steps = max(1, round(STEPS_SHARE * trained_steps))
     changes: dict[str, object] = {
         "steps": steps,
