@@ -273,7 +273,7 @@ def test_a_deep_model_has_a_short_table():
 def test_head_nan_is_said():
     model = build("gpt2")
     with torch.no_grad():
-        model.transformer.h[1].attn.c_attn.weight[0, 0] = torch.nan
+        model.get_parameter("transformer.h.1.attn.c_attn.weight")[0, 0] = torch.nan
     measured = normfree.measure(model, [[1, 2, 3]])
     assert "heads with NaN: 1" in repr(measured)
     assert "mean entropy nan" in repr(measured)

@@ -102,5 +102,6 @@ def test_the_onnx_graph_of_a_norm_free_model_has_no_norm(names: dict[str, Any]) 
     program = torch.onnx.export(
         names["Logits"](names["stock"].eval()), (names["tokens"],), dynamic_shapes=names["length"]
     )
+    assert program is not None
     kinds = [node.op_type for node in program.model.graph]
     assert kinds.count("LayerNormalization") == 2 * names["stock"].config.n_layer + 1

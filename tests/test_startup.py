@@ -173,7 +173,8 @@ def test_surrounded_modules_keep_their_loader(name: str) -> None:
     assert type(module.__loader__).__module__.startswith("_frozen_importlib")
     found = registration._Finder().find_spec(name, sys.modules[name.rpartition(".")[0]].__path__)
     assert found is not None
-    assert found.loader.get_source(name)
+    loader: Any = found.loader
+    assert loader.get_source(name)
 
 
 def test_no_module_imports_an_optional_library_before_it_is_needed() -> None:

@@ -77,6 +77,7 @@ def test_chunks_are_a_beginning_and_consecutive_tokens_of_one_document(name, tmp
     assert sequences.tokens.tolist() == expected
     assert (statistics.blocks, statistics.tokens) == (len(expected), len(expected) * T)
     assert statistics.dropped_tokens == dropped
+    assert sequences.predicted is not None
     assert sequences.predicted.tolist() == [[False] * len(beginning) + [True] * n] * len(expected)
     capped = write_sequences(
         tmp_path / "b.npy", texts, tokenizer, sequence_length=T, beginning=beginning, max_tokens=3 * T + 1
@@ -194,6 +195,7 @@ def test_pairs_begin_with_it_and_only_completions_are_predicted(tmp_path):
     )
     data = prepare_data(config, tmp_path / "cache")
     tokens, predicted = np.asarray(data.train.tokens), data.train.predicted
+    assert predicted is not None
     assert (tokens[:, :2] == [301, 300]).all()
     assert not predicted[np.isin(tokens, (300, 301))].any()
     assert predicted[tokens == 302].all()

@@ -33,7 +33,7 @@ def test_only_completions_and_their_ends_are_predicted(tmp_path: Path) -> None:
         ids = torch.cat([item["input_ids"] for item in items]).tolist()
         labels = torch.cat([item["labels"] for item in items]).tolist()
         assert all(label in (-100, token) for label, token in zip(labels, ids, strict=True))
-        *ends, _ = [place + 1 for place, token in enumerate(ids) if token == eos] + [None]
+        ends = [place + 1 for place, token in enumerate(ids) if token == eos]
         for start, end in zip([0, *ends], ends, strict=False):
             text = str(data.tokenizer.decode(ids[start : end - 1]))
             said = str(data.tokenizer.decode([label for label in labels[start : end - 1] if label != -100]))
@@ -56,7 +56,7 @@ def test_the_splits_share_no_pair_and_a_cap_holds(tmp_path: Path) -> None:
     path = write(tmp_path / "pairs.jsonl", PAIRS)
     data = prepare_data(config(path, train_tokens=100), tmp_path / "cache")
     assert len(data.train) == 100 // 16
-    texts = [data.tokenizer.decode(split.tokens.ravel()) for split in (data.train, data.eval)]
+    texts = [str(data.tokenizer.decode(split.tokens.ravel())) for split in (data.train, data.eval)]
     prompts = [set(each.split("<|endoftext|>")[:-1]) for each in texts]
     assert not prompts[0] & prompts[1]
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from normfree.entropy import attention_entropy, compiled_kernels, select_backend
 from normfree.entropy.compiled_kernels import entropy_and_lse, kernels_refuse, weights_entropy
-from normfree.entropy.reference import read_weights
+from normfree.entropy.reference import ReadWeights, read_weights
 from normfree.entropy.scoring import Scoring
 from normfree.entropy.visibility import visibility_of
 from normfree.errors import InputError
@@ -175,17 +175,23 @@ def test_the_largest_error_of_a_sum_is_as_asked_for():
     assert not weights_entropy(weights, visibility, max_total_error=0.009).are_distributions
 
 
+def read(weights, visibility) -> ReadWeights:
+    found = read_weights(weights, visibility)
+    assert found is not None
+    return found
+
+
 def test_weights_that_are_nan_have_nan_and_those_after_dropout_none():
     weights = torch.full((1, 1, 2, 40), 1 / 40)
     visibility = visibility_of(
         weights[..., :4], weights[:, :, :1, :4].expand(1, 1, 40, 4), is_causal=False, attention_mask=None,
         sliding_window=None,
     )  # fmt: skip
-    assert read_weights(weights, visibility).all_scores_finite
+    assert read(weights, visibility).all_scores_finite
     weights[0, 0, 1, 39] = math.nan
-    read = read_weights(weights, visibility)
-    torch.testing.assert_close(read.entropy[0, 0], torch.tensor([math.log(40), math.nan]), equal_nan=True)
-    assert not read.all_scores_finite
+    with_nan = read(weights, visibility)
+    torch.testing.assert_close(with_nan.entropy[0, 0], torch.tensor([math.log(40), math.nan]), equal_nan=True)
+    assert not with_nan.all_scores_finite
     assert read_weights(weights.nan_to_num(0) * 1.1, visibility) is None
 
 
@@ -193,9 +199,9 @@ def test_a_weight_of_0_may_be_that_of_an_infinite_score():
     q = torch.empty(1, 1, 4, 2)
     visibility = visibility_of(q, q, is_causal=True, attention_mask=None, sliding_window=None)
     weights = (torch.zeros(1, 1, 4, 4) + torch.full((4, 4), -math.inf).triu(1)).softmax(-1)
-    assert read_weights(weights, visibility).all_scores_finite
+    assert read(weights, visibility).all_scores_finite
     weights[0, 0, 3] = torch.tensor([0.5, 0.0, 0.25, 0.25])
-    assert not read_weights(weights, visibility).all_scores_finite
+    assert not read(weights, visibility).all_scores_finite
 
 
 def test_without_the_library_auto_takes_the_flash_kernel_and_a_name_is_refused(without_libraries):

@@ -94,7 +94,7 @@ def test_agrees_with_float64_numpy(case):
     np.testing.assert_allclose(entropy.numpy(), expected, rtol=0, atol=promised(q, k, scale))
 
 
-def gradients_of(function, q, k, weight, dtype):
+def gradients_of(function, q, k, weight, *, dtype):
     q, k = (each.to(dtype).detach().clone().requires_grad_() for each in (q, k))
     entropy = function(q, k)
     (entropy.where(~entropy.isnan(), 0.0) * weight).sum().backward()
@@ -106,10 +106,10 @@ def gradients_of(function, q, k, weight, dtype):
 def test_gradients_agree_with_float64_autograd(case, seed):
     q, k, options, _ = case
     weight = torch.randn(q.shape[:3], generator=torch.Generator().manual_seed(seed))
-    expected = gradients_of(partial(attention_entropy_reference, **options), q, k, weight, torch.float64)
+    expected = gradients_of(partial(attention_entropy_reference, **options), q, k, weight, dtype=torch.float64)
     allowed = gradient_tolerances(q, k, q.shape[-1] ** -0.5, 0.0, weight, expected)
     entropy = partial(entropy_by_triton, **options)
-    actual = gradients_of(entropy, *on_device(q, k, weight), torch.float32)
+    actual = gradients_of(entropy, *on_device(q, k, weight), dtype=torch.float32)
     for mine, right, most in zip(actual, expected, allowed, strict=True):
         assert mine.isfinite().all()
         assert (mine - right).norm() <= most
@@ -132,8 +132,8 @@ def test_gradients_with_sinks_agree_with_float64_autograd(case, seed):
     options, _, tolerance = with_sinks(q, k, options, seed)
     weight = torch.randn(q.shape[:3], generator=torch.Generator().manual_seed(seed))
     on_cpu: dict[str, Any] = options | {"sinks": options["sinks"].cpu()}
-    expected = gradients_of(partial(attention_entropy_reference, **on_cpu), q, k, weight, torch.float64)
-    actual = gradients_of(partial(entropy_by_triton, **options), *on_device(q, k, weight), torch.float32)
+    expected = gradients_of(partial(attention_entropy_reference, **on_cpu), q, k, weight, dtype=torch.float64)
+    actual = gradients_of(partial(entropy_by_triton, **options), *on_device(q, k, weight), dtype=torch.float32)
     for mine, right, other in zip(actual, expected, (k, q), strict=True):
         most = 1e-5 * right.norm() + 2 * tolerance * weight.norm() * other.double().norm(dim=-1).max()
         assert mine.isfinite().all()
@@ -144,8 +144,8 @@ def test_gradients_with_sinks_agree_with_float64_autograd(case, seed):
 def test_gradients_of_ordinary_heads_are_within_1e_5_and_repeat(size):
     torch.manual_seed(0)
     q, k, weight = size * torch.randn(1, 4, 128, 64), 5 + torch.randn(1, 2, 128, 64), torch.randn(1, 4, 128)
-    expected = gradients_of(attention_entropy_reference, q, k, weight, torch.float64)
-    first, second = (gradients_of(entropy_by_triton, *on_device(q, k, weight), torch.float32) for _ in range(2))
+    expected = gradients_of(attention_entropy_reference, q, k, weight, dtype=torch.float64)
+    first, second = (gradients_of(entropy_by_triton, *on_device(q, k, weight), dtype=torch.float32) for _ in range(2))
     for mine, again, right in zip(first, second, expected, strict=True):
         assert (mine - right).norm() <= 1e-5 * right.norm()
         assert torch.equal(mine, again)
@@ -155,8 +155,8 @@ def test_gradients_of_ordinary_heads_are_within_1e_5_and_repeat(size):
 def test_gradients_of_half_precision_inputs_are_rounded_once(dtype):
     torch.manual_seed(0)
     q, k, weight = torch.randn(1, 2, 70, 32).to(dtype), torch.randn(1, 2, 70, 32).to(dtype), torch.randn(1, 2, 70)
-    expected = gradients_of(attention_entropy_reference, q, k, weight, torch.float64)
-    actual = gradients_of(entropy_by_triton, *on_device(q, k, weight), dtype)
+    expected = gradients_of(attention_entropy_reference, q, k, weight, dtype=torch.float64)
+    actual = gradients_of(entropy_by_triton, *on_device(q, k, weight), dtype=dtype)
     for mine, right in zip(actual, expected, strict=True):
         torch.testing.assert_close(mine, right, rtol=torch.finfo(dtype).eps, atol=1e-5)
 
@@ -206,7 +206,7 @@ def test_sink_share_is_the_weight_of_the_first_visible_key(dtype):
     padding = torch.ones(2, 33, dtype=torch.bool)
     padding[1, :4] = False
     visibility = visibility_of(*on_device(q, k), is_causal=True, attention_mask=padding, sliding_window=None)
-    _, share = attention_entropy_and_sink(*on_device(q, k), 0.25, visibility, "triton")
+    _, share = attention_entropy_and_sink(q.to(DEVICE), k.to(DEVICE), 0.25, visibility, "triton")
     seen = visible(33, 33, True, None) & padding.numpy()[:, None, None]
     scores = np.where(seen, scores_of(q, k, 0.25), -np.inf)
     with np.errstate(all="ignore"):

@@ -56,9 +56,9 @@ def test_models_with_and_without_norms_on_one_page(
     effects = pd.read_csv(page / "neuron_effects.csv")
     assert effects.groupby("model").size().to_dict() == {"with": 3, "without": 3}
     together = pd.read_csv(page / "cumulative_ablation.csv").set_index("model")
-    assert together.loc["with", "n_ablated"].tolist() == [0, 1, 2, 3]
-    without = together.loc["without"]
-    assert without["neuron"].tolist() == together.loc["with", "neuron"].tolist(), "the first model's candidates"
+    normed, without = together.loc["with"], together.loc["without"]
+    assert normed["n_ablated"].tolist() == [0, 1, 2, 3]
+    assert without["neuron"].tolist() == normed["neuron"].tolist(), "the first model's candidates"
     np.testing.assert_allclose(without["entropy_nats"], without["frozen_entropy_nats"], rtol=1e-6)
     assert 0 < rows["with"]["sink_query_share"] < 1
     text = (page / "report.html").read_text()

@@ -86,7 +86,7 @@ def test_cost_is_that_of_the_losses_on_the_same_sequences(model):
             expected = chosen(sequences, labels=sequences).loss.item()
         assert frame.loc[precision, "eval_loss"] == pytest.approx(expected, rel=1e-5)
         assert frame.loc[precision, "eval_ppl"] == pytest.approx(np.exp(expected), rel=1e-4)
-    full = frame.loc["full_precision", "eval_ppl"]
+    full = frame["eval_ppl"].loc["full_precision"]
     np.testing.assert_allclose(frame["increase_percent"], 100 * (frame["eval_ppl"] / full - 1), atol=1e-9)
 
 

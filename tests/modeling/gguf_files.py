@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +96,10 @@ def write_gguf(
     if architecture == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    add: dict[type, Callable[[str, Any], None]]
+    add = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}
     for key, value in (extra or {}).items():
-        add = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}[type(value)]
-        add(key.replace("ARCH", architecture), value)
+        add[type(value)](key.replace("ARCH", architecture), value)
     _add_tokenizer(writer, n_token, pre)
     names = gguf.get_tensor_name_map(
         next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), config.num_hidden_layers

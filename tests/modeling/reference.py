@@ -188,6 +188,7 @@ def block(config: NormfreeConfig, weights: Weights, prefix: str, layer: int, x: 
 
     placement = config.norm_placement
     if placement == "mix":
+        assert config.n_post_layer is not None
         placement = "post" if layer < config.n_post_layer else "pre"
     if placement == "hybrid_star":
         placement = "pre" if layer == 0 else "hybrid"

@@ -47,15 +47,15 @@ def test_dequantized_weights_are_those_of_the_file(kind: str, projection: str, t
     file = open_gguf(path)
     assert file.quantization == "Q8_0, dequantized to float32"
     loaded = load_model(str(path))
-    module = loaded.get_submodule(f"model.layers.1.self_attn.{projection}")
+    weight = loaded.get_parameter(f"model.layers.1.self_attn.{projection}.weight")
     stored = next(each for each in gguf.GGUFReader(path).tensors if each.name == f"blk.1.attn_{projection[0]}.weight")
     expected = gguf.dequantize(stored.data, stored.tensor_type)
     if kind == "llama":
         head_dim = SIZES["hidden_size"] // SIZES["num_attention_heads"]
         pairs = expected.reshape(-1, head_dim // 2, 2, expected.shape[-1])
         expected = np.concatenate([pairs[:, :, 0], pairs[:, :, 1]], axis=1).reshape(expected.shape)
-    np.testing.assert_array_equal(module.weight.detach().numpy(), expected)
-    assert module.weight.dtype == torch.float32
+    np.testing.assert_array_equal(weight.detach().numpy(), expected)
+    assert weight.dtype == torch.float32
 
 
 def test_weights_that_are_not_quantized_say_nothing(whole: Path) -> None:

@@ -90,6 +90,7 @@ def test_padding_and_cache_change_no_logits(options: dict[str, Any], implementat
     assert cache is not None
     kept = [layer.keys.shape[2] for layer in cache.layers]
     window = model.config.sliding_window
+    assert window is not None
     assert kept == [min(T, window - 1) if kind == SLIDING else T for kind in model.config.layer_types]
 
 

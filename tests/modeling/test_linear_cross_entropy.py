@@ -275,6 +275,7 @@ def test_soft_targets_of_impossible_tokens(way: str) -> None:
     found = linear_cross_entropy(hidden, unembedding, labels, soft_targets=teacher)
     assert found.divergences[is_predicted].eq(float("inf")).all()
     assert not found.divergences[~is_predicted].any()
+    assert teacher.bias is not None
     teacher.bias[7] = logits[..., 7] = float("-inf")
     expected, _, (of_hidden, *_) = mixture(hidden, unembedding, labels, teacher, logits, None)
     found = linear_cross_entropy(hidden, unembedding, labels, soft_targets=teacher)
@@ -296,6 +297,7 @@ def test_a_nan_in_either_model_is_a_nan_of_its_token_only(way: str, whose: str) 
     found.divergences[1, 2] = 0
     assert found.divergences.isfinite().all()
     found.total.backward()
+    assert hidden.grad is not None
     assert hidden.grad[1, 2].isnan().all()
     assert hidden.grad[0].isfinite().all()
 

@@ -1,5 +1,7 @@
 """Models that compute their softmax themselves, against the attention weights that they return."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,7 @@ SCALED_DOT_PRODUCT_ATTENTION = nn.functional.scaled_dot_product_attention
 N_HEAD = 4
 SIZES = {"vocab_size": 50, "num_hidden_layers": 2, "num_attention_heads": N_HEAD, "hidden_size": 32}
 DECODER = {"is_decoder": True, "intermediate_size": 32}
-MODELS = {
+MODELS: dict[str, dict[str, Any]] = {
     "bloom": {},
     "mpt": {"d_model": 32, "n_heads": N_HEAD, "n_layers": 2},
     "falcon": {"alibi": True},

@@ -193,6 +193,7 @@ def test_chunks_of_attention_are_no_sequences(padding):
     n = tokens.shape[1] - padding
     assert probe.per_position().shape[-1] == tokens.shape[1]
     chunked = np.log(np.arange(n) % 8 + 1).mean()
+    assert config.layer_types is not None
     layers = ["full" if "full" in kind else "chunked" for kind in config.layer_types]
     for row, kind in enumerate(layers):
         expected = chunked if kind == "chunked" else np.log(np.arange(1, n + 1)).mean()

@@ -101,6 +101,7 @@ def test_flex_block_masks_are_written_out():
     attention = read_call(call_of(flex_attention_forward, mask=block_mask))
     assert not attention.is_causal
     expected = torch.ones(6, 6).tril().triu(-2).bool()
+    assert attention.attention_mask is not None
     torch.testing.assert_close(attention.attention_mask.expand(2, 1, 6, 6), expected.expand(2, 1, 6, 6), rtol=0, atol=0)
     assert read_call(call_of(flex_attention_forward)).attention_mask is None
 

@@ -208,6 +208,7 @@ def test_sinks_of_every_query_s_own():
     over_tokens = [call for call in calls if call.others.get("sinks") is not None]
     for call, weights in zip(over_tokens, attentions, strict=True):
         attention = read_call(call)
+        assert attention.sinks is not None
         assert attention.sinks.shape == (2, 4, 16)
         with torch.no_grad():
             entropy = attention.entropy()

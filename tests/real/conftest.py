@@ -10,6 +10,7 @@ import pytest
 import torch
 from examples.real_models.corpus import write_corpus
 from examples.real_models.packages import GEMMA3, SMOLLM2, RealModel
+from transformers import PreTrainedModel
 
 from normfree.interpret import TokenSequences, token_sequences
 from normfree.training import LoadedModel, load_pretrained
@@ -71,7 +72,7 @@ def installed(name: str) -> RealModel:
     return model
 
 
-def eager_attentions(model: torch.nn.Module, tokens: torch.Tensor) -> list[torch.Tensor]:
+def eager_attentions(model: PreTrainedModel, tokens: torch.Tensor) -> list[torch.Tensor]:
     """The attention weights that the model itself returns, a layer each [batch, n_head, T, T]."""
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")

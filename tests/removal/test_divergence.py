@@ -108,8 +108,11 @@ def watch(
             callback.log(state, {CROSS_ENTROPY: loss})
         callback.finish(state)
     except DivergedError as jump:
-        return jump.removal.step
-    return None
+        removal = jump.removal
+    else:
+        return None
+    assert removal is not None
+    return removal.step
 
 
 def test_one_bad_batch_is_no_divergence() -> None:

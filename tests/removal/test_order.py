@@ -78,7 +78,7 @@ def test_each_cost_is_that_of_one_constant_alone(llama: Path, corpus: Path, data
         for layer in range(3):
             norm = model.model.layers[layer].post_attention_layernorm
 
-            def constant(x: torch.Tensor, norm: torch.nn.Module = norm) -> torch.Tensor:
+            def constant(x: torch.Tensor, norm: Any = norm) -> torch.Tensor:
                 s = np.sqrt((x.double().numpy() ** 2).mean(-1) + norm.variance_epsilon)
                 is_massive = s > 3 * np.median(s, axis=1, keepdims=True)
                 special = s[is_massive].mean() if is_massive.any() else 1.0

@@ -87,8 +87,8 @@ def check(model: NormfreeForCausalLM, folder: Path, qk_norms: QKNorms = "keep") 
     torch.testing.assert_close(logits(folded), logits(settled), rtol=1e-8, atol=1e-8)
     exact = logits(settled)
     single = settled.float()
-    own = (logits(single, torch.float32) - exact).square().mean().sqrt()
-    rounded = (logits(remove_norms(single), torch.float32) - exact).square().mean().sqrt()
+    own = (logits(single, torch.float32) - exact).square().mean().sqrt().item()
+    rounded = (logits(remove_norms(single), torch.float32) - exact).square().mean().sqrt().item()
     assert rounded < max(1e-5, 4 * own), "folding rounds no more than float32 itself"
     return folded
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -142,7 +143,11 @@ def test_the_gradient_of_a_constant_reader_is_that_of_a_linear_map() -> None:
     torch.testing.assert_close(again, 2 * gradient, rtol=1e-5, atol=1e-7)
 
 
-STATISTICS = {"mean": np.mean, "median": np.median, 0.9: lambda stds: np.quantile(stds, 0.9)}
+STATISTICS: dict[str | float, Callable[[np.ndarray], float]] = {
+    "mean": np.mean,
+    "median": np.median,
+    0.9: lambda stds: np.quantile(stds, 0.9),
+}
 
 
 @pytest.mark.parametrize("statistic", STATISTICS)

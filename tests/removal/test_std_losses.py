@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,11 @@ from normfree.removal.std_losses import LARGEST_RATIO, MASSIVE_LOSS, STD_LOSS, S
 
 from .models import scheduled, stock, tokens
 
-STATISTICS = {"mean": np.mean, "median": np.median, 0.25: lambda stds: np.quantile(stds, 0.25)}
+STATISTICS: dict[str | float, Callable[[np.ndarray], float]] = {
+    "mean": np.mean,
+    "median": np.median,
+    0.25: lambda stds: np.quantile(stds, 0.25),
+}
 
 
 def losses(name: str, **options: Any) -> tuple[StdLosses, dict[str, NDArray[np.float64]]]:

@@ -134,7 +134,7 @@ def test_dynamics_hatches_from_where_nan_begins():
     assert span.get_hatch() == "////"
     assert span.get_x() == 100
     assert "NaN in 1 of 2 runs\nfrom step 100" in [text.get_text() for text in panels["SM+G"].texts]
-    assert np.isnan(panels["SM+G"].lines[0].get_ydata()[10:]).all()
+    assert np.isnan(np.asarray(panels["SM+G"].lines[0].get_ydata())[10:]).all()
     assert not panels["SM+R"].patches
 
 

@@ -43,8 +43,8 @@ def drawn_texts(figure: Figure) -> tuple[list[Text], np.ndarray]:
         renderer = FigureCanvasAgg(figure).get_renderer()
         with renderer._draw_disabled():
             figure.draw(renderer)
-        boxes = [text.get_window_extent(renderer).extents * 72 / figure.dpi for text in found]
-    return found, np.array(boxes).reshape(-1, 4)
+        boxes = [text.get_window_extent(renderer).extents for text in found]
+    return found, np.array(boxes).reshape(-1, 4) * 72 / figure.dpi
 
 
 def faults(figure: Figure) -> list[str]:

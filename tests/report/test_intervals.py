@@ -115,10 +115,10 @@ def test_bands_by_hand():
     # The maximum over all configurations is 4, so the edges are 1, 2 and 3.
     frame["entropy_nats"] = [0.5, 0.9, 1.0, 2.5] + [0.0, 0.1, 0.2, 3.0] + [3.5, 3.9, 4.0, 2.0] + [1.5] * 4
     shares = band_shares(frame).set_index("configuration")[["band_1", "band_2", "band_3", "band_4"]]
-    assert shares.loc["SM+LN+G"].tolist() == [0.5, 0.25, 0.25, 0.0]
-    assert shares.loc["SM+LN+R"].tolist() == [0.75, 0.0, 0.0, 0.25]
-    assert shares.loc["SM+G"].tolist() == [0.0, 0.0, 0.25, 0.75]
-    assert shares.loc["SM+R"].tolist() == [0.0, 1.0, 0.0, 0.0]
+    assert list(shares.loc["SM+LN+G"]) == [0.5, 0.25, 0.25, 0.0]
+    assert list(shares.loc["SM+LN+R"]) == [0.75, 0.0, 0.0, 0.25]
+    assert list(shares.loc["SM+G"]) == [0.0, 0.0, 0.25, 0.75]
+    assert list(shares.loc["SM+R"]) == [0.0, 1.0, 0.0, 0.0]
 
 
 def test_the_maximum_is_that_of_the_same_seed():

@@ -135,7 +135,7 @@ def test_curves_of_layers_are_broken_where_a_seed_is_and_go_from_light_to_dark()
     frame.loc[7, "value"] = np.nan
     axes = Figure().subplots()
     layer_curves(axes, frame.sample(frac=1, random_state=0), "value", [0, 1])
-    assert [line.get_xdata().tolist() for line in axes.lines] == [[10, 20]] * 2
+    assert [np.asarray(line.get_xdata()).tolist() for line in axes.lines] == [[10, 20]] * 2
     np.testing.assert_array_equal([line.get_ydata() for line in axes.lines], [[2, 3], [4, np.nan]])
     assert [line.get_color() for line in axes.lines] == [depth_colours(2)(i) for i in range(2)]
 

@@ -137,7 +137,7 @@ def test_formatted_by_hand():
         "SM+G", "3", "5.063", "158.0 ± 2.0", "\N{MINUS SIGN}12.3 ± 1.0", "+0.975 ± 0.010 †", "0.0", "0.0", "0.0",
         "57.6", "3.197 (+18.9)",
     ]  # fmt: skip
-    assert shown.loc[1, ["Seeds", "Perplexity", "Published (Δ %)"]].tolist() == ["2 of 3", "NaN", "\N{EN DASH}"]
+    assert list(shown.loc[1, ["Seeds", "Perplexity", "Published (Δ %)"]]) == ["2 of 3", "NaN", "\N{EN DASH}"]
 
 
 def test_notes_say_what_the_interval_covers():

@@ -58,11 +58,11 @@ def result(preset: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory, 
         )
 
     torch.manual_seed(5), random.seed(5), np.random.seed(5)
-    before = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist())
+    before = (torch.get_rng_state(), random.getstate(), np.random.get_state(legacy=False)["state"]["key"].tolist())
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     verbosity, deterministic = logging.get_verbosity(), torch.are_deterministic_algorithms_enabled()
     made = asyncio.run(cell())
-    after = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist())
+    after = (torch.get_rng_state(), random.getstate(), np.random.get_state(legacy=False)["state"]["key"].tolist())
     state["random"] = torch.equal(before[0], after[0]) and before[1:] == after[1:]
     state["handlers"] = handlers == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     state["global"] = (verbosity, deterministic) == (

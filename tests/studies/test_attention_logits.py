@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -55,8 +56,8 @@ def test_the_figure_has_every_layer_of_every_configuration() -> None:
     figure = attention_logits(logits({"SM+LN+G": [1.0, 2.0], "SM+G": [5.0, math.nan]}))
     panels = figure.axes[:2]  # then the key of the layers
     assert [panel.get_title() for panel in panels] == ["SM+LN+G", "SM+G"]
-    assert [line.get_ydata().tolist() for line in panels[0].lines] == [[1.0, 2.0], [2.0, 3.0], [3.0, 4.0]]
-    last = panels[1].lines[-1].get_ydata().tolist()
+    assert [np.asarray(line.get_ydata()).tolist() for line in panels[0].lines] == [[1.0, 2.0], [2.0, 3.0], [3.0, 4.0]]
+    last = np.asarray(panels[1].lines[-1].get_ydata()).tolist()
     assert last[0] == 7.0
     assert math.isnan(last[1])
 

@@ -26,7 +26,7 @@ def test_a_panel_shows_both_lines_of_each_head_as_means_over_seeds() -> None:
         first, _, threshold, second_threshold, bound = axes.lines
         assert first.get_linestyle() == "-"
         np.testing.assert_allclose(np.asarray(first.get_ydata())[:2], 1.55)
-        assert np.isnan(first.get_ydata()[2])
+        assert np.isnan(np.asarray(first.get_ydata())[2])
         np.testing.assert_allclose(np.asarray(threshold.get_ydata()), [0.6, 0.7, 0.8])
         np.testing.assert_allclose(np.asarray(second_threshold.get_ydata()), [1.6, 1.7, 1.8])
         assert set(np.asarray(bound.get_ydata())) == {2.0}

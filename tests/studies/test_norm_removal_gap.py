@@ -63,7 +63,7 @@ def test_the_control_is_the_best_of_all_and_differences_are_of_the_same_seed() -
     assert np.isnan(missing.mean)
     shown = formatted_gaps(gap_table(gaps)).set_index("Way")
     assert shown.loc["rate to zero", "Norm-free − control"] == "+0.0167 ± 0.0143"
-    assert shown.loc["default", ["Closed", "Budget", "Seeds"]].tolist() == ["", "5 %", "3"]
+    assert list(shown.loc["default", ["Closed", "Budget", "Seeds"]]) == ["", "5 %", "3"]
     assert shown.loc["ramp", "Loss"] == "NaN"
 
 

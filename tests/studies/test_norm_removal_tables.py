@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.axes import Axes
 from scipy import stats
 
 from normfree.errors import InputError
@@ -39,6 +40,12 @@ def removals(losses: dict[float, tuple[list[float], list[float]]] = LOSSES) -> p
         for variant, loss in (("original", ORIGINAL[seed]), ("vanilla", vanilla[seed]), ("norm-free", norm_free[seed]))
     ]
     return pd.DataFrame(rows, columns=list(REMOVALS))
+
+
+def legend_texts(axes: Axes) -> list[str]:
+    legend = axes.get_legend()
+    assert legend is not None
+    return [text.get_text() for text in legend.get_texts()]
 
 
 def test_each_variant_has_its_own_best_rate_and_a_diverged_seed_rules_a_rate_out() -> None:
@@ -86,7 +93,7 @@ def test_a_rate_without_all_seeds_is_no_candidate() -> None:
 def test_the_published_table() -> None:
     table = published_removals(load_published("ln_removal_gpt2_cross_entropy")).set_index("Model")
     assert table.index.tolist() == ["GPT-2 Small", "GPT-2 Medium", "GPT-2 Large", "GPT-2 XL"]
-    assert table.loc["GPT-2 Small"].tolist() == ["300", "3.1006", "3.0126", "3.0797", "+0.0671", f"{MINUS}0.0209"]
+    assert list(table.loc["GPT-2 Small"]) == ["300", "3.1006", "3.0126", "3.0797", "+0.0671", f"{MINUS}0.0209"]
 
 
 @given(st.floats(-2, 2), st.floats(-3, 9), st.integers(3, 8))
@@ -203,12 +210,8 @@ def test_the_scaling_figure_shows_censored_sizes() -> None:
     figure = removal_scaling(excess, reached, PowerLaw(nan, nan, nan, nan, 1), threshold=0.05)
     figure.canvas.draw()
     left, right = figure.axes
-    assert [text.get_text() for text in left.get_legend().get_texts()] == ["a (10k)", "b (100k)", "c (1M)"]
-    assert [text.get_text() for text in right.get_legend().get_texts()] == [
-        "interpolated",
-        "at most this",
-        "more than this",
-    ]
+    assert legend_texts(left) == ["a (10k)", "b (100k)", "c (1M)"]
+    assert legend_texts(right) == ["interpolated", "at most this", "more than this"]
     assert len(right.lines) == 0
     fitted = removal_scaling(excess, reached, PowerLaw(0.5, 0.4, 0.6, 2.0, 5), threshold=0.05)
     (line,) = fitted.axes[1].lines

@@ -76,7 +76,7 @@ def test_the_figure_has_means_over_heads_and_seeds_and_gaps_where_they_are_not_f
     curve, uniform = left.lines
     assert np.array_equal(np.asarray(curve.get_ydata()), [1.5, math.nan], equal_nan=True)
     assert list(np.asarray(uniform.get_ydata())) == [2.0, 2.0]
-    assert [line.get_ydata().tolist() for line in right.lines] == [[1.0]]
+    assert [np.asarray(line.get_ydata()).tolist() for line in right.lines] == [[1.0]]
     assert right.lines[0].get_label() == "Dynamic erf"
     assert right.get_title() == "α of the FFN norm"
     assert not entropy_and_alpha(heads, alphas[:0], bound=2.0).axes[1].lines

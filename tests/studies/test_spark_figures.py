@@ -91,8 +91,8 @@ def test_the_speed_of_decode_is_the_mean_of_the_medians_of_runs() -> None:
 
 def test_a_diverged_run_is_nan() -> None:
     table = sparsity_table(sparsity(diverged="SM+R"), savings(), baseline="SM+LN+G").set_index("Configuration")
-    assert table.loc["SM+R", ["Active neurons, %", "By layer, %"]].tolist() == ["NaN", "NaN"]
-    assert "NaN" not in table.loc["Spark-FFN"].tolist()
+    assert list(table.loc["SM+R", ["Active neurons, %", "By layer, %"]]) == ["NaN", "NaN"]
+    assert "NaN" not in list(table.loc["Spark-FFN"])
 
 
 def test_the_figure_shows_percent_by_layer_and_over_training() -> None:
@@ -103,7 +103,7 @@ def test_the_figure_shows_percent_by_layer_and_over_training() -> None:
         np.asarray(lines["Spark-FFN"].get_ydata()), [8 * 0.99 * (1 - 0.1 * layer) for layer in range(4)]
     )
     curve = next(line for line in over_training.lines if line.get_label() == "SM+R")
-    assert curve.get_xdata().tolist() == [4096 * step for step in range(0, 50, 10)]
+    assert np.asarray(curve.get_xdata()).tolist() == [4096 * step for step in range(0, 50, 10)]
     np.testing.assert_allclose(np.asarray(curve.get_ydata()), 30 * 0.85 * 0.99)
     nominal = by_layer.lines[-1]
     np.testing.assert_allclose(np.asarray(nominal.get_ydata()), [8, 8])

@@ -53,6 +53,7 @@ def test_written_and_read_again(compared, tmp_path):
     assert PredictionComparison.read(tmp_path) is None
     compared.write(tmp_path)
     read = PredictionComparison.read(tmp_path)
+    assert read is not None
     for name in ("evaluation", "calibration", "positions"):
         pd.testing.assert_frame_equal(getattr(read, name), getattr(compared, name), check_dtype=False)
     assert {path.stem for path in (tmp_path / "figures").iterdir()} == {"calibration", "loss-by-position"}

@@ -253,7 +253,7 @@ def test_a_run_that_diverges_goes_on_and_keeps_its_last_good_checkpoint(
         .query("name == 'residual_nan_count'")
         .pivot(index="step", columns="layer", values="value")
     )
-    assert nan.loc[3].tolist() == [0, 0]
+    assert list(nan.loc[3]) == [0, 0]
     assert (nan.loc[4] > 0).all()
 
 

@@ -3,6 +3,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.image import AxesImage
 
 from normfree.errors import InputError
 from normfree.interpret.depth.figures import (
@@ -65,6 +67,18 @@ def whiskers(axes):
     return [container for container in axes.containers if container.has_yerr]
 
 
+def legend_texts(axes: Axes) -> list[str]:
+    legend = axes.get_legend()
+    assert legend is not None
+    return [text.get_text() for text in legend.get_texts()]
+
+
+def cells_of(image: AxesImage) -> np.ndarray:
+    cells = image.get_array()
+    assert cells is not None
+    return cells
+
+
 def test_variance_is_logarithmic_with_its_law_dashed_and_named():
     frame_, laws = variance(), growth({("pre", 0): "exponential", ("scaled", 0): "linear"})
     figure = residual_variance_over_depth(frame_.sample(frac=1, random_state=0).sort_values("configuration"), laws)
@@ -75,7 +89,7 @@ def test_variance_is_logarithmic_with_its_law_dashed_and_named():
             np.testing.assert_array_equal(line.get_ydata(), rows["residual_variance"])
             (fit,) = (each for each in axes.lines if each.is_dashed() and each.get_color() == line.get_color())
             np.testing.assert_array_equal(fit.get_ydata(), rows["fitted_variance"])
-        assert [text.get_text() for text in axes.get_legend().get_texts()] == ["exponential", "linear"]
+        assert legend_texts(axes) == ["exponential", "linear"]
         assert axes.get_yscale() == "log"
         assert len(whiskers(axes)) == 2
 
@@ -84,7 +98,7 @@ def test_laws_of_several_seeds_are_counted():
     laws = growth({("pre", 0): "linear", ("pre", 1): "exponential", ("pre", 2): "linear"})
     laws.loc[laws["tokens"] == "all", "is_best"] = False
     figure = residual_variance_over_depth(variance(seeds=(0, 1, 2), configurations=("pre",)), laws)
-    texts = [axes.get_legend().get_texts()[0].get_text() for axes in figure.axes]
+    texts = [legend_texts(axes)[0] for axes in figure.axes]
     assert texts == ["undecided", "linear (2), exponential (1)"]
 
 
@@ -133,7 +147,7 @@ def test_heatmaps_share_one_scale_and_ring_the_smallest_distance():
         rows = frame_[frame_["configuration"] == configuration]
         (image,) = axes.get_images()
         assert (image.norm.vmin, image.norm.vmax) == (0, largest)
-        cells = image.get_array()
+        cells = cells_of(image)
         for row in rows.to_dict("records"):
             cell = cells[row["n_apart"] - 1, row["layer"]]
             assert cell is np.ma.masked if np.isnan(row["angular_distance"]) else cell == row["angular_distance"]
@@ -148,7 +162,7 @@ def test_heatmaps_of_several_seeds_are_means_and_models_may_differ_in_depth():
     frame_ = distances(seeds=(0, 1), configurations=("deep",))
     shallow = distances(configurations=("shallow",)).query("layer + n_apart <= 3")
     figure = angular_distance_heatmaps(pd.concat([frame_, shallow]))
-    deep, other = (axes.get_images()[0].get_array() for axes in figure.axes if axes.get_label() != "<colorbar>")
+    deep, other = (cells_of(axes.get_images()[0]) for axes in figure.axes if axes.get_label() != "<colorbar>")
     mean = frame_.groupby(["n_apart", "layer"])["angular_distance"].mean()
     np.testing.assert_allclose(deep[2, 1], mean.loc[3, 1])
     assert (deep.shape, other.shape) == ((6, 6), (3, 3))

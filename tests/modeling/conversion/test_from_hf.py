@@ -116,7 +116,7 @@ def partly_offloaded(tmp_path: Path) -> LlamaForCausalLM:
     )
 
 
-def with_lora(rank: int, model: PreTrainedModel, target: str) -> torch.nn.Module:
+def with_lora(rank: int, model: PreTrainedModel, target: str) -> peft.PeftModel:
     return peft.get_peft_model(model, peft.LoraConfig(r=rank, target_modules=[target]))
 
 
@@ -155,8 +155,7 @@ def with_pruned_weight() -> LlamaForCausalLM:
 
 def with_weight_norm() -> GPTNeoXForCausalLM:
     model = gpt_neox()
-    layer: Any = model.gpt_neox.layers[0].attention.query_key_value
-    torch.nn.utils.parametrizations.weight_norm(layer)
+    torch.nn.utils.parametrizations.weight_norm(model.get_submodule("gpt_neox.layers.0.attention.query_key_value"))
     return model
 
 

@@ -15,7 +15,7 @@ def gelu(x):
     return x * norm.cdf(x)
 
 
-def feed_forward(q, K1, K2, V, k, predictor_bias=None, rest_bias=None, activation=gelu):
+def feed_forward(q, K1, K2, V, *, k, predictor_bias=None, rest_bias=None, activation=gelu):
     """[n, d] and the number of active neurons of each query."""
     q, K1, K2, V = (array(each) for each in (q, K1, K2, V))
     r, n_inner = K1.shape
@@ -29,7 +29,7 @@ def feed_forward(q, K1, K2, V, k, predictor_bias=None, rest_bias=None, activatio
     return (activation(excess) * multipliers) @ V, active.sum(-1)
 
 
-def attention(q, predictor_keys, rest_keys, values, k, predictor_scale, rest_scale, visible=None):
+def attention(q, predictor_keys, rest_keys, values, *, k, predictor_scale, rest_scale, visible=None):
     """[batch, n_head, value_dim], the number of kept tokens, and how far the nearest score is from its threshold."""
     q, predictor_keys, rest_keys, values = (array(each) for each in (q, predictor_keys, rest_keys, values))
     batch, n_head, _ = q.shape

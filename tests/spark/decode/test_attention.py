@@ -34,8 +34,8 @@ def inputs(seed, batch, n_kv_head, group, n_key, r, rest, value_dim, dtype=torch
 def attend(backend, tensors, k, visible=None, **scales):
     device = DEVICES[backend]
     visible = None if visible is None else visible.to(device)
-    moved = [each.to(device) for each in tensors]
-    return sparse_attention_decode(*moved, k, visible=visible, backend=backend, **scales)
+    q, predictor_keys, rest_keys, values = (each.to(device) for each in tensors)
+    return sparse_attention_decode(q, predictor_keys, rest_keys, values, k, visible=visible, backend=backend, **scales)
 
 
 def check_case(backend, data):
@@ -51,7 +51,7 @@ def check_case(backend, data):
         visible = torch.rand(batch, n_key, generator=torch.Generator().manual_seed(seed)) < 0.7
         visible[:, -1] = True
     scales: dict[str, Any] = {"predictor_scale": r**-0.5, "rest_scale": rest**-0.5}
-    expected, _, margin = numpy_spark.attention(*tensors, k, visible=visible, **scales)
+    expected, _, margin = numpy_spark.attention(*tensors, k=k, visible=visible, **scales)
     # a score nearer to the threshold than rounding falls on either side of it, and takes its whole weight along
     assume(margin > (1e-12 if dtype == torch.float64 else 2e-5))
     if dtype in (torch.bfloat16, torch.float16) and backend == "torch":
@@ -71,7 +71,7 @@ def test_agrees_with_the_masked_dense_computation(backend):
 def test_one_key_is_not_a_share_of_one(backend):
     tensors = inputs(0, 1, 1, 1, 5, 4, 4, 4)
     for k, count in ((1, 1), (1.0, 5), (1, 1)):
-        expected, counts, _ = numpy_spark.attention(*tensors, k, 0.5, 0.5)
+        expected, counts, _ = numpy_spark.attention(*tensors, k=k, predictor_scale=0.5, rest_scale=0.5)
         assert (counts == count).all()
         out = attend(backend, tensors, k, predictor_scale=0.5, rest_scale=0.5)
         np.testing.assert_allclose(out.cpu().numpy(), expected, rtol=0, atol=1e-5)
@@ -80,7 +80,7 @@ def test_one_key_is_not_a_share_of_one(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_keys_and_values_of_other_tokens_are_not_read(backend):
     tensors = inputs(0, 1, 1, 2, 300, 16, 16, 8)
-    expected, counts, _ = numpy_spark.attention(*tensors, 30, 0.25, 0.25)
+    expected, counts, _ = numpy_spark.attention(*tensors, k=30, predictor_scale=0.25, rest_scale=0.25)
     assert ((counts > 10) & (counts < 60)).all()
     q, predictor_keys, rest_keys, values = tensors
     scores = q[:, :, :16] @ predictor_keys[:, 0].transpose(1, 2)
@@ -96,14 +96,14 @@ def test_views_of_a_longer_cache(backend):
     tensors = inputs(0, 2, 2, 2, 90, 8, 8, 8)
     scales: dict[str, Any] = {"predictor_scale": 0.3, "rest_scale": 0.3}
     short = [tensors[0], *(each[:, :, :50] for each in tensors[1:])]
-    expected, _, _ = numpy_spark.attention(*short, 10, **scales)
+    expected, _, _ = numpy_spark.attention(*short, k=10, **scales)
     np.testing.assert_allclose(attend(backend, short, 10, **scales).cpu().numpy(), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_nonfinite_key_or_a_sequence_that_sees_nothing_is_nan_and_spoils_no_other(backend):
     tensors = inputs(0, 3, 1, 2, 40, 8, 8, 8)
-    clean, _, _ = numpy_spark.attention(*tensors, 10, 0.3, 0.3)
+    clean, _, _ = numpy_spark.attention(*tensors, k=10, predictor_scale=0.3, rest_scale=0.3)
     tensors[1][0, 0, 3, 0] = math.nan
     visible = torch.ones(3, 40, dtype=torch.bool)
     visible[1] = False

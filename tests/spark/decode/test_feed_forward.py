@@ -33,11 +33,11 @@ def decoded(backend, q, matrices, k, activation=F.gelu, **biases):
     """``sparse_feed_forward`` on the backend's device, with the matrices in its layout."""
     device = DEVICES[backend]
     packed = pack_feed_forward(*(each.to(device) for each in matrices), backend=backend)
-    moved = {name: None if bias is None else bias.to(device) for name, bias in biases.items()}
+    moved: dict[str, Any] = {name: None if bias is None else bias.to(device) for name, bias in biases.items()}
     return sparse_feed_forward(q.to(device), *packed, k, activation, backend=backend, **moved).cpu()
 
 
-def score_scale(q, K1, K2, V, counts, predictor_bias=None, rest_bias=None):
+def score_scale(q, K1, K2, V, *, counts, predictor_bias=None, rest_bias=None):
     """The size of an output whose scores do not cancel against the threshold, as an active neuron's may."""
 
     def largest(bias):
@@ -51,11 +51,12 @@ def score_scale(q, K1, K2, V, counts, predictor_bias=None, rest_bias=None):
 
 
 def assert_is_the_dense_result(backend, q, matrices, k, **biases):
-    expected, counts = numpy_spark.feed_forward(q, *matrices, k, **biases)
+    expected, counts = numpy_spark.feed_forward(q, *matrices, k=k, **biases)
     out = decoded(backend, q, matrices, k, **biases)
     assert out.dtype == q.dtype
     # torch rounds the intermediates of half precision too
-    tolerance = TOLERANCES[q.dtype] * (4 if backend == "torch" else 1) * score_scale(q, *matrices, counts, **biases)
+    tolerance = TOLERANCES[q.dtype] * (4 if backend == "torch" else 1)
+    tolerance *= score_scale(q, *matrices, counts=counts, **biases)
     np.testing.assert_allclose(numpy_spark.array(out), expected, rtol=0, atol=tolerance)
     return counts
 
@@ -107,7 +108,7 @@ def test_a_nonfinite_query_makes_nan_of_its_own_row_only(backend, bad):
     generator = torch.Generator().manual_seed(0)
     matrices = weights(generator, 20, 7, 130, 12)
     q = torch.randn(3, 20, generator=generator)
-    clean, _ = numpy_spark.feed_forward(q, *matrices, 9)
+    clean, _ = numpy_spark.feed_forward(q, *matrices, k=9)
     q[1, 2] = bad
     out = decoded(backend, q, matrices, 9)
     assert out[1].isnan().all()
@@ -121,7 +122,7 @@ def test_rows_of_inactive_neurons_are_not_read(backend):
     q = torch.randn(1, 20, generator=generator)
     K1, K2, V = matrices
     scores = q[:, :7] @ K1
-    expected, _ = numpy_spark.feed_forward(q, *matrices, 9)
+    expected, _ = numpy_spark.feed_forward(q, *matrices, k=9)
     inactive = scores[0] < scores.median()
     K2[:, inactive] = math.nan
     V[inactive] = math.nan
@@ -150,7 +151,7 @@ def test_each_activation_of_positive_and_negative_numbers(backend, activation, e
     matrices = weights(generator, 20, 7, 130, 12)
     q = torch.randn(2, 20, generator=generator)
     for k in (9, 130):
-        expected, _ = numpy_spark.feed_forward(q, *matrices, k, activation=exact)
+        expected, _ = numpy_spark.feed_forward(q, *matrices, k=k, activation=exact)
         scale = np.abs(expected).max()
         out = decoded(backend, q, matrices, k, activation)
         np.testing.assert_allclose(out.numpy() / scale, expected / scale, rtol=0, atol=2e-5)
