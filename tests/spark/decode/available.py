@@ -10,11 +10,11 @@ from normfree.spark.decode import decode_backends
 _REASONS = decode_backends()
 
 
-def _unless_available(name):
+def unless_available(name):
     return pytest.mark.skipif(_REASONS[name] is not None, reason=f"{name}: {_REASONS[name]}")
 
 
-BACKENDS = [pytest.param(name, marks=_unless_available(name)) for name in _REASONS]
+BACKENDS = [pytest.param(name, marks=unless_available(name)) for name in _REASONS]
 DEVICES = {"torch": "cpu", "cpu": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
 
 
