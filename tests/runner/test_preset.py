@@ -13,7 +13,7 @@ from normfree.studies.relu_revival import GELU, LAYERNORM_GELU, STUDY
 
 STUDIES = {name: each for name, each in installed_studies().items() if isinstance(each, Study)}
 SHIPPED = [
-    *("cpu", "cpu-long", "cpu-pythia-128", "cpu-pythia-256"),
+    *("cpu", "cpu-brief", "cpu-long", "cpu-pythia-128", "cpu-pythia-256"),
     *("gpu", "gpu-pythia-128", "gpu-pythia-256"),
     *("paper-gpt2-128", "paper-pythia-128", "paper-pythia-256"),
     "smoke",

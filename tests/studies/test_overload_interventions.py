@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from normfree.studies.overload_interventions import (
     SHARPER,
     STUDY,
     Trained,
-    constant_gains,
     intervention_table,
     other_activation,
     sharper_heads,
+    unit_inputs,
 )
 
 Command = Callable[..., tuple[int, str, str]]
@@ -31,18 +32,22 @@ T = 16
 BOUND = uniform_entropy_bound(T)
 
 
-@pytest.fixture
-def trained() -> Trained:
-    """Head 1 of layer 0 and head 0 of layer 2 are stuck."""
+def small_model(**changes: Any) -> NormfreeForCausalLM:
     torch.manual_seed(0)
-    options: dict[str, Any] = {"n_layer": 3, "n_head": 2, "n_embd": 16, "vocab_size": 40, "n_positions": T}
+    options: dict[str, Any] = {"n_layer": 3, "n_head": 2, "n_embd": 16, "vocab_size": 40, "n_positions": T, **changes}
     model = NormfreeForCausalLM(NormfreeConfig(**options, norm="none", activation="gelu", attention_bias="qk")).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture
+def trained() -> Trained:
+    """Head 1 of layer 0 and head 0 of layer 2 are stuck."""
     entropy = np.full((3, 2), 0.2)
     entropy[0, 1] = entropy[2, 0] = 0.9 * BOUND
-    return Trained(model, entropy, torch.randint(40, (3, T)))
+    return Trained(small_model(), entropy, torch.randint(40, (3, T)))
 
 
 @torch.no_grad()
@@ -83,19 +88,20 @@ def test_logits_of_stuck_heads_alone_are_sharper(trained: Trained) -> None:
 
 
 @torch.no_grad()
-def test_inputs_over_their_rms_have_an_rms_of_one(trained: Trained) -> None:
-    changed = constant_gains(trained).eval()
-    seen: list[float] = []
-    original = trained.model.model
-    x = original.embed_tokens(trained.tokens) + original.embed_positions(torch.arange(T))
-    for before, after in zip(original.blocks, changed.model.blocks, strict=True):
-        read, values = after.attention_norm(x)
-        torch.testing.assert_close(read, values)
-        seen.append(read.square().mean().item())
-        x = x + before.attention(x)[0]
-        seen.append(after.ffn_norm(x).square().mean().item())
-        x = x + before.ffn(x)
-    np.testing.assert_allclose(seen, 1, rtol=1e-5)
+@pytest.mark.parametrize("ffn", ["dense", "gated", "spark"])
+def test_inputs_have_an_rms_of_one_in_the_same_function(trained: Trained, ffn: str) -> None:
+    trained = replace(trained, model=small_model(ffn=ffn))
+    changed = unit_inputs(trained).eval()
+    torch.testing.assert_close(logits(changed, trained.tokens), logits(trained.model, trained.tokens))
+    read: list[torch.Tensor] = []
+    for block in changed.model.blocks:
+        block.attention_norm.register_forward_hook(lambda module, arguments, results: read.extend(results))
+        block.ffn_norm.register_forward_hook(lambda module, arguments, result: read.append(result))
+    logits(changed, trained.tokens)
+    assert len(read) == 9, "queries and keys, values, and the feed-forward network of each layer"
+    np.testing.assert_allclose([each.square().mean() for each in read], 1, rtol=1e-5)
+    trained.model.model.blocks[0].ffn.up_proj.weight.zero_()
+    assert changed.model.blocks[0].ffn.up_proj.weight.abs().sum() > 0
 
 
 def test_excesses_are_against_the_control_of_the_same_seed() -> None:

@@ -22,7 +22,7 @@ from normfree.runner.presets import Preset
 from normfree.runner.study_folder import StudyFolder
 from normfree.training import Recipe, RunConfig, RunResult
 
-GENERAL_PRESETS = ("smoke", "cpu", "gpu", "paper-gpt2-128", "paper-pythia-128", "paper-pythia-256")
+GENERAL_PRESETS = ("smoke", "cpu", "cpu-brief", "gpu", "paper-gpt2-128", "paper-pythia-128", "paper-pythia-256")
 
 
 @dataclass(frozen=True)

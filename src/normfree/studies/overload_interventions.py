@@ -107,14 +107,25 @@ def sharper_heads(trained: Trained) -> NormfreeForCausalLM:
     return changed
 
 
-def constant_gains(trained: Trained) -> NormfreeForCausalLM:
-    """What every attention and every feed-forward network reads, divided by its RMS over all tokens: a constant."""
+@torch.no_grad()
+def unit_inputs(trained: Trained) -> NormfreeForCausalLM:
+    """The same function, with an RMS of one in what every attention and every feed-forward network reads.
+
+    What they read is divided by its RMS over all tokens, a constant, and the weights that read it are multiplied by it.
+    An update of these weights then changes the function more, as it does behind a norm.
+    """
     rms = _input_rms(trained)
     changed = trained.with_options(norm="constant_std", norm_is_centered=False)
     for block, (attention, ffn) in zip(changed.model.blocks, rms, strict=True):
-        for norm, value in ((block.attention_norm, attention), (block.ffn_norm, ffn)):
+        for norm, network, writer, value in (
+            (block.attention_norm, block.attention, "o_proj", attention),
+            (block.ffn_norm, block.ffn, "down_proj", ffn),
+        ):
             assert isinstance(norm, ConstantStdNorm)
             norm.std.fill_(value)
+            for name, projection in network.named_children():
+                if isinstance(projection, nn.Linear) and name != writer:
+                    projection.weight.mul_(value)
     return changed
 
 
@@ -153,7 +164,7 @@ INTERVENTIONS = (
     Intervention("other activation, late third", _swapped(_late), _late),
     Intervention("other activation, all layers", _swapped(range), range),
     Intervention(f"stuck heads' logits ×{SHARPER:g}", sharper_heads, range),
-    Intervention("inputs over their RMS, a constant", constant_gains, range),
+    Intervention("the same function, inputs of RMS 1", unit_inputs, range),
 )
 
 
