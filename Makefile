@@ -8,7 +8,7 @@ INSTALL := -m pip install --quiet
 .PHONY: study test test-oldest coverage nightly models real docs neighbours check audit format lock upgrade private clean
 
 study: .venv/.installed
-	$(BIN)/normfree study relu-revival --preset cpu
+	$(BIN)/normfree study relu-revival --preset cpu --workers 2
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
