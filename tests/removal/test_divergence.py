@@ -109,10 +109,9 @@ def watch(
         callback.finish(state)
     except DivergedError as jump:
         removal = jump.removal
-    else:
-        return None
-    assert removal is not None
-    return removal.step
+        assert removal is not None
+        return removal.step
+    return None
 
 
 def test_one_bad_batch_is_no_divergence() -> None:

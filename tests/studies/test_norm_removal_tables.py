@@ -5,7 +5,6 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from matplotlib.axes import Axes
 from scipy import stats
 
 from normfree.errors import InputError
@@ -22,6 +21,7 @@ from normfree.studies.norm_removal.tables import (
     removal_table,
     tokens_to_reach,
 )
+from tests.legends import legend_texts
 
 MINUS = "\N{MINUS SIGN}"
 LOSSES = {  # by rate: vanilla, norm-free of seeds 0, 1, 2
@@ -40,12 +40,6 @@ def removals(losses: dict[float, tuple[list[float], list[float]]] = LOSSES) -> p
         for variant, loss in (("original", ORIGINAL[seed]), ("vanilla", vanilla[seed]), ("norm-free", norm_free[seed]))
     ]
     return pd.DataFrame(rows, columns=list(REMOVALS))
-
-
-def legend_texts(axes: Axes) -> list[str]:
-    legend = axes.get_legend()
-    assert legend is not None
-    return [text.get_text() for text in legend.get_texts()]
 
 
 def test_each_variant_has_its_own_best_rate_and_a_diverged_seed_rules_a_rate_out() -> None:

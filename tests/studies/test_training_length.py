@@ -22,6 +22,7 @@ from normfree.studies.training_length import (
     excess_losses,
     formatted_excess,
 )
+from tests.legends import legend_texts
 
 Command = Callable[..., tuple[int, str, str]]
 LENGTHS = (1_000_000, 2_000_000, 4_000_000)
@@ -82,9 +83,7 @@ def test_the_table_has_losses_of_the_baseline_and_excesses_of_the_others() -> No
 def test_the_figure_has_a_line_for_each_but_the_baseline() -> None:
     figure = excess_by_length(excess_losses(made_up()))
     (axes,) = figure.axes
-    legend = axes.get_legend()
-    assert legend is not None
-    assert [text.get_text() for text in legend.get_texts()] == ["SM+R", "SM+G", "SM+LN+G"]
+    assert legend_texts(axes) == ["SM+R", "SM+G", "SM+LN+G"]
     lines = {str(line.get_label()): np.asarray(line.get_ydata(), dtype=np.float64) for line in axes.get_lines()}
     np.testing.assert_allclose(lines["SM+R"], np.array(EXCESS["SM+R"]) + 0.01)
     figure.draw_without_rendering()

@@ -18,7 +18,7 @@ from normfree.data import PackedData
 from normfree.training import Callback, RunConfig, RunState, train
 from normfree.training.half_precision import Float32Accumulation
 from normfree.training.records import LAYERS_FILE
-from normfree.training.run_folder import checkpoints, last_checkpoint
+from normfree.training.run_folder import last_checkpoint
 
 from .test_telemetry import BatchLog
 from .test_trainer import StopAt, assert_same, final_weights, losses
@@ -179,8 +179,10 @@ def test_a_stopped_run_goes_on_with_the_scale_it_had(
     assert checkpoint.name == "checkpoint-3"
     assert torch.load(checkpoint / "scaler.pt", weights_only=True)["scale"] == 65536.0 / 4
     assert_same(whole, train(run, data, tmp_path / "stopped", callbacks=(Overflowing(1, 2, 4),)))
-    finished = [torch.load(checkpoints(tmp_path / name)[-1] / "scaler.pt") for name in ("whole", "stopped")]
-    assert finished[0] == finished[1]
+    last, resumed = (last_checkpoint(tmp_path / name) for name in ("whole", "stopped"))
+    assert last is not None
+    assert resumed is not None
+    assert torch.load(last / "scaler.pt") == torch.load(resumed / "scaler.pt")
 
 
 def test_other_precisions_are_left_as_they_are(

@@ -3,7 +3,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.axes import Axes
 from matplotlib.image import AxesImage
 
 from normfree.errors import InputError
@@ -13,6 +12,7 @@ from normfree.interpret.depth.figures import (
     residual_variance_over_depth,
     skipped_layer_losses,
 )
+from tests.legends import legend_texts
 
 CONFIGURATIONS = ("pre", "scaled")
 N_LAYER = 6
@@ -65,12 +65,6 @@ def dotted(axes):
 
 def whiskers(axes):
     return [container for container in axes.containers if container.has_yerr]
-
-
-def legend_texts(axes: Axes) -> list[str]:
-    legend = axes.get_legend()
-    assert legend is not None
-    return [text.get_text() for text in legend.get_texts()]
 
 
 def cells_of(image: AxesImage) -> np.ndarray:

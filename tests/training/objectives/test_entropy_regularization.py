@@ -22,10 +22,10 @@ from normfree.training import RunConfig, RunResult, load_run_config, train
 from normfree.training.objectives.entropy_regularization import EntropyRegularizationOptions, entropy_penalty
 from normfree.training.objectives.objective import OBJECTIVE_FILE
 from normfree.training.records import LAYERS_FILE, METRICS_FILE
-from normfree.training.run_folder import checkpoints, last_checkpoint
+from normfree.training.run_folder import last_checkpoint
 
 from ..test_telemetry import BatchLog, eager_entropy
-from ..test_trainer import StopAt, assert_same
+from ..test_trainer import StopAt, assert_same, final_weights
 
 Make = Callable[..., RunConfig]
 BOUND = np.log(np.arange(1, 17)).mean()
@@ -215,7 +215,7 @@ def test_the_model_on_disk_has_no_thresholds(
     plain_run: RunResult, data: PackedData, tiny_run: Make, tmp_path: Path
 ) -> None:
     result = train(regularized(tiny_run()), data, tmp_path / "run")
-    weights = [load_file(checkpoints(each.folder)[-1] / "model.safetensors") for each in (plain_run, result)]
+    weights = [final_weights(each) for each in (plain_run, result)]
     assert weights[0].keys() == weights[1].keys()
     assert result.row["n_parameters"] == plain_run.row["n_parameters"]
 
