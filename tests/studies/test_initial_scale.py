@@ -22,7 +22,8 @@ def test_a_gain_multiplies_the_token_embeddings_alone() -> None:
     preset = load_preset("smoke")
     configurations = {each.label: each for each in STUDY.configurations(preset)}
     assert list(configurations) == [
-        "SM+LN+G",
+        *("SM+LN+G", "SM+LN+G, ×16"),
+        *("SM+LN+R", "SM+LN+R, ×16"),
         *("SM+G", "SM+G, ×4", "SM+G, ×16", "SM+G, ×64"),
         *("SM+R", "SM+R, ×4", "SM+R, ×16", "SM+R, ×64"),
     ]

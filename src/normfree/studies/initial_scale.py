@@ -2,7 +2,8 @@
 
 GELU(x) = x / 2 + O(x²): where inputs are small, a feed-forward network with GELU is nearly linear. ReLU is homogeneous,
 ReLU(c x) = c ReLU(x), and does not know the scale of its inputs. LayerNorm brings inputs to one; so does a fixed gain
-on the token embeddings, at the start of training. If scale is what GELU lacks, the gain helps GELU and not ReLU.
+on the token embeddings, at the start of training. If scale is what GELU lacks, the gain helps GELU and not ReLU. Models
+with LayerNorm show what the gain does by other ways, such as larger updates of the embeddings.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from normfree.report.numbers import number
 from normfree.report.overload import perplexity_and_overload
 from normfree.runner import Configuration, Findings, Study, StudyPage, head_entropy_frame, telemetry_frame
 from normfree.studies.hybrid_activations import layer_entropy_by_configuration
-from normfree.studies.relu_revival import GELU, LAYERNORM_GELU, PAPER, RELU, scale_limits
+from normfree.studies.relu_revival import GELU, LAYERNORM_GELU, LAYERNORM_RELU, PAPER, RELU, scale_limits
 
 GAINS = (1, 4, 16, 64)
 """Of token embeddings, which begin with a std of 0.02."""
+LINES = ((LAYERNORM_GELU, (1, 16)), (LAYERNORM_RELU, (1, 16)), (GELU, GAINS), (RELU, GAINS))
+"""Models with the gains that each is trained with."""
 SMALL = 0.5
 """GELU(x) differs from x / 2 by less than a fifth of |x| for |x| below this."""
 
@@ -30,19 +33,15 @@ def scaled(base: Configuration, gain: int) -> Configuration:
     return Configuration(f"{base.label}, ×{gain}", {**base.model, "embedding_multiplier": gain})
 
 
-CONFIGURATIONS = (
-    LAYERNORM_GELU,
-    *(scaled(GELU, gain) for gain in GAINS),
-    *(scaled(RELU, gain) for gain in GAINS),
-)
+CONFIGURATIONS = tuple(scaled(base, gain) for base, gains in LINES for gain in gains)
 
 
 def describe(page: StudyPage) -> Findings:
     """Perplexity by gain, entropy by layer, and by how much each activation gains."""
     rows = [
-        {"line": base.label, "place": place, "value": f"×{gain}", **page.overload[scaled(base, gain).label]}
-        for base in (GELU, RELU)
-        for place, gain in enumerate(GAINS)
+        {"line": base.label, "place": GAINS.index(gain), "value": f"×{gain}", **page.overload[scaled(base, gain).label]}
+        for base, gains in LINES
+        for gain in gains
         if scaled(base, gain).label in page.overload
     ]
     figures = []
@@ -50,13 +49,9 @@ def describe(page: StudyPage) -> Findings:
         figures.append(
             page.figure(
                 "perplexity-by-gain",
-                perplexity_and_overload(
-                    pd.DataFrame(rows),
-                    changed="gain of the token embeddings",
-                    level=page.overload[LAYERNORM_GELU.label],
-                ),
+                perplexity_and_overload(pd.DataFrame(rows), changed="gain of the token embeddings"),
                 "Perplexity and share of heads in the top quarter of the entropy range by the gain of the token "
-                f"embeddings, without LayerNorm. Dashed: {LAYERNORM_GELU.label}.",
+                "embeddings.",
             )
         )
     small = small_layers(telemetry_frame(page.results, [RESIDUAL_RMS]))
@@ -96,8 +91,8 @@ def _lead(table: pd.DataFrame) -> str:
     """What the best gain is worth to each activation."""
     losses = table.set_index("configuration")[EVAL_LOSS]
     sentences = []
-    for base in (GELU, RELU):
-        own = losses.reindex([scaled(base, gain).label for gain in GAINS]).dropna()
+    for base, gains in LINES:
+        own = losses.reindex([scaled(base, gain).label for gain in gains]).dropna()
         if base.label in own.index and len(own) > 1:
             best = str(own.drop(base.label).idxmin())
             gained = number(own[base.label] - own[best], "+.3f")
