@@ -15,9 +15,9 @@ from normfree import cli, compiled, progress
 from normfree.data import DataConfig, PackedData, prepare_data
 from normfree.training import Recipe, RunConfig, RunResult, train
 from tests.data.made_up import document, write_documents
-from tests.small_study import blank_figures, preset_content, preset_file
+from tests.small_study import blank_figures, few_rounds, preset_content, preset_file
 
-__all__ = ["blank_figures", "preset_content", "preset_file"]
+__all__ = ["blank_figures", "few_rounds", "preset_content", "preset_file"]
 
 SEQUENCE_LENGTH = 16
 COMPILED = Path(str(compiled.__file__)).parent
@@ -38,13 +38,10 @@ def no_display_left() -> Iterator[None]:
     assert progress.display() is before
 
 
-@pytest.fixture(autouse=True, scope="session")
-def frozen_imports() -> Iterator[None]:
-    """The Trainer collects garbage after each run: the objects of the imported libraries are left out of it."""
-    gc.collect()
+@pytest.fixture(autouse=True, scope="module")
+def frozen_imports() -> None:
+    """Training collects garbage before it builds a model; what the tests before have imported is left out of it."""
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

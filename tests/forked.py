@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 from normfree import cli
 
@@ -38,6 +40,39 @@ def forked(job: Callable[[], object], output: Path) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+class ForkedWorker:
+    """In the place of ``subprocess.Popen`` in an executor: ``python -c PROGRAM ARGUMENTS`` in a fork."""
+
+    def __init__(self, command: list[str], *, env: dict[str, str], stdout: IO[bytes], **_: object) -> None:
+        _, _, program, *arguments = command
+
+        def job() -> None:
+            os.environ.update(env)
+            sys.argv = ["-c", *arguments]
+            exec(program, {})
+
+        self.pid = forked(job, Path(stdout.name))
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        return self._waited(os.WNOHANG)
+
+    def wait(self) -> int | None:
+        return self._waited(0)
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def _waited(self, options: int) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, options)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
 
 
 def normfree(*arguments: object) -> Callable[[], None]:

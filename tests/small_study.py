@@ -1,4 +1,4 @@
-"""A preset of four steps, and figures that are saved blank: fixtures for tests of studies and of what runs them."""
+"""A preset of four steps, and fixtures that spare studies what a test does not ask for: figures, long timings."""
 
 from __future__ import annotations
 
@@ -60,3 +60,10 @@ def blank_figures(monkeypatch: pytest.MonkeyPatch) -> None:
         return save_figure(Figure(figsize=(0.1, 0.1)), folder, name)
 
     monkeypatch.setattr("normfree.report.saving.save_figure", save)
+
+
+@pytest.fixture
+def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds of decode are timed, but not well."""
+    monkeypatch.setattr("normfree.studies.spark.decode_seconds.N_ROUND", 2)
+    monkeypatch.setattr("normfree.timing.MIN_SECONDS", 1e-9)

@@ -19,7 +19,7 @@ SMALL = {"vocab_size": 64, "n_embd": 12, "n_inner": 16, "n_head": 3, "n_kv_head"
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
+def small(monkeypatch: pytest.MonkeyPatch, preset_file: Path, blank_figures: None) -> None:
     monkeypatch.setattr(pipeline, "default_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(pipeline, "LLAMA_135M", {**pipeline.LLAMA_135M, **SMALL})
     monkeypatch.setattr(pipeline, "PEAK_SIZE", 64)
@@ -29,6 +29,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     # Starts of Python take seconds; what they import is tested by test_startup.py.
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: time.sleep(0.01))
     monkeypatch.setattr(pipeline, "REPORTED", "relu-revival")
+    monkeypatch.setattr(pipeline, "REPORTED_PRESET", str(preset_file))
     monkeypatch.setattr(pipeline, "REPORTED_SEEDS", (0,))
     monkeypatch.setattr(pipeline, "REPORTED_STEPS", 1)
 

@@ -11,7 +11,6 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-import yaml
 
 from normfree.data import train_tokenizer
 from normfree.errors import InputError
@@ -20,7 +19,6 @@ from normfree.removal import from_pretrained
 from normfree.removal.plan import CPU_BATCH, CPU_LENGTH, PUBLISHED_BATCH, PUBLISHED_LENGTH, plan
 from normfree.removal.schedule import load_schedule
 from normfree.runner.study_plan import plan_study
-from tests.small_study import PRESET
 
 Normfree = Callable[..., tuple[int, str, str]]
 
@@ -38,16 +36,10 @@ def model(corpus_folder: Path, tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def preset(tmp_path: Path) -> Path:
-    path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump(PRESET))
-    return path
-
-
-def test_the_plan_of_a_study_is_what_it_trains(normfree: Normfree, preset: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("blank_figures")
+def test_the_plan_of_a_study_is_what_it_trains(normfree: Normfree, preset_file: Path, tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
-    options = ("study", "relu-revival", "--preset", preset, "--plan", "--seeds", "0,1", "--only", "SM+G")
+    options = ("study", "relu-revival", "--preset", preset_file, "--plan", "--seeds", "0,1", "--only", "SM+G")
     code, out, error = normfree(*options, "--json")
     assert code == 0, error
     found = pd.DataFrame(json.loads(out)["runs"])
@@ -55,7 +47,7 @@ def test_the_plan_of_a_study_is_what_it_trains(normfree: Normfree, preset: Path,
     assert found["n_run"].tolist() == [2, 2]
     assert json.loads(out)["seconds"] == pytest.approx(found["seconds"].sum())
     assert (found["seconds"] > 0).all()
-    untimed = plan_study("relu-revival", preset, only=["SM+G"], seeds=[0, 1], timed=False)
+    untimed = plan_study("relu-revival", preset_file, only=["SM+G"], seeds=[0, 1], timed=False)
     assert untimed["seconds"].isna().all()
     same = [column for column in untimed if column != "seconds"]
     pd.testing.assert_frame_equal(untimed[same], found[same])
@@ -64,10 +56,10 @@ def test_the_plan_of_a_study_is_what_it_trains(normfree: Normfree, preset: Path,
     assert "4 runs, about " in out
     assert "SM+LN+G" in out
     assert sorted(tmp_path.rglob("*")) == before
-    code, out, error = normfree("study", "relu-revival", "--preset", preset, "--only", "SM+G", "--out", "s")
+    code, out, error = normfree("study", "relu-revival", "--preset", preset_file, "--only", "SM+G", "--out", "s")
     assert code == 0, error
     report = html.unescape((tmp_path / "s" / "report.html").read_text())
-    assert f"normfree study relu-revival --preset {preset} --out s --only SM+G" in report
+    assert f"normfree study relu-revival --preset {preset_file} --out s --only SM+G" in report
     results = pd.read_csv(tmp_path / "s" / "results.csv").set_index("configuration")
     for row in untimed.to_dict("records"):
         trained = results.loc[row["configuration"]]
@@ -76,14 +68,14 @@ def test_the_plan_of_a_study_is_what_it_trains(normfree: Normfree, preset: Path,
         )
 
 
-def test_a_plan_refuses_what_the_study_refuses(normfree: Normfree, preset: Path) -> None:
+def test_a_plan_refuses_what_the_study_refuses(normfree: Normfree, preset_file: Path) -> None:
     for words, message in (
         (("no-such-study",), "unknown study"),
         (("relu-revival", "--only", "SM+X"), "unknown configuration"),
         (("relu-revival", "--seeds", "0,0"), "seeds must be different"),
         (("relu-revival", "--set", "recipe.lr=3"), "learning_rate"),
     ):
-        code, out, error = normfree("study", *words, "--preset", preset, "--plan")
+        code, out, error = normfree("study", *words, "--preset", preset_file, "--plan")
         assert (code, out) == (2, "")
         assert message in error
 

@@ -89,9 +89,7 @@ def check(model: NormfreeForCausalLM, folder: Path, qk_norms: QKNorms = "keep") 
     single = dict(remove_norms(settled.float()).named_parameters())
     for name, exact in folded.named_parameters():
         atol = FLOAT32 * exact.abs().max().item()
-        torch.testing.assert_close(
-            single[name].double(), exact, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}, rounded once: {text}"
-        )
+        torch.testing.assert_close(single[name].double(), exact, rtol=0, atol=atol, msg=f"{name} is not rounded once")
     return folded
 
 

@@ -19,6 +19,7 @@ from normfree.errors import RunFailedError
 from normfree.runner import Execution
 from normfree.runner.execution import study_command
 from normfree.runner.opening import OpenCollection, OpenStudy
+from tests.forked import ForkedWorker
 
 Command = Callable[..., tuple[int, str, str]]
 GIVEN: dict[str, list[list[str]]] = {
@@ -125,8 +126,9 @@ def commands_in(page: Path) -> list[str]:
 
 @pytest.mark.usefixtures("blank_figures")
 def test_the_report_quotes_every_command_that_began_runs_and_no_other(
-    normfree: Command, preset_file: Path, tmp_path: Path
+    normfree: Command, preset_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("normfree.runner.executors.local.subprocess.Popen", ForkedWorker)
     base: tuple[object, ...] = ("study", "relu-revival", "--preset", preset_file, "--steps", 2, "--out", "study")
     part = (*base, "--only", "SM+R", "--workers", 1, "--executor-set", "cpus=1", "--retries", 0, "--device", "cpu")
     again = ((*base, "--only", "SM+R"), base, (*base, "--tune-lr", "--plan"), (*base, "--workers", 1))

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pytest
 import yaml
 
 from normfree.runner import load_preset, run_config
+from normfree.studies import scaling
 from normfree.studies.scaling import SCALING, SIZES
 
 Command = Callable[..., tuple[int, str, str]]
@@ -33,13 +35,18 @@ def test_twice_the_context_has_as_many_tokens_in_a_step() -> None:
     assert own.preset.recipe.batch_size * 128 == longer.preset.recipe.batch_size * 256
 
 
-def test_the_study_leaves_its_map(normfree: Command, preset_content: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.usefixtures("blank_figures")
+def test_the_study_leaves_its_map(
+    normfree: Command, preset_content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scaling, "LEARNING_RATE_FACTORS", (1.0, 2.0))
+    monkeypatch.setattr(scaling, "SIZE_FACTORS", (2.0,))
     recipe = {**preset_content["recipe"], "steps": 1, "eval_steps": 1, "save_steps": 1}
     model = {**preset_content["model"], "n_embd": 8}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({**preset_content, "recipe": recipe, "model": model}))
     code, out, err = normfree("study", "scaling", "--preset", "tiny.yaml", "--out", "map")
     assert code == 0, err
-    assert len(pd.read_csv(tmp_path / "map" / "results.csv")) == 36
+    assert len(pd.read_csv(tmp_path / "map" / "results.csv")) == 16
     assert (tmp_path / "map" / "figures" / "loss-gap.pdf").exists()
     page = (tmp_path / "map" / "report.html").read_text()
     assert "base, T = 32" in page

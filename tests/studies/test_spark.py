@@ -16,15 +16,9 @@ from normfree.studies.spark.study import CURVE, NORMS, PREDICTOR, STUDY, costs_f
 from normfree.training.records import LAYERS_FILE
 
 Command = Callable[..., tuple[int, str, str]]
+pytestmark = pytest.mark.usefixtures("blank_figures", "few_rounds")
 DIVERGING = ("--set", "recipe.learning_rate=1e30", "--set", "recipe.warmup_ratio=0")
 SMALL = ("--set", "recipe.steps=2", "--set", "recipe.telemetry_steps=1", "--set", "recipe.eval_steps=1")
-
-
-@pytest.fixture(autouse=True)
-def _few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of what is timed the tests ask only whether it is there."""
-    monkeypatch.setattr("normfree.studies.spark.decode_seconds.N_ROUND", 2)
-    monkeypatch.setattr("normfree.timing.MIN_SECONDS", 1e-9)
 
 
 def test_the_configurations_have_the_parameters_of_dense_models() -> None:
@@ -90,7 +84,6 @@ def test_the_study_measures_sparsity_once_and_shows_it(normfree: Command, preset
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")} == times
 
 
-@pytest.mark.usefixtures("blank_figures")
 def test_the_curve_of_active_neurons(normfree: Command, preset_file: Path, tmp_path: Path) -> None:
     code, _, err = normfree("study", "spark-active", "--preset", preset_file, "--out", "study", *SMALL)
     assert code == 0, err
@@ -111,7 +104,6 @@ def test_predictors_of_every_size_have_as_many_weights() -> None:
     assert (without.config.ffn, without.config.spark_sizes.ffn_active) == ("topk", round(0.08 * 512))
 
 
-@pytest.mark.usefixtures("blank_figures")
 def test_the_curve_of_predictors(normfree: Command, preset_file: Path, tmp_path: Path) -> None:
     code, _, err = normfree("study", "spark-predictor", "--preset", preset_file, "--out", "study", *SMALL)
     assert code == 0, err
@@ -152,7 +144,6 @@ def test_the_cost_of_a_network_is_that_of_the_seeds_that_its_dense_one_has() -> 
     assert costs["nats_half_width"].tolist() == pytest.approx([0.0, float("nan")], nan_ok=True)
 
 
-@pytest.mark.usefixtures("blank_figures")
 def test_what_a_network_costs_with_and_without_norms(normfree: Command, preset_file: Path, tmp_path: Path) -> None:
     seeds = ("--seeds", "0,1")
     code, out, err = normfree("study", "spark-norms", "--preset", preset_file, "--out", "study", *SMALL, *seeds)
@@ -167,7 +158,6 @@ def test_what_a_network_costs_with_and_without_norms(normfree: Command, preset_f
     assert "SM+R, Spark-FFN, all" in out
 
 
-@pytest.mark.usefixtures("blank_figures")
 def test_diverged_runs_are_nan(normfree: Command, preset_file: Path, tmp_path: Path) -> None:
     code, _, err = normfree("study", "spark", "--preset", preset_file, "--out", "study", *SMALL, *DIVERGING)
     assert code == 0, err

@@ -65,7 +65,7 @@ DOCUMENT_BYTES = 2_000_000
 EVALUATED = 64
 """Sequences of an evaluation."""
 PEAK_SIZE, COPIED_BYTES = 1024, 1 << 28
-REPORTED, REPORTED_SEEDS, REPORTED_STEPS = "curse-of-depth", (0, 1, 2), 2
+REPORTED, REPORTED_PRESET, REPORTED_SEEDS, REPORTED_STEPS = "curse-of-depth", "smoke", (0, 1, 2), 2
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ def _checkpoint(place: Workplace) -> Iterator[Task]:
 def _report(place: Workplace) -> Iterator[Task]:
     result = run_study(
         REPORTED,
-        "smoke",
+        REPORTED_PRESET,
         seeds=REPORTED_SEEDS,
         steps=REPORTED_STEPS,
         out=place.folder / "study",

@@ -21,7 +21,7 @@ from normfree.modeling import NormfreeConfig
 from normfree.training.lora import LoraOptions
 from normfree.training.objectives import OBJECTIVES, Objective, ObjectiveOptions
 from normfree.training.recipe import Recipe, fitting_micro_batch_size
-from normfree.training.run_folder import PROVENANCE
+from normfree.training.run_folder import PROVENANCE, parsed_yaml
 
 
 class RunConfig(BaseModel):
@@ -111,7 +111,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         InputError: it cannot be read, is not YAML (object tags included), or holds something else.
     """
     try:
-        content = yaml.safe_load(read_regular(path).decode("utf-8"))
+        content = parsed_yaml(read_regular(path).decode("utf-8"))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
