@@ -46,12 +46,12 @@ class ForkedWorker:
     """In the place of ``subprocess.Popen`` in an executor: ``python -c PROGRAM ARGUMENTS`` in a fork."""
 
     def __init__(self, command: list[str], *, env: dict[str, str], stdout: IO[bytes], **_: object) -> None:
-        _, _, program, *arguments = command
+        program, *arguments = command[2:]
 
         def job() -> None:
             os.environ.update(env)
             sys.argv = ["-c", *arguments]
-            exec(program, {})
+            exec(program)
 
         self.pid = forked(job, Path(stdout.name))
         self.returncode: int | None = None
