@@ -49,14 +49,22 @@ def whole(run_content: dict[str, Any], tmp_path_factory: pytest.TempPathFactory)
     return folder / "done"
 
 
-@pytest.fixture
-def stopped(train_command: Command, whole: Path, tmp_path: Path) -> Path:
-    """What is left by the command when it is killed after its tenth step; checkpoints 8 and 10 are there."""
-    folder = tmp_path / "stopped"
+@pytest.fixture(scope="module")
+def killed(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("killed") / "stopped"
     folder.mkdir()
     shutil.copytree(whole / "cache", folder / "cache")
-    kill = Kill(before=("os.rename", ".checkpoint-11"))
-    assert in_child(normfree(*train_command(folder)), folder, kill).code == -signal.SIGKILL
+    command = ("train", whole.parent / "run.yaml", "--out", folder / "run", "--cache-dir", folder / "cache")
+    ended = in_child(normfree(*command), folder, Kill(before=("os.rename", ".checkpoint-11")))
+    assert ended.code == -signal.SIGKILL
+    return folder
+
+
+@pytest.fixture
+def stopped(killed: Path, tmp_path: Path) -> Path:
+    """What is left by the command when it is killed after its tenth step; checkpoints 8 and 10 are there."""
+    folder = tmp_path / "stopped"
+    shutil.copytree(killed, folder)
     assert [each.name for each in checkpoints(folder / "run")] == ["checkpoint-8", "checkpoint-10"]
     return folder
 
