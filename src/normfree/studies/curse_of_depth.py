@@ -128,7 +128,7 @@ def describe(page: StudyPage) -> Findings:
         ]
         sections += [Section("How the layers are used", blocks), *depth_sections(frames, page.path / FIGURES_FOLDER)]
         lead += " " + _deep_half(frames["summary"])
-    return Findings(lead, [*sections, *missing], _limits(page))
+    return Findings(lead, [*sections, *missing], scale_limits(page))
 
 
 def _signal_sections(page: StudyPage, dynamics: pd.DataFrame) -> list[Section]:
@@ -166,7 +166,8 @@ def _published_table() -> Table:
     )
 
 
-def _limits(page: StudyPage) -> str:
+def scale_limits(page: StudyPage) -> str:
+    """How far the runs' scale is from the paper's, and what their perplexities can be compared with."""
     tokens = page.results[0].row["tokens"]
     least = load_published("curse_of_depth_table1")["training_tokens_billion"].min()
     return (

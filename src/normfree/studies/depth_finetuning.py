@@ -26,8 +26,7 @@ from normfree.report.intervals import Estimate, mean_confidence_interval
 from normfree.report.numbers import number, plus_minus
 from normfree.runner import Configuration, Findings, Measurement, Preset, Study, StudyPage, measured_frame
 from normfree.studies import curse_of_depth
-from normfree.studies.curse_of_depth import LNS, PRE_LN, configurations
-from normfree.studies.relu_revival import scale_limits
+from normfree.studies.curse_of_depth import LNS, PRE_LN, configurations, scale_limits
 from normfree.training import RunResult, StudyProgress, load_pretrained, load_run_config, train
 from normfree.training.evaluation import loss_on
 from normfree.training.finetuning import finetuning_run
@@ -141,7 +140,7 @@ def describe(page: StudyPage) -> Findings:
 
 
 _LIMITS = (
-    "The score is the loss of completions, and no downstream task. Fine-tuning is at one learning rate, and its "
+    " The score is the loss of completions, and no downstream task. Fine-tuning is at one learning rate, and its "
     "documents were seen in pre-training, without the split into prompt and completion."
 )
 

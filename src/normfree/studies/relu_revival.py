@@ -62,7 +62,7 @@ def scale_limits(page: StudyPage) -> str:
     """How far the runs' scale is from the paper's, and what their perplexities can be compared with."""
     tokens = page.results[0].row["tokens"]
     share = (
-        f"These runs saw {100 * tokens / PAPER_TOKENS:.2g} % of the paper's 2.1 B training tokens. "
+        f"These runs saw {100 * tokens / PAPER_TOKENS:.2g} % of the 2.1 B training tokens of ReLU's Revival. "
         if tokens < PAPER_TOKENS
         else ""
     )
