@@ -52,14 +52,15 @@ def preset_file(preset_content: dict[str, Any], tmp_path: Path) -> Path:
     return path
 
 
+def without_drawing(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """In the place of ``save_figure``: saves a blank one."""
+    return save_figure(Figure(figsize=(0.1, 0.1)), folder, name)
+
+
 @pytest.fixture
 def blank_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are saved without being drawn, for tests that are about something else: drawing takes half of a study."""
-
-    def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-        return save_figure(Figure(figsize=(0.1, 0.1)), folder, name)
-
-    monkeypatch.setattr("normfree.report.saving.save_figure", save)
+    monkeypatch.setattr("normfree.report.saving.save_figure", without_drawing)
 
 
 @pytest.fixture

@@ -130,6 +130,7 @@ def test_tuned_learning_rates_stand_beside_the_recipes(normfree: Command, preset
     code, out, err = normfree("study", "relu-revival", "--preset", preset_file, *options)
     assert code == 0, err
     folder = StudyFolder.open(tmp_path / "study")
+    assert {path.name for path in (tmp_path / "study" / "sweep").iterdir()} == {"sm-ln-g", "sm-r"}
     sweep = pd.DataFrame([result.row for result in folder.results("sweep")])
     assert sorted(set(sweep["learning_rate"])) == [0.00025, 0.0005, 0.001, 0.002, 0.004]
     assert (sweep["steps"] == 2).all()  # one of warm-up, as in the whole run, and a fifth of four steps

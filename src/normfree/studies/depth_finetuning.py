@@ -128,7 +128,7 @@ def describe(page: StudyPage) -> Findings:
     """Losses of pre-training and of completions, and the gains on Pre-LN."""
     measured, missing = page.measured(FINETUNED_FILE)
     if PRE_LN not in {each.row["configuration"] for each in measured}:
-        return Findings(f"No run of {PRE_LN} is fine-tuned yet.", missing, scale_limits(page).strip())
+        return Findings(f"No run of {PRE_LN} is fine-tuned yet.", missing, scale_limits(page))
     finetuned = measured_frame(measured, FINETUNED_FILE)
     losses = finetuned.assign(**{EVAL_LOSS: [each.row[EVAL_LOSS] for each in measured]})
     caption = (

@@ -88,7 +88,7 @@ def small_layers(rms: pd.DataFrame) -> dict[str, list[int]]:
 
 
 def _lead(table: pd.DataFrame) -> str:
-    """What the best gain is worth to each activation."""
+    """What the best gain is worth to each model."""
     losses = table.set_index("configuration")[EVAL_LOSS]
     sentences = []
     for base, gains in LINES:

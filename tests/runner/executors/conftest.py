@@ -9,13 +9,11 @@ from typing import Any
 
 import pytest
 import yaml
-from matplotlib.figure import Figure
 from rich.console import Console
 
 from normfree.locks import locked
-from normfree.report import save_figure
 from normfree.runner import Execution, begin, find_study
-from tests.small_study import PRESET
+from tests.small_study import PRESET, without_drawing
 
 STUDY = "relu-revival"
 STEPS, SAVE_STEPS = 30, 5
@@ -83,7 +81,3 @@ def half(whole: Path, tmp_path: Path) -> Path:
     for run in RUNS[:2]:
         shutil.copytree(whole / "runs" / run, folder / "runs" / run)
     return folder
-
-
-def without_drawing(figure: Figure, folder: Path, name: str) -> list[Path]:
-    return save_figure(Figure(figsize=(0.1, 0.1)), folder, name)
