@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PRIVATE := packages/normfree-private
 LOCK := constraints/locked.txt
-INSTALL := -m pip install --quiet
+INSTALL := -m pip install --quiet --no-compile
 
 .PHONY: study test test-oldest coverage nightly models real docs neighbours check audit format lock upgrade private clean
 
@@ -83,6 +83,7 @@ upgrade:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "normfree needs Python 3.11 or newer; say which with: make PYTHON=/path/to/python3 ..." >&2; exit 2; }
 	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
 
 # With the pinned versions, so that a clone of today passes its tests in a year as well; LOCK=/dev/null takes the newest.
 .venv/.installed: .venv/bin/python pyproject.toml $(LOCK)

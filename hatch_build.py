@@ -15,6 +15,8 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -49,26 +51,33 @@ def compile_kernels(folder: Path) -> list[Path]:
     if not compiler[0]:
         raise CompileError("no C++ compiler (c++, g++ or $CXX)")
     names = INSTRUCTION_SETS if platform.machine().lower() in ("x86_64", "amd64") else {"default": []}
-    made, complaint = [], ""
-    for source, (name, instructions) in itertools.product(sorted(SOURCES.glob("*.cpp")), names.items()):
-        library = folder / f"{source.stem}_{name}.so"
-        unfinished = folder / f"{library.name}.{os.getpid()}"
-        for parallel in PARALLEL:
-            command = [*compiler, *FLAGS, *instructions, *parallel, str(source), "-o", str(unfinished)]
-            try:
-                done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_SECONDS)
-                if done.returncode == 0:
-                    unfinished.replace(library)
-                    made.append(library)
-                    break
-                complaint = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[0]
-            except (OSError, subprocess.SubprocessError) as error:
-                complaint = str(error)
-            finally:
-                unfinished.unlink(missing_ok=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        builds = itertools.product(sorted(SOURCES.glob("*.cpp")), names)
+        jobs = [pool.submit(compile_library, compiler, source, name, folder) for source, name in builds]
+    found = [each.result() for each in jobs]
+    made = [each for each in found if isinstance(each, Path)]
     if not made:
-        raise CompileError(complaint)
+        raise CompileError(str(found[-1]))
     return made
+
+
+def compile_library(compiler: Sequence[str], source: Path, name: str, folder: Path) -> Path | str:
+    """Compiles ``source`` for the instruction set ``name``; returns the library, or the compiler's complaint."""
+    library = folder / f"{source.stem}_{name}.so"
+    unfinished = folder / f"{library.name}.{os.getpid()}"
+    complaint = ""
+    for parallel in PARALLEL:
+        command = [*compiler, *FLAGS, *INSTRUCTION_SETS[name], *parallel, str(source), "-o", str(unfinished)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_SECONDS)
+            if done.returncode == 0:
+                return unfinished.replace(library)
+            complaint = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[0]
+        except (OSError, subprocess.SubprocessError) as error:
+            complaint = str(error)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    return complaint
 
 
 class CustomBuildHook(BuildHookInterface):

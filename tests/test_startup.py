@@ -261,6 +261,24 @@ def test_the_shell_completes_commands(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("-m", "normfree").stdout.split() == ["entropy"]
 
 
+def test_what_imports_make_is_traversed_neither_then_nor_at_exit() -> None:
+    code = """
+import atexit, gc, json, sys
+atexit.register(lambda: print(json.dumps([gc.get_stats()[2]["collections"], gc.get_freeze_count() > 100_000])))
+from normfree.cli import main
+sys.argv = ["normfree", "--version"]
+try:
+    main()
+except SystemExit:
+    import normfree.runner.worker
+"""
+    done = run("-c", code)
+    assert (done.returncode, done.stderr) == (0, "")
+    full_collections, is_frozen = json.loads(done.stdout.splitlines()[-1])
+    assert full_collections == 0
+    assert is_frozen
+
+
 def test_start_up_takes_a_fraction_of_importing_torch() -> None:
     commands = {
         "torch": ("-c", "import torch"),

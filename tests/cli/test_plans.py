@@ -21,6 +21,8 @@ from normfree.removal.schedule import load_schedule
 from normfree.runner.study_plan import plan_study
 
 Normfree = Callable[..., tuple[int, str, str]]
+pytestmark = pytest.mark.usefixtures("blank_figures")
+SMALL = {"data.sequence_length": 16, "data.eval_tokens": 320, "recipe.batch_size": 4}
 
 
 @pytest.fixture
@@ -36,7 +38,6 @@ def model(corpus_folder: Path, tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.usefixtures("blank_figures")
 def test_the_plan_of_a_study_is_what_it_trains(normfree: Normfree, preset_file: Path, tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     options = ("study", "relu-revival", "--preset", preset_file, "--plan", "--seeds", "0,1", "--only", "SM+G")
@@ -86,7 +87,7 @@ def test_a_removal_of_days_is_refused_until_it_is_agreed_to(
     monkeypatch.setattr(from_pretrained, "SHORT_OPERATIONS", 0.0)
     monkeypatch.setattr(from_pretrained, "seconds_a_step", lambda *_: 5_000.0)
     command = ("remove-norm", model, "--corpus", corpus_folder, "--out", "removal", "--cache-dir", tmp_path / "cache")
-    budget = ("--steps", "20", "--set", "data.sequence_length=16", "--set", "recipe.batch_size=4")
+    budget = ("--steps", "20", *(word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")))
     code, out, error = normfree(*command, *budget)
     assert code == 2
     assert "Plan: 20 steps of 4 x 16 tokens = 1,280 tokens, " in out
@@ -107,12 +108,7 @@ def test_a_removal_of_less_than_a_day_begins(
 ) -> None:
     monkeypatch.setattr(from_pretrained, "SHORT_OPERATIONS", 0.0)
     monkeypatch.setattr(from_pretrained, "seconds_a_step", lambda *_: 4_000.0)
-    changes = {
-        "data.corpus": f"directory:{corpus_folder}",
-        "data.sequence_length": 16,
-        "recipe.batch_size": 4,
-        "recipe.steps": 20,
-    }
+    changes = {"data.corpus": f"directory:{corpus_folder}", "recipe.steps": 20, **SMALL}
     options: dict[str, Any] = {"changes": changes, "cache_dir": tmp_path / "cache"}
     with pytest.raises(InputError, match="give --yes"):
         from_pretrained.remove_from_pretrained(str(model), tmp_path / "both", **options)

@@ -66,6 +66,7 @@ def test_the_figure_shows_what_there_is(has_ratio: bool) -> None:
 
 
 SIZE: tuple[Any, ...] = ("--tokenizer", "train", "--set", "data.vocab_size=270", "--set", "data.sequence_length=24")
+SIZE += ("--set", "data.eval_tokens=480")
 SIZE += ("--set", "recipe.batch_size=4", "--set", "recipe.micro_batch_size=4", "--steps", "30")
 
 

@@ -45,7 +45,7 @@ def command(corpora: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     model = STOCK["gpt2"]()
     model.resize_token_embeddings(270)
     model.save_pretrained(base)
-    data = {"vocab_size": 270, "sequence_length": T, "eval_fraction": 0.3}
+    data = {"vocab_size": 270, "sequence_length": T, "eval_fraction": 0.3, "eval_tokens": 20 * T}
     recipe = {"steps": 12, "batch_size": 4, "micro_batch_size": 4, "precision": "fp32"}
     values = [f"data.{name}={value}" for name, value in data.items()]
     values += [f"recipe.{name}={value}" for name, value in recipe.items()]

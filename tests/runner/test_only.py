@@ -39,3 +39,9 @@ def test_the_rest_can_be_added(normfree: Command, preset_file: Path, tmp_path: P
     assert code == 0, err
     assert len(pd.read_csv(tmp_path / "study" / "results.csv")) == 4
     assert (runs / "sm-r" / "seed-0" / "results.csv").stat().st_mtime_ns == before
+    told = "Configurations have different seeds"
+    assert told not in (tmp_path / "study" / "report.html").read_text()
+    code, _, err = normfree(*command, "--only", "SM+R", "--seeds", "0,1")
+    assert code == 0, err
+    page = (tmp_path / "study" / "report.html").read_text()
+    assert f"{told}: 0, 1 (SM+LN+G, SM+R); 0 (SM+LN+R, SM+G)." in page

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -13,7 +14,7 @@ import torch
 from normfree import NormfreeConfig, NormfreeForCausalLM
 from normfree.modeling.activations import build_activation
 from normfree.runner import load_preset, run_config
-from normfree.studies.initial_scale import SMALL, STUDY, small_layers
+from normfree.studies.initial_scale import SMALL, STUDY, gained, small_layers
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -50,6 +51,23 @@ def test_small_layers_are_those_of_the_first_record() -> None:
         columns=["configuration", "seed", "step", "layer", "residual_rms"],
     )
     assert small_layers(rms) == {"a": [0]}
+
+
+def test_a_gain_is_compared_in_the_seeds_that_both_models_have() -> None:
+    losses = {
+        "SM+G": {0: 5.0, 1: 7.0},
+        "SM+G, ×4": {0: 4.5},
+        "SM+G, ×16": {0: 4.75, 1: 6.75, 2: 1.0},
+        "SM+R": {0: 4.0, 1: 4.0},
+        "SM+R, ×16": {0: 3.0, 1: float("nan")},
+        "SM+LN+G, ×16": {0: 3.0},
+    }
+    rows = [(label, seed, loss) for label, own in losses.items() for seed, loss in own.items()]
+    found = gained(pd.DataFrame(rows, columns=["configuration", "seed", "eval_loss"]))
+    nats = found.set_index(["base", "configuration"])["gained_nats"].to_dict()
+    assert set(nats) == {("SM+G", "SM+G, ×4"), ("SM+G", "SM+G, ×16"), ("SM+R", "SM+R, ×16")}
+    assert (nats["SM+G", "SM+G, ×4"], nats["SM+G", "SM+G, ×16"]) == (0.5, 0.25)
+    assert np.isnan(nats["SM+R", "SM+R, ×16"])
 
 
 @pytest.mark.usefixtures("blank_figures")

@@ -38,6 +38,7 @@ from normfree.cli.train import train
 from normfree.cli.verbose import VERBOSE_HELP, be_verbose, is_verbose
 from normfree.cli.verify import verify
 from normfree.errors import InputError, RunFailedError
+from normfree.garbage import collect_less
 from normfree.processes import speaks
 from normfree.progress import shown_on
 from normfree.signals import Interrupted, stopping_cleanly
@@ -127,6 +128,7 @@ app.add_typer(
 
 def main() -> None:
     """Runs the command line. Every failure is one line on standard error, and an exit code for its kind."""
+    collect_less()
     warnings = logging.StreamHandler()
     warnings.setFormatter(logging.Formatter("normfree: %(message)s"))
     logging.getLogger("normfree").addHandler(warnings)

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy.special import stdtrit
 
 from normfree.columns import ENTROPY_NATS, LOSS_NATS
 from normfree.entropy import entropy_bands
@@ -61,7 +61,7 @@ def mean_confidence_interval(values: Sequence[float] | FloatArray, level: float 
         mean = float(sample.mean())
     if n == 1 or not np.isfinite(sample).all():
         return Estimate(mean, float("nan"), float("nan"), n)
-    half = float(stats.t.ppf(0.5 + level / 2, n - 1)) * float(sample.std(ddof=1)) / float(np.sqrt(n))
+    half = float(stdtrit(n - 1, 0.5 + level / 2)) * float(sample.std(ddof=1)) / float(np.sqrt(n))
     return Estimate(mean, mean - half, mean + half, n)
 
 

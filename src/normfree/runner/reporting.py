@@ -33,6 +33,7 @@ from normfree.runner.run_frames import head_entropy_frame
 from normfree.runner.run_order import LEARNING_RATE_FACTORS, SWEEP_DECAY
 from normfree.runner.study import Collection, Study
 from normfree.runner.study_folder import STUDY_FILE
+from normfree.training import RunResult
 from normfree.training.run_config import read_yaml
 from normfree.training.run_folder import CONFIG_FILE, RESULTS_FILE
 
@@ -172,8 +173,7 @@ def _sweep_losses(page: StudyPage) -> pd.DataFrame:
 
 def _method_section(page: StudyPage, limits: str) -> Section:
     seeds = sorted({int(each.row["seed"]) for each in page.results})
-    if len(seeds) == 1:
-        limits += " With one seed there is no estimate of the spread between seeds."
+    limits = " ".join(filter(None, (limits.strip(), _seed_limits(page.results))))
     return Section(
         "How it was made",
         [
@@ -186,6 +186,25 @@ def _method_section(page: StudyPage, limits: str) -> Section:
             Paragraph("The whole configuration:"),
             Code((page.path / STUDY_FILE).read_text(encoding="utf-8").rstrip()),
         ],
+    )
+
+
+def _seed_limits(results: Sequence[RunResult]) -> str:
+    """What the runs' seeds leave open: one seed has no spread, and means over different seeds differ by the seeds."""
+    seeds: dict[str, set[int]] = {}
+    for each in results:
+        seeds.setdefault(each.row["configuration"], set()).add(int(each.row["seed"]))
+    if len(set.union(*seeds.values())) == 1:
+        return "With one seed there is no estimate of the spread between seeds."
+    labels: dict[str, list[str]] = {}
+    for label, own in seeds.items():
+        labels.setdefault(", ".join(map(str, sorted(own))), []).append(label)
+    if len(labels) == 1:
+        return ""
+    groups = "; ".join(f"{own} ({', '.join(group)})" for own, group in labels.items())
+    return (
+        f"Configurations have different seeds: {groups}. Their means differ by the seeds as well; differences from the "
+        "baseline are between runs of one seed."
     )
 
 

@@ -69,7 +69,8 @@ def describe(page: StudyPage) -> Findings:
         ),
         page.loss_figure(),
     ]
-    return Findings(_lead(page.table), [Section("By initial scale", figures)], scale_limits(page) + _LIMITS)
+    runs = pd.DataFrame([each.row for each in page.results])
+    return Findings(_lead(runs), [Section("By initial scale", figures)], scale_limits(page) + _LIMITS)
 
 
 _LIMITS = "Position embeddings keep their scale, and are small next to token embeddings with a large gain."
@@ -87,17 +88,35 @@ def small_layers(rms: pd.DataFrame) -> dict[str, list[int]]:
     return {str(name): each["layer"].tolist() for name, each in small.groupby("configuration", sort=False)}
 
 
-def _lead(table: pd.DataFrame) -> str:
+def gained(runs: pd.DataFrame) -> pd.DataFrame:
+    """How many nats each gain takes off the loss of the unscaled model, over the seeds that both have.
+
+    Args:
+        runs: columns configuration, seed, eval_loss (nats per token; NaN: diverged).
+
+    Returns:
+        Columns base (the unscaled configuration), configuration and gained_nats (mean over seeds; NaN: one of the
+        runs diverged).
+    """
+    unscaled = {scaled(base, gain).label: base.label for base, gains in LINES for gain in gains}
+    losses = runs[["configuration", "seed", EVAL_LOSS]]
+    of_base = losses.rename(columns={"configuration": "base", EVAL_LOSS: "unscaled"})
+    pairs = losses.assign(base=losses["configuration"].map(unscaled)).merge(of_base, on=["base", "seed"])
+    pairs = pairs[pairs["configuration"] != pairs["base"]]
+    nats = (pairs["unscaled"] - pairs[EVAL_LOSS]).rename("gained_nats")
+    means = nats.groupby([pairs["base"], pairs["configuration"]], sort=False)
+    return means.agg(lambda each: each.mean(skipna=False)).reset_index()
+
+
+def _lead(runs: pd.DataFrame) -> str:
     """What the best gain is worth to each model."""
-    losses = table.set_index("configuration")[EVAL_LOSS]
-    sentences = []
-    for base, gains in LINES:
-        own = losses.reindex([scaled(base, gain).label for gain in gains]).dropna()
-        if base.label in own.index and len(own) > 1:
-            best = str(own.drop(base.label).idxmin())
-            gained = number(own[base.label] - own[best], "+.3f")
-            sentences.append(f"{best} gains {gained} nats on {base.label}")
-    return f"{'; '.join(sentences)}." if sentences else "Only one gain has been trained yet."
+    finite = gained(runs).dropna()
+    best = finite.loc[finite.groupby("base", sort=False)["gained_nats"].idxmax()]
+    sentences = [
+        f"{row['configuration']} gains {number(row['gained_nats'], '+.3f')} nats on {row['base']}"
+        for _, row in best.iterrows()
+    ]
+    return f"{'; '.join(sentences)}." if sentences else "No model has been trained with two gains yet."
 
 
 STUDY = Study(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from scipy.optimize import least_squares
-from scipy.stats import t as student_t
+from scipy.special import stdtrit
 
 from normfree.interpret.depth.averages import FloatArray
 
@@ -169,7 +169,7 @@ def _covariance(jacobian: FloatArray, residuals: FloatArray) -> tuple[FloatArray
     """Of the parameters [k, k], and the t quantile of their intervals."""
     n, k = jacobian.shape
     variance = float(residuals @ residuals) / (n - k)
-    return variance * np.linalg.pinv(jacobian.T @ jacobian), float(student_t.ppf(0.5 + LEVEL / 2, n - k))
+    return variance * np.linalg.pinv(jacobian.T @ jacobian), float(stdtrit(n - k, 0.5 + LEVEL / 2))
 
 
 _FITS: dict[str, Callable[[FloatArray], _Fit]] = {

@@ -18,7 +18,13 @@ from normfree.errors import InputError
 from normfree.runner.executors.executor import Executor, Job, Settings, Task
 from normfree.runner.work import WORKERS_FOLDER
 
-PROGRAM = "import sys; from normfree.runner.worker import work_on; work_on(*sys.argv[1:])"
+PROGRAM = """
+import sys
+from normfree.garbage import collect_less
+collect_less()
+from normfree.runner.worker import work_on
+work_on(*sys.argv[1:])
+"""
 
 
 class LocalSettings(Settings):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy.special import stdtrit
 
 from normfree.columns import EVAL_LOSS
 from normfree.errors import InputError
@@ -197,6 +197,6 @@ def power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw:
     spread = float(centred @ centred)
     slope = float(centred @ logs) / spread
     residual = logs - logs.mean() - slope * centred
-    half = float(stats.t.ppf(0.975, n - 2) * np.sqrt(residual @ residual / (n - 2) / spread)) if n > 2 else nan
+    half = float(stdtrit(n - 2, 0.975) * np.sqrt(residual @ residual / (n - 2) / spread)) if n > 2 else nan
     factor = float(np.exp(logs.mean() - slope * np.log(xs).mean()))
     return PowerLaw(slope, slope - half, slope + half, factor, n)
