@@ -10,7 +10,7 @@ from normfree.runner.executors import EXECUTORS, make_executor
 from normfree.runner.keeping import keep_tables
 from normfree.runner.listing import list_presets, list_studies
 from normfree.runner.opening import OpenCollection, OpenStudy, begin, open_folder
-from normfree.runner.page import Findings, StudyPage
+from normfree.runner.page import COMPARABLE, Findings, StudyPage
 from normfree.runner.presets import Preset, RemovalOptions, load_preset, preset_names
 from normfree.runner.result import StudyResult, load_study, run_study
 from normfree.runner.run_frames import (
@@ -27,6 +27,7 @@ from normfree.runner.study import Collection, Configuration, Measurement, Member
 from normfree.runner.study_folder import StudyFolder
 
 __all__ = [
+    "COMPARABLE",
     "DEFAULT_RETRIES",
     "EXECUTORS",
     "KEY",

@@ -37,6 +37,9 @@ from normfree.runner.study_folder import StudyFolder
 from normfree.training import RunResult
 from normfree.training.records import METRICS_FILE, read_parquet
 
+COMPARABLE = "Perplexities are comparable only between rows of one table: another tokenizer or corpus changes them."
+"""For the limits of a study's :class:`Findings`."""
+
 
 @dataclass(frozen=True)
 class Findings:
@@ -128,6 +131,11 @@ class StudyPage:
         columns = ["configuration", EVAL_PPL, EVAL_PPL_LOW, EVAL_PPL_HIGH, BANDS[-1]]
         rows = self.table[columns].rename(columns={BANDS[-1]: "top_band"}).to_dict("records")
         return {row["configuration"]: {str(name): value for name, value in row.items()} for row in rows}
+
+    def share_of(self, tokens: float, whose: str) -> str:
+        """How many of the ``tokens`` of a paper's training the runs saw, as a sentence; nothing if they saw more."""
+        seen = self.results[0].row["tokens"]
+        return f"These runs saw {100 * seen / tokens:.2g} % of {whose}. " if seen < tokens else ""
 
     def measured(self, file: str) -> tuple[list[RunResult], list[Section]]:
         """The runs in whose folder a measurement wrote ``file``, and a section that names the others, if any."""

@@ -18,6 +18,7 @@ from normfree.report.frames import SIGNAL_STATISTICS, check_frame
 from normfree.report.numbers import mean_and_half, over_seeds
 from normfree.report.signal_curves import signal_propagation_dynamics, signal_propagation_over_depth
 from normfree.runner import (
+    COMPARABLE,
     Configuration,
     Findings,
     Measurement,
@@ -168,13 +169,9 @@ def _published_table() -> Table:
 
 def scale_limits(page: StudyPage) -> str:
     """How far the runs' scale is from the paper's, and what their perplexities can be compared with."""
-    tokens = page.results[0].row["tokens"]
     least = load_published("curse_of_depth_table1")["training_tokens_billion"].min()
-    return (
-        f"These runs saw {100 * tokens / (1e9 * least):.2g} % of the {least:g} billion tokens of the paper's smallest "
-        "model. Perplexities are comparable only between rows of one table: another tokenizer or corpus changes them. "
-        "All methods have one learning rate; with --tune-lr each gets its own."
-    )
+    share = page.share_of(1e9 * least, f"the {least:g} billion tokens of the paper's smallest model")
+    return f"{share}{COMPARABLE} All methods have one learning rate; with --tune-lr each gets its own."
 
 
 def _lead(page: StudyPage) -> str:

@@ -10,7 +10,7 @@ import pandas as pd
 from normfree.columns import EVAL_LOSS, EVAL_PPL
 from normfree.report import Link, Section, Table
 from normfree.runner import Configuration, Findings, Study, StudyPage
-from normfree.studies.relu_revival import GELU, LAYERNORM_GELU, RELU, scale_limits
+from normfree.studies.relu_revival import GELU, LAYERNORM_GELU, PAPER, RELU, scale_limits
 from normfree.training.objectives import DistillationOptions
 
 TEACHER = LAYERNORM_GELU
@@ -118,6 +118,7 @@ STUDY = Study(
     ),
     describe=describe,
     papers=(
+        PAPER,
         Link("Distilling the Knowledge in a Neural Network, Hinton et al. 2015", "https://arxiv.org/abs/1503.02531"),
     ),
 )

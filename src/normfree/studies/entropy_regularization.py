@@ -18,7 +18,7 @@ from normfree.report.overload import perplexity_and_overload
 from normfree.report.primitives import depth_bar, layer_curves, panel_grid, seeds_note
 from normfree.report.style import INK
 from normfree.runner import Configuration, Findings, Study, StudyPage, telemetry_frame
-from normfree.studies.relu_revival import GELU, LAYERNORM_GELU, RELU, scale_limits
+from normfree.studies.relu_revival import GELU, LAYERNORM_GELU, PAPER, RELU, scale_limits
 from normfree.training.objectives import EntropyRegularizationOptions
 from normfree.training.objectives.entropy_regularization import PENALTY
 from normfree.training.records import METRICS_FILE
@@ -219,5 +219,5 @@ STUDY = Study(
     baseline=LAYERNORM_GELU.label,
     configurations=lambda preset: (LAYERNORM_GELU, *(each for model in MODELS for each in model)),
     describe=describe,
-    papers=(Link("AERO, Jha & Reagen 2024", "https://arxiv.org/abs/2410.13060"),),
+    papers=(PAPER, Link("AERO, Jha & Reagen 2024", "https://arxiv.org/abs/2410.13060")),
 )

@@ -19,6 +19,7 @@ from normfree.report.frames import in_order
 from normfree.report.primitives import configuration_curves, explain_empty, integer_axis, legend_above, panel_grid
 from normfree.report.style import QUIET, configuration_colours, paper_style
 from normfree.runner import (
+    COMPARABLE,
     Configuration,
     Findings,
     Measurement,
@@ -29,7 +30,6 @@ from normfree.runner import (
     measured_frame,
 )
 from normfree.studies.curse_of_depth import DYNAMIC_ERF, DYNAMIC_TANH
-from normfree.studies.relu_revival import scale_limits
 from normfree.training import RunResult, load_pretrained
 from normfree.training.records import write_parquet
 
@@ -106,7 +106,7 @@ def describe(page: StudyPage) -> Findings:
     missing = expected - len(measured)
     note = Callout(f"Runs without α, because they diverged or are not measured yet: {missing}.", "warning")
     section = Section("Attention entropy and α", [figure, *([note] if missing else [])])
-    return Findings(_lead(page.table, alphas), [section], scale_limits(page) + _LIMITS)
+    return Findings(_lead(page.table, alphas), [section], f"{COMPARABLE} {_LIMITS}")
 
 
 _LIMITS = (

@@ -8,7 +8,7 @@ from normfree.columns import EVAL_PPL
 from normfree.entropy import uniform_entropy_bound
 from normfree.report import BANDS, Link, Section, published_head_entropy
 from normfree.report.entropy_figures import headwise_entropy_distribution, headwise_entropy_heatmaps
-from normfree.runner import Configuration, Findings, Study, StudyPage, head_entropy_frame
+from normfree.runner import COMPARABLE, Configuration, Findings, Study, StudyPage, head_entropy_frame
 
 PAPER = Link("ReLU's Revival, Jha & Reagen 2024", "https://arxiv.org/abs/2410.09637")
 PAPER_TOKENS = 2.1e9
@@ -60,15 +60,8 @@ _LIMITS = (
 
 def scale_limits(page: StudyPage) -> str:
     """How far the runs' scale is from the paper's, and what their perplexities can be compared with."""
-    tokens = page.results[0].row["tokens"]
-    share = (
-        f"These runs saw {100 * tokens / PAPER_TOKENS:.2g} % of the 2.1 B training tokens of ReLU's Revival. "
-        if tokens < PAPER_TOKENS
-        else ""
-    )
-    return (
-        f"{share}Perplexities are comparable only between rows of one table: another tokenizer or corpus changes them. "
-    )
+    share = page.share_of(PAPER_TOKENS, "the 2.1 B training tokens of ReLU's Revival")
+    return f"{share}{COMPARABLE} "
 
 
 def _lead(table: pd.DataFrame) -> str:
