@@ -48,5 +48,10 @@ def test_the_rest_can_be_added(normfree: Command, preset_file: Path, tmp_path: P
     assert told not in (tmp_path / "study" / "report.html").read_text()
     code, _, err = normfree(*command, "--only", "SM+R", "--seeds", "0,1")
     assert code == 0, err
-    page = (tmp_path / "study" / "report.html").read_text()
+    page = html.unescape((tmp_path / "study" / "report.html").read_text())
     assert f"{told}: 0, 1 (SM+LN+G, SM+R); 0 (SM+LN+R, SM+G)." in page
+    # Without LayerNorm the two share seed 0.
+    ppl = pd.read_csv(tmp_path / "study" / "results.csv").set_index(["configuration", "seed"])["eval_ppl"]
+    percent = 100 * (ppl["SM+R", 0] / ppl["SM+G", 0] - 1)
+    assert f"{100 * (ppl['SM+R'].mean() / ppl['SM+G', 0] - 1):.1f}" != f"{percent:.1f}"
+    assert f"ReLU's perplexity is {abs(percent):.1f} % {'higher' if percent > 0 else 'lower'} than GELU's" in page

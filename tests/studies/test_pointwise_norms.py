@@ -83,7 +83,7 @@ def test_the_figure_has_means_over_heads_and_seeds_and_gaps_where_they_are_not_f
 
 
 def test_the_lead_follows_the_numbers() -> None:
-    table = pd.DataFrame({"configuration": LABELS[:4], "eval_loss": [5.0, 4.9, math.nan, 5.25]})
+    table = pd.DataFrame({"configuration": LABELS[:4], "loss_difference": [0.0, -0.1, math.nan, 0.25]})
     alphas = pd.DataFrame({"configuration": "Dynamic erf", "layer": [0, 0, 1, 1], "alpha": [0.5, 0.7, 0.3, 0.3]})
     assert _lead(table, alphas) == (
         "Evaluation loss minus that of LayerNorm, nats: RMSNorm -0.100, Dynamic Tanh diverged, Dynamic erf +0.250. "

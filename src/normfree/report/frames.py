@@ -4,6 +4,8 @@
 rows; a missing row is never read as NaN.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 
@@ -94,6 +96,11 @@ def check_one_setting(frame: pd.DataFrame, name: str) -> None:
     if len(settings) > 1:
         shown = "; ".join(f"{row[0]}, T = {row[1]}" for row in settings.to_numpy().tolist())
         raise InputError(f"the {name} frame mixes several models or context lengths ({shown}); select one of them")
+
+
+def seed_pairs(runs: pd.DataFrame, others: pd.DataFrame, column: str) -> tuple[pd.Series[float], pd.Series[float]]:
+    """``column`` of two configurations' runs in the seeds that both have, by seed; a NaN of either stays."""
+    return runs.set_index("seed")[column].align(others.set_index("seed")[column], join="inner")
 
 
 def in_order(values: pd.Series) -> list[Any]:

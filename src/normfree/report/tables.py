@@ -12,7 +12,7 @@ from rich.text import Text
 
 from normfree.columns import DELTA_PERCENT, EVAL_LOSS, EVAL_PPL
 from normfree.errors import InputError, unknown_name
-from normfree.report.frames import RESULTS, SETTING, check_frame, in_order
+from normfree.report.frames import RESULTS, SETTING, check_frame, in_order, seed_pairs
 from normfree.report.intervals import (
     BAND_LABELS,
     BANDS,
@@ -120,15 +120,14 @@ def _exactly_zero(name: str) -> dict[str, float]:
 
 
 def _delta_percent(runs: pd.DataFrame, baseline_runs: pd.DataFrame) -> list[float]:
-    perplexity = runs.set_index("seed")[EVAL_PPL]
-    reference = baseline_runs.set_index("seed")[EVAL_PPL]
-    seeds = [seed for seed in perplexity.index if seed in reference.index]
-    if not seeds:
+    perplexity, reference = seed_pairs(runs, baseline_runs, EVAL_PPL)
+    if perplexity.empty:
         raise InputError(
             f"{runs['configuration'].iloc[0]!r} has no seed in common with the baseline in the results "
             "frame; train both with the same seeds"
         )
-    return [100.0 * (float(perplexity[seed]) / float(reference[seed]) - 1.0) for seed in seeds]
+    percent: list[float] = (100 * (perplexity / reference - 1)).tolist()
+    return percent
 
 
 def _loss_difference(

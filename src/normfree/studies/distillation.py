@@ -41,8 +41,8 @@ def describe(page: StudyPage) -> Findings:
                     "closed. All students see the same tokens in the same order, taught or not.",
                     formats={"Loss": ".3f", "Gap": "+.3f", "Closed": ".0%"},
                     notes=[
-                        "Gap: loss minus the teacher's. Closed: 1 minus gap / gap of the same student alone; negative "
-                        "where teaching made it worse, NaN where there was no gap or a run diverged."
+                        "Gap: loss minus the teacher's of the same seed. Closed: 1 minus gap / gap of the same student "
+                        "alone; negative where teaching made it worse, NaN where there was no gap or a run diverged."
                     ],
                 ),
                 page.loss_figure("Evaluation loss over training: plain cross-entropy for all."),
@@ -62,15 +62,14 @@ _LIMITS = (
 
 def _gaps(page: StudyPage) -> pd.DataFrame:
     """One row a student and way of training: Configuration, Loss, Gap (both nats), Closed (share, NaN for alone)."""
-    losses = page.table.set_index("configuration")[EVAL_LOSS].to_dict()
-    teacher = losses[TEACHER.label]
+    table = page.table.set_index("configuration")
+    losses, gaps = table[EVAL_LOSS].to_dict(), table["loss_difference"].to_dict()
     rows = []
     for student in STUDENTS:
         for label in (student.label, *(taught(student, way).label for way in WAYS)):
             if label not in losses:
                 continue
-            alone = losses.get(student.label, math.nan) - teacher
-            gap = losses[label] - teacher
+            alone, gap = gaps.get(student.label, math.nan), gaps[label]
             is_taught = label != student.label
             closed = 1 - gap / alone if is_taught and alone > 0 else math.nan
             rows.append({"Configuration": label, "Loss": losses[label], "Gap": gap, "Closed": closed})

@@ -12,6 +12,7 @@ import pandas as pd
 
 from normfree.columns import EVAL_LOSS, RESIDUAL_RMS
 from normfree.report import Section
+from normfree.report.frames import seed_pairs
 from normfree.report.numbers import number
 from normfree.report.overload import perplexity_and_overload
 from normfree.runner import Configuration, Findings, Study, StudyPage, head_entropy_frame, telemetry_frame
@@ -96,16 +97,17 @@ def gained(runs: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         Columns base (the unscaled configuration), configuration and gained_nats (mean over seeds; NaN: one of the
-        runs diverged).
+        runs diverged, or there is no such seed).
     """
-    unscaled = {scaled(base, gain).label: base.label for base, gains in LINES for gain in gains}
-    losses = runs[["configuration", "seed", EVAL_LOSS]]
-    of_base = losses.rename(columns={"configuration": "base", EVAL_LOSS: "unscaled"})
-    pairs = losses.assign(base=losses["configuration"].map(unscaled)).merge(of_base, on=["base", "seed"])
-    pairs = pairs[pairs["configuration"] != pairs["base"]]
-    nats = (pairs["unscaled"] - pairs[EVAL_LOSS]).rename("gained_nats")
-    means = nats.groupby([pairs["base"], pairs["configuration"]], sort=False)
-    return means.agg(lambda each: each.mean(skipna=False)).reset_index()
+    of = dict(list(runs.groupby("configuration")))
+    rows = []
+    for base, gains in LINES:
+        for label in (scaled(base, gain).label for gain in gains[1:]):
+            if base.label in of and label in of:
+                unscaled, losses = seed_pairs(of[base.label], of[label], EVAL_LOSS)
+                nats = (unscaled - losses).mean(skipna=False)
+                rows.append({"base": base.label, "configuration": label, "gained_nats": nats})
+    return pd.DataFrame(rows, columns=["base", "configuration", "gained_nats"])
 
 
 def _lead(runs: pd.DataFrame) -> str:

@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from normfree.columns import ENTROPY_NATS, EVAL_LOSS
+from normfree.columns import ENTROPY_NATS
 from normfree.data import PackedData
 from normfree.report import Callout, Link, Section
 from normfree.report.frames import in_order
@@ -117,8 +117,7 @@ _LIMITS = (
 
 def _lead(table: pd.DataFrame, alphas: pd.DataFrame) -> str:
     """Loss against LayerNorm, and α of the first and the last layer."""
-    losses = table.set_index("configuration")[EVAL_LOSS]
-    against = losses.drop(LAYERNORM.label) - losses[LAYERNORM.label]
+    against = table.set_index("configuration")["loss_difference"].drop(LAYERNORM.label)
     listed = [f"{label} {gap:+.3f}" if gap == gap else f"{label} diverged" for label, gap in against.items()]
     sentences = [f"Evaluation loss minus that of {LAYERNORM.label}, nats: {', '.join(listed)}."] if listed else []
     for name, of_label in alphas.groupby("configuration", sort=False):

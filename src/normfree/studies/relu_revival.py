@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import pandas as pd
-
 from normfree.columns import EVAL_PPL
 from normfree.entropy import uniform_entropy_bound
 from normfree.report import BANDS, Link, Section, published_head_entropy
 from normfree.report.entropy_figures import headwise_entropy_distribution, headwise_entropy_heatmaps
+from normfree.report.frames import seed_pairs
 from normfree.runner import COMPARABLE, Configuration, Findings, Study, StudyPage, head_entropy_frame
 
 PAPER = Link("ReLU's Revival, Jha & Reagen 2024", "https://arxiv.org/abs/2410.09637")
@@ -48,7 +47,7 @@ def describe(page: StudyPage) -> Findings:
         "tokens of CodeParrot).",
     )
     sections = [Section("Figures", figures), Section("The published heatmaps", [published])]
-    return Findings(_lead(page.table), sections, scale_limits(page) + _LIMITS)
+    return Findings(_lead(page), sections, scale_limits(page) + _LIMITS)
 
 
 _LIMITS = (
@@ -64,8 +63,9 @@ def scale_limits(page: StudyPage) -> str:
     return f"{share}{COMPARABLE} "
 
 
-def _lead(table: pd.DataFrame) -> str:
+def _lead(page: StudyPage) -> str:
     """What the table says."""
+    table = page.table
     ranked = table.dropna(subset=[EVAL_PPL]).sort_values(EVAL_PPL)
     sentences = [f"Perplexity, best first: {' < '.join(ranked['configuration'])}."]
     diverged = table.loc[table["diverged"] > 0, "configuration"].tolist()
@@ -76,15 +76,19 @@ def _lead(table: pd.DataFrame) -> str:
         verdict = "the same order" if published == ranked["configuration"].tolist() else "another order"
         sentences.append(f"The paper reports {' < '.join(published)}: {verdict}.")
     rows = table.set_index("configuration")
-    if {"SM+G", "SM+R"} <= set(rows.index) and rows.loc[["SM+G", "SM+R"], EVAL_PPL].notna().all():
-        gelu, relu = rows.loc["SM+G"], rows.loc["SM+R"]
-        gain = 100 * (1 - relu[EVAL_PPL] / gelu[EVAL_PPL])
-        comparison = "lower" if gain > 0 else "higher"
-        sentences.append(
-            f"Without LayerNorm, ReLU's perplexity is {abs(gain):.1f} % {comparison} than GELU's, and "
-            f"{100 * gelu[BANDS[-1]]:.0f} % of the heads are in the top entropy band with GELU, "
-            f"{100 * relu[BANDS[-1]]:.0f} % with ReLU (published for GPT-2: 8.2 % lower, 58 % and 23 %)."
-        )
+    if {GELU.label, RELU.label} <= set(rows.index):
+        runs = page.runs[page.runs["learning_rate_source"] == "recipe"]
+        of_relu, of_gelu = (runs[runs["configuration"] == label] for label in (RELU.label, GELU.label))
+        relu, gelu = seed_pairs(of_relu, of_gelu, EVAL_PPL)
+        gain = 100 * (1 - (relu / gelu).mean(skipna=False))
+        if gain == gain:
+            comparison = "lower" if gain > 0 else "higher"
+            top = 100 * rows[BANDS[-1]]
+            sentences.append(
+                f"Without LayerNorm, ReLU's perplexity is {abs(gain):.1f} % {comparison} than GELU's, and "
+                f"{top[GELU.label]:.0f} % of the heads are in the top entropy band with GELU, {top[RELU.label]:.0f} % "
+                "with ReLU (published for GPT-2: 8.2 % lower, 58 % and 23 %)."
+            )
     return " ".join(sentences)
 
 
