@@ -83,7 +83,6 @@ upgrade:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "normfree needs Python 3.11 or newer; say which with: make PYTHON=/path/to/python3 ..." >&2; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
 
 # With the pinned versions, so that a clone of today passes its tests in a year as well; LOCK=/dev/null takes the newest.
 .venv/.installed: .venv/bin/python pyproject.toml $(LOCK)
