@@ -38,16 +38,8 @@ def test_the_command_keeps_or_removes_qk_norms(qk_norms: str, normfree: Command,
     torch.manual_seed(0)
     Gemma3ForCausalLM(Gemma3TextConfig(**options)).save_pretrained(tmp_path / "gemma")
     size = ["--corpus", f"directory:{corpus}", "--tokenizer", "train", "--set", "data.vocab_size=270", "--steps", "30"]
-    size += [
-        "--set",
-        f"data.sequence_length={T}",
-        "--set",
-        f"data.eval_tokens={20 * T}",
-        "--set",
-        "recipe.batch_size=4",
-        "--set",
-        "recipe.micro_batch_size=4",
-    ]
+    size += ["--set", f"data.sequence_length={T}", "--set", f"data.eval_tokens={20 * T}"]
+    size += ["--set", "recipe.batch_size=4", "--set", "recipe.micro_batch_size=4"]
     code, out, err = normfree(
         "remove-norm", tmp_path / "gemma", *size, "--qk-norms", qk_norms, "--no-vanilla", "--json"
     )

@@ -155,16 +155,8 @@ def test_a_resumed_removal_needs_its_order(llama: Path, corpus: Path, data: Pack
 
 def test_the_command_takes_an_order(normfree: Command, llama: Path, corpus: Path, tmp_path: Path) -> None:
     size = ["--corpus", f"directory:{corpus}", "--tokenizer", "train", "--set", "data.vocab_size=270", "--steps", "16"]
-    size += [
-        "--set",
-        "data.sequence_length=24",
-        "--set",
-        "data.eval_tokens=480",
-        "--set",
-        "recipe.batch_size=4",
-        "--set",
-        "recipe.micro_batch_size=4",
-    ]
+    size += ["--set", "data.sequence_length=24", "--set", "data.eval_tokens=480"]
+    size += ["--set", "recipe.batch_size=4", "--set", "recipe.micro_batch_size=4"]
     size += ["--set", "recipe.precision=fp32", "--no-vanilla"]
     code, _, err = normfree("remove-norm", llama, *size, "--order", "cheapest", "--out", "no")
     assert code == 2
