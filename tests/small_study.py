@@ -1,4 +1,4 @@
-"""A preset of four steps, and fixtures that spare studies what a test does not ask for: figures, long timings."""
+"""A preset of four steps, and fixtures that spare studies what a test does not ask for: drawing, long timings."""
 
 from __future__ import annotations
 
@@ -57,10 +57,14 @@ def without_drawing(figure: Figure, folder: Path, name: str) -> list[Path]:
     return save_figure(Figure(figsize=(0.1, 0.1)), folder, name)
 
 
-@pytest.fixture
-def blank_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures are saved without being drawn, for tests that are about something else: drawing takes half of a study."""
-    monkeypatch.setattr("normfree.report.saving.save_figure", without_drawing)
+@pytest.fixture(autouse=True)
+def blank_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports save their figures without drawing them, which takes half of a small study, except in tests ``drawn``.
+
+    The gallery draws every figure.
+    """
+    if "drawn" not in request.keywords:
+        monkeypatch.setattr("normfree.report.saving.save_figure", without_drawing)
 
 
 @pytest.fixture

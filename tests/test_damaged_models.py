@@ -114,7 +114,6 @@ def test_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.usefixtures("blank_figures")
 def test_a_gguf_file_is_measured_and_said_to_be_quantized(
     normfree: Callable[..., tuple[int, str, str]], corpus_folder: Path, tmp_path: Path
 ) -> None:

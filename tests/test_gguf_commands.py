@@ -51,7 +51,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_gguf(small, tmp_path_factory.mktemp("gguf") / "tiny.gguf", quantized=gguf.GGMLQuantizationType.Q8_0)
 
 
-@pytest.mark.usefixtures("blank_figures")
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_gguf_file_is_a_model(
     command: str, normfree: Callable[..., tuple[int, str, str]], model: Path, corpus_folder: Path, tmp_path: Path

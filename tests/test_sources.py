@@ -251,7 +251,6 @@ def piped(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
 
 
-@pytest.mark.usefixtures("blank_figures")
 def test_standard_input_is_a_corpus(
     normfree: Normfree, preset_of_four_steps: Path, monkeypatch: pytest.MonkeyPatch, corpus_folder: Path, tmp_path: Path
 ) -> None:

@@ -19,7 +19,7 @@ SMALL = {"vocab_size": 64, "n_embd": 12, "n_inner": 16, "n_head": 3, "n_kv_head"
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch, preset_file: Path, blank_figures: None) -> None:
+def small(monkeypatch: pytest.MonkeyPatch, preset_file: Path) -> None:
     monkeypatch.setattr(pipeline, "default_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(pipeline, "LLAMA_135M", {**pipeline.LLAMA_135M, **SMALL})
     monkeypatch.setattr(pipeline, "PEAK_SIZE", 64)

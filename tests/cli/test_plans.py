@@ -21,7 +21,6 @@ from normfree.removal.schedule import load_schedule
 from normfree.runner.study_plan import plan_study
 
 Normfree = Callable[..., tuple[int, str, str]]
-pytestmark = pytest.mark.usefixtures("blank_figures")
 SMALL = {"data.sequence_length": 16, "data.eval_tokens": 320, "recipe.batch_size": 4}
 
 

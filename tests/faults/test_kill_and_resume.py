@@ -13,9 +13,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import yaml
-from matplotlib.figure import Figure
 
-from normfree.report import save_figure
 from tests.data.test_pairs import PAIRS, write
 from tests.forked import normfree
 from tests.nightly import NIGHTLY
@@ -100,11 +98,7 @@ def test_a_run(train_command: Callable[[Path], Any], run_file: Path, tmp_path: P
     prove(lambda folder: normfree(*train_command(folder)), tmp_path, TRAIN_KILLS, (IN_A_RUN,))
 
 
-def test_a_study(run_content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-        return save_figure(Figure(figsize=(0.1, 0.1)), folder, name)
-
-    monkeypatch.setattr("normfree.report.saving.save_figure", save)
+def test_a_study(run_content: dict[str, Any], tmp_path: Path) -> None:
     recipe = {**run_content["recipe"], "steps": 3}
     preset = {"description": "For tests.", "model_name": "tiny", "recipe": recipe, "data": run_content["data"]}
     preset["model"] = {"n_layer": 1, "n_head": 2, "n_embd": 16}

@@ -174,7 +174,6 @@ class Elements(HTMLParser):
         self.text += data
 
 
-@pytest.mark.usefixtures("blank_figures")
 def test_html_in_the_names_of_a_study_reaches_its_report_as_text(
     normfree: Command, run_content: dict[str, Any], small_corpus: Path, tmp_path: Path
 ) -> None:

@@ -22,7 +22,7 @@ from normfree.studies.attention_logits import attention_logits
 from normfree.studies.learnable_slopes import LEARNABLE, trajectory_distance_matrix
 from normfree.studies.norm_removal.figures import removal_scaling
 from normfree.studies.norm_removal.tables import PowerLaw, power_law
-from normfree.studies.pointwise_norms import entropy_and_alpha
+from normfree.studies.pointwise_norms import entropy_and_alpha, residual_growth
 from normfree.studies.scaling import loss_gap_heatmap
 
 DEPTHS = (2, 6, 12, 30)
@@ -33,6 +33,7 @@ NORMS = (
     *("HybridNorm*", "HybridNorm*, scaled init", "LayerNorm Scaling", "LayerNorm Scaling, scaled init"),
     *("Dynamic Tanh", "Dynamic erf", "No norm"),
 )
+POINTWISE = ("Dynamic Tanh", "Dynamic Tanh, final LayerNorm", "Dynamic erf", "Dynamic erf, final LayerNorm")
 SPARSE = ("SM+LN+G", "SM+LN+R", "Spark-FFN", "Spark-FFN (exact)", "Spark-attention", "Spark", "SM+R, Spark-FFN")
 MODELS = ("SmolLM2-135M-Instruct", "SmolLM2-135M-Instruct, norm-free", "Gemma-3-270M")
 BOUND = 3.878
@@ -569,10 +570,8 @@ def loss_gaps_of_one_size(n_layer: int) -> Figure:
 
 @drawn
 def pointwise_norms(n_layer: int) -> Figure:
-    frame = heads(n_layer, ["LayerNorm", "RMSNorm", "Dynamic Tanh", "Dynamic erf", "No norm"])
-    alphas = grid(
-        configuration=("Dynamic Tanh", "Dynamic erf"), place=("attention_norm", "ffn_norm"), layer=range(n_layer)
-    )
+    frame = heads(n_layer, ["LayerNorm", "RMSNorm", *POINTWISE, "No norm"])
+    alphas = grid(configuration=POINTWISE, place=("attention_norm", "ffn_norm"), layer=range(n_layer))
     alphas = alphas.assign(alpha=0.5 + 0.1 * number(alphas, "place") + 0.02 * alphas["layer"])
     return entropy_and_alpha(frame, alphas, bound=BOUND)
 
@@ -581,6 +580,12 @@ def pointwise_norms(n_layer: int) -> Figure:
 def pointwise_norms_without_alpha(n_layer: int) -> Figure:
     alphas = pd.DataFrame(columns=["configuration", "place", "layer", "alpha"])
     return entropy_and_alpha(heads(n_layer, ["LayerNorm"]), alphas, bound=BOUND)
+
+
+@drawn
+def pointwise_residual_growth(n_layer: int) -> Figure:
+    frame = layers(n_layer, ["LayerNorm", *POINTWISE], step=range(0, 1001, 50))
+    return residual_growth(frame.assign(residual_rms=1 + frame["step"] * number(frame, "configuration")))
 
 
 @drawn

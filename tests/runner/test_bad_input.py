@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import yaml
 
-pytestmark = pytest.mark.usefixtures("blank_figures")
 Command = Callable[..., tuple[int, str, str]]
 
 

@@ -27,7 +27,6 @@ def model(tmp_path_factory):
         ("prune-layers", "--drop-similar", 1),
     ],
 )
-@pytest.mark.usefixtures("blank_figures")
 def test_every_command_says_how_sequences_begin(command, model, corpus_folder, normfree, tmp_path):
     options = ("--corpus", f"directory:{corpus_folder}", "--sequence-length", T, "--sequences", N_SEQUENCE)
     for choice, tokens in (((), ["<bos>"]), (("--no-bos",), []), (("--bos",), ["<bos>"])):

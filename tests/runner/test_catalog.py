@@ -21,7 +21,6 @@ from normfree.runner import catalog, find_study, installed_studies
 from normfree.studies.relu_revival import STUDY as RELU_REVIVAL
 
 Command = Callable[..., tuple[int, str, str]]
-pytestmark = pytest.mark.usefixtures("blank_figures")
 
 SOURCE = '''
 """Where the norm is."""

@@ -124,7 +124,6 @@ def commands_in(page: Path) -> list[str]:
     return re.findall(r"normfree study .*?(?=\n|<)", text)
 
 
-@pytest.mark.usefixtures("blank_figures")
 def test_the_report_quotes_every_command_that_began_runs_and_no_other(
     normfree: Command, preset_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

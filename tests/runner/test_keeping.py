@@ -19,7 +19,7 @@ Command = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def study(preset_file: Path, tmp_path: Path, blank_figures: None) -> Path:
+def study(preset_file: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "study"
     run_study("relu-revival", preset_file, out=folder, cache_dir=tmp_path / "cache", progress=False)
     return folder
@@ -73,9 +73,7 @@ def test_another_study_or_corpus_is_refused(
     assert {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()} == before
 
 
-def test_a_collection_is_kept_with_its_studies(
-    preset_content: dict[str, object], tmp_path: Path, blank_figures: None
-) -> None:
+def test_a_collection_is_kept_with_its_studies(preset_content: dict[str, object], tmp_path: Path) -> None:
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump({**preset_content, "columns": ["tiny.yaml"]}))
     folder, kept = tmp_path / "table", tmp_path / "kept"
@@ -85,7 +83,7 @@ def test_a_collection_is_kept_with_its_studies(
 
 
 def test_of_removals_what_the_report_reads_is_kept(
-    preset_content: dict[str, Any], normfree: Command, tmp_path: Path, blank_figures: None
+    preset_content: dict[str, Any], normfree: Command, tmp_path: Path
 ) -> None:
     recipe = {**preset_content["recipe"], "steps": 12, "eval_steps": 12, "save_steps": 12}
     path = tmp_path / "tiny.yaml"

@@ -11,7 +11,7 @@ from normfree.runner import Study, installed_studies, load_preset
 from normfree.studies.relu_revival import PAPER
 
 Command = Callable[..., tuple[int, str, str]]
-pytestmark = pytest.mark.usefixtures("blank_figures", "few_rounds")
+pytestmark = pytest.mark.usefixtures("few_rounds")
 PRESET = load_preset("smoke")
 STUDIES = {name: each for name, each in installed_studies().items() if isinstance(each, Study)}
 MEASURED_IN_MINUTES = ("norm-removal", "norm-removal-gap", "norm-removal-scaling")

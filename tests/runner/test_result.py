@@ -139,7 +139,6 @@ def test_running_it_again_trains_nothing_in_any_thread(
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.usefixtures("blank_figures")
 def test_progress_is_lines_without_control_characters(
     preset: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,7 +195,6 @@ def test_a_folder_in_use_is_refused(preset: Path, cache: Path, tmp_path: Path) -
         normfree.run_study("relu-revival", preset, out=tmp_path / "study", cache_dir=cache, progress=False)
 
 
-@pytest.mark.usefixtures("blank_figures")
 def test_failed_runs_are_named_and_the_others_shown(
     preset: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

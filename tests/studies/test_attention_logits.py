@@ -38,7 +38,6 @@ def test_configurations_differ_in_their_norms_alone() -> None:
     assert {each.recipe.probes for each in runs} == {(QK_LOGIT_MAX,)}
 
 
-@pytest.mark.usefixtures("blank_figures")
 def test_a_study(normfree: Command, preset_file: Path, tmp_path: Path) -> None:
     code, _, err = normfree("study", "attention-logits", "--preset", preset_file, "--out", "study")
     assert code == 0, err

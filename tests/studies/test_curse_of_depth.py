@@ -19,7 +19,6 @@ from normfree.training import load_pretrained
 METHODS = 14
 
 
-@pytest.mark.usefixtures("blank_figures")
 def test_study_measures_the_layers_of_every_method(
     normfree: Callable[..., tuple[int, str, str]],
     preset_file: Path,

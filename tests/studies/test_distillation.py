@@ -30,7 +30,6 @@ def test_only_the_objective_sets_the_students_apart() -> None:
             assert run.model_dump()["objective"]["teacher"] == "../../../runs/sm-ln-g/seed-7"
 
 
-@pytest.mark.usefixtures("blank_figures")
 def test_the_study_teaches_and_can_be_moved(normfree: Command, preset_file: Path, tmp_path: Path) -> None:
     command = ("study", "distillation", "--preset", preset_file)
     code, out, err = normfree(*command, "--out", "study")

@@ -3,7 +3,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pytest
 
 from normfree.runner import StudyFolder, load_preset, run_config, telemetry_frame
 from normfree.studies.entropy_regularization import OPTIONS, STUDY
@@ -24,7 +23,6 @@ def test_only_the_objective_sets_the_models_apart() -> None:
             assert runs[label].model_copy(update={"objective": None, "configuration": plain}) == runs[plain]
 
 
-@pytest.mark.usefixtures("blank_figures")
 def test_the_study_leaves_its_tables_and_figures(normfree: Command, preset_file: Path, tmp_path: Path) -> None:
     code, out, err = normfree("study", "entropy-regularization", "--preset", preset_file, "--out", "study")
     assert code == 0, err

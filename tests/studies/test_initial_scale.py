@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pytest
 import torch
 
 from normfree import NormfreeConfig, NormfreeForCausalLM
@@ -70,7 +69,6 @@ def test_a_gain_is_compared_in_the_seeds_that_both_models_have() -> None:
     assert np.isnan(nats["SM+R", "SM+R, ×16"])
 
 
-@pytest.mark.usefixtures("blank_figures")
 def test_the_study_leaves_its_figures(normfree: Command, preset_file: Path, tmp_path: Path) -> None:
     code, _, err = normfree("study", "initial-scale", "--preset", preset_file, "--out", "study")
     assert code == 0, err

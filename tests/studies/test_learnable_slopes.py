@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pytest
 from safetensors.torch import load_file
 
 from normfree import NormfreeForCausalLM
@@ -33,7 +32,6 @@ def test_the_configurations_vary_sharing_decay_and_start_apart() -> None:
         assert not any("norm" in name for name, _ in model.model.blocks.named_parameters())
 
 
-@pytest.mark.usefixtures("blank_figures")
 def test_the_page_shows_the_slopes_that_the_runs_end_with(normfree: Command, preset_file: Path, tmp_path: Path) -> None:
     options = ("--set", "recipe.steps=2", "--set", "recipe.learning_rate=0.01")
     code, out, err = normfree("study", "learnable-slopes", "--preset", preset_file, "--out", "study", *options)

@@ -40,7 +40,6 @@ def test_the_slopes_are_the_papers() -> None:
     assert STUDY.baseline == "SM+R"
 
 
-@pytest.mark.usefixtures("blank_figures")
 def test_a_study_of_finite_runs(normfree: Command, preset_file: Path, tmp_path: Path) -> None:
     code, _, err = normfree("study", "negative-slope", "--preset", preset_file, "--out", "study")
     assert code == 0, err

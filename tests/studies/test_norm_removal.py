@@ -55,7 +55,6 @@ def test_the_sizes_scale_depth_and_width_at_once(name: str) -> None:
     assert {model.head_dim for model in models} == {own.head_dim}
 
 
-@pytest.mark.usefixtures("blank_figures")
 def test_norms_are_removed_from_every_base_and_shown(normfree: Command, preset_file: Path, tmp_path: Path) -> None:
     command = ("study", "norm-removal", "--preset", preset_file, "--out", "study")
     code, _, err = normfree(*command)
@@ -85,7 +84,6 @@ def test_norms_are_removed_from_every_base_and_shown(normfree: Command, preset_f
     assert (folder / "report.html").read_text() == page
 
 
-@pytest.mark.usefixtures("blank_figures")
 def test_tokens_by_size(normfree: Command, preset_file: Path, tmp_path: Path) -> None:
     command = ("study", "norm-removal-scaling", "--preset", preset_file, "--out", "study")
     code, _, err = normfree(*command, "--set", "removal.budget_shares=[0.75, 1.5]")
@@ -103,7 +101,6 @@ def test_tokens_by_size(normfree: Command, preset_file: Path, tmp_path: Path) ->
     assert "Censored, and not in the fit: size 0.5 seed 0 (at most 576)" in page
 
 
-@pytest.mark.usefixtures("blank_figures")
 def test_a_removal_that_diverges_is_a_result(
     normfree: Command, preset_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pytest
 import yaml
 from scipy import stats
 
@@ -101,7 +100,6 @@ def test_every_schedule_of_the_presets_leaves_steps_to_recover_in() -> None:
         STUDY.measurement(load_preset(name)).check()
 
 
-@pytest.mark.usefixtures("blank_figures")
 def test_every_way_is_tried_and_shown(normfree: Command, preset_content: dict[str, Any], tmp_path: Path) -> None:
     recipe = {**preset_content["recipe"], "steps": 12, "eval_steps": 12, "save_steps": 12}
     removal = {"budget_shares": [1.0], "learning_rates": [1e-3]}

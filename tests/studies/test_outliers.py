@@ -16,7 +16,6 @@ LABELS = ["SM+LN+G", "SM+LN+R", "SM+G", "SM+R"]
 MEASURED = ("signal_propagation.parquet", "quantization.parquet")
 
 
-@pytest.mark.usefixtures("blank_figures")
 def test_a_study_measures_its_runs_once(normfree: Command, preset_file: Path, tmp_path: Path) -> None:
     # The last step is no multiple of save_steps.
     options = ("--set", "recipe.steps=5", "--set", "recipe.save_steps=2")

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
-import pytest
 
 import normfree as library
 
@@ -15,7 +14,6 @@ Command = Callable[..., tuple[int, str, str]]
 PAGE = Path(__file__).parents[2] / "docs" / "studies.md"
 
 
-@pytest.mark.usefixtures("blank_figures")
 def test_the_study_of_the_docs(normfree: Command, preset_file: Path, tmp_path: Path) -> None:
     (source,) = re.findall(r"^```python\n# (placement\.py\n.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     name, _, code = source.partition("\n")

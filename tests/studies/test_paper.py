@@ -33,23 +33,21 @@ def columns(preset_content: dict[str, Any], tmp_path: Path) -> Path:
     return tmp_path / "tiny.yaml"
 
 
-@pytest.mark.usefixtures("blank_figures")
 def test_table_2_has_every_column_with_its_published_one(normfree: Command, columns: Path, tmp_path: Path) -> None:
-    code, out, err = normfree("study", "table-2", "--preset", columns, "--out", "table", "--seeds", "0,1")
+    code, out, err = normfree("study", "table-2", "--preset", columns, "--out", "table", "--seeds", "1")
     assert code == 0, err
-    command = f"normfree study table-2 --preset {columns} --out table --seeds 0,1"
+    command = f"normfree study table-2 --preset {columns} --out table --seeds 1"
     for report in (tmp_path / "table").glob("**/report.html"):  # of the collection and of its two studies
         assert command in report.read_text(encoding="utf-8")
     table = pd.read_csv(tmp_path / "table" / "results.csv")
     assert table["configuration"].tolist() == LABELS * 2
     assert table["model"].tolist() == ["tiny"] * 4 + ["tiny rotary"] * 4
     assert table["published_ppl"].tolist() == [2.688, 2.757, 3.197, 2.936, 3.054, 3.107, 3.570, 3.273]
-    assert (table["seeds"] == 2).all()
+    assert (table["seeds"] == 1).all()
     for column in ("tiny", "rotary"):
         own = pd.read_csv(tmp_path / "table" / column / "results.csv")
-        means = own.groupby("configuration")["eval_ppl"].mean()
-        ours = table[table["model"] == own["model"].iloc[0]].set_index("configuration")["eval_ppl"]
-        pd.testing.assert_series_equal(ours.sort_index(), means.sort_index(), check_names=False)
+        ours = table[table["model"] == own["model"].iloc[0]]
+        assert ours["eval_ppl"].tolist() == own["eval_ppl"].tolist()
         assert (tmp_path / "table" / column / "report.html").exists()
     page = (tmp_path / "table" / "report.html").read_text()
     assert "tiny rotary, T = 16" in page
@@ -62,19 +60,18 @@ def test_table_2_has_every_column_with_its_published_one(normfree: Command, colu
     assert list(study.studies) == ["tiny", "rotary"]
     assert set(study.head_entropy["model"]) == {"tiny", "tiny rotary"}
     assert {"tiny/headwise-entropy", "rotary/headwise-entropy"} <= set(study.figures)
-    assert len(study.studies["rotary"].results) == 8
-    assert repr(study).startswith("StudyResult(table-2: preset tiny, rotary; 8 configurations, 16 runs; lowest loss")
+    assert len(study.studies["rotary"].results) == 4
+    assert repr(study).startswith("StudyResult(table-2: preset tiny, rotary; 8 configurations, 8 runs; lowest loss")
     assert study._repr_html_().count("<tr") == 1 + 8
 
     weights = {path: path.stat().st_mtime_ns for path in (tmp_path / "table").rglob("model.safetensors")}
     code, again, err = normfree("report", "table", "--json")
     assert code == 0, err
     assert [row["configuration"] for row in json.loads(again)["table"]] == LABELS * 2
-    assert normfree("study", "table-2", "--preset", columns, "--out", "table", "--seeds", "0,1")[0] == 0
+    assert normfree("study", "table-2", "--preset", columns, "--out", "table", "--seeds", "1")[0] == 0
     assert {path: path.stat().st_mtime_ns for path in weights} == weights
 
 
-@pytest.mark.usefixtures("blank_figures")
 def test_one_command_makes_the_whole_paper(normfree: Command, columns: Path, tmp_path: Path) -> None:
     code, _, err = normfree("study", "relu-revival", "--all", "--preset", columns, "--out", "all")
     assert code == 0, err

@@ -22,6 +22,7 @@ Command = Callable[..., tuple[int, str, str]]
 LABELS = ["SM+LN+G", "SM+LN+R", "SM+G", "SM+R"]
 
 
+@pytest.mark.drawn
 def test_a_study_leaves_tables_figures_and_a_report(normfree: Command, preset_file: Path, tmp_path: Path) -> None:
     code, out, err = normfree("study", "relu-revival", "--preset", preset_file, "--out", "study", "--seeds", "0,1")
     assert code == 0, err
@@ -63,7 +64,6 @@ def test_a_study_leaves_tables_figures_and_a_report(normfree: Command, preset_fi
     assert "evaluation loss" in out  # progress, line by line where there is no terminal
 
 
-@pytest.mark.usefixtures("blank_figures")
 def test_what_is_finished_is_skipped_and_seeds_can_be_added(
     normfree: Command, preset_file: Path, tmp_path: Path
 ) -> None:
@@ -78,7 +78,6 @@ def test_what_is_finished_is_skipped_and_seeds_can_be_added(
     assert sorted(set(pd.read_csv(tmp_path / "study" / "results.csv")["seed"])) == [0, 3]
 
 
-@pytest.mark.usefixtures("blank_figures")
 def test_a_study_goes_on_with_the_tokens_it_began_with(
     normfree: Command, preset_content: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -96,7 +95,6 @@ def test_a_study_goes_on_with_the_tokens_it_began_with(
     assert len({config["provenance"]["corpus_fingerprint"] for config in configs}) == 1
 
 
-@pytest.mark.usefixtures("blank_figures")
 def test_a_stopped_study_goes_on_to_the_same_result(
     normfree: Command, preset_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,7 +122,6 @@ def test_a_stopped_study_goes_on_to_the_same_result(
     )
 
 
-@pytest.mark.usefixtures("blank_figures")
 def test_tuned_learning_rates_stand_beside_the_recipes(normfree: Command, preset_file: Path, tmp_path: Path) -> None:
     options = ("--out", "study", "--tune-lr", "--only", "SM+R")
     code, out, err = normfree("study", "relu-revival", "--preset", preset_file, *options)
@@ -156,7 +153,6 @@ def test_tuned_learning_rates_stand_beside_the_recipes(normfree: Command, preset
     assert "With tuned learning rates" not in (tmp_path / "study" / "report.html").read_text()
 
 
-@pytest.mark.usefixtures("blank_figures")
 def test_json_is_the_only_thing_on_standard_output(normfree: Command, preset_file: Path) -> None:
     code, out, _ = normfree("study", "relu-revival", "--preset", preset_file, "--out", "study", "--json")
     assert code == 0
@@ -183,7 +179,6 @@ def test_a_study_of_diverging_runs_ends_with_a_report(normfree: Command, preset_
     assert "diverged" in (tmp_path / "study" / "report.html").read_text()
 
 
-@pytest.mark.usefixtures("blank_figures")
 def test_one_run_can_be_trained_again_from_its_own_file(normfree: Command, preset_file: Path, tmp_path: Path) -> None:
     assert normfree("study", "relu-revival", "--preset", preset_file, "--out", "study")[0] == 0
     config = tmp_path / "study" / "runs" / "sm-r" / "seed-0" / "config.yaml"
@@ -196,7 +191,6 @@ def test_one_run_can_be_trained_again_from_its_own_file(normfree: Command, prese
     assert "SM+R seed 0: evaluation loss" in out
 
 
-@pytest.mark.usefixtures("blank_figures")
 def test_hostile_names_are_text_in_the_report(normfree: Command, preset_file: Path, tmp_path: Path) -> None:
     name = "<script>alert(1)</script>"
     code, _, err = normfree(

@@ -35,7 +35,6 @@ def test_twice_the_context_has_as_many_tokens_in_a_step() -> None:
     assert own.preset.recipe.batch_size * 128 == longer.preset.recipe.batch_size * 256
 
 
-@pytest.mark.usefixtures("blank_figures")
 def test_the_study_leaves_its_map(
     normfree: Command, preset_content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,7 @@ from normfree.studies.spark.study import CURVE, NORMS, PREDICTOR, STUDY, costs_f
 from normfree.training.records import LAYERS_FILE
 
 Command = Callable[..., tuple[int, str, str]]
-pytestmark = pytest.mark.usefixtures("blank_figures", "few_rounds")
+pytestmark = pytest.mark.usefixtures("few_rounds")
 DIVERGING = ("--set", "recipe.learning_rate=1e30", "--set", "recipe.warmup_ratio=0")
 SMALL = ("--set", "recipe.steps=2", "--set", "recipe.telemetry_steps=1", "--set", "recipe.eval_steps=1")
 

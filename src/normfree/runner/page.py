@@ -113,13 +113,17 @@ class StudyPage:
         return {"table": self.table} | ({"tuned_table": self._table(self.tuned)} if self.tuned else {})
 
     @cached_property
+    def recipe_runs(self) -> pd.DataFrame:
+        """The frame of :func:`~normfree.runner.run_frames.results_frame`: a row a run at the recipe's learning rate."""
+        return results_frame(self.results, self.labels, self.baseline)
+
+    @cached_property
     def runs(self) -> pd.DataFrame:
         """What ``results.csv`` holds: a row a finished run, of the recipe's learning rate and of the tuned ones."""
-        sources = {"recipe": self.results} | ({"tuned": self.tuned} if self.tuned else {})
-        frames = [
-            results_frame(results, self.labels, self.baseline).assign(learning_rate_source=source)
-            for source, results in sources.items()
-        ]
+        frames = [self.recipe_runs.assign(learning_rate_source="recipe")]
+        if self.tuned:
+            tuned = results_frame(self.tuned, self.labels, self.baseline)
+            frames.append(tuned.assign(learning_rate_source="tuned"))
         return pd.concat(frames, ignore_index=True)
 
     @cached_property

@@ -70,8 +70,7 @@ def describe(page: StudyPage) -> Findings:
         ),
         page.loss_figure(),
     ]
-    runs = pd.DataFrame([each.row for each in page.results])
-    return Findings(_lead(runs), [Section("By initial scale", figures)], scale_limits(page) + _LIMITS)
+    return Findings(_lead(page.recipe_runs), [Section("By initial scale", figures)], scale_limits(page) + _LIMITS)
 
 
 _LIMITS = "Position embeddings keep their scale, and are small next to token embeddings with a large gain."

@@ -2,6 +2,8 @@
 ("Stronger Normalization-Free Transformers", 2025), next to LayerNorm, RMSNorm and no norm.
 
 Both papers read the learned α as a substitute for the statistics of a norm: where activations are large, α is small.
+Both replace the final norm too. In a small model the residual stream outgrows a final tanh or erf in the first steps:
+it saturates, and no gradient passes it any more. So each is trained with a final LayerNorm as well.
 """
 
 from __future__ import annotations
@@ -12,12 +14,20 @@ import pandas as pd
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from normfree.columns import ENTROPY_NATS
+from normfree.columns import ENTROPY_NATS, RESIDUAL_RMS
 from normfree.data import PackedData
 from normfree.report import Callout, Link, Section
 from normfree.report.frames import in_order
-from normfree.report.primitives import configuration_curves, explain_empty, integer_axis, legend_above, panel_grid
-from normfree.report.style import QUIET, configuration_colours, paper_style
+from normfree.report.primitives import (
+    configuration_curves,
+    explain_empty,
+    integer_axis,
+    legend_above,
+    logarithmic_axis,
+    panel_grid,
+    seeds_note,
+)
+from normfree.report.style import ONE_COLUMN, QUIET, configuration_colours, paper_style
 from normfree.runner import (
     COMPARABLE,
     Configuration,
@@ -28,13 +38,23 @@ from normfree.runner import (
     final_checkpoint,
     head_entropy_frame,
     measured_frame,
+    telemetry_frame,
 )
 from normfree.studies.curse_of_depth import DYNAMIC_ERF, DYNAMIC_TANH
 from normfree.training import RunResult, load_pretrained
 from normfree.training.records import write_parquet
 
 LAYERNORM = Configuration("LayerNorm", {"norm": "layernorm", "final_norm": "layernorm"})
-POINTWISE = (Configuration("Dynamic Tanh", DYNAMIC_TANH), Configuration("Dynamic erf", DYNAMIC_ERF))
+_EVERYWHERE = (Configuration("Dynamic Tanh", DYNAMIC_TANH), Configuration("Dynamic erf", DYNAMIC_ERF))
+POINTWISE = tuple(
+    configuration
+    for each in _EVERYWHERE
+    for configuration in (
+        each,
+        Configuration(f"{each.label}, final LayerNorm", {**each.model, "final_norm": "layernorm"}),
+    )
+)
+"""In place of every norm, as in both papers, and of the blocks' norms alone."""
 CONFIGURATIONS = (
     LAYERNORM,
     Configuration("RMSNorm", {"norm": "rmsnorm", "final_norm": "rmsnorm"}),
@@ -91,8 +111,24 @@ def entropy_and_alpha(heads: pd.DataFrame, alphas: pd.DataFrame, *, bound: float
     return figure
 
 
+@paper_style()
+def residual_growth(rms: pd.DataFrame) -> Figure:
+    """RMS of the residual stream after the last block over training, a line a configuration.
+
+    Args:
+        rms: configuration, seed, step, layer, residual_rms.
+    """
+    figure = Figure(figsize=(1.5 * ONE_COLUMN, 2.3), layout="constrained")
+    axes = figure.subplots()
+    configuration_curves(axes, rms[rms["layer"] == rms["layer"].max()], RESIDUAL_RMS, over="step")
+    logarithmic_axis(axes)
+    axes.set(xlabel="training step" + seeds_note(rms, band=True), ylabel="residual RMS after the last block")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
 def describe(page: StudyPage) -> Findings:
-    """Entropy by layer, and learned α, which the papers call a substitute for statistics."""
+    """Entropy by layer, learned α, which the papers call a substitute for statistics, and the residual stream."""
     measured = [each for each in page.results if (each.folder / ALPHA_FILE).exists()]
     columns = ["configuration", "seed", "layer", "place", "alpha"]
     alphas = measured_frame(measured, ALPHA_FILE) if measured else pd.DataFrame(columns=columns)
@@ -105,8 +141,17 @@ def describe(page: StudyPage) -> Findings:
     expected = sum(each.row["configuration"] in {each.label for each in POINTWISE} for each in page.results)
     missing = expected - len(measured)
     note = Callout(f"Runs without α, because they diverged or are not measured yet: {missing}.", "warning")
-    section = Section("Attention entropy and α", [figure, *([note] if missing else [])])
-    return Findings(_lead(page.table, alphas), [section], f"{COMPARABLE} {_LIMITS}")
+    growth = page.figure(
+        "residual-growth",
+        residual_growth(telemetry_frame(page.results, [RESIDUAL_RMS])),
+        "RMS of the residual stream after the last block, on training batches. A final tanh or erf that reads a much "
+        "larger RMS than 1 / α saturates.",
+    )
+    sections = [
+        Section("Attention entropy and α", [figure, *([note] if missing else [])]),
+        Section("Residual stream", [growth]),
+    ]
+    return Findings(_lead(page.table, alphas), sections, f"{COMPARABLE} {_LIMITS}")
 
 
 _LIMITS = (

@@ -69,11 +69,9 @@ def _losses(page: StudyPage, base_name: str) -> pd.DataFrame:
     """Columns size, activation, learning_rate, seed, eval_loss: finished runs, the base size under ``base_name``."""
     sizes = _sizes(page.folder.preset) if page.folder.study_name == SIZES.name else {BASE: {}}
     what = {configuration.label: known for known, configuration in _grid(page.folder.preset, sizes)}
-    rows = [
-        {**what[each.row["configuration"]], "seed": each.row["seed"], EVAL_LOSS: each.row[EVAL_LOSS]}
-        for each in page.results
-    ]
-    return pd.DataFrame(rows).replace({"size": {BASE: base_name}})
+    runs = page.recipe_runs
+    places = pd.DataFrame([what[name] for name in runs["configuration"]])
+    return places.join(runs[["seed", EVAL_LOSS]]).replace({"size": {BASE: base_name}})
 
 
 def _describe_member(page: StudyPage) -> Findings:

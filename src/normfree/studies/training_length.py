@@ -32,9 +32,11 @@ SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 BASELINE = LAYERNORM_GELU.label
 CONFIGURATIONS = (
     *(LAYERNORM_GELU, LAYERNORM_RELU, GELU, RELU),
-    Configuration("SM+DyT+G", {"activation": "gelu", **DYNAMIC_TANH}),
-    Configuration("SM+Derf+G", {"activation": "gelu", **DYNAMIC_ERF}),
+    Configuration("SM+DyT+G", {"activation": "gelu", **DYNAMIC_TANH, "final_norm": "layernorm"}),
+    Configuration("SM+Derf+G", {"activation": "gelu", **DYNAMIC_ERF, "final_norm": "layernorm"}),
 )
+"""All keep the final LayerNorm, as the paper's norm-free models do: a final tanh or erf would saturate in the first
+steps, for good (the study pointwise-norms)."""
 COLUMNS = ("tokens", "configuration", "seed", EVAL_LOSS)
 _SHORT = EngFormatter(places=1, sep="")
 """Of numbers of tokens: ``2.1M``."""
@@ -121,8 +123,8 @@ def formatted_excess(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _runs(pages: Sequence[StudyPage]) -> pd.DataFrame:
-    rows = [{name: each.row[name] for name in COLUMNS} for page in pages for each in page.results]
-    return pd.DataFrame(rows).sort_values("tokens", kind="stable", ignore_index=True)
+    runs = pd.concat([page.recipe_runs[[*COLUMNS]] for page in pages])
+    return runs.sort_values("tokens", kind="stable", ignore_index=True)
 
 
 def _lead(excess: pd.DataFrame) -> str:

@@ -90,7 +90,6 @@ def test_a_run_and_a_stock_model_on_one_page(normfree: Command, run_folder: Path
     assert text.count("data:image/png") == len(FIGURES)
 
 
-@pytest.mark.usefixtures("blank_figures")
 def test_the_console_shows_a_row_a_model(normfree: Command, run_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(run_folder, tmp_path / "run")
     code, out, err = normfree("depth", "run", "--cache-dir", tmp_path / "cache", "--sequences", "4")
@@ -99,7 +98,6 @@ def test_the_console_shows_a_row_a_model(normfree: Command, run_folder: Path, tm
     assert "Report: depth/run/report.html" in out
 
 
-@pytest.mark.usefixtures("blank_figures")
 def test_a_diverged_model_ends_in_a_report(tmp_path: Path) -> None:
     broken = stock("gpt2")
     with torch.no_grad():
@@ -113,7 +111,6 @@ def test_a_diverged_model_ends_in_a_report(tmp_path: Path) -> None:
     assert "The residual stream of broken holds" in text
 
 
-@pytest.mark.usefixtures("blank_figures")
 def test_sections_of_several_seeds_and_configurations(tmp_path: Path) -> None:
     measured: list[tuple[str, int, DepthMeasurement]] = [
         (norm, seed, measure_depth(ours(norm=norm), tokens(2, 8, seed=seed), n_probe=2))
@@ -171,7 +168,6 @@ def test_bad_choices_of_layers(
     assert_refused(normfree, tmp_path, "prune-layers", run_folder, *arguments, *options, says=says)
 
 
-@pytest.mark.usefixtures("blank_figures")
 def test_bad_models_to_measure(normfree: Command, run_folder: Path, tmp_path: Path) -> None:
     options = ["--cache-dir", tmp_path / "cache", "--sequences", "4"]
     small = stock_folder(tmp_path / "llama", 20)

@@ -61,7 +61,6 @@ def study(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., tuple[int, str, str]]:
     """The command that trains the study in ``study``, with more arguments."""
-    monkeypatch.setattr("normfree.report.saving.save_figure", without_drawing)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     # The fixture gives a folder that is gone with the test; workers need one that they find packed.
     (tmp_path / "cache").symlink_to(cache)

@@ -17,6 +17,7 @@ from normfree.modeling import NormfreeConfig
 from normfree.probes.sparsity_probe import SparsityProbe
 from normfree.progress import stage
 from normfree.report import Element, Link, Paragraph, Section, Table, load_published, mean_confidence_interval
+from normfree.report.frames import seed_pairs
 from normfree.report.overload import perplexity_and_overload
 from normfree.runner import (
     Configuration,
@@ -282,16 +283,15 @@ def costs_frame(losses: pd.DataFrame) -> pd.DataFrame:
         seeds that both have of the difference in evaluation loss), nats_half_width (of a 95 % t-interval; NaN for one
         seed).
     """
-    by_seed = {
-        label: dict(zip(runs["seed"], runs[EVAL_LOSS], strict=True)) for label, runs in losses.groupby("configuration")
-    }
     rows = []
     for network in [name for name in _NETWORKS if name]:
         for dense in (LAYERNORM_RELU, RELU):
-            alone, changed = (by_seed.get(label, {}) for label in (dense.label, dense.label + network))
-            differences = [float(changed[seed] - alone[seed]) for seed in alone.keys() & changed.keys()]
-            if differences:
-                cost = mean_confidence_interval(differences)
+            of_dense, of_changed = (
+                losses[losses["configuration"] == label] for label in (dense.label, dense.label + network)
+            )
+            alone, changed = seed_pairs(of_dense, of_changed, EVAL_LOSS)
+            if len(alone):
+                cost = mean_confidence_interval((changed - alone).tolist())
                 rows.append(
                     {
                         "network": network.removeprefix(", "),
@@ -305,7 +305,7 @@ def costs_frame(losses: pd.DataFrame) -> pd.DataFrame:
 
 
 def _cost_section(page: StudyPage) -> Section:
-    costs = costs_frame(pd.DataFrame([each.row for each in page.results]))
+    costs = costs_frame(page.recipe_runs)
     shown = pd.DataFrame(
         [
             {"Network": network, **{_NORMS[each["norms"]]: _nats(each) for _, each in rows.iterrows()}}
