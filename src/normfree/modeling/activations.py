@@ -42,7 +42,7 @@ class LearnableLeakyReLU(nn.Module):
         init.constant_(self.negative_slope, self.initial_slope)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.where(x > 0, x, self.negative_slope.to(x.dtype) * x)
+        return F.prelu(x, self.negative_slope.to(x.dtype))
 
 
 @dataclass(kw_only=True)
