@@ -5,9 +5,11 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
+import torch
 
 from normfree import compiled
 from normfree.entropy import compiled_attention, compiled_kernels
@@ -34,6 +36,20 @@ def test_a_library_of_other_sources_is_refused(kernels):
         pytest.skip("no compiled kernels")
     assert isinstance(compiled.library(kernels.NAME, kernels.INTERFACE), ctypes.CDLL)
     assert "install normfree again" in str(compiled.library_refuses(kernels.NAME, kernels.INTERFACE + 1))
+
+
+def test_an_address_keeps_the_copy_that_was_made_for_it():
+    column = torch.arange(20.0).view(10, 2)[:, 1]
+    copy = column.contiguous()
+    kept, pointer = weakref.ref(copy), compiled.address(copy)
+    del copy
+    assert kept() is not None
+    read = ctypes.CDLL(None).memcpy
+    found = torch.empty(10)
+    read(compiled.address(found), pointer, ctypes.c_size_t(40))
+    assert found.tolist() == column.tolist()
+    del pointer
+    assert kept() is None
 
 
 HOOK = """

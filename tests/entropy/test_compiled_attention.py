@@ -62,7 +62,7 @@ def differences(found: list[Any], expected: list[Any]) -> list[float]:
     n_token=st.integers(2, 150),
     head_dim=st.sampled_from([1, 5, 16, 32, 40, 64, 80]),
     heads=st.sampled_from([(1, 1), (4, 4), (6, 2), (3, 1)]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     size=st.sampled_from([0.1, 1.0, 3.0]),
     seed=st.integers(0, 2**31),
 )
@@ -89,16 +89,17 @@ def test_output_and_gradients_are_those_of_float64(n_token, head_dim, heads, dty
     assert not entropy.requires_grad
 
 
-def test_bfloat16_rounds_the_results_alone():
-    q, k, v = made_up(2, 2, 100, 32, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_rounds_the_results_alone(dtype):
+    q, k, v = made_up(2, 2, 100, 32, dtype=dtype)
     wide = [each.detach().float().requires_grad_() for each in (q, k, v)]
     narrow, whole = causal_attention(q, k, v, 0.2), attend(wide, 0.2)
     gradient = torch.randn_like(narrow.output)
     narrow.output.backward(gradient)
     whole.output.backward(gradient.float())
-    assert torch.equal(narrow.output, whole.output.bfloat16())
+    assert torch.equal(narrow.output, whole.output.to(dtype))
     for a, b in zip(gradients_of((q, k, v)), gradients_of(wide), strict=True):
-        assert torch.equal(a, b.bfloat16())
+        assert torch.equal(a, b.to(dtype))
     assert torch.equal(narrow.entropy, whole.entropy)
 
 
@@ -208,8 +209,8 @@ def test_what_is_not_taken():
     q, k, v = made_up(2, 2, 24, 16)
     assert takes(q, k, v)
     assert takes(*(each.bfloat16() for each in (q, k, v)))
+    assert takes(*(each.half() for each in (q, k, v)))
     for others in (
-        (q.half(), k.half(), v.half()),
         (q.double(), k.double(), v.double()),
         (q, k, v.bfloat16()),
         (q[:, :, :1], k[:, :, :1], v[:, :, :1]),

@@ -16,6 +16,7 @@ from normfree.compiled import library_refuses
 from normfree.modeling import linear_cross_entropy as module
 from normfree.modeling.linear_cross_entropy import SoftTargets, linear_cross_entropy
 
+HALF = (torch.bfloat16, torch.float16)
 WIDTH = 7
 """Also the tokens of a block, so that there are several."""
 
@@ -317,7 +318,7 @@ def test_a_teacher_that_is_the_student_teaches_nothing(way: str) -> None:
     n_row=st.integers(1, 5),
     vocab_size=st.integers(1, 200),
     scale=st.floats(0.01, 30),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    dtype=st.sampled_from([torch.float32, *HALF]),
     seed=st.integers(0, 2**16),
 )
 def test_kernel_is_the_plain_way(n_row: int, vocab_size: int, scale: float, dtype: torch.dtype, seed: int) -> None:
@@ -328,10 +329,9 @@ def test_kernel_is_the_plain_way(n_row: int, vocab_size: int, scale: float, dtyp
     losses = module._losses(by_kernel, targets, with_gradient=True)
     expected = module._plain_losses(by_torch, targets, with_gradient=True)
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
-    # One unit in the last place of bfloat16, where the two round to either side.
-    torch.testing.assert_close(
-        by_kernel.float(), by_torch.float(), rtol=2**-7 if dtype == torch.bfloat16 else 2e-6, atol=1e-7
-    )
+    # One unit in the last place of half precision, where the two round to either side.
+    rtol = torch.finfo(dtype).eps if dtype in HALF else 2e-6
+    torch.testing.assert_close(by_kernel.float(), by_torch.float(), rtol=rtol, atol=1e-7)
 
 
 @pytest.mark.skipif(library_refuses(module.NAME, module.INTERFACE) is not None, reason="the kernels are not compiled")
@@ -342,7 +342,7 @@ def test_kernel_is_the_plain_way(n_row: int, vocab_size: int, scale: float, dtyp
     scale=st.floats(0.01, 30),
     share=st.floats(0.01, 1),
     tau=st.floats(0.25, 8),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    dtype=st.sampled_from([torch.float32, *HALF]),
     seed=st.integers(0, 2**16),
 )
 def test_kernel_of_mixed_losses_is_the_plain_way(
@@ -357,8 +357,16 @@ def test_kernel_of_mixed_losses_is_the_plain_way(
     assert torch.equal(teacher, untouched)
     for values, exact in zip(found, expected, strict=True):
         torch.testing.assert_close(values.double(), exact, rtol=1e-5, atol=3e-5 * max(1, scale / tau))
-    half = dtype == torch.bfloat16
-    torch.testing.assert_close(by_kernel.double(), by_torch, rtol=2**-7 if half else 1e-5, atol=2e-6 * max(1, tau))
+    rtol = torch.finfo(dtype).eps if dtype in HALF else 1e-5
+    torch.testing.assert_close(by_kernel.double(), by_torch, rtol=rtol, atol=2e-6 * max(1, tau))
+
+
+@pytest.mark.skipif(library_refuses(module.NAME, module.INTERFACE) is not None, reason="the kernels are not compiled")
+def test_targets_with_gaps_between_them_are_read_right() -> None:
+    logits = torch.randn(400, 30)
+    targets = torch.randint(-1, 30, (400, 2))[:, 0]
+    found = module._losses(logits.clone(), targets, with_gradient=True)
+    torch.testing.assert_close(found, module._plain_losses(logits.clone(), targets, with_gradient=True))
 
 
 def test_threads_change_nothing() -> None:

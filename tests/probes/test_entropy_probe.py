@@ -309,6 +309,24 @@ def test_float16_overflow_is_counted():
     assert (inf[1] == 0).all() or probe.per_head()[1].isnan().any()
 
 
+def test_float16_overflow_is_counted_where_kernels_keep_float32():
+    config = NormfreeConfig(vocab_size=50, n_layer=1, n_head=2, n_embd=16, n_positions=16)
+    model = NormfreeForCausalLM(config)
+    with torch.no_grad():
+        for projection in (model.model.blocks[0].attention.q_proj, model.model.blocks[0].attention.k_proj):
+            projection.weight[:8] *= 1e4  # of the first head
+    counted = []
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        half = torch.autocast("cpu", torch.float16)
+        with EntropyProbe(model, count_nonfinite=True) as probe, half, torch.no_grad():
+            assert model(torch.arange(16)[None]).logits.isfinite().all() == (implementation == "sdpa")
+        counted.append(probe.nonfinite()[1].tolist())
+    assert counted[0] == counted[1]
+    ((first, second),) = counted[0]
+    assert (first > 0, second) == (True, 0)
+
+
 def test_attention_functions_of_unknown_conventions_are_named():
     def own_attention(module, query, key, value, attention_mask, **kwargs):
         return value.transpose(1, 2), None

@@ -60,9 +60,17 @@ def _library_or_reason(name: str, interface: int) -> ctypes.CDLL | str:
     return kernels
 
 
-def address(tensor: Tensor | None, place: int = 0) -> ctypes.c_void_p:
+class Address(ctypes.c_void_p):
+    """An argument of a kernel. It keeps its tensor: a copy made for the call would be freed before it."""
+
+    def __init__(self, value: int | None, tensor: Tensor | None) -> None:
+        super().__init__(value)
+        self.tensor = tensor
+
+
+def address(tensor: Tensor | None, place: int = 0) -> Address:
     """Address of a tensor element, by storage offset; null without a tensor."""
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr() + place * tensor.element_size())
+    return Address(None if tensor is None else tensor.data_ptr() + place * tensor.element_size(), tensor)
 
 
 def sizes(*sizes: int) -> Sequence[ctypes.c_int64]:

@@ -13,6 +13,8 @@ from normfree.compiled import address, library, size_array
 
 NAME, INTERFACE = "attention", 1
 ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+WIDENED = (torch.float16,)
+"""Taken as float32, which holds all of their numbers."""
 MOST_TOKENS = 2048
 """Up to this length a core's cache holds the keys and values of a head, and the weights of a few queries."""
 
@@ -39,7 +41,7 @@ def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """True if the kernels compute the causal attention of such tensors; see :func:`causal_attention`."""
     return (
         q.device.type == "cpu"
-        and q.dtype in ELEMENT_TYPES
+        and (q.dtype in ELEMENT_TYPES or q.dtype in WIDENED)
         and q.dtype == k.dtype == v.dtype
         and k.shape == v.shape
         and q.shape[2] == k.shape[2]
@@ -55,12 +57,13 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Attended:
     Scores, softmax and sums are float32, as in flash attention. The output has a first derivative only.
 
     Args:
-        q: [batch, n_head, T, head_dim], float32 or bfloat16.
+        q: [batch, n_head, T, head_dim], float32, bfloat16 or float16.
         k, v: [batch, n_kv_head, T, head_dim], of the dtype of q; n_head is a multiple of n_kv_head.
         scale: factor of q·k.
     """
-    output, sums = _attention(q, k, v, scale)
-    return Attended(output, *sums[2:].detach().unbind())
+    wide = [each.float() if each.dtype in WIDENED else each for each in (q, k, v)]
+    output, sums = _attention(*wide, scale)
+    return Attended(output.to(q.dtype), *sums[2:].detach().unbind())
 
 
 @torch.library.custom_op("normfree::causal_attention", mutates_args=())

@@ -235,15 +235,17 @@ def _losses(logits: Tensor, targets: Tensor, *, with_gradient: bool) -> Tensor:
     """The loss of each row of logits [n_row, vocab_size], float32; its gradient, if asked for, replaces the logits."""
     if not _has_kernel(logits):
         return _plain_losses(logits, targets, with_gradient=with_gradient)
-    losses = torch.empty(len(logits))
+    taken, losses = _as_taken(logits), torch.empty(len(logits))
     library(NAME, INTERFACE).normfree_cross_entropy(
-        KERNEL_TYPES[logits.dtype],
-        address(logits),
+        KERNEL_TYPES[taken.dtype],
+        address(taken),
         *sizes(*logits.shape),
         *map(address, (targets.contiguous(), losses)),
         ctypes.c_int(with_gradient),
         torch.get_num_threads(),
     )
+    if taken is not logits:
+        logits.copy_(taken)
     return losses
 
 
@@ -262,8 +264,13 @@ def _widened(logits: Tensor) -> Tensor:
 
 
 def _has_kernel(logits: Tensor) -> bool:
-    is_taken = logits.device.type == "cpu" and logits.dtype in KERNEL_TYPES
+    is_taken = logits.device.type == "cpu" and (logits.dtype in KERNEL_TYPES or logits.dtype == torch.float16)
     return is_taken and library_refuses(NAME, INTERFACE) is None
+
+
+def _as_taken(logits: Tensor) -> Tensor:
+    """The logits in a dtype of the kernels: float16 as float32, which holds all of its numbers."""
+    return logits if logits.dtype in KERNEL_TYPES else logits.float()
 
 
 def _plain_losses(logits: Tensor, targets: Tensor, *, with_gradient: bool) -> Tensor:
@@ -288,9 +295,10 @@ def _mixed_losses(
     if not _has_kernel(logits) or teacher.dtype != logits.dtype:
         return _plain_mixed_losses(logits, teacher, targets, share, temperature, with_gradient)
     losses, divergences = (torch.empty(len(logits)) for _ in range(2))
+    taken = _as_taken(logits)
     library(NAME, INTERFACE).normfree_mixed_cross_entropy(
-        KERNEL_TYPES[logits.dtype],
-        *map(address, (logits, teacher.contiguous())),
+        KERNEL_TYPES[taken.dtype],
+        *map(address, (taken, _as_taken(teacher).contiguous())),
         *sizes(*logits.shape),
         address(targets.contiguous()),
         *map(ctypes.c_double, (share, temperature)),
@@ -298,6 +306,8 @@ def _mixed_losses(
         ctypes.c_int(with_gradient),
         torch.get_num_threads(),
     )
+    if taken is not logits:
+        logits.copy_(taken)
     return losses, divergences
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from normfree.entropy.compiled_attention import Attended
+from normfree.entropy.compiled_attention import WIDENED, Attended
 from normfree.entropy.fused import attention_entropy_and_sink
 from normfree.entropy.nonfinite_scores import NonFiniteCount, count_nonfinite
 from normfree.entropy.reference import read_weights
@@ -134,7 +134,14 @@ def measure_call(parts: Parts, attending: Attending, backend: str, counts_nonfin
     """
     call = attending.call
     attended = call.weights if isinstance(call, InterfaceCall) and isinstance(call.weights, Attended) else None
-    if attended is None or backend != "auto" or attending.start or bool(attended.entropy.isnan().any()):
+    if (
+        attended is None
+        or backend != "auto"
+        or attending.start
+        # scores that overflow in the dtype of the queries are finite in the kernel's float32
+        or (counts_nonfinite and attended.output.dtype in WIDENED)
+        or bool(attended.entropy.isnan().any())
+    ):
         yield from measure(parts.of(attending), backend, counts_nonfinite)
     else:  # every score is finite
         n_row, _, n_query = attended.entropy.shape
