@@ -16,6 +16,11 @@ from torch import Tensor
 LIBRARIES = {"AVX512": ("avx512", "avx2", "default"), "AVX2": ("avx2", "default")}
 """The libraries that a CPU can run, the fastest first, by the name that torch has for its instructions."""
 
+ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+"""Dtypes of the elements that kernels read, and their numbers in csrc."""
+WIDENED = (torch.float16,)
+"""Dtypes that kernels read after :func:`widened`."""
+
 
 class NotCompiledError(Exception):
     """Why compiled kernels cannot be used, in one line."""
@@ -71,6 +76,11 @@ class Address(ctypes.c_void_p):
 def address(tensor: Tensor | None, place: int = 0) -> Address:
     """Address of a tensor element, by storage offset; null without a tensor."""
     return Address(None if tensor is None else tensor.data_ptr() + place * tensor.element_size(), tensor)
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """float16 as float32, which holds all of its numbers; any other tensor itself."""
+    return tensor.float() if tensor.dtype in WIDENED else tensor
 
 
 def sizes(*sizes: int) -> Sequence[ctypes.c_int64]:

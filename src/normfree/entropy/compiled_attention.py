@@ -9,12 +9,9 @@ import torch
 from torch import Tensor
 
 from normfree import compiled
-from normfree.compiled import address, library, size_array
+from normfree.compiled import ELEMENT_TYPES, WIDENED, address, library, size_array, widened
 
 NAME, INTERFACE = "attention", 1
-ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1}
-WIDENED = (torch.float16,)
-"""Taken as float32, which holds all of their numbers."""
 MOST_TOKENS = 2048
 """Up to this length a core's cache holds the keys and values of a head, and the weights of a few queries."""
 
@@ -41,7 +38,7 @@ def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """True if the kernels compute the causal attention of such tensors; see :func:`causal_attention`."""
     return (
         q.device.type == "cpu"
-        and (q.dtype in ELEMENT_TYPES or q.dtype in WIDENED)
+        and q.dtype in (*ELEMENT_TYPES, *WIDENED)
         and q.dtype == k.dtype == v.dtype
         and k.shape == v.shape
         and q.shape[2] == k.shape[2]
@@ -61,8 +58,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Attended:
         k, v: [batch, n_kv_head, T, head_dim], of the dtype of q; n_head is a multiple of n_kv_head.
         scale: factor of q·k.
     """
-    wide = [each.float() if each.dtype in WIDENED else each for each in (q, k, v)]
-    output, sums = _attention(*wide, scale)
+    output, sums = _attention(*map(widened, (q, k, v)), scale)
     return Attended(output.to(q.dtype), *sums[2:].detach().unbind())
 
 

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from normfree import compiled
-from normfree.compiled import address, sizes
+from normfree.compiled import ELEMENT_TYPES, address, sizes
 
 NAME, INTERFACE = "activations", 2
-ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 def kernels_take(x: Tensor) -> bool:

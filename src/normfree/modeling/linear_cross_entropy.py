@@ -18,13 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from normfree.compiled import address, library, library_refuses, sizes
+from normfree.compiled import ELEMENT_TYPES, WIDENED, address, library, library_refuses, sizes, widened
 from normfree.entropy.scoring import soft_capped
 
 NOT_PREDICTED = -100
 """Label of a token that is not predicted, in transformers and torch."""
 NAME, INTERFACE = "cross_entropy", 2
-KERNEL_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 BLOCK_BYTES = {"cpu": 1 << 22, "cuda": 1 << 28}
 """Bytes of logits in a block: what stays in a CPU's cache; on a GPU, what keeps it busy."""
 OTHER_BLOCK_BYTES = 1 << 26
@@ -235,16 +234,16 @@ def _losses(logits: Tensor, targets: Tensor, *, with_gradient: bool) -> Tensor:
     """The loss of each row of logits [n_row, vocab_size], float32; its gradient, if asked for, replaces the logits."""
     if not _has_kernel(logits):
         return _plain_losses(logits, targets, with_gradient=with_gradient)
-    taken, losses = _as_taken(logits), torch.empty(len(logits))
+    taken, losses = widened(logits), torch.empty(len(logits))
     library(NAME, INTERFACE).normfree_cross_entropy(
-        KERNEL_TYPES[taken.dtype],
+        ELEMENT_TYPES[taken.dtype],
         address(taken),
         *sizes(*logits.shape),
         *map(address, (targets.contiguous(), losses)),
         ctypes.c_int(with_gradient),
         torch.get_num_threads(),
     )
-    if taken is not logits:
+    if with_gradient and taken is not logits:
         logits.copy_(taken)
     return losses
 
@@ -259,23 +258,18 @@ def _definition(wide: Tensor, targets: Tensor) -> Tensor:
     return losses.where(targets >= 0, 0)
 
 
-def _widened(logits: Tensor) -> Tensor:
+def _float32_at_least(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype.itemsize < 4 else logits
 
 
 def _has_kernel(logits: Tensor) -> bool:
-    is_taken = logits.device.type == "cpu" and (logits.dtype in KERNEL_TYPES or logits.dtype == torch.float16)
+    is_taken = logits.device.type == "cpu" and logits.dtype in (*ELEMENT_TYPES, *WIDENED)
     return is_taken and library_refuses(NAME, INTERFACE) is None
-
-
-def _as_taken(logits: Tensor) -> Tensor:
-    """The logits in a dtype of the kernels: float16 as float32, which holds all of its numbers."""
-    return logits if logits.dtype in KERNEL_TYPES else logits.float()
 
 
 def _plain_losses(logits: Tensor, targets: Tensor, *, with_gradient: bool) -> Tensor:
     """The same without a kernel."""
-    wide = _widened(logits)
+    wide = _float32_at_least(logits)
     losses = _definition(wide, targets)
     if with_gradient:
         logits.copy_(_gradient(wide, targets).where((targets >= 0)[:, None], 0))
@@ -295,10 +289,10 @@ def _mixed_losses(
     if not _has_kernel(logits) or teacher.dtype != logits.dtype:
         return _plain_mixed_losses(logits, teacher, targets, share, temperature, with_gradient)
     losses, divergences = (torch.empty(len(logits)) for _ in range(2))
-    taken = _as_taken(logits)
+    taken = widened(logits)
     library(NAME, INTERFACE).normfree_mixed_cross_entropy(
-        KERNEL_TYPES[taken.dtype],
-        *map(address, (taken, _as_taken(teacher).contiguous())),
+        ELEMENT_TYPES[taken.dtype],
+        *map(address, (taken, widened(teacher).contiguous())),
         *sizes(*logits.shape),
         address(targets.contiguous()),
         *map(ctypes.c_double, (share, temperature)),
@@ -306,7 +300,7 @@ def _mixed_losses(
         ctypes.c_int(with_gradient),
         torch.get_num_threads(),
     )
-    if taken is not logits:
+    if with_gradient and taken is not logits:
         logits.copy_(taken)
     return losses, divergences
 
@@ -315,10 +309,10 @@ def _plain_mixed_losses(
     logits: Tensor, teacher: Tensor, targets: Tensor, share: float, temperature: float, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """The same without a kernel."""
-    wide = _widened(logits)
+    wide = _float32_at_least(logits)
     is_predicted = targets >= 0
     losses = _definition(wide, targets)
-    log_p, log_q = (_log_softmax(_widened(each) / temperature) for each in (teacher, logits))
+    log_p, log_q = (_log_softmax(_float32_at_least(each) / temperature) for each in (teacher, logits))
     p = log_p.exp()
     divergences = (p * (log_p - log_q)).masked_fill_(p == 0, 0).sum(dim=-1).where(is_predicted, 0)
     if with_gradient:

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from normfree.entropy.compiled_attention import WIDENED, Attended
+from normfree.compiled import WIDENED
+from normfree.entropy.compiled_attention import Attended
 from normfree.entropy.fused import attention_entropy_and_sink
 from normfree.entropy.nonfinite_scores import NonFiniteCount, count_nonfinite
 from normfree.entropy.reference import read_weights

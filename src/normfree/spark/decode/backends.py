@@ -8,9 +8,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from normfree.compiled import ELEMENT_TYPES
 from normfree.errors import InputError, unknown_name
 from normfree.spark.decode import extension, torch_kernels
-from normfree.spark.decode.extension import ELEMENT_TYPES, extension_refuses
+from normfree.spark.decode.extension import extension_refuses
 from normfree.spark.decode.shapes import AttentionInputs, FeedForwardInputs
 
 BACKENDS = ("torch", "cpu", "triton")

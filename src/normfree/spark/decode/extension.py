@@ -9,12 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normfree import compiled
-from normfree.compiled import address, size_array, sizes
+from normfree.compiled import ELEMENT_TYPES, address, size_array, sizes
 from normfree.spark.decode.shapes import Activation, AttentionInputs, FeedForwardInputs
 from normfree.spark.decode.threshold import attention_quantiles, feed_forward_quantile
 
 NAME, INTERFACE = "spark_decode", 2
-ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 ELSEWHERE, GELU, GELU_TANH, RELU, SILU = range(5)
 """Activations that the kernels compute (``enum Activation`` in csrc); torch applies any other between two calls."""
 FUNCTIONS = ((F.gelu, GELU), (F.relu, RELU), (torch.relu, RELU), (F.silu, SILU))
