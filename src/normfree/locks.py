@@ -48,8 +48,9 @@ def locked(folder: Path) -> Iterator[None]:
         while not lock.is_locked:
             try:
                 lock.acquire(blocking=False)
-            except FileNotFoundError:
-                # Another process created the folder, wrote nothing into it, and has just removed it.
+            except (FileNotFoundError, FileExistsError):
+                # Another process created the folder, wrote nothing into it, and has just removed it: before filelock
+                # opened its file, or between the two checks of its mkdir.
                 made = _make(folder)
             except Timeout:
                 owner = _named(_owner(owner_path))

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+from filelock import FileLock
 
 from normfree.errors import InputError
 from normfree.locks import LOCK_FILE, OWNER_FILE, locked, sweep
@@ -72,7 +74,7 @@ def test_two_processes_that_claim_a_fresh_folder_at_once(tmp_path: Path) -> None
     for number in range(12):
         pid = os.fork()
         if pid == 0:
-            code, end = 0, time.monotonic() + 0.4
+            end = time.monotonic() + 0.4
             while time.monotonic() < end:
                 try:
                     with locked(tmp_path / "fresh"):
@@ -82,11 +84,31 @@ def test_two_processes_that_claim_a_fresh_folder_at_once(tmp_path: Path) -> None
                 except InputError:
                     time.sleep(0.002)
                 except BaseException:
-                    code = 1
-            os._exit(code)
+                    (tmp_path / f"{number}.error").write_text(traceback.format_exc())
+            os._exit(0)
         children.append(pid)
-    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0] * 12
+    for pid in children:
+        os.waitpid(pid, 0)
+    assert [path.read_text() for path in tmp_path.glob("*.error")] == []
     assert not (tmp_path / "fresh" / OWNER_FILE).exists()
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError, FileExistsError])
+def test_a_folder_that_another_process_takes_away_is_made_again(
+    error: type[OSError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its mkdir raises FileExistsError if the folder goes between its two checks."""
+    acquire = FileLock.acquire
+
+    def after_it_is_gone(lock: FileLock, **options: Any) -> Any:
+        monkeypatch.setattr(FileLock, "acquire", acquire)
+        (tmp_path / "run").rmdir()
+        raise error
+
+    monkeypatch.setattr(FileLock, "acquire", after_it_is_gone)
+    with locked(tmp_path / "run"):
+        assert (tmp_path / "run" / OWNER_FILE).exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_nothing_was_written_into_is_taken_away(tmp_path: Path) -> None:
