@@ -3,7 +3,8 @@
 
 Both papers read the learned α as a substitute for the statistics of a norm: where activations are large, α is small.
 Both replace the final norm too. In a small model the residual stream outgrows a final tanh or erf in the first steps:
-it saturates, and no gradient passes it any more. So each is trained with a final LayerNorm as well.
+it saturates, passes hardly any gradient, and the model learns late or never. So each is trained with a final LayerNorm
+as well.
 """
 
 from __future__ import annotations

@@ -35,8 +35,8 @@ CONFIGURATIONS = (
     Configuration("SM+DyT+G", {"activation": "gelu", **DYNAMIC_TANH, "final_norm": "layernorm"}),
     Configuration("SM+Derf+G", {"activation": "gelu", **DYNAMIC_ERF, "final_norm": "layernorm"}),
 )
-"""All keep the final LayerNorm, as the paper's norm-free models do: a final tanh or erf would saturate in the first
-steps, for good (the study pointwise-norms)."""
+"""All keep the final LayerNorm, as the paper's norm-free models do: a final tanh or erf saturates in the first steps
+(see the study ``pointwise-norms``)."""
 COLUMNS = ("tokens", "configuration", "seed", EVAL_LOSS)
 _SHORT = EngFormatter(places=1, sep="")
 """Of numbers of tokens: ``2.1M``."""
