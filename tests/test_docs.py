@@ -19,7 +19,7 @@ import yaml
 from typer.core import TyperCommand, TyperGroup
 
 from normfree.cli import app
-from normfree.runner import installed_studies, preset_names
+from normfree.runner import Collection, Study, installed_studies, load_preset, preset_names
 
 ROOT = Path(__file__).parents[1]
 GENERATED = ("_build", "reference")
@@ -211,6 +211,26 @@ def _check_line(name: str, words: str) -> None:
     assert command is not None, name
     assert {*_OPTION.findall(words)} <= {option for each in command.params for option in each.opts}, words
     assert name != "study" or words.split()[0] in installed_studies(), words
+
+
+def test_the_guide_counts_the_runs_of_each_study() -> None:
+    rows = re.findall(
+        r"^\| (\[?`[^|]*) \|[^|]*\| (\d[\d, ]*) \|$", (ROOT / "docs/guide.md").read_text("utf-8"), re.MULTILINE
+    )
+    told = {
+        name: int(number)
+        for names, numbers in rows
+        for name, number in zip(re.findall(r"`([\w-]+)`", names), numbers.split(", "), strict=False)
+    }
+    assert len(told) > 10
+    assert told == {name: _runs_of_a_seed(installed_studies()[name]) for name in told}
+
+
+def _runs_of_a_seed(study: Study | Collection) -> int:
+    if isinstance(study, Study):
+        return len(study.configurations(load_preset("cpu")))
+    members = study.members("cpu", lambda preset: preset)
+    return sum(len(each.study.configurations(each.preset)) for each in members)
 
 
 def test_pages_stay_short() -> None:
