@@ -87,8 +87,8 @@ def test_two_processes_that_claim_a_fresh_folder_at_once(tmp_path: Path) -> None
                     (tmp_path / f"{number}.error").write_text(traceback.format_exc())
             os._exit(0)
         children.append(pid)
-    for pid in children:
-        os.waitpid(pid, 0)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+    assert codes == [0] * 12
     assert [path.read_text() for path in tmp_path.glob("*.error")] == []
     assert not (tmp_path / "fresh" / OWNER_FILE).exists()
 

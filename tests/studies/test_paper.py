@@ -48,6 +48,7 @@ def test_table_2_has_every_column_with_its_published_one(normfree: Command, colu
         own = pd.read_csv(tmp_path / "table" / column / "results.csv")
         ours = table[table["model"] == own["model"].iloc[0]]
         assert ours["eval_ppl"].tolist() == own["eval_ppl"].tolist()
+        assert set(own["seed"]) == {1}
         assert (tmp_path / "table" / column / "report.html").exists()
     page = (tmp_path / "table" / "report.html").read_text()
     assert "tiny rotary, T = 16" in page
