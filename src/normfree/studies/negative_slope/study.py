@@ -83,7 +83,8 @@ def _runs(page: StudyPage, counts: pd.DataFrame, entropy: pd.DataFrame) -> pd.Da
     for each share, ``collapse_SHARE`` (Int64) and ``layers_SHARE``; nan_readings and readings of entropy.
     """
     run = ["configuration", "seed"]
-    runs = page.recipe_runs[[*run, "status"]]
+    # In the study's order: a configuration's seeds stand together in the table.
+    runs = pd.DataFrame([{name: each.row[name] for name in (*run, "status")} for each in page.results])
     runs = runs.merge(first_nonfinite(counts).drop(columns=["model", "context_length"]), on=run)
     for share in COLLAPSE_SHARES:
         layers = entropy_collapse(entropy, page.uniform_bound, share=share)
