@@ -47,7 +47,7 @@ def assert_refused(command: Command, folder: Path, *arguments: object, says: str
         (("study", "relu-revival", "--set", "n_layer"), "is not of the form NAME=VALUE"),
         (("study", "relu-revival", "--set", "model.n_layer=[1"), "is not a YAML value"),
         (("study", "relu-revival", "--only", "SM+LR"), "unknown configuration 'SM+LR'"),
-        (("study", "table-2", "--only", "SM+R"), "--only is for one study, and table-2 is several"),
+        (("study", "table-2", "--only", "SM+LR"), "unknown configuration 'SM+LR' (did you mean 'SM+R'?)"),
         (("report", "nowhere"), "is no study folder"),
         (("train", "nowhere.yaml", "--out", "run"), "cannot read nowhere.yaml"),
     ],

@@ -3,11 +3,14 @@
 import html
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
+import yaml
 
 from normfree.runner import Study, installed_studies, load_preset
+from normfree.runner.study_plan import plan_study
 from normfree.studies.relu_revival import PAPER
 
 Command = Callable[..., tuple[int, str, str]]
@@ -55,3 +58,31 @@ def test_the_rest_can_be_added(normfree: Command, preset_file: Path, tmp_path: P
     percent = 100 * (ppl["SM+R", 0] / ppl["SM+G", 0] - 1)
     assert f"{100 * (ppl['SM+R'].mean() / ppl['SM+G', 0] - 1):.1f}" != f"{percent:.1f}"
     assert f"ReLU's perplexity is {abs(percent):.1f} % {'higher' if percent > 0 else 'lower'} than GELU's" in page
+
+
+def test_a_part_of_several_studies(
+    normfree: Command, preset_content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("normfree.studies.training_length.SHARES", (0.5, 1.0))
+    recipe = {**preset_content["recipe"], "steps": 2, "eval_steps": 2, "save_steps": 2}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({**preset_content, "recipe": recipe}))
+    command = ("study", "training-length", "--preset", "tiny.yaml", "--only", "SM+R", "--out", "lengths")
+    code, _, err = normfree(*command)
+    assert code == 0, err
+    trained = {path.relative_to(tmp_path / "lengths").as_posix() for path in (tmp_path / "lengths").glob("*/runs/*")}
+    assert trained == {f"steps-{n}/runs/{name}" for n in (1, 2) for name in ("sm-ln-g", "sm-r")}
+    page = html.unescape((tmp_path / "lengths" / "report.html").read_text())
+    assert "normfree study training-length --preset tiny.yaml --out lengths --only SM+R" in page
+
+
+def test_a_study_that_has_none_of_them_trains_its_baseline(preset_content: dict[str, Any], tmp_path: Path) -> None:
+    for name, columns in (("first", ["first.yaml", "second.yaml"]), ("second", [])):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**preset_content, "columns": columns}))
+    only = ["SM+LN+R", "layerwise 0.01"]
+    plan = plan_study("relu-revival-all", tmp_path / "first.yaml", only=only, timed=False)
+    assert plan.groupby("study", sort=False)["configuration"].agg(list).to_dict() == {
+        "relu-revival-figures": ["SM+LN+G", "SM+LN+R", "layerwise 0.01"],
+        "relu-revival": ["SM+LN+G", "SM+LN+R"],
+    }
+    alone = plan_study("relu-revival-all", tmp_path / "first.yaml", only=["layerwise 0.01"], timed=False)
+    assert alone["configuration"].tolist() == ["SM+LN+G", "layerwise 0.01", "SM+LN+G"]

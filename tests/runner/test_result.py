@@ -175,7 +175,7 @@ def test_a_study_without_its_baseline_is_refused_at_once(result: StudyResult, tm
         ("relu-revival", {"seeds": (True,)}, "seeds must be different numbers from 0"),
         ("relu-revival", {"tokens": 9, "steps": 9}, "a budget is in tokens or in steps"),
         ("relu-revival", {"changes": {"recipe.lerning_rate": 1}}, "did you mean 'recipe.learning_rate'"),
-        ("table-2", {"only": ["SM+R"]}, "only is for one study, and table-2 is several"),
+        ("scaling", {"only": ["SM+X"]}, "SM\\+X"),
         ("relu-revival", {"only": ["SM+X"]}, "SM\\+X"),
         ("relu-revival", {"corpus": "directory:nowhere"}, "nowhere"),
     ],

@@ -98,9 +98,15 @@ def check_one_setting(frame: pd.DataFrame, name: str) -> None:
         raise InputError(f"the {name} frame mixes several models or context lengths ({shown}); select one of them")
 
 
-def seed_pairs(runs: pd.DataFrame, others: pd.DataFrame, column: str) -> tuple[pd.Series[float], pd.Series[float]]:
-    """``column`` of two configurations' runs in the seeds that both have, by seed; a NaN of either stays."""
-    return runs.set_index("seed")[column].align(others.set_index("seed")[column], join="inner")
+def seed_pairs(runs: pd.DataFrame, first: str, second: str, column: str) -> tuple[pd.Series[float], pd.Series[float]]:
+    """``column`` of two configurations in the seeds that both have, by seed; a NaN of either stays.
+
+    Args:
+        runs: configuration, seed and ``column``; no run twice.
+        first, second: configurations; one without runs has no pairs.
+    """
+    of_first, of_second = (runs[runs["configuration"] == each].set_index("seed")[column] for each in (first, second))
+    return of_first.align(of_second, join="inner")
 
 
 def in_order(values: pd.Series) -> list[Any]:

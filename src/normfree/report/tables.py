@@ -54,7 +54,7 @@ def perplexity_table(
         Columns model, context_length, configuration, seeds, diverged (numbers of runs), eval_loss and
         eval_ppl (means over seeds), delta_percent (mean over seeds of the perplexity's increase over the
         baseline of the same seed, %), loss_difference (nats per token, paired by evaluation sequence), each
-        with ``_low`` and ``_high``; loss_difference_over ("seeds", "sequences", or None for the baseline
+        with ``_low`` and ``_high``; loss_difference_over ("seeds", "sequences", or "baseline" for the baseline
         itself); band_1 ... band_4 (shares of heads, mean over seeds) and nan_heads; published_ppl and
         published_delta_percent, NaN where nothing was published.
 
@@ -83,20 +83,15 @@ def perplexity_table(
                 **_interval(EVAL_PPL, runs[EVAL_PPL].tolist()),
             }
             baseline_runs = comparison[comparison["configuration"] == baseline]
-            row |= _to_baseline(runs, baseline_runs, differences.get(configuration), configuration == baseline)
+            if configuration == baseline:
+                row |= _exactly_zero(DELTA_PERCENT) | _exactly_zero("loss_difference")
+                row["loss_difference_over"] = "baseline"
+            else:
+                row |= _interval(DELTA_PERCENT, _delta_percent(comparison, configuration, baseline))
+                row |= _loss_difference(differences.get(configuration), runs, baseline_runs)
             row |= _bands(shares, setting, configuration) | _published(published, configuration)
             rows.append(row)
     return pd.DataFrame(rows)
-
-
-def _to_baseline(
-    runs: pd.DataFrame, baseline_runs: pd.DataFrame, difference: PairedDifference | None, is_baseline: bool
-) -> dict[str, Any]:
-    if is_baseline:
-        zero = _exactly_zero(DELTA_PERCENT) | _exactly_zero("loss_difference")
-        return {**zero, "loss_difference_over": "baseline"}
-    percent = _interval(DELTA_PERCENT, _delta_percent(runs, baseline_runs))
-    return percent | _loss_difference(difference, runs, baseline_runs)
 
 
 def _of_setting(losses: pd.DataFrame, setting: Sequence[Any], results: pd.DataFrame) -> pd.DataFrame:
@@ -119,11 +114,11 @@ def _exactly_zero(name: str) -> dict[str, float]:
     return {name: 0.0, f"{name}_low": 0.0, f"{name}_high": 0.0}
 
 
-def _delta_percent(runs: pd.DataFrame, baseline_runs: pd.DataFrame) -> list[float]:
-    perplexity, reference = seed_pairs(runs, baseline_runs, EVAL_PPL)
+def _delta_percent(runs: pd.DataFrame, configuration: str, baseline: str) -> list[float]:
+    perplexity, reference = seed_pairs(runs, configuration, baseline, EVAL_PPL)
     if perplexity.empty:
         raise InputError(
-            f"{runs['configuration'].iloc[0]!r} has no seed in common with the baseline in the results "
+            f"{configuration!r} has no seed in common with the baseline in the results "
             "frame; train both with the same seeds"
         )
     percent: list[float] = (100 * (perplexity / reference - 1)).tolist()

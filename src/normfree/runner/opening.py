@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -47,6 +47,10 @@ class OpenStudy:
     def members(self) -> Sequence[OpenStudy]:
         """The studies with runs: itself."""
         return [self]
+
+    def chosen(self, only: tuple[str, ...] | None) -> Sequence[tuple[OpenStudy, tuple[str, ...] | None]]:
+        """The studies with runs, with the labels of ``only`` that each is to train; None for all."""
+        return [(self, only)]
 
     @property
     def tables(self) -> dict[str, pd.DataFrame]:
@@ -93,6 +97,24 @@ class OpenCollection:
         """The finished runs of each study."""
         return [each.page for each in self.members]
 
+    def chosen(self, only: tuple[str, ...] | None) -> Sequence[tuple[OpenStudy, tuple[str, ...] | None]]:
+        """Each study with those labels of ``only`` that it has, none for its baseline alone; None for all.
+
+        Raises:
+            InputError: no study has a configuration of one of the labels.
+        """
+        if only is None:
+            return [(each, None) for each in self.members]
+        labels = [each.study.labels(each.folder.preset) for each in self.members]
+        every = list(dict.fromkeys(label for of_member in labels for label in of_member))
+        for label in only:
+            if label not in every:
+                raise unknown_name("configuration", label, every)
+        return [
+            (each, tuple(label for label in only if label in own))
+            for each, own in zip(self.members, labels, strict=True)
+        ]
+
     @cached_property
     def tables(self) -> dict[str, pd.DataFrame]:
         """The collection's own ``table``, from the finished runs of its studies."""
@@ -109,6 +131,7 @@ class OpenCollection:
         Raises:
             InputError: a configuration, a recipe or a corpus cannot be used.
         """
+        chosen = self.chosen(execution.only)
         content = {
             "collection": self.name,
             **({} if self.study_file is None else {"study_file": str(self.study_file)}),
@@ -117,9 +140,9 @@ class OpenCollection:
         if not (self.path / COLLECTION_FILE).exists():
             write_text(self.path / COLLECTION_FILE, yaml.safe_dump(content, sort_keys=False))
         failures: dict[str, str] = {}
-        for each in self.members:
+        for each, only in chosen:
             execution.console.print(f"{each.path.name}: {each.folder.preset.description}", highlight=False)
-            failed = each.run(execution)
+            failed = each.run(replace(execution, only=only))
             failures |= {f"{each.path.name}/{place}": reason for place, reason in failed.items()}
         return failures
 

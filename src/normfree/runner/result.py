@@ -32,7 +32,6 @@ from normfree.runner.opening import OpenCollection, OpenStudy, begin, open_folde
 from normfree.runner.presets import Preset, load_preset
 from normfree.runner.reporting import REPORT_FILE
 from normfree.runner.run_frames import eval_curve_frame, head_entropy_frame, layer_entropy_frame
-from normfree.runner.study import Collection
 from normfree.training.run_folder import RESULTS_FILE
 
 LINE_WIDTH = 110
@@ -192,7 +191,8 @@ def run_study(
         tokens: training budget of each run; or in optimizer ``steps``.
         corpus, tokenizer: as ``--corpus`` and ``--tokenizer`` of the command.
         changes: any values of the preset by dotted name, such as ``{"model.n_layer": 4}``.
-        only: labels of the configurations to train, with the baseline; default: all.
+        only: labels of the configurations to train, with the baseline; default: all. Of a collection, each study
+            trains those that it has.
         tune_lr: also give each configuration its own learning rate, from a short sweep.
         workers: processes that train runs at the same time; default: this process, one run after the other.
         executor: trains the runs instead, from :func:`normfree.runner.make_executor`.
@@ -222,8 +222,6 @@ def _carry_out(
     found: Found, preset: str, folder: Path | None, changes: dict[str, Any], execution: Execution
 ) -> StudyResult:
     name, console = found.study.name, execution.console
-    if execution.only and isinstance(found.study, Collection):
-        raise InputError(f"--only is for one study, and {name} is several; name one of them, or leave it out")
     folder = folder or Path("studies") / f"{name}-{Path(preset).stem}"
     if not (folder / RESULTS_FILE).exists():  # a finished study is read, and may be read-only
         check_output_folder(folder)

@@ -92,8 +92,11 @@ class Study:
 
     def page(self, folder: StudyFolder, figures: str = FIGURES_FOLDER) -> StudyPage:
         """The finished runs of this study's configurations in ``folder``; its figures go into ``figures`` there."""
-        labels = tuple(each.label for each in self.configurations(folder.preset))
-        return StudyPage(folder, self.baseline, labels, figures)
+        return StudyPage(folder, self.baseline, self.labels(folder.preset), figures)
+
+    def labels(self, preset: Preset) -> tuple[str, ...]:
+        """Labels of the configurations at ``preset``, in their order."""
+        return tuple(each.label for each in self.configurations(preset))
 
 
 @dataclass(frozen=True)

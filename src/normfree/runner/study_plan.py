@@ -49,9 +49,9 @@ def plan_study(
     folder = Path(out) if out is not None else Path("studies") / f"{found.study.name}-{Path(preset).stem}"
     begun = begin(found, folder, str(preset), lambda each: each.with_changes(**(changes or {})))
     rows = []
-    for member in begun.members:
+    for member, labels in begun.chosen(tuple(only) if only else None):
         chosen = checked_seeds(seeds) or member.folder.preset.seeds
-        runs = planned_runs(member.study, member.folder.preset, chosen, tune_lr=tune_lr, only=only)
+        runs = planned_runs(member.study, member.folder.preset, chosen, tune_lr=tune_lr, only=labels)
         with on_device(device):
             rows += list(_rows(member.study.name, runs, timed))
     return pd.DataFrame(rows)

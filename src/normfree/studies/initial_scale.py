@@ -96,14 +96,13 @@ def gained(runs: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         Columns base (the unscaled configuration), configuration and gained_nats (mean over seeds; NaN: one of the
-        runs diverged, or there is no such seed).
+        runs diverged). A gain without such a seed has no row.
     """
-    of = dict(list(runs.groupby("configuration")))
     rows = []
     for base, gains in LINES:
         for label in (scaled(base, gain).label for gain in gains[1:]):
-            if base.label in of and label in of:
-                unscaled, losses = seed_pairs(of[base.label], of[label], EVAL_LOSS)
+            unscaled, losses = seed_pairs(runs, base.label, label, EVAL_LOSS)
+            if len(losses):
                 nats = (unscaled - losses).mean(skipna=False)
                 rows.append({"base": base.label, "configuration": label, "gained_nats": nats})
     return pd.DataFrame(rows, columns=["base", "configuration", "gained_nats"])

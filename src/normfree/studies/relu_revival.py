@@ -77,9 +77,7 @@ def _lead(page: StudyPage) -> str:
         sentences.append(f"The paper reports {' < '.join(published)}: {verdict}.")
     rows = table.set_index("configuration")
     if {GELU.label, RELU.label} <= set(rows.index):
-        runs = page.recipe_runs
-        of_relu, of_gelu = (runs[runs["configuration"] == label] for label in (RELU.label, GELU.label))
-        relu, gelu = seed_pairs(of_relu, of_gelu, EVAL_PPL)
+        relu, gelu = seed_pairs(page.recipe_runs, RELU.label, GELU.label, EVAL_PPL)
         gain = 100 * (1 - (relu / gelu).mean(skipna=False))
         if gain == gain:
             comparison = "lower" if gain > 0 else "higher"

@@ -286,10 +286,7 @@ def costs_frame(losses: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for network in [name for name in _NETWORKS if name]:
         for dense in (LAYERNORM_RELU, RELU):
-            of_dense, of_changed = (
-                losses[losses["configuration"] == label] for label in (dense.label, dense.label + network)
-            )
-            alone, changed = seed_pairs(of_dense, of_changed, EVAL_LOSS)
+            alone, changed = seed_pairs(losses, dense.label, dense.label + network, EVAL_LOSS)
             if len(alone):
                 cost = mean_confidence_interval((changed - alone).tolist())
                 rows.append(
