@@ -82,16 +82,20 @@ def perplexity_table(
                 **_interval(EVAL_LOSS, runs[EVAL_LOSS].tolist()),
                 **_interval(EVAL_PPL, runs[EVAL_PPL].tolist()),
             }
-            baseline_runs = comparison[comparison["configuration"] == baseline]
-            if configuration == baseline:
-                row |= _exactly_zero(DELTA_PERCENT) | _exactly_zero("loss_difference")
-                row["loss_difference_over"] = "baseline"
-            else:
-                row |= _interval(DELTA_PERCENT, _delta_percent(comparison, configuration, baseline))
-                row |= _loss_difference(differences.get(configuration), runs, baseline_runs)
+            row |= _to_baseline(comparison, configuration, baseline, differences.get(configuration))
             row |= _bands(shares, setting, configuration) | _published(published, configuration)
             rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _to_baseline(
+    comparison: pd.DataFrame, configuration: str, baseline: str, difference: PairedDifference | None
+) -> dict[str, Any]:
+    if configuration == baseline:
+        zero = _exactly_zero(DELTA_PERCENT) | _exactly_zero("loss_difference")
+        return {**zero, "loss_difference_over": "baseline"}
+    percent = _interval(DELTA_PERCENT, _delta_percent(comparison, configuration, baseline))
+    return percent | _loss_difference(comparison, configuration, baseline, difference)
 
 
 def _of_setting(losses: pd.DataFrame, setting: Sequence[Any], results: pd.DataFrame) -> pd.DataFrame:
@@ -118,26 +122,26 @@ def _delta_percent(runs: pd.DataFrame, configuration: str, baseline: str) -> lis
     perplexity, reference = seed_pairs(runs, configuration, baseline, EVAL_PPL)
     if perplexity.empty:
         raise InputError(
-            f"{configuration!r} has no seed in common with the baseline in the results "
-            "frame; train both with the same seeds"
+            f"{configuration!r} has no seed in common with the baseline in the results frame; train both with the "
+            "same seeds"
         )
     percent: list[float] = (100 * (perplexity / reference - 1)).tolist()
     return percent
 
 
 def _loss_difference(
-    difference: PairedDifference | None, runs: pd.DataFrame, baseline_runs: pd.DataFrame
+    runs: pd.DataFrame, configuration: str, baseline: str, difference: PairedDifference | None
 ) -> dict[str, Any]:
     """NaN also where a diverged run left no sequence losses: its pair may not vanish from the mean."""
-    all_finite = np.isfinite(runs[EVAL_LOSS]).all() and np.isfinite(baseline_runs[EVAL_LOSS]).all()
+    own = runs[runs["configuration"] == configuration]
+    all_finite = np.isfinite(runs.loc[runs["configuration"].isin([configuration, baseline]), EVAL_LOSS]).all()
     if difference is None and all_finite:
         raise InputError(
-            f"the sequence_losses frame has no rows for {runs['configuration'].iloc[0]!r}; "
-            "give the loss of every evaluation sequence"
+            f"the sequence_losses frame has no rows for {configuration!r}; give the loss of every evaluation sequence"
         )
     if difference is None or not all_finite:
         lost = float("nan")
-        difference = PairedDifference(lost, lost, lost, len(runs), "seeds" if len(runs) > 1 else "sequences")
+        difference = PairedDifference(lost, lost, lost, len(own), "seeds" if len(own) > 1 else "sequences")
     return {
         "loss_difference": difference.mean,
         "loss_difference_low": difference.low,

@@ -191,8 +191,7 @@ def run_study(
         tokens: training budget of each run; or in optimizer ``steps``.
         corpus, tokenizer: as ``--corpus`` and ``--tokenizer`` of the command.
         changes: any values of the preset by dotted name, such as ``{"model.n_layer": 4}``.
-        only: labels of the configurations to train, with the baseline; default: all. Of a collection, each study
-            trains those that it has.
+        only: labels to train, with the baseline (in a collection, each study trains those it has); default: all.
         tune_lr: also give each configuration its own learning rate, from a short sweep.
         workers: processes that train runs at the same time; default: this process, one run after the other.
         executor: trains the runs instead, from :func:`normfree.runner.make_executor`.
