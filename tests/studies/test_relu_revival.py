@@ -141,14 +141,25 @@ def test_tuned_learning_rates_stand_beside_the_recipes(normfree: Command, preset
     assert tuned.index.tolist() == ["SM+LN+G", "SM+R"]
     page = (tmp_path / "study" / "report.html").read_text()
     assert "With tuned learning rates" in page
+    assert "Not tuned" not in page
+    assert page.partition("The sweep: evaluation loss")[2].partition("</table>")[0].count("<tr") == 4
     assert (tmp_path / "study" / "tuned").exists() == any(rate != 0.001 for rate in best.values())
     assert (tmp_path / "study" / "figures" / "headwise-entropy-tuned.pdf").exists()
     assert out.count("SM+R ") >= 2
 
-    # A sweep that is not finished leaves them out.
-    shutil.rmtree(tmp_path / "study" / "tuned", ignore_errors=True)
-    for finished in (tmp_path / "study" / "sweep").glob("sm-*r/*/results.csv"):
-        finished.unlink()
+    # A configuration whose sweep is not whole is left out, though its best rate so far is that of the recipe.
+    shutil.rmtree(tmp_path / "study" / "tuned" / "sm-r", ignore_errors=True)
+    for run in (tmp_path / "study" / "sweep" / "sm-r").iterdir():
+        if run.name != "learning-rate-0.001":
+            (run / "results.csv").unlink()
+    assert normfree("report", "study")[0] == 0
+    results = pd.read_csv(tmp_path / "study" / "results.csv")
+    assert set(results.loc[results["learning_rate_source"] == "tuned", "configuration"]) == {"SM+LN+G"}
+    page = (tmp_path / "study" / "report.html").read_text()
+    assert "Not tuned: SM+R." in page
+
+    # There is nothing to compare with before the baseline has its own rate.
+    next((tmp_path / "study" / "sweep" / "sm-ln-g").glob("*/results.csv")).unlink()
     assert normfree("report", "study")[0] == 0
     assert "With tuned learning rates" not in (tmp_path / "study" / "report.html").read_text()
 

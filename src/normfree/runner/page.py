@@ -88,13 +88,13 @@ class StudyPage:
 
     @cached_property
     def tuned(self) -> list[RunResult]:
-        """The runs at each configuration's own best learning rate; none before every trained configuration has one."""
+        """The runs at the best learning rate of each configuration that has one; none before the baseline has."""
         rates = self.folder.best_learning_rates()
         # Where the recipe's rate was the best one, its run is the tuned run.
         kept = [each for each in self.results if rates.get(each.row["configuration"]) == each.row["learning_rate"]]
-        tuned = self._in_order([*kept, *self.folder.results("tuned")])
-        trained, with_own = ({each.row["configuration"] for each in group} for group in (self.results, tuned))
-        return tuned if with_own == trained else []
+        retrained = [each for each in self.folder.results("tuned") if each.row["configuration"] in rates]
+        tuned = self._in_order([*kept, *retrained])
+        return tuned if self.baseline in {each.row["configuration"] for each in tuned} else []
 
     @property
     def training_seconds(self) -> float:
@@ -109,7 +109,7 @@ class StudyPage:
 
     @cached_property
     def tables(self) -> dict[str, pd.DataFrame]:
-        """``table``, and ``tuned_table`` (each configuration at its own best learning rate) if the sweep is done."""
+        """``table``, and ``tuned_table`` (configurations at their own best learning rates) if the baseline has one."""
         return {"table": self.table} | ({"tuned_table": self._table(self.tuned)} if self.tuned else {})
 
     @cached_property

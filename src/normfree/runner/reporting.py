@@ -26,13 +26,14 @@ from normfree.report import (
     write_page,
 )
 from normfree.report.entropy_figures import headwise_entropy_heatmaps
+from normfree.report.frames import in_order
 from normfree.report.glossary import glossary
 from normfree.report.numbers import counted
 from normfree.runner.page import StudyPage
 from normfree.runner.run_frames import head_entropy_frame
-from normfree.runner.run_order import LEARNING_RATE_FACTORS, SWEEP_DECAY
+from normfree.runner.run_order import SWEEP_DECAY
 from normfree.runner.study import Collection, Study
-from normfree.runner.study_folder import STUDY_FILE
+from normfree.runner.study_folder import LEARNING_RATE_FACTORS, STUDY_FILE
 from normfree.training import RunResult
 from normfree.training.run_config import read_yaml
 from normfree.training.run_folder import CONFIG_FILE, RESULTS_FILE
@@ -129,10 +130,11 @@ def _result_section(page: StudyPage) -> Section:
 
 
 def _tuned_section(page: StudyPage) -> Section:
-    rates = page.folder.best_learning_rates()
+    rates = {str(each.row["configuration"]): each.row["learning_rate"] for each in page.tuned}
+    left_out = [label for label in in_order(page.table["configuration"]) if label not in rates]
     grid = [factor * page.folder.preset.recipe.learning_rate for factor in LEARNING_RATE_FACTORS]
     at_the_edge = [label for label, rate in rates.items() if rate in (min(grid), max(grid))]
-    losses = _sweep_losses(page)
+    losses = _sweep_losses(page, list(rates))
     blocks: list[Element] = [
         Paragraph(
             f"Is a configuration worse, or only less tolerant of the learning rate? Each was trained at "
@@ -155,18 +157,20 @@ def _tuned_section(page: StudyPage) -> Section:
             "evaluation tokens, one colour scale.",
         ),
     ]
+    if left_out:
+        blocks.append(Callout(f"Not tuned: {', '.join(left_out)}.", "warning"))
     if at_the_edge:
         blocks.append(Callout(f"The best rate of {', '.join(at_the_edge)} is at the edge of the sweep.", "warning"))
     return Section("With tuned learning rates", blocks)
 
 
-def _sweep_losses(page: StudyPage) -> pd.DataFrame:
-    """Configuration, and a column for each learning rate: evaluation loss in nats, NaN for a run that diverged."""
+def _sweep_losses(page: StudyPage, labels: list[str]) -> pd.DataFrame:
+    """For each of ``labels``: Configuration, and a column for each learning rate: evaluation loss in nats, NaN for a run that diverged."""
     sweep = pd.DataFrame([result.row for result in page.folder.results("sweep")])
     losses = sweep.pivot_table(
         index="configuration", columns="learning_rate", values=EVAL_LOSS, sort=False, dropna=False
     )
-    losses = losses.reindex(list(page.labels))[sorted(losses.columns)]
+    losses = losses.reindex(labels)[sorted(losses.columns)]
     losses.columns = [f"{rate:g}" for rate in losses.columns]
     return losses.reset_index(names="Configuration")
 

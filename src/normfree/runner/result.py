@@ -62,7 +62,7 @@ class StudyResult:
 
     @property
     def tables(self) -> dict[str, pd.DataFrame]:
-        """``table``, and ``tuned_table`` (each configuration at its own best learning rate) if the sweep is done."""
+        """``table``, and ``tuned_table`` (configurations at their own best learning rates) if the baseline has one."""
         return self._opened.tables
 
     @property

@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from normfree.errors import InputError, unknown_name
 from normfree.runner.presets import Preset
 from normfree.runner.study import Configuration, Study, run_config, slug
-from normfree.runner.study_folder import StudyFolder
+from normfree.runner.study_folder import LEARNING_RATE_FACTORS, StudyFolder
 from normfree.training import RunConfig, load_run_config
 from normfree.training.run_folder import CONFIG_FILE, RESULTS_FILE
 
-LEARNING_RATE_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
-"""The sweep of ``--tune-lr``, as multiples of the recipe's learning rate."""
 SWEEP_DECAY = 0.2
 """Share of the budget over which a run of the sweep lets its rate decay, after a warm-up as long as the whole run's."""
 
@@ -55,7 +53,7 @@ def planned_runs(
     """All runs of a study, in the order in which one process trains them.
 
     Every configuration is trained with every seed. With ``tune_lr`` each is then trained at each multiple of the
-    learning rate in :data:`LEARNING_RATE_FACTORS` (the preset's first seed), with the whole run's warm-up and a decay
+    learning rate in ``LEARNING_RATE_FACTORS`` (the preset's first seed), with the whole run's warm-up and a decay
     over :data:`SWEEP_DECAY` of the budget, and for the whole budget at its best rate (all seeds). A teacher comes
     before its students, and a configuration's sweep before its tuned runs. With ``only`` the configurations of these
     labels are planned, and those that they cannot do without: the study's baseline, and their teachers.

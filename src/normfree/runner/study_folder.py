@@ -23,6 +23,8 @@ COLLECTION_FILE = "collection.yaml"
 COMMANDS_FILE = "commands.yaml"
 GROUPS = ("runs", "sweep", "tuned")
 """Folders of runs: at the recipe's learning rate, at those that are tried, at each configuration's best one."""
+LEARNING_RATE_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
+"""The sweep of ``--tune-lr``, as multiples of the recipe's learning rate."""
 
 
 @dataclass(frozen=True)
@@ -135,16 +137,16 @@ class StudyFolder:
         return [load_result(path.parent) for path in sorted(self.path.glob(f"{group}/*/*/{RESULTS_FILE}"))]
 
     def best_learning_rates(self) -> dict[str, float]:
-        """The learning rate with the lowest evaluation loss in the sweep, by configuration.
+        """The learning rate with the lowest evaluation loss in the sweep, by configuration; none before it is whole.
 
         A configuration that diverged at every rate keeps the recipe's.
         """
-        best: dict[str, tuple[float, float]] = {}
+        tried: dict[str, list[tuple[float, float]]] = {}
+        fallback = (float("inf"), self.preset.recipe.learning_rate)
         for result in self.results("sweep"):
             label, loss, rate = (result.row[name] for name in ("configuration", EVAL_LOSS, "learning_rate"))
-            fallback = (float("inf"), self.preset.recipe.learning_rate)
-            best[label] = min(best.get(label, fallback), (loss, rate) if loss == loss else fallback)
-        return {label: rate for label, (_, rate) in best.items()}
+            tried.setdefault(label, []).append((loss, rate) if loss == loss else fallback)
+        return {label: min(each)[1] for label, each in tried.items() if len(each) == len(LEARNING_RATE_FACTORS)}
 
 
 def check_unused(path: Path, why: str) -> None:
