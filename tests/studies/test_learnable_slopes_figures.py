@@ -60,9 +60,13 @@ def test_one_seed_has_no_yardstick_and_a_nan_no_distance() -> None:
     trajectory_distance_matrix(distances).canvas.draw()
 
 
+def test_configurations_without_a_common_seed_have_no_distance() -> None:
+    distances = entropy_trajectory_distance(trajectories({("A", 0): 0.0, ("B", 1): 0.0, ("C", 1): 0.5}))
+    assert np.isnan(distances["A"]["B"])
+    assert distances["B"]["C"] == pytest.approx(0.5)
+
+
 def test_what_cannot_be_paired_is_refused() -> None:
-    with pytest.raises(InputError, match="no seed in common"):
-        entropy_trajectory_distance(trajectories({("A", 0): 0.0, ("B", 1): 0.0}))
     frame = trajectories({("A", 0): 0.0, ("B", 0): 0.0})
     with pytest.raises(InputError, match="different steps or layers"):
         entropy_trajectory_distance(frame.drop(index=0))

@@ -30,6 +30,7 @@ from normfree.report.frames import (
     check_one_setting,
     in_order,
 )
+from normfree.report.numbers import number
 from normfree.report.primitives import annotated_heatmap, colour_bar, depth_bar, layer_curves, panel_grid, title_panel
 from normfree.report.style import DASHED, INK, ONE_COLUMN, entropy_colours
 from normfree.runner import Configuration, Findings, Study, StudyPage, layer_entropy_frame, telemetry_frame
@@ -105,14 +106,16 @@ def describe(page: StudyPage) -> Findings:
                     "configurations: runs of the same seed. On the diagonal: different seeds of one configuration.",
                 ),
                 Paragraph(_near_identical(distances)),
-                *([] if page.results[0].row["seed"] != page.results[-1].row["seed"] else [_ONE_SEED]),
+                *([_ONE_SEED] if np.isnan(np.diag(distances)).all() else []),
             ],
         ),
     ]
     return Findings(_lead(ends), sections, scale_limits(page) + _LIMITS)
 
 
-_ONE_SEED = Callout("One seed: there is no distance between seeds to measure these distances by.", "warning")
+_ONE_SEED = Callout(
+    "No configuration has two seeds: there is no distance between seeds to measure these distances by.", "warning"
+)
 _LIMITS = (
     "How far a slope travels depends on the number of steps and on the learning rate: one that has not reached zero "
     "after a short training may still do so later."
@@ -192,7 +195,7 @@ def _near_identical(distances: pd.DataFrame) -> str:
         )
     compared = [label for label in (*FIGURE_4[-2:], GELU.label, relu) if label in distances]
     far = {label: float(distances[label].to_dict()[relu]) for label in compared}
-    apart = ", ".join(f"{label} {distance:.3f}" for label, distance in far.items() if label != relu)
+    apart = ", ".join(f"{label} {number(distance, '.3f')}" for label, distance in far.items() if label != relu)
     yardstick = (
         "with one seed there is no yardstick"
         if math.isnan(far[relu])
@@ -271,11 +274,11 @@ def entropy_trajectory_distance(layer_entropy: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         A square frame of distances, configurations as index and columns, in order of first appearance. NaN on the
-        diagonal with one seed, and wherever a trajectory holds a NaN.
+        diagonal with one seed, between configurations without a common one, and wherever a trajectory holds a NaN.
 
     Raises:
-        InputError: a column is missing, a layer occurs twice at a step, two configurations share no seed, or the
-            trajectories have different steps or layers.
+        InputError: a column is missing, a layer occurs twice at a step, or the trajectories have different steps or
+            layers.
     """
     check_frame(layer_entropy, "layer_entropy", LAYER_ENTROPY, (ENTROPY_NATS,))
     check_one_setting(layer_entropy, "layer_entropy")
@@ -291,8 +294,6 @@ def entropy_trajectory_distance(layer_entropy: pd.DataFrame) -> pd.DataFrame:
             pairs = [(first, second) for first, second in product(seeds[a], repeat=2) if first < second]
         else:
             pairs = [(seed, seed) for seed in seeds[a] if seed in seeds[b]]
-            if not pairs:
-                raise InputError(f"{a} and {b} have no seed in common, so their trajectories cannot be paired")
         if pairs:
             distances.loc[a, b] = np.mean([_distance(trajectories[a, i], trajectories[b, j]) for i, j in pairs])
     return distances
