@@ -165,7 +165,7 @@ def _tuned_section(page: StudyPage) -> Section:
 
 
 def _sweep_losses(page: StudyPage, labels: list[str]) -> pd.DataFrame:
-    """For each of ``labels``: Configuration, and a column for each learning rate: evaluation loss in nats, NaN for a run that diverged."""
+    """Configuration (``labels``), and a column for each learning rate: evaluation loss in nats, NaN if it diverged."""
     sweep = pd.DataFrame([result.row for result in page.folder.results("sweep")])
     losses = sweep.pivot_table(
         index="configuration", columns="learning_rate", values=EVAL_LOSS, sort=False, dropna=False
