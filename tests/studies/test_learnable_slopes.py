@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from normfree import NormfreeForCausalLM
 from normfree.runner import StudyFolder, load_preset, run_config
-from normfree.studies.learnable_slopes import LEARNABLE, STUDY
+from normfree.studies.learnable_slopes import LEARNABLE, STUDY, initial_slope_columns
 from normfree.training import load_run_config
 from normfree.training.records import LAYERS_FILE
 from normfree.training.run_folder import last_checkpoint
@@ -30,6 +30,16 @@ def test_the_configurations_vary_sharing_decay_and_start_apart() -> None:
         assert all(slope.item() == np.float32(initial) for slope in slopes)
         assert run.recipe.decay_slopes == decayed
         assert not any("norm" in name for name, _ in model.model.blocks.named_parameters())
+
+
+def test_initial_slopes_have_columns_where_no_panel_is_missing() -> None:
+    every = list(LEARNABLE)
+    assert initial_slope_columns(every) == 4
+    assert initial_slope_columns(every[:8:4]) == 1
+    pairs = ["layerwise 0.01", "layerwise 0.25", "layerwise 0.01, no decay", "layerwise 0.25, no decay"]
+    assert initial_slope_columns(pairs) == 2
+    assert initial_slope_columns(pairs[:3]) is None
+    assert initial_slope_columns(["layerwise 0.01", "global 0.25"]) is None
 
 
 def test_the_page_shows_the_slopes_that_the_runs_end_with(normfree: Command, preset_file: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ slope towards zero whatever the loss prefers.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
@@ -19,7 +20,7 @@ from matplotlib.ticker import EngFormatter
 
 from normfree.columns import ENTROPY_NATS, NEGATIVE_SLOPE
 from normfree.errors import InputError
-from normfree.report import Callout, Paragraph, Section, Table, paper_style
+from normfree.report import Callout, FigureElement, Paragraph, Section, Table, paper_style
 from normfree.report.entropy_figures import layerwise_entropy_dynamics
 from normfree.report.frames import (
     DECAY_ONLY,
@@ -76,13 +77,7 @@ def describe(page: StudyPage) -> Findings:
         Section(
             "Where the slopes go",
             [
-                page.figure(
-                    "negative-slopes",
-                    negative_slope_trajectories(_slopes(page), decay_only=_decay_only(page)),
-                    "Learned negative slope of each layer over training (compare Figure 3 of the paper, which has the "
-                    "two panels that start at 0.01 with decay): rows share the sharing and the decay, columns the "
-                    "initial slope. Dashed: where weight decay alone would have taken it.",
-                ),
+                _trajectories(page),
                 Table(
                     ends,
                     "Slopes at the end of training, mean over seeds; min and max are over layers.",
@@ -120,6 +115,31 @@ _LIMITS = (
     "How far a slope travels depends on the number of steps and on the learning rate: one that has not reached zero "
     "after a short training may still do so later."
 )
+
+
+def _trajectories(page: StudyPage) -> FigureElement:
+    """Figure 3, and the panels beside it."""
+    slopes = _slopes(page)
+    columns = initial_slope_columns(in_order(slopes["configuration"]))
+    figure = negative_slope_trajectories(slopes, decay_only=_decay_only(page), n_columns=columns or len(INITIAL_SLOPES))
+    return page.figure(
+        "negative-slopes",
+        figure,
+        "Learned negative slope of each layer over training (compare Figure 3 of the paper, which has the two panels "
+        f"that start at {INITIAL_SLOPES[0]:g} with decay)"
+        + (": rows share the sharing and the decay, columns the initial slope" if columns else "")
+        + ". Dashed: where weight decay alone would have taken it.",
+    )
+
+
+def initial_slope_columns(labels: Sequence[str]) -> int | None:
+    """Panels in a row, if each sharing with and without decay is there with the same initial slopes; else None."""
+    of_row: dict[tuple[str, bool], list[float]] = {}
+    for label in labels:
+        sharing, initial, decayed = LEARNABLE[label]
+        of_row.setdefault((sharing, decayed), []).append(initial)
+    first, *others = of_row.values()
+    return len(first) if all(each == first for each in others) else None
 
 
 def _slopes(page: StudyPage) -> pd.DataFrame:
