@@ -71,3 +71,12 @@ def test_the_page_shows_the_slopes_that_the_runs_end_with(normfree: Command, pre
     first, second = rates.query("name == 'learning_rate'").sort_values("step")["value"]
     shrunk = 0.25 * (1 - (1 - 0.1 * first) * (1 - 0.1 * second))
     np.testing.assert_allclose(ends["layerwise-0.25-no-decay"] - ends["layerwise-0.25"], shrunk, rtol=0.2)
+
+
+def test_a_part_says_nothing_of_what_is_not_trained(normfree: Command, preset_file: Path, tmp_path: Path) -> None:
+    only = ("--only", "layerwise 0.25, no decay")
+    assert normfree("study", "learnable-slopes", "--preset", preset_file, "--out", "study", *only)[0] == 0
+    page = (tmp_path / "study" / "report.html").read_text()
+    assert "Without weight decay on the slopes, 0 of 1 configurations" in page
+    assert "With weight decay on the slopes" not in page
+    assert "0 of 0" not in page

@@ -190,19 +190,29 @@ def _decay_only(page: StudyPage) -> pd.DataFrame:
 def _lead(ends: pd.DataFrame) -> str:
     """The part of "all slopes go to zero" that is left without decay."""
     sentences = []
-    for decay, words in (("yes", "With weight decay on the slopes"), ("no", "Without it")):
+    for decay, words in (("yes", "With"), ("no", "Without")):
         rows = ends[(ends["Decay"] == decay) & ends["Final, mean"].notna()]
+        if rows.empty:
+            continue
         moved = rows[rows["Initial"] != 0]
         closer = moved[moved["Final, mean"].abs() < moved["Decay alone"].abs()]
         within = rows[rows[["Min", "Max"]].abs().max(axis=1) <= abs(INITIAL_SLOPES[0])]
-        sentences.append(
-            f"{words}, {len(within)} of {len(rows)} configurations end with every slope within "
-            f"±{INITIAL_SLOPES[0]:g} of zero, and {len(closer)} of the {len(moved)} that started elsewhere end nearer "
-            "to zero, on average over layers, than decay alone explains."
+        told = (
+            f"{words} weight decay on the slopes, {len(within)} of {len(rows)} configurations end with every slope "
+            f"within ±{INITIAL_SLOPES[0]:g} of zero"
         )
+        if len(moved):
+            told += (
+                f", and {len(closer)} of the {len(moved)} that started elsewhere end nearer to zero, on average over "
+                "layers, than decay alone explains"
+            )
+        sentences.append(f"{told}.")
     rows = ends[(ends["Decay"] == "no") & (ends["Initial"] != 0)]
-    ends_at = ", ".join(f"{row['Configuration']}: {row['Final, mean']:+.3f}" for _, row in rows.iterrows())
-    sentences.append(f"Final slopes without decay, mean over layers: {ends_at}.")
+    if len(rows):
+        ends_at = ", ".join(
+            f"{row['Configuration']}: {number(row['Final, mean'], '+.3f')}" for _, row in rows.iterrows()
+        )
+        sentences.append(f"Final slopes without decay, mean over layers: {ends_at}.")
     return " ".join(sentences)
 
 
