@@ -1,6 +1,7 @@
 """A part of a study: trained, shown, and gone on with."""
 
 import html
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ def test_every_study_shows_a_part_of_itself(normfree: Command, preset_file: Path
     assert len(results) <= 3  # a student's teacher beside them
     page = html.unescape((tmp_path / "study" / "report.html").read_text())
     assert label in page
+    told = re.sub(r"<style.*?</style>|<pre.*?</pre>|<[^>]*>", " ", page, flags=re.DOTALL)
+    assert re.findall(r".{40}(?:\b0 of (?:the )?0\b|: ?\.|\bnan\b).{20}", told) == []
     # A page compares its tokens with those of a paper that it is about.
     assert "training tokens of ReLU's Revival" not in page or PAPER in STUDIES[name].papers
 

@@ -145,6 +145,8 @@ def _describe(pages: Sequence[StudyPage], _: pd.DataFrame, path: Path) -> Findin
 def _lead(gap: pd.DataFrame) -> str:
     """In how many cells ReLU is better."""
     at_rates, own_best = gap.drop(index=OWN_BEST).to_numpy(), gap.loc[[OWN_BEST]].to_numpy()
+    if not np.isfinite(at_rates).any():
+        return "Nowhere have GELU and ReLU both been trained to the end at one size and learning rate."
     return (
         f"Without LayerNorm, ReLU has the lower loss in {(at_rates > 0).sum()} of {np.isfinite(at_rates).sum()} pairs "
         f"of runs at one size and learning rate (pairs with a diverged run: {np.isnan(at_rates).sum()}), and with each "
