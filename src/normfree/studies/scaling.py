@@ -149,8 +149,8 @@ def _lead(gap: pd.DataFrame) -> str:
         return "Nowhere have GELU and ReLU both been trained to the end at one size and learning rate."
     return (
         f"Without LayerNorm, ReLU has the lower loss in {(at_rates > 0).sum()} of {np.isfinite(at_rates).sum()} pairs "
-        f"of runs at one size and learning rate (pairs with a diverged run: {np.isnan(at_rates).sum()}), and with each "
-        f"activation at its own best rate at {(own_best > 0).sum()} of {np.isfinite(own_best).sum()} sizes."
+        f"of runs at one size and learning rate (a run diverged or is missing in {np.isnan(at_rates).sum()}), and with "
+        f"each activation at its own best rate at {(own_best > 0).sum()} of {np.isfinite(own_best).sum()} sizes."
     )
 
 
