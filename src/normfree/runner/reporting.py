@@ -140,7 +140,7 @@ def _tuned_section(page: StudyPage) -> Section:
             f"Is a configuration worse, or only less tolerant of the learning rate? Each was trained at "
             f"{len(grid)} rates, with the whole run's warm-up and a decay over {100 * SWEEP_DECAY:.0f} % of the "
             "budget, and for the whole budget at its best rate: "
-            + ", ".join(f"{label} {rate:g}" for label, rate in rates.items())
+            + "; ".join(f"{label}: {rate:g}" for label, rate in rates.items())  # there are commas in labels
             + "."
         ),
         _table_block(page.tables["tuned_table"], "The same table, each configuration at its own best rate."),
@@ -158,9 +158,9 @@ def _tuned_section(page: StudyPage) -> Section:
         ),
     ]
     if left_out:
-        blocks.append(Callout(f"Not tuned: {', '.join(left_out)}.", "warning"))
+        blocks.append(Callout(f"Not tuned: {'; '.join(left_out)}.", "warning"))
     if at_the_edge:
-        blocks.append(Callout(f"The best rate of {', '.join(at_the_edge)} is at the edge of the sweep.", "warning"))
+        blocks.append(Callout(f"The best rate is at the edge of the sweep: {'; '.join(at_the_edge)}.", "warning"))
     return Section("With tuned learning rates", blocks)
 
 
