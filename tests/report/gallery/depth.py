@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from normfree import plot
 
 from .frames import MODELS, NORMS, Frame, grid, noise, number
-from .registry import drawn
+from .registry import drawn, drawn_for
 
 
 def apart(n_layer: int, configurations: Iterable[str]) -> Frame:
@@ -21,19 +21,9 @@ def apart(n_layer: int, configurations: Iterable[str]) -> Frame:
     return frame.assign(angular_distance=distance)
 
 
-@drawn
-def angular_distances(n_layer: int) -> Figure:
-    return plot.angular_distance_heatmaps(apart(n_layer, MODELS))
-
-
-@drawn
-def angular_distances_of_one_model(n_layer: int) -> Figure:
-    return plot.angular_distance_heatmaps(apart(n_layer, MODELS[:1]))
-
-
-@drawn
-def angular_distances_of_norms(n_layer: int) -> Figure:
-    return plot.angular_distance_heatmaps(apart(n_layer, NORMS))
+@drawn_for({"": MODELS, "_of_one_model": MODELS[:1], "_of_norms": NORMS})
+def angular_distances(n_layer: int, names: Iterable[str]) -> Figure:
+    return plot.angular_distance_heatmaps(apart(n_layer, names))
 
 
 def by_layer(n_layer: int, names: Iterable[str], column: str, **more: Iterable[Any]) -> Frame:
@@ -42,7 +32,8 @@ def by_layer(n_layer: int, names: Iterable[str], column: str, **more: Iterable[A
     return frame.assign(**{column: value, "standard_error": 0.05 * value})
 
 
-def variance(n_layer: int, names: Iterable[str]) -> Figure:
+@drawn_for({"": MODELS, "_of_norms": NORMS})
+def residual_variance(n_layer: int, names: Iterable[str]) -> Figure:
     tokens = ("all", "without first")
     frame = by_layer(n_layer, names, "residual_variance", tokens=tokens)
     laws = grid(configuration=names, seed=(0,), tokens=tokens, law=("exponential", "linear"))
@@ -50,17 +41,8 @@ def variance(n_layer: int, names: Iterable[str]) -> Figure:
     return plot.residual_variance_over_depth(frame.assign(fitted_variance=0.95 * frame["residual_variance"]), laws)
 
 
-@drawn
-def residual_variance(n_layer: int) -> Figure:
-    return variance(n_layer, MODELS)
-
-
-@drawn
-def residual_variance_of_norms(n_layer: int) -> Figure:
-    return variance(n_layer, NORMS)
-
-
-def skipped(n_layer: int, names: Iterable[str]) -> Figure:
+@drawn_for({"": MODELS, "_of_norms": NORMS})
+def skipped_layers(n_layer: int, names: Iterable[str]) -> Figure:
     frame = by_layer(n_layer, names, "loss_increase_nats")
     frame["loss_increase_nats"] *= np.where(frame["layer"] == 0, 0.3, 0.004)
     frame["standard_error"] *= 0.004
@@ -69,37 +51,18 @@ def skipped(n_layer: int, names: Iterable[str]) -> Figure:
 
 
 @drawn
-def skipped_layers(n_layer: int) -> Figure:
-    return skipped(n_layer, MODELS)
-
-
-@drawn
-def skipped_layers_of_norms(n_layer: int) -> Figure:
-    return skipped(n_layer, NORMS)
-
-
-@drawn
 def skipped_layers_of_one_layer(n_layer: int) -> Figure:
     frame = by_layer(1, MODELS[:1], "loss_increase_nats")
     return plot.skipped_layer_losses(frame, frame.rename(columns={"layer": "n_dropped"}).iloc[:0])
 
 
-def jacobian(n_layer: int, names: Iterable[str]) -> Figure:
+@drawn_for({"": MODELS, "_of_norms": NORMS})
+def jacobian_distance(n_layer: int, names: Iterable[str]) -> Figure:
     frame = by_layer(n_layer, names, "jacobian_distance")
     norms = by_layer(n_layer, names, "parameter_gradient_norm")
     return plot.jacobian_distance_and_gradient_norms(
         frame, norms.assign(residual_gradient_norm=0.01 * norms["parameter_gradient_norm"])
     )
-
-
-@drawn
-def jacobian_distance(n_layer: int) -> Figure:
-    return jacobian(n_layer, MODELS)
-
-
-@drawn
-def jacobian_distance_of_norms(n_layer: int) -> Figure:
-    return jacobian(n_layer, NORMS)
 
 
 @drawn

@@ -10,53 +10,26 @@ from matplotlib.figure import Figure
 from normfree import plot
 
 from .frames import HEADS, MODELS, grid, noise, number
-from .registry import drawn
+from .registry import drawn_for
 
 
-@drawn
-def attribution_errors(n_layer: int) -> Figure:
-    return _attribution_errors(n_layer, MODELS)
-
-
-@drawn
-def attribution_errors_of_one_model(n_layer: int) -> Figure:
-    return _attribution_errors(n_layer, MODELS[:1])
-
-
-def _attribution_errors(n_layer: int, models: Iterable[str]) -> Figure:
+@drawn_for({"": MODELS, "_of_one_model": MODELS[:1]})
+def attribution_errors(n_layer: int, models: Iterable[str]) -> Figure:
     frame = grid(model=models, layer=range(n_layer), head=range(HEADS[n_layer]))
     nmae = np.random.default_rng(0).uniform(0.02, 1.2, len(frame)) * (number(frame, "model") != 1)
     return plot.attribution_error_heatmaps(frame.assign(nmae=nmae))
 
 
-@drawn
-def patching(n_layer: int) -> Figure:
-    return _patching(n_layer, MODELS)
-
-
-@drawn
-def patching_of_one_model(n_layer: int) -> Figure:
-    return _patching(n_layer, MODELS[:1])
-
-
-def _patching(n_layer: int, models: Iterable[str]) -> Figure:
+@drawn_for({"": MODELS, "_of_one_model": MODELS[:1]})
+def patching(n_layer: int, models: Iterable[str]) -> Figure:
     frame = grid(model=models, layer=range(n_layer), patch=range(20))
     activation = noise(frame)
     other = activation * 0.9 + np.random.default_rng(2).normal(size=len(frame)) * 0.3
     return plot.patching_agreement(frame.assign(activation_patching=activation, attribution_patching=other))
 
 
-@drawn
-def confidence(n_layer: int) -> Figure:
-    return _confidence(n_layer, MODELS[:2])
-
-
-@drawn
-def confidence_of_one_model(n_layer: int) -> Figure:
-    return _confidence(n_layer, MODELS[:1])
-
-
-def _confidence(n_layer: int, models: Iterable[str]) -> Figure:
+@drawn_for({"": MODELS[:2], "_of_one_model": MODELS[:1]})
+def confidence(n_layer: int, models: Iterable[str]) -> Figure:
     frame = grid(model=models, layer=[n_layer - 1], neuron=range(100))
     draw = np.random.default_rng(2)
     weights = frame.assign(weight_norm=draw.uniform(1, 3, len(frame)), logit_variance=draw.lognormal(-9, 1, len(frame)))
@@ -66,17 +39,8 @@ def _confidence(n_layer: int, models: Iterable[str]) -> Figure:
     return plot.confidence_neurons(weights, effects)
 
 
-@drawn
-def cumulative_ablation(n_layer: int) -> Figure:
-    return _cumulative_ablation(MODELS)
-
-
-@drawn
-def cumulative_ablation_of_one_model(n_layer: int) -> Figure:
-    return _cumulative_ablation(MODELS[:1])
-
-
-def _cumulative_ablation(models: Iterable[str]) -> Figure:
+@drawn_for({"": MODELS, "_of_one_model": MODELS[:1]})
+def cumulative_ablation(n_layer: int, models: Iterable[str]) -> Figure:
     frame = grid(model=models, n_ablated=range(6))
     total = 1 + 0.004 * frame["n_ablated"] * (3 - number(frame, "model"))
     frozen = 1 + 0.0005 * frame["n_ablated"]

@@ -13,7 +13,7 @@ from normfree.studies.norm_removal.figures import removal_scaling
 from normfree.studies.norm_removal.tables import PowerLaw, power_law
 
 from .frames import HEADS, MODELS, grid, noise, number
-from .registry import drawn
+from .registry import drawn, drawn_for
 
 
 @drawn
@@ -56,17 +56,8 @@ CORPORA = (
 )
 
 
-@drawn
-def reliability(n_layer: int) -> Figure:
-    return _reliability(CORPORA)
-
-
-@drawn
-def reliability_on_one_corpus(n_layer: int) -> Figure:
-    return _reliability(CORPORA[:1])
-
-
-def _reliability(corpora: Iterable[str]) -> Figure:
+@drawn_for({"": CORPORA, "_on_one_corpus": CORPORA[:1]})
+def reliability(n_layer: int, corpora: Iterable[str]) -> Figure:
     frame = grid(corpus=corpora, model=("original", "vanilla", "norm-free"), low=np.arange(10) / 10)
     middle = frame["low"] + 0.05
     bins = frame.assign(high=frame["low"] + 0.1, tokens=2000 * (1.1 - middle), confidence=middle)
@@ -90,33 +81,15 @@ def _losses_by_position(corpora: Iterable[str], n_token: int) -> Figure:
     return plot.loss_by_position(frame.assign(tokens=256, loss_nats=loss))
 
 
-@drawn
-def residual_stds(n_layer: int) -> Figure:
-    return _residual_stds(n_layer, MODELS)
-
-
-@drawn
-def residual_stds_of_one_model(n_layer: int) -> Figure:
-    return _residual_stds(n_layer, MODELS[:1])
-
-
-def _residual_stds(n_layer: int, models: Iterable[str]) -> Figure:
+@drawn_for({"": MODELS, "_of_one_model": MODELS[:1]})
+def residual_stds(n_layer: int, models: Iterable[str]) -> Figure:
     frame = grid(model=models, layer=range(n_layer), position=range(64))
     std = (1 + frame["layer"]) * np.where(frame["position"] == 0, 50.0, 1.0)
     return plot.residual_std_by_position(frame.assign(residual_std=std))
 
 
-@drawn
-def first_token(n_layer: int) -> Figure:
-    return _first_token(n_layer, MODELS)
-
-
-@drawn
-def first_token_of_one_model(n_layer: int) -> Figure:
-    return _first_token(n_layer, MODELS[:1])
-
-
-def _first_token(n_layer: int, models: Iterable[str]) -> Figure:
+@drawn_for({"": MODELS, "_of_one_model": MODELS[:1]})
+def first_token(n_layer: int, models: Iterable[str]) -> Figure:
     frame = grid(model=models, layer=range(n_layer))
     stds = frame.assign(first=40.0 + frame["layer"], others_median=1.0 + frame["layer"])
     stds = stds.assign(others_min=0.7 * stds["others_median"], others_max=2 * stds["others_median"])
