@@ -209,7 +209,7 @@ def _lead(ends: pd.DataFrame) -> str:
         sentences.append(f"{told}.")
     rows = ends[(ends["Decay"] == "no") & (ends["Initial"] != 0)]
     if len(rows):
-        ends_at = ", ".join(
+        ends_at = "; ".join(
             f"{row['Configuration']}: {number(row['Final, mean'], '+.3f')}" for _, row in rows.iterrows()
         )
         sentences.append(f"Final slopes without decay, mean over layers: {ends_at}.")
@@ -225,15 +225,15 @@ def _near_identical(distances: pd.DataFrame) -> str:
         )
     compared = [label for label in (*FIGURE_4[-2:], GELU.label, relu) if label in distances]
     far = {label: float(distances[label].to_dict()[relu]) for label in compared}
-    apart = ", ".join(f"{label} {number(distance, '.3f')}" for label, distance in far.items() if label != relu)
+    apart = "; ".join(f"{label}: {number(distance, '.3f')}" for label, distance in far.items() if label != relu)
     yardstick = (
-        "with one seed there is no yardstick"
+        "With one seed there is no yardstick"
         if math.isnan(far[relu])
-        else f"two seeds of {relu} are {far[relu]:.3f} nats apart"
+        else f"Two seeds of {relu} are {far[relu]:.3f} nats apart"
     )
     return (
         "The paper calls the entropy dynamics of ReLU and of the two learned slopes near-identical, by eye. Distance "
-        f"from {relu} in nats: {apart}; {yardstick}."
+        f"from {relu} in nats: {apart}. {yardstick}."
     )
 
 
