@@ -22,8 +22,10 @@ def drawn_for(groups: Mapping[str, Iterable[str]]) -> Callable[[Drawing], Drawin
     """A figure of the gallery for each group of models, norms or corpora; a key is how the figure's name ends."""
 
     def register(figure: Drawing) -> Drawing:
-        for suffix, names in groups.items():
-            FIGURES[figure.__name__ + suffix] = lambda n_layer, names=names: figure(n_layer, names)
+        def of(names: Iterable[str]) -> Callable[[int], Figure]:
+            return lambda n_layer: figure(n_layer, names)
+
+        FIGURES.update({figure.__name__ + suffix: of(names) for suffix, names in groups.items()})
         return figure
 
     return register
